@@ -1,0 +1,103 @@
+"""User-facing settings, validated on construction, and the memory-budget grammar."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Literal
+
+import psutil
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from offload.errors import ConfigError
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS.update({"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40})
+_BUDGET = re.compile(r"^\s*(-?)\s*(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*$")
+
+
+def parse_budget(text: str | int | float, total_nbytes: int) -> int:
+    """Bytes meant by a budget such as `"8GB"`, `"7.5GiB"`, `"50%"`, `"-2GB"` (all but 2 GB) or a number.
+
+    Raises ConfigError when it cannot be read or leaves nothing.
+    """
+    if isinstance(text, (int, float)):
+        nbytes = int(text)
+    else:
+        match = _BUDGET.match(text)
+        if match is None:
+            raise ConfigError(f'memory budget {text!r} not understood; write "8GB", "7GiB", "50%" or "-2GB"')
+        sign, number, unit = match.groups()
+        if unit == "%":
+            nbytes = int(total_nbytes * float(number) / 100)
+        elif unit.upper() in _UNITS:
+            nbytes = int(float(number) * _UNITS[unit.upper()])
+        else:
+            raise ConfigError(f"memory budget {text!r}: unknown unit {unit!r}; use GB, GiB, MB, MiB or %")
+        if sign:
+            nbytes = total_nbytes - nbytes
+    if nbytes < 0:
+        raise ConfigError(f"memory budget {text!r} leaves {nbytes} bytes of {total_nbytes}")
+    return nbytes
+
+
+def host_total_nbytes() -> int:
+    """DRAM this process may use, in bytes: the machine's, or its cgroup's limit where that is lower."""
+    total = psutil.virtual_memory().total
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            with open(path) as file:
+                text = file.read().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            total = min(total, int(text))
+    return int(total)
+
+
+class Config(BaseModel):
+    """Everything `offload.wrap` can be told. Unknown names are refused.
+
+    Byte budgets follow `parse_budget`; `device_memory` counts parameter slots, gradient buffers and the root,
+    `host_memory` counts chunk buffers and every state placed in DRAM.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    device_memory: str | int | float = "50%"
+    host_memory: str | int | float = "50%"
+    storage: list[str] = Field(default_factory=list)
+    update: Literal["auto", "backward", "deferred"] = "auto"
+    max_grad_norm: float | None = Field(default=None, gt=0)
+    micro_batches: int = Field(default=1, ge=1)
+    activations: Literal["auto", "device", "host", "storage", "keep"] = "auto"
+    prefetch_blocks: int | None = Field(default=None, ge=0)
+    backend: Literal["auto", "uring", "posix"] = "auto"
+    direct_io: bool = True
+    io_block_nbytes: int = Field(default=1 << 20, ge=4096)
+    io_queue_depth: int = Field(default=32, ge=1, le=4096)
+    stripe_nbytes: int = Field(default=1 << 20, ge=4096)
+    chunk_elements: int = Field(default=1 << 18, ge=2048)
+    chunk_buffers: int = Field(default=4, ge=2)
+    update_threads: int = Field(default=max(1, min(4, (os.cpu_count() or 1) // 2)), ge=1)
+    keep_store: bool = False
+
+    @classmethod
+    def checked(cls, **settings: object) -> Config:
+        """Build a Config; turns pydantic's error into ConfigError with the same text."""
+        try:
+            config = cls(**settings)  # type: ignore[arg-type]  # pydantic does the checking
+        except ValidationError as error:
+            raise ConfigError(str(error)) from error
+        if config.chunk_elements % 2048:
+            raise ConfigError(f"chunk_elements={config.chunk_elements} must be a multiple of 2048")
+        if config.update == "backward" and config.max_grad_norm is not None:
+            raise ConfigError(
+                "max_grad_norm needs every gradient before the first update: use update='deferred' or 'auto'"
+            )
+        return config
+
+    @property
+    def deferred(self) -> bool:
+        """Whether updates wait for `optimizer.step()` (needed for clipping by the global norm)."""
+        return self.update == "deferred" or (self.update == "auto" and self.max_grad_norm is not None)

@@ -1,0 +1,1 @@
+"""Cutting a module into blocks, laying them out flat and running them in micro-batches."""

@@ -1,0 +1,1 @@
+"""Arithmetic that decides what lives where. Imports no torch."""

@@ -1,0 +1,121 @@
+"""Placement by budget: what each tier holds, or why it cannot fit. Pure arithmetic on bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from offload.errors import BudgetError
+
+
+@dataclass(frozen=True)
+class BlockBytes:
+    """What one block is made of, in bytes: parameter planes, optimizer state chunk by chunk, fp32 gradients."""
+
+    slot_nbytes: int
+    state_chunk_nbytes: tuple[int, ...]
+    grad_nbytes: int
+
+    @property
+    def state_nbytes(self) -> int:
+        """All chunk records."""
+        return sum(self.state_chunk_nbytes)
+
+
+@dataclass
+class Placement:
+    """Result of `place`. Index `len(blocks)` of `host_chunks` is the root."""
+
+    n_slots: int
+    n_grad_buffers: int
+    params_in_host: list[bool]
+    grads_in_host: list[bool]
+    host_chunks: list[int]
+    device_nbytes: int
+    host_nbytes: int
+    storage_nbytes: int
+    notes: list[str] = field(default_factory=list)
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.3f} GB"
+
+
+def place(
+    blocks: list[BlockBytes],
+    root: BlockBytes,
+    *,
+    device_nbytes: int,
+    host_nbytes: int,
+    staging_nbytes: int,
+    has_storage: bool,
+    deferred: bool,
+    prefetch_blocks: int | None,
+) -> Placement:
+    """Fill the tiers with what saves most traffic per byte of memory (DESIGN.md section 5).
+
+    Traffic saved a step per byte held in DRAM: a parameter plane 3 (read twice, written once), a deferred gradient
+    and optimizer state 2. The root's parameters stay on the device. Raises BudgetError with the smallest budgets.
+    """
+    slot = max((b.slot_nbytes for b in blocks), default=0)
+    grad = max((b.grad_nbytes for b in blocks), default=0)
+    fixed = root.slot_nbytes + root.grad_nbytes
+    least_slots = min(2, len(blocks))
+    least_device = fixed + least_slots * slot + grad
+    everything = sum(b.slot_nbytes + b.state_nbytes + (b.grad_nbytes if deferred else 0) for b in blocks)
+    everything += root.state_nbytes
+    least_host = staging_nbytes + (0 if has_storage else everything)
+    problems = []
+    if device_nbytes < least_device:
+        problems.append(
+            f"device_memory={_gb(device_nbytes)} but at least {_gb(least_device)} is needed: root {_gb(fixed)} "
+            f"+ {least_slots} block slots of {_gb(slot)} + one gradient buffer of {_gb(grad)}"
+        )
+    if host_nbytes < least_host:
+        what = "staging" if has_storage else "staging and the whole training state, since storage=[] means DRAM only"
+        problems.append(f"host_memory={_gb(host_nbytes)} but at least {_gb(least_host)} is needed for {what}")
+    if problems:
+        raise BudgetError(
+            "does not fit: " + "; ".join(problems) + f". Smallest that would do: device_memory='{least_device}', "
+            f"host_memory='{least_host}' (bytes)" + ("" if has_storage else ", or give storage=[directory]")
+        )
+    spare = device_nbytes - least_device
+    n_grad_buffers = 1
+    if spare >= grad and grad:
+        n_grad_buffers, spare = 2, spare - grad
+    wanted = len(blocks) if prefetch_blocks is None else min(len(blocks), prefetch_blocks + 1)
+    affordable = least_slots + (min(spare // 2, spare) // slot if slot else 0)
+    n_slots = max(least_slots, min(wanted, affordable))
+    left = host_nbytes - staging_nbytes
+    params_in_host = [False] * len(blocks)
+    grads_in_host = [False] * len(blocks)
+    host_chunks = [0] * (len(blocks) + 1)
+    for i, block in enumerate(blocks):
+        if block.slot_nbytes <= left:
+            params_in_host[i] = True
+            left -= block.slot_nbytes
+    if deferred:
+        for i, block in enumerate(blocks):
+            if block.grad_nbytes <= left:
+                grads_in_host[i] = True
+                left -= block.grad_nbytes
+    for i, block in enumerate([*blocks, root]):
+        for chunk_nbytes in block.state_chunk_nbytes:
+            if chunk_nbytes > left:
+                break
+            host_chunks[i] += 1
+            left -= chunk_nbytes
+    storage = 0
+    for i, block in enumerate([*blocks, root]):
+        storage += sum(block.state_chunk_nbytes[host_chunks[i] :])
+        if i < len(blocks):
+            storage += 0 if params_in_host[i] else block.slot_nbytes
+    return Placement(
+        n_slots=n_slots,
+        n_grad_buffers=n_grad_buffers,
+        params_in_host=params_in_host,
+        grads_in_host=grads_in_host,
+        host_chunks=host_chunks,
+        device_nbytes=fixed + n_slots * slot + n_grad_buffers * grad,
+        host_nbytes=host_nbytes - left,
+        storage_nbytes=storage,
+    )

@@ -1,0 +1,1 @@
+"""The executor: moves blocks while autograd runs."""

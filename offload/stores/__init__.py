@@ -1,0 +1,1 @@
+"""What is kept of each block: parameters, optimizer states, gradients and activations."""

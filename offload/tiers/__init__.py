@@ -1,0 +1,1 @@
+"""Where bytes live: device slots, the host arena and the files of the store."""
