@@ -11,8 +11,8 @@ import os
 import pathlib
 import platform
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import setup
+import pybind11
+from setuptools import Extension, setup
 
 ROOT = pathlib.Path(__file__).parent
 INCLUDE_DIRS = ("/usr/include", "/usr/local/include")
@@ -34,7 +34,9 @@ def liburing_flags() -> tuple[list[tuple[str, str]], list[str]]:
 
 
 macros, link_args = liburing_flags()
-compile_args = ["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-fvisibility=hidden"]
+compile_args = ["-std=c++17", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+# System headers, so that our warnings are about our code.
+compile_args += ["-isystem", pybind11.get_include()]
 sanitizers = os.environ.get("OFFLOAD_SANITIZE")
 if sanitizers:
     compile_args += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"]
@@ -42,15 +44,14 @@ if sanitizers:
 
 setup(
     ext_modules=[
-        Pybind11Extension(
+        Extension(
             "offload._C",
             sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp")),
             include_dirs=["csrc"],
             define_macros=macros,
             extra_compile_args=compile_args,
             extra_link_args=[*link_args, "-pthread"],
-            cxx_std=17,
+            language="c++",
         )
     ],
-    cmdclass={"build_ext": build_ext},
 )

@@ -1,0 +1,131 @@
+// Python face of the I/O engine: argument conversion, GIL release, error translation.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "common/aligned_buffer.h"
+#include "io/engine.h"
+
+namespace py = pybind11;
+
+namespace offload {
+
+namespace {
+
+[[noreturn]] void raise_os_error(int code, const std::string& message) {
+  PyErr_SetObject(PyExc_OSError, py::make_tuple(code, message).ptr());
+  throw py::error_already_set();
+}
+
+// Waits in slices so that Ctrl-C is seen; the GIL is free inside each.
+void wait_ticket(const std::shared_ptr<io::Ticket>& ticket, const std::optional<double>& timeout_s) {
+  const auto start = std::chrono::steady_clock::now();
+  while (true) {
+    bool complete = false;
+    {
+      py::gil_scoped_release release;
+      complete = ticket->wait_for(std::chrono::milliseconds(50));
+    }
+    if (complete) break;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    if (timeout_s && std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() > *timeout_s) {
+      PyErr_SetString(PyExc_TimeoutError, "the transfer has not completed within timeout_s");
+      throw py::error_already_set();
+    }
+  }
+  if (ticket->error().code != 0) raise_os_error(ticket->error().code, ticket->error().message);
+}
+
+std::shared_ptr<io::Faults> faults_from(const py::dict& settings) {
+  auto faults = std::make_shared<io::Faults>();
+  for (const auto& [key, value] : settings) {
+    const auto name = key.cast<std::string>();
+    if (name == "fail_nth") faults->fail_nth = value.cast<std::uint64_t>();
+    else if (name == "errno") faults->error = value.cast<int>();
+    else if (name == "short_every") faults->short_every = value.cast<std::uint64_t>();
+    else if (name == "short_nbytes") faults->short_nbytes = value.cast<std::size_t>();
+    else if (name == "op") {
+      const auto op = value.cast<std::string>();
+      faults->reads = op != "write";
+      faults->writes = op != "read";
+    } else throw py::value_error("unknown fault setting " + name);
+  }
+  return faults;
+}
+
+py::dict counters(const io::Engine& engine) {
+  std::uint64_t read = 0, written = 0, read_ops = 0, write_ops = 0;
+  py::list drives;
+  for (std::size_t i = 0; i < engine.n_drives(); ++i) {
+    const io::Counters& drive = engine.counters(i);
+    drives.append(py::dict(py::arg("read_bytes") = drive.read_nbytes.load(),
+                           py::arg("written_bytes") = drive.written_nbytes.load()));
+    read += drive.read_nbytes;
+    written += drive.written_nbytes;
+    read_ops += drive.read_ops;
+    write_ops += drive.write_ops;
+  }
+  return py::dict(py::arg("read_bytes") = read, py::arg("written_bytes") = written, py::arg("read_ops") = read_ops,
+                  py::arg("write_ops") = write_ops, py::arg("drives") = drives);
+}
+
+}  // namespace
+
+void bind_io(py::module_& module) {
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const std::system_error& error) {
+      PyErr_SetObject(PyExc_OSError, py::make_tuple(error.code().value(), error.what()).ptr());
+    }
+  });
+
+  py::class_<AlignedBuffer>(module, "Arena", py::buffer_protocol())
+      .def(py::init<std::size_t>(), py::arg("nbytes"))
+      .def_property_readonly("address",
+                             [](const AlignedBuffer& b) { return reinterpret_cast<std::uintptr_t>(b.address()); })
+      .def_property_readonly("nbytes", &AlignedBuffer::nbytes)
+      .def_buffer([](AlignedBuffer& b) {
+        return py::buffer_info(b.address(), 1, py::format_descriptor<std::uint8_t>::format(),
+                               static_cast<py::ssize_t>(b.nbytes()));
+      });
+
+  py::class_<io::Ticket, std::shared_ptr<io::Ticket>>(module, "Ticket")
+      .def("wait", &wait_ticket, py::arg("timeout_s") = py::none())
+      .def("done", &io::Ticket::done);
+
+  py::class_<io::Engine, std::shared_ptr<io::Engine>>(module, "Engine")
+      .def(py::init([](std::vector<std::string> paths, std::string backend, bool direct, std::size_t block_nbytes,
+                       unsigned queue_depth, std::size_t stripe_nbytes, const std::optional<py::dict>& inject) {
+             io::EngineOptions options{std::move(paths), std::move(backend), direct, block_nbytes,
+                                       queue_depth,      stripe_nbytes,      nullptr};
+             if (inject) options.faults = faults_from(*inject);
+             return std::make_shared<io::Engine>(std::move(options));
+           }),
+           py::arg("paths"), py::kw_only(), py::arg("backend") = "auto", py::arg("direct") = true,
+           py::arg("block_nbytes") = std::size_t{1} << 20, py::arg("queue_depth") = 32,
+           py::arg("stripe_nbytes") = std::size_t{1} << 20, py::arg("inject") = py::none())
+      .def(
+          "read",
+          [](io::Engine& engine, std::uintptr_t address, std::size_t nbytes, std::uint64_t offset, bool urgent) {
+            return engine.submit(io::Op::read, reinterpret_cast<void*>(address), nbytes, offset, urgent);
+          },
+          py::arg("address"), py::arg("nbytes"), py::arg("offset"), py::arg("urgent") = false)
+      .def(
+          "write",
+          [](io::Engine& engine, std::uintptr_t address, std::size_t nbytes, std::uint64_t offset) {
+            return engine.submit(io::Op::write, reinterpret_cast<void*>(address), nbytes, offset);
+          },
+          py::arg("address"), py::arg("nbytes"), py::arg("offset"))
+      .def("register_buffer",
+           [](io::Engine& engine, std::uintptr_t address, std::size_t nbytes) {
+             return engine.register_buffer(reinterpret_cast<void*>(address), nbytes);
+           })
+      .def("counters", &counters)
+      .def("close", &io::Engine::close, py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("backend", &io::Engine::backend)
+      .def_property_readonly("backend_reason", &io::Engine::backend_reason)
+      .def_property_readonly("direct", &io::Engine::direct);
+}
+
+}  // namespace offload

@@ -1,0 +1,131 @@
+// Python face of the codec, the kernels and the update pipeline.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "bindings.h"
+#include "optim/update_pipeline.h"
+
+namespace py = pybind11;
+
+namespace offload {
+
+namespace {
+
+using optim::Codec;
+using optim::GradDtype;
+using optim::Hyper;
+
+Codec codec_of(const std::string& name) {
+  if (name == "split_bf16") return Codec::split_bf16;
+  if (name == "fp32") return Codec::fp32;
+  throw py::value_error("param_codec must be split_bf16 or fp32, not " + name);
+}
+
+GradDtype grad_dtype_of(const std::string& name) {
+  if (name == "float32") return GradDtype::float32;
+  if (name == "bfloat16") return GradDtype::bfloat16;
+  throw py::value_error("grad_dtype must be float32 or bfloat16, not " + name);
+}
+
+template <typename T>
+T* at(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+optim::UpdateJob make_job(const std::string& param_codec, std::size_t n_elements, std::uintptr_t param_address,
+                          std::int64_t param_offset, bool read_param, std::int64_t state_offset,
+                          std::uintptr_t state_host_address, std::size_t host_chunks, std::uintptr_t grad_address,
+                          const std::string& grad_dtype, std::int64_t grad_offset,
+                          const std::vector<std::tuple<std::size_t, std::size_t, Hyper>>& segments) {
+  optim::UpdateJob job;
+  job.codec = codec_of(param_codec);
+  job.n_elements = n_elements;
+  job.param = at<char>(param_address);
+  job.param_offset = param_offset;
+  job.read_param = read_param;
+  job.state_offset = state_offset;
+  job.state_host = at<char>(state_host_address);
+  job.host_chunks = host_chunks;
+  job.grad = at<const char>(grad_address);
+  job.grad_dtype = grad_dtype_of(grad_dtype);
+  job.grad_offset = grad_offset;
+  for (const auto& [start, n, hyper] : segments) job.segments.push_back({start, n, hyper});
+  return job;
+}
+
+}  // namespace
+
+void bind_optim(py::module_& module) {
+  module.def("simd_levels", [] {
+    std::vector<std::string> names;
+    for (const auto& entry : optim::kernels()) names.push_back(entry.level);
+    return names;
+  });
+  module.def(
+      "split_master",
+      [](std::uintptr_t source, std::uintptr_t hi, std::uintptr_t lo, std::size_t n, const std::string& level) {
+        optim::kernels_at(level).split(at<const float>(source), at<std::uint16_t>(hi), at<std::int16_t>(lo), n);
+      },
+      py::arg("source"), py::arg("hi"), py::arg("lo"), py::arg("n"), py::arg("level") = "auto");
+  module.def(
+      "merge_master",
+      [](std::uintptr_t hi, std::uintptr_t lo, std::uintptr_t destination, std::size_t n, const std::string& level) {
+        optim::kernels_at(level).merge(at<const std::uint16_t>(hi), at<const std::int16_t>(lo),
+                                       at<float>(destination), n);
+      },
+      py::arg("hi"), py::arg("lo"), py::arg("destination"), py::arg("n"), py::arg("level") = "auto");
+  module.def(
+      "canonicalize_nan",
+      [](std::uintptr_t values, std::size_t n) { optim::kernels_at("auto").canonicalize_nan(at<float>(values), n); },
+      py::arg("values"), py::arg("n"));
+
+  py::class_<Hyper>(module, "Hyper")
+      .def(py::init([](double lr, double beta1, double beta2, double eps, double weight_decay, std::int64_t step,
+                       bool decoupled, double grad_scale, bool maximize) {
+             if (step < 1) throw py::value_error("step counts from 1");
+             return Hyper{lr, beta1, beta2, eps, weight_decay, step, decoupled, grad_scale, maximize};
+           }),
+           py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
+           py::arg("step"), py::arg("decoupled") = true, py::arg("grad_scale") = 1.0, py::arg("maximize") = false)
+      .def_readonly("lr", &Hyper::lr)
+      .def_readonly("step", &Hyper::step);
+
+  module.def(
+      "adamw_update",
+      [](const std::string& param_codec, std::uintptr_t param, std::uintptr_t lo, std::uintptr_t exp_avg,
+         std::uintptr_t exp_avg_sq, std::uintptr_t grad, const std::string& grad_dtype, std::size_t n,
+         const Hyper& hyper, const std::string& level) {
+        const optim::Planes planes{at<void>(param), at<std::int16_t>(lo), at<float>(exp_avg), at<float>(exp_avg_sq),
+                                   at<const void>(grad)};
+        const auto codec = codec_of(param_codec);
+        const auto dtype = grad_dtype_of(grad_dtype);
+        py::gil_scoped_release release;
+        optim::kernels_at(level).update(codec, dtype, planes, n, optim::scalars_of(hyper));
+      },
+      py::arg("param_codec"), py::arg("param"), py::arg("lo"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
+      py::arg("grad"), py::arg("grad_dtype"), py::arg("n"), py::arg("hyper"), py::arg("level") = "auto");
+
+  py::class_<optim::UpdateJob>(module, "UpdateJob")
+      .def(py::init(&make_job), py::kw_only(), py::arg("param_codec"), py::arg("n_elements"),
+           py::arg("param_address"), py::arg("param_offset") = -1, py::arg("read_param") = false,
+           py::arg("state_offset") = -1, py::arg("state_host_address") = 0, py::arg("host_chunks") = 0,
+           py::arg("grad_address") = 0, py::arg("grad_dtype") = "float32", py::arg("grad_offset") = -1,
+           py::arg("segments"));
+
+  py::class_<optim::UpdatePipeline>(module, "UpdatePipeline")
+      .def(py::init([](std::shared_ptr<io::Engine> engine, std::size_t chunk_elements, std::size_t n_buffers,
+                       std::size_t n_threads, std::uintptr_t buffer_address, std::size_t buffer_nbytes) {
+             return std::make_unique<optim::UpdatePipeline>(std::move(engine), chunk_elements, n_buffers, n_threads,
+                                                            at<char>(buffer_address), buffer_nbytes);
+           }),
+           py::arg("engine").none(true), py::arg("chunk_elements"), py::arg("n_buffers"), py::arg("n_threads"),
+           py::arg("buffer_address"), py::arg("buffer_nbytes"))
+      .def_static("buffer_nbytes_required", &optim::UpdatePipeline::buffer_nbytes_required)
+      .def("submit", &optim::UpdatePipeline::submit)
+      .def("kernel_seconds", &optim::UpdatePipeline::kernel_seconds)
+      .def("close", &optim::UpdatePipeline::close, py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace offload

@@ -1,0 +1,68 @@
+// What every backend does with a result: error, short, or done.
+#include "io/backend.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "common/aligned_buffer.h"
+
+namespace offload::io {
+
+namespace {
+constexpr unsigned kAttemptsMax = 64;
+}
+
+void Backend::fail(Piece& piece, int code, const std::string& what) const {
+  const std::string verb = piece.op == Op::read ? "read" : "write";
+  std::string remedy;
+  if (code == ENOSPC) remedy = "; free space on this drive or add a storage directory";
+  if (code == EIO) remedy = "; check the drive (dmesg, smartctl)";
+  piece.ticket->settle_piece({code, verb + " of " + std::to_string(piece.nbytes) + " bytes at offset " +
+                                        std::to_string(piece.offset) + " of " + options_.path + ": " + what + " (" +
+                                        std::strerror(code) + ")" + remedy});
+}
+
+bool Backend::settle(Piece& piece, std::int64_t result) {
+  const bool is_read = piece.op == Op::read;
+  const auto& faults = options_.faults;
+  if (faults && (is_read ? faults->reads : faults->writes)) {
+    const std::uint64_t nth = faults->seen.fetch_add(1) + 1;
+    if (faults->fail_nth != 0 && nth == faults->fail_nth) result = -faults->error;
+    if (faults->short_every != 0 && nth % faults->short_every == 0)
+      result = std::min(result, static_cast<std::int64_t>(faults->short_nbytes));
+  }
+  if (result == -EINTR || result == -EAGAIN) {
+    if (++piece.attempts <= kAttemptsMax) return true;
+    fail(piece, static_cast<int>(-result), "still interrupted after " + std::to_string(kAttemptsMax) + " attempts");
+    return false;
+  }
+  if (result < 0) {
+    fail(piece, static_cast<int>(-result), "failed");
+    return false;
+  }
+  std::size_t moved = static_cast<std::size_t>(result);
+  if (moved == 0) {
+    fail(piece, is_read ? EIO : ENOSPC, is_read ? "the file ends here; it was truncated" : "nothing was written");
+    return false;
+  }
+  if (moved < piece.nbytes && options_.direct) {
+    moved = moved / kPageNbytes * kPageNbytes;  // a resumed O_DIRECT transfer starts on a page again
+    if (moved == 0 && ++piece.attempts > kAttemptsMax) {
+      fail(piece, EIO, "less than a page moved, again and again");
+      return false;
+    }
+  }
+  (is_read ? counters_.read_nbytes : counters_.written_nbytes).fetch_add(moved, std::memory_order_relaxed);
+  (is_read ? counters_.read_ops : counters_.write_ops).fetch_add(1, std::memory_order_relaxed);
+  if (moved == piece.nbytes) {
+    piece.ticket->settle_piece({});
+    return false;
+  }
+  piece.address += moved;
+  piece.offset += moved;
+  piece.nbytes -= moved;
+  return true;
+}
+
+}  // namespace offload::io

@@ -1,0 +1,74 @@
+// One backend moves the bytes of one file. Pieces are at most one I/O block long.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "io/ticket.h"
+
+namespace offload::io {
+
+enum class Op { read, write };
+
+struct Piece {
+  Op op;
+  char* address;
+  std::size_t nbytes;
+  std::uint64_t offset;
+  std::shared_ptr<Ticket> ticket;
+  bool urgent = false;
+  unsigned attempts = 0;
+};
+
+// Faults for tests: they change the kernel's result of a real transfer, so that the code under test is the real code.
+struct Faults {
+  std::uint64_t fail_nth = 0;  // 1-based count of transfers of the chosen kind; 0: never
+  int error = 5;
+  std::uint64_t short_every = 0;
+  std::size_t short_nbytes = 4096;
+  bool reads = true;
+  bool writes = true;
+  std::atomic<std::uint64_t> seen{0};
+};
+
+struct Counters {
+  std::atomic<std::uint64_t> read_nbytes{0}, written_nbytes{0}, read_ops{0}, write_ops{0};
+};
+
+struct BackendOptions {
+  std::string path;
+  int descriptor = -1;
+  bool direct = true;
+  unsigned queue_depth = 32;
+  std::shared_ptr<Faults> faults;
+};
+
+class Backend {
+ public:
+  explicit Backend(BackendOptions options) : options_(std::move(options)) {}
+  virtual ~Backend() = default;
+
+  virtual void submit(std::vector<Piece> pieces) = 0;
+  virtual bool register_buffer(char* address, std::size_t nbytes) = 0;
+  // Finishes what was submitted, then stops the threads. Later submissions fail.
+  virtual void close() = 0;
+
+  const Counters& counters() const { return counters_; }
+
+ protected:
+  // Takes the kernel's result. True when the piece has to go again (interrupted, or the rest of a short transfer).
+  bool settle(Piece& piece, std::int64_t result);
+  void fail(Piece& piece, int code, const std::string& what) const;
+
+  BackendOptions options_;
+  Counters counters_;
+};
+
+// Null with `reason` filled when io_uring cannot be used here.
+std::unique_ptr<Backend> make_uring_backend(const BackendOptions& options, std::string& reason);
+std::unique_ptr<Backend> make_posix_backend(const BackendOptions& options);
+
+}  // namespace offload::io

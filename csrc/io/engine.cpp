@@ -1,0 +1,117 @@
+#include "io/engine.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <system_error>
+
+#include "common/aligned_buffer.h"
+#include "common/check.h"
+
+namespace offload::io {
+
+Engine::Engine(EngineOptions options) : options_(std::move(options)), direct_(options_.direct) {
+  OFFLOAD_CHECK(!options_.paths.empty(), "an engine needs at least one file");
+  OFFLOAD_CHECK(options_.block_nbytes >= kPageNbytes && options_.block_nbytes % kPageNbytes == 0,
+                "block_nbytes must be a positive multiple of 4096");
+  OFFLOAD_CHECK(options_.block_nbytes <= (std::size_t{1} << 30), "block_nbytes must not exceed 1 GiB");
+  OFFLOAD_CHECK(options_.stripe_nbytes >= kPageNbytes && options_.stripe_nbytes % kPageNbytes == 0,
+                "stripe_nbytes must be a positive multiple of 4096");
+  OFFLOAD_CHECK(options_.queue_depth >= 1 && options_.queue_depth <= 4096, "queue_depth must be 1 to 4096");
+  OFFLOAD_CHECK(options_.backend == "auto" || options_.backend == "uring" || options_.backend == "posix",
+                "backend must be auto, uring or posix");
+  open_files();
+  for (std::size_t drive = 0; drive < descriptors_.size(); ++drive) {
+    BackendOptions backend_options{options_.paths[drive], descriptors_[drive], direct_, options_.queue_depth,
+                                   options_.faults};
+    std::unique_ptr<Backend> backend;
+    if (options_.backend != "posix" && backend_name_ != "posix")
+      backend = make_uring_backend(backend_options, backend_reason_);
+    if (backend) {
+      backend_name_ = "uring";
+    } else {
+      if (options_.backend == "uring") {
+        backends_.clear();
+        close_files();
+        throw std::system_error(ENOSYS, std::generic_category(), "backend=uring refused: " + backend_reason_);
+      }
+      backend = make_posix_backend(backend_options);
+      backend_name_ = "posix";
+    }
+    backends_.push_back(std::move(backend));
+  }
+}
+
+Engine::~Engine() { close(); }
+
+void Engine::open_files() {
+  for (const std::string& path : options_.paths) {
+    int descriptor = -1;
+    if (direct_) {
+      descriptor = ::open(path.c_str(), O_RDWR | O_DIRECT | O_CLOEXEC);
+      if (descriptor < 0 && errno == EINVAL) direct_ = false;  // tmpfs and some network file systems
+    }
+    if (descriptor < 0 && !direct_) descriptor = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
+    if (descriptor < 0) {
+      const int code = errno;
+      close_files();
+      throw std::system_error(code, std::generic_category(), "cannot open " + path);
+    }
+    descriptors_.push_back(descriptor);
+  }
+}
+
+void Engine::close_files() {
+  for (const int descriptor : descriptors_) ::close(descriptor);
+  descriptors_.clear();
+}
+
+std::shared_ptr<Ticket> Engine::submit(Op op, void* address, std::size_t nbytes, std::uint64_t offset, bool urgent) {
+  const bool aligned = reinterpret_cast<std::uintptr_t>(address) % kPageNbytes == 0 && nbytes % kPageNbytes == 0 &&
+                       offset % kPageNbytes == 0;
+  OFFLOAD_CHECK(aligned, "address, nbytes and offset must be multiples of 4096");
+  OFFLOAD_CHECK(nbytes > 0 && address != nullptr, "a transfer needs an address and at least one page");
+  const std::size_t n_drives = backends_.size();
+  std::vector<std::vector<Piece>> pieces(n_drives);
+  std::size_t n_pieces = 0;
+  for (std::size_t moved = 0; moved < nbytes;) {
+    const std::uint64_t at = offset + moved;
+    std::size_t length = std::min(options_.block_nbytes, nbytes - moved);
+    std::size_t drive = 0;
+    std::uint64_t file_offset = at;
+    if (n_drives > 1) {
+      const std::uint64_t stripe = at / options_.stripe_nbytes;
+      const std::uint64_t within = at % options_.stripe_nbytes;
+      drive = static_cast<std::size_t>(stripe % n_drives);
+      file_offset = stripe / n_drives * options_.stripe_nbytes + within;
+      length = std::min(length, static_cast<std::size_t>(options_.stripe_nbytes - within));
+    }
+    pieces[drive].push_back({op, static_cast<char*>(address) + moved, length, file_offset, nullptr, urgent});
+    ++n_pieces;
+    moved += length;
+  }
+  auto ticket = std::make_shared<Ticket>(n_pieces);
+  for (std::size_t drive = 0; drive < n_drives; ++drive) {
+    if (pieces[drive].empty()) continue;
+    for (Piece& piece : pieces[drive]) piece.ticket = ticket;
+    backends_[drive]->submit(std::move(pieces[drive]));
+  }
+  return ticket;
+}
+
+bool Engine::register_buffer(void* address, std::size_t nbytes) {
+  bool all = true;
+  for (const auto& backend : backends_) all = backend->register_buffer(static_cast<char*>(address), nbytes) && all;
+  return all;
+}
+
+void Engine::close() {
+  if (closed_) return;
+  closed_ = true;
+  for (const auto& backend : backends_) backend->close();
+  close_files();
+}
+
+}  // namespace offload::io

@@ -1,0 +1,54 @@
+// The engine: one logical address space over 1..N files, cut into stripes and I/O blocks.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "io/backend.h"
+
+namespace offload::io {
+
+struct EngineOptions {
+  std::vector<std::string> paths;
+  std::string backend = "auto";
+  bool direct = true;
+  std::size_t block_nbytes = std::size_t{1} << 20;
+  unsigned queue_depth = 32;
+  std::size_t stripe_nbytes = std::size_t{1} << 20;
+  std::shared_ptr<Faults> faults;
+};
+
+class Engine {
+ public:
+  explicit Engine(EngineOptions options);
+  ~Engine();
+  Engine(const Engine&) = delete;
+  Engine& operator=(const Engine&) = delete;
+
+  // Starts one transfer; never blocks on the device. With O_DIRECT all three numbers are multiples of 4096.
+  std::shared_ptr<Ticket> submit(Op op, void* address, std::size_t nbytes, std::uint64_t offset, bool urgent = false);
+  // False when the kernel refuses; transfers then go unregistered.
+  bool register_buffer(void* address, std::size_t nbytes);
+  void close();
+
+  const std::string& backend() const { return backend_name_; }
+  const std::string& backend_reason() const { return backend_reason_; }
+  bool direct() const { return direct_; }
+  std::size_t n_drives() const { return backends_.size(); }
+  const Counters& counters(std::size_t drive) const { return backends_[drive]->counters(); }
+
+ private:
+  void open_files();
+  void close_files();
+
+  EngineOptions options_;
+  std::string backend_name_, backend_reason_;
+  bool direct_ = true;
+  bool closed_ = false;
+  std::vector<int> descriptors_;
+  std::vector<std::unique_ptr<Backend>> backends_;
+};
+
+}  // namespace offload::io

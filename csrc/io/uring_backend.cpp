@@ -1,0 +1,242 @@
+// io_uring through liburing: one ring and one thread per file. The only file that includes liburing.
+#include "io/backend.h"
+
+#ifdef OFFLOAD_HAVE_URING
+
+#include <liburing.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <deque>
+#include <mutex>
+#include <thread>
+
+namespace offload::io {
+
+namespace {
+
+constexpr std::uint64_t kWake = ~std::uint64_t{0};
+constexpr unsigned kRegisteredMax = 256;
+constexpr std::size_t kRegisteredPieceNbytes = std::size_t{1} << 30;  // the kernel's limit for one registered buffer
+
+struct Registered {
+  char* address;
+  std::size_t nbytes;
+};
+
+class UringBackend final : public Backend {
+ public:
+  UringBackend(const BackendOptions& options, std::string& reason) : Backend(options) {
+    int result = io_uring_queue_init(options.queue_depth + 2, &ring_, IORING_SETUP_COOP_TASKRUN);
+    if (result == -EINVAL) result = io_uring_queue_init(options.queue_depth + 2, &ring_, 0);
+    if (result < 0) {
+      reason = std::string("io_uring_setup: ") + std::strerror(-result);
+      return;
+    }
+    wake_descriptor_ = ::eventfd(0, EFD_CLOEXEC);
+    file_registered_ = io_uring_register_files(&ring_, &options_.descriptor, 1) == 0;
+    sparse_buffers_ = io_uring_register_buffers_sparse(&ring_, kRegisteredMax) == 0;
+    in_flight_.resize(options.queue_depth);
+    for (unsigned i = options.queue_depth; i-- > 0;) free_.push_back(i);
+    usable_ = true;
+    thread_ = std::thread([this] { loop(); });
+  }
+
+  ~UringBackend() override {
+    close();
+    if (usable_) io_uring_queue_exit(&ring_);
+    if (wake_descriptor_ >= 0) ::close(wake_descriptor_);
+  }
+
+  bool usable() const { return usable_; }
+
+  void submit(std::vector<Piece> pieces) override {
+    bool wake = false;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!closing_) {
+        wake = urgent_.empty() && normal_.empty();
+        for (Piece& piece : pieces) (piece.urgent ? urgent_ : normal_).push_back(std::move(piece));
+        pieces.clear();
+      }
+    }
+    if (wake) wake_thread();
+    for (Piece& piece : pieces) fail(piece, ECANCELED, "the engine is closed");
+  }
+
+  bool register_buffer(char* address, std::size_t nbytes) override {
+    if (!sparse_buffers_) return false;
+    std::lock_guard<std::mutex> lock(registered_mutex_);
+    for (std::size_t start = 0; start < nbytes; start += kRegisteredPieceNbytes) {
+      const std::size_t piece_nbytes = std::min(kRegisteredPieceNbytes, nbytes - start);
+      if (registered_.size() == kRegisteredMax) return false;
+      const iovec vector{address + start, piece_nbytes};
+      const __u64 tag = 0;
+      const int result =
+          io_uring_register_buffers_update_tag(&ring_, static_cast<unsigned>(registered_.size()), &vector, &tag, 1);
+      if (result < 0) return false;
+      registered_.push_back({address + start, piece_nbytes});
+    }
+    return true;
+  }
+
+  void close() override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      closing_ = true;
+    }
+    if (thread_.joinable()) {
+      wake_thread();
+      thread_.join();
+    }
+  }
+
+ private:
+  void wake_thread() const {
+    const std::uint64_t one = 1;
+    while (::write(wake_descriptor_, &one, sizeof one) < 0 && errno == EINTR) {
+    }
+  }
+
+  int registered_index(const char* address, std::size_t nbytes) {
+    std::lock_guard<std::mutex> lock(registered_mutex_);
+    for (std::size_t i = 0; i < registered_.size(); ++i)
+      if (address >= registered_[i].address && address + nbytes <= registered_[i].address + registered_[i].nbytes)
+        return static_cast<int>(i);
+    return -1;
+  }
+
+  void prepare(unsigned slot) {
+    const Piece& piece = in_flight_[slot];
+    io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
+    const auto nbytes = static_cast<unsigned>(piece.nbytes);
+    const int buffer = registered_index(piece.address, nbytes);
+    const int file = file_registered_ ? 0 : options_.descriptor;
+    if (piece.op == Op::read) {
+      if (buffer >= 0)
+        io_uring_prep_read_fixed(sqe, file, piece.address, nbytes, piece.offset, buffer);
+      else
+        io_uring_prep_read(sqe, file, piece.address, nbytes, piece.offset);
+    } else {
+      if (buffer >= 0)
+        io_uring_prep_write_fixed(sqe, file, piece.address, nbytes, piece.offset, buffer);
+      else
+        io_uring_prep_write(sqe, file, piece.address, nbytes, piece.offset);
+    }
+    if (file_registered_) sqe->flags |= IOSQE_FIXED_FILE;
+    io_uring_sqe_set_data64(sqe, slot);  // after prep, which clears it
+  }
+
+  // Moves queued pieces into free slots, urgent ones first. False when nothing is left and the backend closes.
+  bool fill() {
+    std::vector<unsigned> filled;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      while (!free_.empty() && (!urgent_.empty() || !normal_.empty())) {
+        std::deque<Piece>& queue = urgent_.empty() ? normal_ : urgent_;
+        const unsigned slot = free_.back();
+        free_.pop_back();
+        in_flight_[slot] = std::move(queue.front());
+        queue.pop_front();
+        filled.push_back(slot);
+      }
+      if (closing_ && free_.size() == in_flight_.size()) return false;
+    }
+    for (const unsigned slot : filled) prepare(slot);
+    return true;
+  }
+
+  void loop() {
+    bool wake_armed = false;
+    std::uint64_t wake_value = 0;
+    std::vector<std::pair<std::uint64_t, int>> completions;
+    while (fill()) {
+      if (!wake_armed) {
+        io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
+        io_uring_prep_read(sqe, wake_descriptor_, &wake_value, sizeof wake_value, 0);
+        io_uring_sqe_set_data64(sqe, kWake);
+        wake_armed = true;
+      }
+      const int submitted = io_uring_submit_and_wait(&ring_, 1);
+      if (submitted < 0 && submitted != -EINTR && submitted != -EAGAIN && submitted != -EBUSY) {
+        abandon(-submitted);
+        return;
+      }
+      // Drain first, decide later.
+      completions.clear();
+      unsigned head = 0;
+      unsigned n_seen = 0;
+      io_uring_cqe* cqe = nullptr;
+      io_uring_for_each_cqe(&ring_, head, cqe) {
+        completions.emplace_back(cqe->user_data, cqe->res);
+        ++n_seen;
+      }
+      io_uring_cq_advance(&ring_, n_seen);
+      for (const auto& [data, result] : completions) {
+        if (data == kWake) {
+          wake_armed = false;
+          continue;
+        }
+        const auto slot = static_cast<unsigned>(data);
+        if (settle(in_flight_[slot], result)) {
+          prepare(slot);
+        } else {
+          in_flight_[slot].ticket.reset();
+          free_.push_back(slot);
+        }
+      }
+    }
+  }
+
+  // The ring itself is broken: nobody may be left waiting.
+  void abandon(int code) {
+    std::deque<Piece> rest;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      closing_ = true;
+      for (std::deque<Piece>* queue : {&urgent_, &normal_})
+        for (Piece& piece : *queue) rest.push_back(std::move(piece));
+    }
+    for (Piece& piece : in_flight_)
+      if (piece.ticket) fail(piece, code, "io_uring_enter failed");
+    for (Piece& piece : rest) fail(piece, code, "io_uring_enter failed");
+  }
+
+  io_uring ring_{};
+  bool usable_ = false, file_registered_ = false, sparse_buffers_ = false;
+  int wake_descriptor_ = -1;
+  std::mutex mutex_;  // guards the two queues and closing_
+  std::deque<Piece> urgent_, normal_;
+  bool closing_ = false;
+  std::vector<Piece> in_flight_;  // I/O thread only
+  std::vector<unsigned> free_;    // I/O thread only
+  std::mutex registered_mutex_;
+  std::vector<Registered> registered_;
+  std::thread thread_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_uring_backend(const BackendOptions& options, std::string& reason) {
+  auto backend = std::make_unique<UringBackend>(options, reason);
+  if (!backend->usable()) return nullptr;
+  return backend;
+}
+
+}  // namespace offload::io
+
+#else
+
+namespace offload::io {
+
+std::unique_ptr<Backend> make_uring_backend(const BackendOptions&, std::string& reason) {
+  reason = "built without liburing: install liburing-dev and build again";
+  return nullptr;
+}
+
+}  // namespace offload::io
+
+#endif

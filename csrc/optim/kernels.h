@@ -1,0 +1,51 @@
+// AdamW over fp32 masters that are stored as planes; one arithmetic, compiled for several instruction sets.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace offload::optim {
+
+enum class Codec { split_bf16, fp32 };
+enum class GradDtype { float32, bfloat16 };
+
+struct Hyper {
+  double lr = 1e-3, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0.0;
+  std::int64_t step = 1;  // 1 for the first update
+  bool decoupled = true;  // AdamW; false: Adam with L2
+  double grad_scale = 1.0;
+  bool maximize = false;
+};
+
+// The scalars of one update, computed in double and rounded to float once.
+struct Scalars {
+  float decay, l2, one_minus_beta1, beta2, one_minus_beta2, eps, bias_correction2_sqrt, negative_step_size,
+      grad_scale;
+};
+Scalars scalars_of(const Hyper& hyper);
+
+// Planes of the same n elements. split_bf16: param is `hi` (u16), lo is int16; fp32: param is float, lo unused.
+struct Planes {
+  void* param;
+  std::int16_t* lo;
+  float* exp_avg;
+  float* exp_avg_sq;
+  const void* grad;
+};
+
+struct Kernels {
+  std::string level;
+  void (*update)(Codec, GradDtype, const Planes&, std::size_t n, const Scalars&);
+  void (*split)(const float*, std::uint16_t* hi, std::int16_t* lo, std::size_t n);
+  void (*merge)(const std::uint16_t* hi, const std::int16_t* lo, float*, std::size_t n);
+  void (*canonicalize_nan)(float*, std::size_t n);
+};
+
+// What this processor and operating system can run; scalar first, the best last.
+const std::vector<Kernels>& kernels();
+// By name, or the best for "auto". Throws std::invalid_argument for a level that is not available.
+const Kernels& kernels_at(const std::string& level);
+
+}  // namespace offload::optim

@@ -1,0 +1,18 @@
+// The kernels for the instruction set "avx2".
+#include "optim/kernels.h"
+
+#if defined(__x86_64__)
+
+#define OFFLOAD_TARGET __attribute__((target("avx2")))
+
+namespace offload::optim::level_avx2 {
+
+namespace {
+#include "optim/kernels_body.h"
+}  // namespace
+
+Kernels table() { return {"avx2", &update, &split, &merge, &canonicalize_nan}; }
+
+}  // namespace offload::optim::level_avx2
+
+#endif

@@ -1,0 +1,94 @@
+// The arithmetic, written once. Included inside one namespace per instruction set, with OFFLOAD_TARGET set to the
+// function attributes of that set; there is no include guard on purpose. No fused multiply-add anywhere
+// (-ffp-contract=off), so every instruction set gives the same bits.
+//
+// Order of operations follows torch.optim.AdamW (single tensor path): decay, lerp, addcmul, addcdiv.
+
+OFFLOAD_TARGET inline std::uint32_t bits_of(float value) {
+  std::uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+OFFLOAD_TARGET inline float float_of(std::uint32_t bits) {
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// hi: nearest bf16, ties away from zero; lo: what is missing, modulo 2^16. A bijection on all 2^32 patterns.
+OFFLOAD_TARGET inline std::uint16_t hi_of(std::uint32_t bits) {
+  return static_cast<std::uint16_t>((bits + 0x8000u) >> 16);
+}
+OFFLOAD_TARGET inline std::int16_t lo_of(std::uint32_t bits) { return static_cast<std::int16_t>(bits & 0xFFFFu); }
+OFFLOAD_TARGET inline std::uint32_t merged(std::uint16_t hi, std::int16_t lo) {
+  return (static_cast<std::uint32_t>(hi) << 16) + static_cast<std::uint32_t>(static_cast<std::int32_t>(lo));
+}
+// Every NaN becomes 0x7FC00000, whose hi is a NaN too.
+OFFLOAD_TARGET inline std::uint32_t canonical(std::uint32_t bits) {
+  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC00000u : bits;
+}
+
+template <Codec codec, GradDtype grad_dtype>
+OFFLOAD_TARGET void update_planes(const Planes& planes, std::size_t n, const Scalars& s) {
+  float* __restrict__ param = static_cast<float*>(planes.param);
+  std::uint16_t* __restrict__ hi = static_cast<std::uint16_t*>(planes.param);
+  std::int16_t* __restrict__ lo = planes.lo;
+  float* __restrict__ exp_avg = planes.exp_avg;
+  float* __restrict__ exp_avg_sq = planes.exp_avg_sq;
+  const float* __restrict__ grad_f32 = static_cast<const float*>(planes.grad);
+  const std::uint16_t* __restrict__ grad_bf16 = static_cast<const std::uint16_t*>(planes.grad);
+  for (std::size_t i = 0; i < n; ++i) {
+    float p = codec == Codec::fp32 ? param[i] : float_of(merged(hi[i], lo[i]));
+    float g = grad_dtype == GradDtype::float32 ? grad_f32[i]
+                                               : float_of(static_cast<std::uint32_t>(grad_bf16[i]) << 16);
+    g = g * s.grad_scale;
+    g = g + s.l2 * p;
+    p = p * s.decay;
+    const float m = exp_avg[i] + s.one_minus_beta1 * (g - exp_avg[i]);
+    const float v = exp_avg_sq[i] * s.beta2 + s.one_minus_beta2 * g * g;
+    const float denominator = __builtin_sqrtf(v) / s.bias_correction2_sqrt + s.eps;
+    p = p + s.negative_step_size * m / denominator;
+    exp_avg[i] = m;
+    exp_avg_sq[i] = v;
+    const std::uint32_t bits = canonical(bits_of(p));
+    if (codec == Codec::fp32) {
+      param[i] = float_of(bits);
+    } else {
+      hi[i] = hi_of(bits);
+      lo[i] = lo_of(bits);
+    }
+  }
+}
+
+OFFLOAD_TARGET void update(Codec codec, GradDtype grad_dtype, const Planes& planes, std::size_t n, const Scalars& s) {
+  if (codec == Codec::split_bf16) {
+    if (grad_dtype == GradDtype::float32)
+      update_planes<Codec::split_bf16, GradDtype::float32>(planes, n, s);
+    else
+      update_planes<Codec::split_bf16, GradDtype::bfloat16>(planes, n, s);
+  } else {
+    if (grad_dtype == GradDtype::float32)
+      update_planes<Codec::fp32, GradDtype::float32>(planes, n, s);
+    else
+      update_planes<Codec::fp32, GradDtype::bfloat16>(planes, n, s);
+  }
+}
+
+OFFLOAD_TARGET void split(const float* __restrict__ source, std::uint16_t* __restrict__ hi,
+                          std::int16_t* __restrict__ lo, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::uint32_t bits = bits_of(source[i]);
+    hi[i] = hi_of(bits);
+    lo[i] = lo_of(bits);
+  }
+}
+
+OFFLOAD_TARGET void merge(const std::uint16_t* __restrict__ hi, const std::int16_t* __restrict__ lo,
+                          float* __restrict__ destination, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) destination[i] = float_of(merged(hi[i], lo[i]));
+}
+
+OFFLOAD_TARGET void canonicalize_nan(float* values, std::size_t n) {
+  for (std::size_t i = 0; i < n; ++i) values[i] = float_of(canonical(bits_of(values[i])));
+}

@@ -1,0 +1,100 @@
+from collections.abc import Sequence
+from typing import Any
+
+class Arena:
+    address: int
+    nbytes: int
+    def __init__(self, nbytes: int) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+class Ticket:
+    def wait(self, timeout_s: float | None = None) -> None: ...
+    def done(self) -> bool: ...
+
+class Engine:
+    backend: str
+    backend_reason: str
+    direct: bool
+    def __init__(
+        self,
+        paths: list[str],
+        *,
+        backend: str = "auto",
+        direct: bool = True,
+        block_nbytes: int = ...,
+        queue_depth: int = 32,
+        stripe_nbytes: int = ...,
+        inject: dict[str, Any] | None = None,
+    ) -> None: ...
+    def read(self, address: int, nbytes: int, offset: int, urgent: bool = False) -> Ticket: ...
+    def write(self, address: int, nbytes: int, offset: int) -> Ticket: ...
+    def register_buffer(self, address: int, nbytes: int) -> bool: ...
+    def counters(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
+
+class Hyper:
+    lr: float
+    step: int
+    def __init__(
+        self,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        step: int,
+        decoupled: bool = True,
+        grad_scale: float = 1.0,
+        maximize: bool = False,
+    ) -> None: ...
+
+class UpdateJob:
+    def __init__(
+        self,
+        *,
+        param_codec: str,
+        n_elements: int,
+        param_address: int,
+        param_offset: int = -1,
+        read_param: bool = False,
+        state_offset: int = -1,
+        state_host_address: int = 0,
+        host_chunks: int = 0,
+        grad_address: int = 0,
+        grad_dtype: str = "float32",
+        grad_offset: int = -1,
+        segments: Sequence[tuple[int, int, Hyper]],
+    ) -> None: ...
+
+class UpdatePipeline:
+    def __init__(
+        self,
+        engine: Engine | None,
+        chunk_elements: int,
+        n_buffers: int,
+        n_threads: int,
+        buffer_address: int,
+        buffer_nbytes: int,
+    ) -> None: ...
+    @staticmethod
+    def buffer_nbytes_required(chunk_elements: int, n_buffers: int) -> int: ...
+    def submit(self, job: UpdateJob) -> Ticket: ...
+    def kernel_seconds(self) -> float: ...
+    def close(self) -> None: ...
+
+def simd_levels() -> list[str]: ...
+def split_master(source: int, hi: int, lo: int, n: int, level: str = "auto") -> None: ...
+def merge_master(hi: int, lo: int, destination: int, n: int, level: str = "auto") -> None: ...
+def canonicalize_nan(values: int, n: int) -> None: ...
+def adamw_update(
+    param_codec: str,
+    param: int,
+    lo: int,
+    exp_avg: int,
+    exp_avg_sq: int,
+    grad: int,
+    grad_dtype: str,
+    n: int,
+    hyper: Hyper,
+    level: str = "auto",
+) -> None: ...

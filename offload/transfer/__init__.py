@@ -1,0 +1,1 @@
+"""The only rooms through which bytes move between tiers."""
