@@ -1,0 +1,311 @@
+"""A block as one autograd node: forward and backward run micro-batch by micro-batch inside it.
+
+[Note: what is saved] By default only the block's inputs are kept (device, host or storage) and forward runs again in
+backward, with the random state and autocast settings of the first run. With the policy `keep`, the graph of the
+first run is kept instead, and parameters in it are saved by reference: a saved-tensor hook notes which part of the
+block's slot a saved tensor is, so the block may be evicted and fetched again before backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch.utils import _pytree as pytree
+
+from offload.errors import UsageError
+from offload.model import microbatch
+from offload.stores.activations import ActivationStore, SwappedOut
+from offload.stores.block_store import BlockRecord
+
+
+class Runner(Protocol):
+    """What a block's node needs of the engine."""
+
+    micro_batches: int
+
+    def begin_forward(self, block: BlockRecord) -> None: ...
+    def end_forward(self, block: BlockRecord) -> None: ...
+    def begin_backward(self, block: BlockRecord) -> None: ...
+    def end_backward(self, block: BlockRecord) -> None: ...
+    def activation_store(self, nbytes: int) -> ActivationStore | None: ...
+    @property
+    def keeps_graph(self) -> bool: ...
+
+
+@dataclass
+class Call:
+    """One call of a block, taken apart; shared between forward and backward."""
+
+    forward: Callable[..., Any]
+    block: BlockRecord
+    runner: Runner
+    leaves: list[Any]
+    spec: pytree.TreeSpec
+    tensor_positions: list[int]
+    n_samples: int
+    ranges: list[tuple[int, int]]
+    contexts: list[AbstractContextManager[Any]] = field(default_factory=list)
+    random_states: list[Any] = field(default_factory=list)
+    out_spec: pytree.TreeSpec | None = None
+    constants: list[Any] = field(default_factory=list)
+    kept: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = field(default_factory=list)
+
+
+def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), cuda
+
+
+def _set_random_state(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
+
+def _autocast_contexts(device_type: str) -> list[AbstractContextManager[Any]]:
+    return [
+        torch.autocast(
+            device_type,
+            enabled=torch.is_autocast_enabled(device_type),
+            dtype=torch.get_autocast_dtype(device_type),
+            cache_enabled=torch.is_autocast_cache_enabled(),
+        )
+    ]
+
+
+def saved_by_reference(block: BlockRecord) -> torch.autograd.graph.saved_tensors_hooks:
+    """Hooks that save tensors lying in the block's slot as (dtype, shape, strides, byte offset), others as they are."""
+
+    def pack(tensor: torch.Tensor) -> Any:
+        slot = block.slot
+        if slot is None or tensor.untyped_storage().data_ptr() != slot.bytes_tensor.untyped_storage().data_ptr():
+            return tensor
+        first = slot.bytes_tensor.data_ptr()
+        if not first <= tensor.data_ptr() < first + slot.bytes_tensor.numel():
+            return tensor
+        offset_nbytes = tensor.data_ptr() - first
+        return (tensor.dtype, tensor.shape, tensor.stride(), offset_nbytes)
+
+    def unpack(saved: Any) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
+            return saved
+        dtype, shape, stride, offset_nbytes = saved
+        if block.slot is None:
+            raise UsageError(f"block {block.name} is needed for backward but has been evicted; please report this")
+        plane = block.slot.bytes_tensor[offset_nbytes:]
+        whole = plane[: plane.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+        return whole.as_strided(shape, stride, whole.storage_offset())
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def _is_differentiable(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _run_micro(call: Call, leaves: list[Any]) -> list[Any]:
+    args, kwargs = pytree.tree_unflatten(leaves, call.spec)
+    out_leaves, out_spec = pytree.tree_flatten(call.forward(*args, **kwargs))
+    call.out_spec = out_spec
+    return out_leaves
+
+
+def _join_outputs(call: Call, outputs: list[list[Any]]) -> tuple[torch.Tensor, ...]:
+    sizes = [stop - start for start, stop in call.ranges]
+    joined: list[torch.Tensor] = []
+    call.constants = []
+    for parts in zip(*outputs, strict=True):
+        if isinstance(parts[0], torch.Tensor):
+            call.constants.append(None)
+            joined.append(microbatch.join(list(parts), sizes))
+        else:
+            call.constants.append((parts[0],))
+    return tuple(joined)
+
+
+class _BlockFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, _anchor: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        runner, block = call.runner, call.block
+        leaves = list(call.leaves)
+        for position, tensor in zip(call.tensor_positions, tensors, strict=True):
+            leaves[position] = tensor
+        call.contexts = _autocast_contexts(tensors[0].device.type if tensors else "cpu")
+        device = tensors[0].device if tensors else torch.device("cpu")
+        runner.begin_forward(block)
+        outputs: list[list[Any]] = []
+        try:
+            for start, stop in call.ranges:
+                micro = microbatch.slice_leaves(leaves, call.n_samples, start, stop)
+                if runner.keeps_graph:
+                    outputs.append(_forward_keeping(call, micro))
+                else:
+                    call.random_states.append(_random_state(device))
+                    outputs.append(_run_micro(call, micro))
+        finally:
+            runner.end_forward(block)
+        block.outstanding_backwards += 1
+        _save_inputs(ctx, call, tensors)
+        call.leaves = [None if isinstance(x, torch.Tensor) else x for x in call.leaves]
+        ctx.call = call
+        results = _join_outputs(call, outputs)
+        ctx.mark_non_differentiable(*[r for r in results if not _is_differentiable(r)])
+        ctx.set_materialize_grads(False)
+        # An input that is returned as it is would alias the node's input; autograd wants its own tensor.
+        inputs = {id(t) for t in tensors}
+        return tuple(r.view_as(r) if id(r) in inputs else r for r in results)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[Any, ...]:
+        call: Call = ctx.call
+        runner, block = call.runner, call.block
+        tensors = _restore_inputs(ctx)
+        leaves = list(call.leaves)
+        for position, tensor in zip(call.tensor_positions, tensors, strict=True):
+            leaves[position] = tensor
+        grads: list[torch.Tensor | None] = [None] * len(tensors)
+        device = tensors[0].device if tensors else torch.device("cpu")
+        runner.begin_backward(block)
+        try:
+            outside = _random_state(device)
+            for number, (start, stop) in enumerate(call.ranges):
+                if call.kept:
+                    inputs, outputs = call.kept[number]
+                else:
+                    _set_random_state(call.random_states[number], device)
+                    micro = microbatch.slice_leaves(leaves, call.n_samples, start, stop)
+                    inputs, outputs = _recompute(call, micro)
+                _backward_micro(call, inputs, outputs, grad_outputs, number)
+                if call.kept:
+                    call.kept[number] = ([], [])
+                for i, tensor in enumerate(inputs):
+                    if tensor.grad is None or not ctx.needs_input_grad[2 + i]:
+                        continue
+                    grads[i] = _place(grads[i], tensor.grad, tensors[i], call, number)
+                    tensor.grad = None
+            _set_random_state(outside, device)
+        finally:
+            block.outstanding_backwards -= 1
+            runner.end_backward(block)
+        ctx.call = None
+        return (None, None, *grads)
+
+
+def _forward_keeping(call: Call, micro: list[Any]) -> list[Any]:
+    with torch.enable_grad(), saved_by_reference(call.block):
+        inputs = _detach_inputs(call, micro)
+        out_leaves = _run_micro(call, micro)
+    outputs = [x for x in out_leaves if isinstance(x, torch.Tensor)]
+    call.kept.append((inputs, outputs))
+    return [x.detach() if isinstance(x, torch.Tensor) else x for x in out_leaves]
+
+
+def _detach_inputs(call: Call, micro: list[Any]) -> list[torch.Tensor]:
+    inputs = []
+    for position in call.tensor_positions:
+        source = micro[position]
+        tensor = source.detach().requires_grad_(source.requires_grad)
+        micro[position] = tensor
+        inputs.append(tensor)
+    return inputs
+
+
+def _recompute(call: Call, micro: list[Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    with torch.enable_grad(), ExitStack() as stack:
+        for context in call.contexts:
+            stack.enter_context(context)
+        inputs = _detach_inputs(call, micro)
+        out_leaves = _run_micro(call, micro)
+    return inputs, [x for x in out_leaves if isinstance(x, torch.Tensor)]
+
+
+def _backward_micro(
+    call: Call,
+    inputs: list[torch.Tensor],
+    outputs: list[torch.Tensor],
+    grad_outputs: tuple[torch.Tensor | None, ...],
+    number: int,
+) -> None:
+    start, stop = call.ranges[number]
+    whole = len(call.ranges) == 1
+    pairs = [
+        (output, grad if whole else grad[start:stop])
+        for output, grad in zip(outputs, grad_outputs, strict=True)
+        if grad is not None and output.requires_grad
+    ]
+    if pairs:
+        torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+
+
+def _place(
+    total: torch.Tensor | None, grad: torch.Tensor, tensor: torch.Tensor, call: Call, number: int
+) -> torch.Tensor:
+    """Put one micro-batch's input gradient into the whole: its rows for a batched input, a sum for a shared one."""
+    if len(call.ranges) == 1:
+        return grad
+    start, stop = call.ranges[number]
+    if microbatch.is_batched(tensor, call.n_samples):
+        if total is None:
+            total = torch.empty_like(tensor)
+        total[start:stop].copy_(grad)
+        return total
+    return grad if total is None else total.add_(grad)
+
+
+def _save_inputs(ctx: Any, call: Call, tensors: tuple[torch.Tensor, ...]) -> None:
+    """Keep the inputs, the largest (the hidden states) on storage when the engine says so."""
+    ctx.swapped = None
+    kept = list(tensors)
+    if tensors and not call.kept:
+        largest = max(range(len(tensors)), key=lambda i: tensors[i].numel() * tensors[i].element_size())
+        nbytes = tensors[largest].numel() * tensors[largest].element_size()
+        store = call.runner.activation_store(nbytes)
+        if store is not None:
+            ctx.swapped = (largest, store, store.swap_out(tensors[largest].contiguous()))
+            kept[largest] = tensors[largest].new_empty(0)
+    elif call.kept:
+        kept = [t.new_empty(0) if not microbatch.is_batched(t, call.n_samples) else t for t in tensors]
+    ctx.save_for_backward(*kept)
+    ctx.requires = [t.requires_grad for t in tensors]
+
+
+def _restore_inputs(ctx: Any) -> list[torch.Tensor]:
+    tensors = list(ctx.saved_tensors)
+    if ctx.swapped is not None:
+        largest, store, handle = ctx.swapped
+        if not isinstance(handle, SwappedOut):
+            raise UsageError("backward ran twice through a block whose input was swapped out")
+        tensors[largest] = store.swap_in(handle)
+        ctx.swapped = (largest, store, None)
+    return [t.detach().requires_grad_(r) for t, r in zip(tensors, ctx.requires, strict=True)]
+
+
+def run_block(
+    forward: Callable[..., Any], block: BlockRecord, runner: Runner, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run a block's `forward`; with gradients as one autograd node, without them directly."""
+    if not torch.is_grad_enabled():
+        runner.begin_forward(block)
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            runner.end_forward(block)
+    leaves, spec = microbatch.flatten(args, kwargs)
+    positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    n_samples = microbatch.batch_numel(leaves)
+    ranges = microbatch.cut_points(n_samples, runner.micro_batches)
+    if len(ranges) > 1:
+        microbatch.check_unambiguous(leaves, n_samples)
+    call = Call(forward, block, runner, leaves, spec, positions, n_samples, ranges)
+    tensors = [leaves[i] for i in positions]
+    # Blocks are trained even when their input needs no gradient (a frozen embedding): the anchor keeps the node.
+    anchor = torch.empty(0, requires_grad=block.layout.grad_elements > 0)
+    results = iter(_BlockFunction.apply(call, anchor, *tensors))
+    if call.out_spec is None:
+        raise UsageError(f"block {block.name} returned nothing")
+    out_leaves = [next(results) if constant is None else constant[0] for constant in call.constants]
+    return pytree.tree_unflatten(out_leaves, call.out_spec)

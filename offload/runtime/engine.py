@@ -1,0 +1,308 @@
+"""The composition root: `OffloadEngine` ties blocks, hooks, scheduler and optimizer together."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.config import Config
+from offload.errors import ConfigError, UsageError
+from offload.model.blocks import cut as cut_model
+from offload.model.flat import FlatBuffer
+from offload.runtime import hooks
+from offload.runtime.assembly import Assembly, assemble
+from offload.runtime.block_function import run_block
+from offload.runtime.optimizer import OffloadOptimizer
+from offload.runtime.scheduler import Scheduler
+from offload.stores.activations import ActivationStore
+from offload.stores.block_store import BlockRecord
+from offload.telemetry import Stalls
+
+logger = logging.getLogger("offload")
+
+
+class OffloadEngine:
+    """What `model.offload` is: counters, stalls, `no_sync()`, `flush()` and `close()`."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: OffloadOptimizer, config: Config, blocks: object, dtype: torch.dtype | None
+    ) -> None:
+        device_types = {p.device.type for p in model.parameters()}
+        if device_types - {"cpu"}:
+            raise ConfigError(
+                f"parameters are on {sorted(device_types)}: this version streams models whose device tier is DRAM "
+                "(CPU); move the model to the CPU first"
+            )
+        self.model = model
+        self.config = config
+        self.micro_batches = config.micro_batches
+        self.keeps_graph = config.activations == "keep"
+        self.stalls = Stalls()
+        self.last_step: dict[str, Any] = {}
+        self.deferred = config.deferred
+        cut = cut_model(model, blocks)
+        self._assembly: Assembly = assemble(cut, config, dtype)
+        parts = self._assembly
+        self.root, self.blocks, self.placement = parts.root, parts.blocks, parts.placement
+        self._optimizer = weakref.ref(optimizer)
+        self._scheduler = Scheduler(
+            parts.blocks, parts.root, parts.slots, parts.grad_buffers, parts.store, parts.pipeline, self.stalls
+        )
+        self._activations: ActivationStore | None = None
+        if config.activations == "storage":
+            if parts.store is None:
+                raise ConfigError("activations='storage' needs storage=[directory]")
+            self._activations = ActivationStore(parts.store, self.stalls)
+        self._sync = True
+        self._backward_open = False
+        self._step_start_s = time.perf_counter()
+        self._handles = []
+        self._modules = [module for _, module in cut.blocks]
+        for block, module in zip(self.blocks, self._modules, strict=True):
+            hooks.replace_forward(
+                module, lambda forward, args, kwargs, block=block: run_block(forward, block, self, args, kwargs)
+            )
+            self._handles += hooks.on_gradient(block, self._scheduler.accumulate)
+        self._handles += hooks.on_gradient(self.root, self._receive_root_gradient)
+        owners = {name.rpartition(".")[0] for name, _ in cut.root}
+        modules = dict(model.named_modules())
+        self._handles += hooks.before_forward([model, *(modules[name] for name in owners)], self._root_needed)
+        self._closed = False
+        self._finalizer = weakref.finalize(model, _close_parts, parts)
+
+    # ---- called by blocks and hooks --------------------------------------------------------------------------
+
+    def _root_needed(self) -> None:
+        if self.root.pending_update:
+            self._scheduler.fetch(self.root, must=True)
+        self._scheduler.wait_resident(self.root)
+
+    def _receive_root_gradient(
+        self, block: BlockRecord, buffer: FlatBuffer, position: int, parameter: nn.Parameter
+    ) -> None:
+        self._open_backward()
+        self._scheduler.accumulate(block, buffer, position, parameter)
+
+    def begin_forward(self, block: BlockRecord) -> None:
+        """Before the block's forward."""
+        if self._closed:
+            raise UsageError("the offload engine is closed; wrap the model again")
+        self._scheduler.begin(block, "forward")
+
+    def end_forward(self, block: BlockRecord) -> None:
+        """After the block's forward."""
+        self._scheduler.end(block)
+
+    def begin_backward(self, block: BlockRecord) -> None:
+        """Before the block's backward."""
+        self._open_backward()
+        self._scheduler.begin(block, "backward")
+        self._scheduler.begin_gradients(block)
+
+    def end_backward(self, block: BlockRecord) -> None:
+        """After the block's backward: its gradients leave at once."""
+        self._scheduler.end(block)
+        if not block.touched or block.grad_buffer is None:
+            if block.grad_buffer is not None:
+                block.grad_buffer.owner, block.grad_buffer = None, None
+            return
+        if self._sync and not self.deferred and block.outstanding_backwards == 0:
+            self._scheduler.update_now(block, self._hyper_of)
+            block.updated_since_step = True
+            self._scheduler.prefetch()
+            return
+        if self._sync and self.config.max_grad_norm is not None:
+            block.grad_norms = self._norms(block)
+        self._scheduler.park_gradients(block)
+
+    def activation_store(self, nbytes: int) -> ActivationStore | None:
+        """Where a block's input of `nbytes` is kept until backward; None means in memory."""
+        return self._activations
+
+    def _open_backward(self) -> None:
+        if self._backward_open:
+            return
+        with contextlib.suppress(RuntimeError):  # outside a backward, as when a test sets .grad by hand
+            hooks.at_end_of_backward(self._backward_ended)
+            self._backward_open = True
+
+    def _backward_ended(self) -> None:
+        self._backward_open = False
+        if self._sync and not self.deferred and self.root.touched:
+            if self.root.updated_since_step:
+                raise UsageError("backward ran again before optimizer.step(); use model.offload.no_sync()")
+            self._scheduler.wait_resident(self.root)
+            self._scheduler.update_now(self.root, self._hyper_of)
+            self.root.updated_since_step = True
+
+    # ---- called by the optimizer -----------------------------------------------------------------------------
+
+    def _hyper_of(self, parameter: nn.Parameter) -> Any:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise UsageError("the optimizer returned by offload.wrap has been deleted")
+        return optimizer.hyper_of(parameter)
+
+    def _norms(self, block: BlockRecord) -> list[torch.Tensor]:
+        """Norm of each gradient of the block, in its order of parameters."""
+        if block.grad_buffer is None:
+            return []
+        plane = block.grad_buffer.plane
+        return [
+            torch.linalg.vector_norm(block.grad_view(buffer, segment, plane))
+            for buffer in block.layout.buffers
+            for segment in buffer.segments
+            if id(segment.parameter) in block.touched
+        ]
+
+    def _clip(self) -> float:
+        """Factor that brings the global norm to `max_grad_norm`, as torch.nn.utils.clip_grad_norm_ computes it."""
+        optimizer = self._optimizer()
+        if self.config.max_grad_norm is None or optimizer is None:
+            return 1.0
+        norms = self._norms(self.root) if self.root.touched else []
+        for block in self.blocks:
+            if block.touched:
+                norms += block.grad_norms
+        if not norms:
+            return 1.0
+        total = torch.linalg.vector_norm(torch.stack(norms))
+        optimizer.grad_norm = total
+        return min(1.0, float(self.config.max_grad_norm / (total + 1e-6)))
+
+    def optimizer_step(self) -> None:
+        """Decide the updates of this step that have not been made during backward."""
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise UsageError("the optimizer returned by offload.wrap has been deleted")
+        waiting = [b for b in self.blocks if b.touched]
+        if any(b.pending_update for b in [*waiting, self.root]):
+            self._scheduler.flush()  # a block was skipped by this step's forward
+        optimizer.grad_scale = self._clip()
+        for block in waiting:
+            self._scheduler.update_later(block, self._hyper_of)
+        if self.root.touched:
+            self._scheduler.wait_resident(self.root)
+            self._scheduler.update_now(self.root, self._hyper_of)
+        optimizer.grad_scale = 1.0
+        for block in [*self.blocks, self.root]:
+            block.updated_since_step = False
+            block.outstanding_backwards = 0
+        self._scheduler.rewind()
+        self._scheduler.prefetch()
+        now = time.perf_counter()
+        self.last_step = {"step_s": now - self._step_start_s, "stall_s": self.stalls.reset()}
+        self._step_start_s = now
+
+    def discard_gradients(self) -> None:
+        """Forget gradients that no step has consumed."""
+        for block in [*self.blocks, self.root]:
+            if block.pending_update or block.tickets:
+                continue
+            block.touched.clear()
+            block.grads_waiting = False
+
+    # ---- for the user ----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate: gradients of backwards inside wait for the first backward outside (the DDP convention)."""
+        before, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = before
+
+    def flush(self) -> None:
+        """Finish every decided update; afterwards the store holds the parameters of the last step."""
+        self._scheduler.flush()
+
+    def counters(self) -> dict[str, int]:
+        """Bytes read from and written to storage so far."""
+        store = self._assembly.store
+        if store is None:
+            return {"read_bytes": 0, "written_bytes": 0}
+        counted = store.engine.counters()
+        return {"read_bytes": counted["read_bytes"], "written_bytes": counted["written_bytes"]}
+
+    @property
+    def trainable_numel(self) -> int:
+        """Trainable parameters."""
+        return sum(
+            segment.numel
+            for block in [*self.blocks, self.root]
+            for buffer in block.layout.buffers
+            if buffer.trainable
+            for segment in buffer.segments
+        )
+
+    def iter_blocks(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        """The parameters as they are computed with, block by block, the root first; valid until the next one."""
+        self.flush()
+        for block in [self.root, *self.blocks]:
+            block.in_use += 1
+            try:
+                self._scheduler.fetch(block, must=True)
+                self._scheduler.wait_resident(block)
+                yield [(s.name, s.parameter.data) for buffer in block.layout.buffers for s in buffer.segments]
+            finally:
+                block.in_use -= 1
+
+    def close(self) -> None:
+        """Finish what is in flight, drop the hooks and remove the store. The parameters on storage are gone then."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.flush()
+        finally:
+            for handle in self._handles:
+                handle.remove()
+            for module in self._modules:
+                hooks.restore_forward(module)
+            self._finalizer()
+
+
+def _close_parts(parts: Assembly) -> None:
+    parts.pipeline.close()
+    if parts.store is not None:
+        parts.store.close()
+
+
+def wrap(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    blocks: object = None,
+    compute_dtype: torch.dtype | None = None,
+    **settings: object,
+) -> tuple[Any, OffloadOptimizer]:
+    """Stream `model`'s training state between memory and storage. Returns the same model and a new optimizer.
+
+    `optimizer` is a fresh torch.optim.AdamW or Adam over the model's parameters. `blocks` names the repeated stack
+    (a class, its name, or a list of modules) where it is not found by itself. `compute_dtype=torch.bfloat16` computes
+    fp32 parameters in bf16 while their exact fp32 value stays the master. Other settings: `offload.config.Config`.
+    Raises BudgetError before anything is written when the budgets cannot hold the model, ConfigError for settings
+    that contradict each other.
+    """
+    config = Config.checked(**settings)
+    if compute_dtype not in (None, torch.bfloat16):
+        raise ConfigError(f"compute_dtype={compute_dtype} is not supported: use torch.bfloat16 or None")
+    wrapped = OffloadOptimizer(optimizer)
+    hf_config = getattr(model, "config", None)
+    if getattr(model, "is_gradient_checkpointing", False):
+        model.gradient_checkpointing_disable()
+        logger.info("gradient checkpointing of the model is off: blocks recompute by themselves")
+    if getattr(hf_config, "use_cache", False):
+        hf_config.use_cache = False  # type: ignore[union-attr]  # a cache would grow twice when a block recomputes
+    engine = OffloadEngine(model, wrapped, config, blocks, compute_dtype)
+    wrapped.engine = engine
+    model.offload = engine  # type: ignore[assignment]  # documented attribute
+    return model, wrapped

@@ -1,0 +1,98 @@
+"""The optimizer the user's loop sees: a real `torch.optim.Optimizer` whose step is made by the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from offload.errors import ConfigError, UsageError
+from offload.transfer.io_engine import Hyper
+
+
+class Stepper(Protocol):
+    """What `OffloadOptimizer` asks of the engine."""
+
+    def optimizer_step(self) -> None: ...
+    def discard_gradients(self) -> None: ...
+
+
+_NEEDED = ("lr", "betas", "eps", "weight_decay")
+
+
+class OffloadOptimizer(torch.optim.Optimizer):
+    """AdamW (decoupled weight decay) or Adam (L2), over state kept by the engine.
+
+    Made by `offload.wrap` from the user's optimizer: same parameters, same groups, so LR schedulers attach to it.
+    Hyperparameters are read when a block's update is decided: at `step()` in deferred mode, during backward
+    otherwise; changing them between backward and `step()` raises UsageError in the latter case.
+    """
+
+    def __init__(self, source: torch.optim.Optimizer) -> None:
+        if isinstance(source, torch.optim.AdamW):
+            decoupled = True
+        elif isinstance(source, torch.optim.Adam):
+            decoupled = bool(source.defaults.get("decoupled_weight_decay", False))
+        else:
+            raise ConfigError(
+                f"{type(source).__name__} is not supported: use torch.optim.AdamW or torch.optim.Adam"
+            )
+        for group in source.param_groups:
+            if group.get("amsgrad"):
+                raise ConfigError("amsgrad=True is not supported: it needs a third moment per parameter")
+        if any(len(state) for state in source.state.values()):
+            raise ConfigError("the optimizer has state already; wrap it before its first step")
+        self.engine: Stepper | None = None
+        self._decoupled = decoupled
+        self._steps: dict[torch.nn.Parameter, int] = {}
+        self._used: dict[int, tuple[Any, ...]] = {}
+        self.grad_scale = 1.0
+        self.grad_norm: torch.Tensor | None = None
+        """Global gradient norm before clipping, of the last step with `max_grad_norm`."""
+        super().__init__([dict(group) for group in source.param_groups], dict(source.defaults))
+        self._group_of = {p: group for group in self.param_groups for p in group["params"]}
+
+    @staticmethod
+    def _values(group: dict[str, Any]) -> tuple[Any, ...]:
+        return (float(group["lr"]), *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"]))
+
+    def hyper_of(self, parameter: torch.nn.Parameter) -> Hyper:
+        """Hyperparameters of this step for one parameter; counts the step."""
+        group = self._group_of.get(parameter)
+        if group is None:
+            raise UsageError("a trainable parameter of the model is in no group of the optimizer: freeze it or add it")
+        lr, beta1, beta2, eps, weight_decay = values = self._values(group)
+        self._used[id(group)] = values
+        step = self._steps.get(parameter, 0) + 1
+        self._steps[parameter] = step
+        return Hyper(
+            lr, beta1, beta2, eps, weight_decay, step, self._decoupled, self.grad_scale, bool(group.get("maximize"))
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # closure returns Any
+        """Make (or confirm) the update of every parameter that has a gradient. Returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            used = self._used.get(id(group))
+            if used is not None and used != self._values(group):
+                raise UsageError(
+                    "hyperparameters were changed between backward and optimizer.step(), but updates ran during "
+                    "backward: change them after step(), or use update='deferred'"
+                )
+        self._used.clear()
+        if self.engine is None:
+            raise UsageError("this optimizer is not attached to a model; get it from offload.wrap")
+        self.engine.optimizer_step()
+        self._used.clear()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Discard gradients that no step has consumed."""
+        super().zero_grad(set_to_none)
+        if self.engine is not None:
+            self.engine.discard_gradients()
