@@ -46,7 +46,9 @@ Scalars scalars_of(const Hyper& hyper) {
   Scalars s{};
   s.decay = static_cast<float>(hyper.decoupled ? 1.0 - hyper.lr * hyper.weight_decay : 1.0);
   s.l2 = static_cast<float>(hyper.decoupled ? 0.0 : hyper.weight_decay);
-  s.one_minus_beta1 = static_cast<float>(1.0 - hyper.beta1);
+  const float weight = static_cast<float>(1.0 - hyper.beta1);
+  s.lerp_from_grad = weight >= 0.5f;
+  s.lerp_weight = s.lerp_from_grad ? weight - 1.0f : weight;
   s.beta2 = static_cast<float>(hyper.beta2);
   s.one_minus_beta2 = static_cast<float>(1.0 - hyper.beta2);
   s.eps = static_cast<float>(hyper.eps);

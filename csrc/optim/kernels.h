@@ -21,8 +21,8 @@ struct Hyper {
 
 // The scalars of one update, computed in double and rounded to float once.
 struct Scalars {
-  float decay, l2, one_minus_beta1, beta2, one_minus_beta2, eps, bias_correction2_sqrt, negative_step_size,
-      grad_scale;
+  float decay, l2, lerp_weight, beta2, one_minus_beta2, eps, bias_correction2_sqrt, negative_step_size, grad_scale;
+  bool lerp_from_grad;  // as torch.lerp does for weights of one half and more: exact at weight 1
 };
 Scalars scalars_of(const Hyper& hyper);
 

@@ -2,7 +2,8 @@
 // function attributes of that set; there is no include guard on purpose. No fused multiply-add anywhere
 // (-ffp-contract=off), so every instruction set gives the same bits.
 //
-// Order of operations follows torch.optim.AdamW (single tensor path): decay, lerp, addcmul, addcdiv.
+// Order of operations follows torch.optim.AdamW (single tensor path): decay, lerp, addcmul, addcdiv. It has the bits of
+// torch where torch does not fuse either; with AVX2 and AVX-512 torch fuses lerp, addcmul and add(alpha).
 
 OFFLOAD_TARGET inline std::uint32_t bits_of(float value) {
   std::uint32_t bits;
@@ -24,12 +25,13 @@ OFFLOAD_TARGET inline std::int16_t lo_of(std::uint32_t bits) { return static_cas
 OFFLOAD_TARGET inline std::uint32_t merged(std::uint16_t hi, std::int16_t lo) {
   return (static_cast<std::uint32_t>(hi) << 16) + static_cast<std::uint32_t>(static_cast<std::int32_t>(lo));
 }
-// Every NaN becomes 0x7FC00000, whose hi is a NaN too.
+// Every NaN becomes 0x7FC00000, whose hi is a NaN too. Which payload and sign a NaN carries depends on operand order
+// and processor, so all results go through here.
 OFFLOAD_TARGET inline std::uint32_t canonical(std::uint32_t bits) {
   return (bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC00000u : bits;
 }
 
-template <Codec codec, GradDtype grad_dtype>
+template <Codec codec, GradDtype grad_dtype, bool has_l2>
 OFFLOAD_TARGET void update_planes(const Planes& planes, std::size_t n, const Scalars& s) {
   float* __restrict__ param = static_cast<float*>(planes.param);
   std::uint16_t* __restrict__ hi = static_cast<std::uint16_t*>(planes.param);
@@ -43,14 +45,15 @@ OFFLOAD_TARGET void update_planes(const Planes& planes, std::size_t n, const Sca
     float g = grad_dtype == GradDtype::float32 ? grad_f32[i]
                                                : float_of(static_cast<std::uint32_t>(grad_bf16[i]) << 16);
     g = g * s.grad_scale;
-    g = g + s.l2 * p;
+    if (has_l2) g = g + s.l2 * p;
     p = p * s.decay;
-    const float m = exp_avg[i] + s.one_minus_beta1 * (g - exp_avg[i]);
+    const float base = s.lerp_from_grad ? g : exp_avg[i];
+    const float m = base + s.lerp_weight * (g - exp_avg[i]);
     const float v = exp_avg_sq[i] * s.beta2 + s.one_minus_beta2 * g * g;
     const float denominator = __builtin_sqrtf(v) / s.bias_correction2_sqrt + s.eps;
     p = p + s.negative_step_size * m / denominator;
-    exp_avg[i] = m;
-    exp_avg_sq[i] = v;
+    exp_avg[i] = float_of(canonical(bits_of(m)));
+    exp_avg_sq[i] = float_of(canonical(bits_of(v)));
     const std::uint32_t bits = canonical(bits_of(p));
     if (codec == Codec::fp32) {
       param[i] = float_of(bits);
@@ -61,17 +64,25 @@ OFFLOAD_TARGET void update_planes(const Planes& planes, std::size_t n, const Sca
   }
 }
 
+template <Codec codec, GradDtype grad_dtype>
+OFFLOAD_TARGET void update_as(const Planes& planes, std::size_t n, const Scalars& s) {
+  if (s.l2 != 0.0f)
+    update_planes<codec, grad_dtype, true>(planes, n, s);
+  else
+    update_planes<codec, grad_dtype, false>(planes, n, s);
+}
+
 OFFLOAD_TARGET void update(Codec codec, GradDtype grad_dtype, const Planes& planes, std::size_t n, const Scalars& s) {
   if (codec == Codec::split_bf16) {
     if (grad_dtype == GradDtype::float32)
-      update_planes<Codec::split_bf16, GradDtype::float32>(planes, n, s);
+      update_as<Codec::split_bf16, GradDtype::float32>(planes, n, s);
     else
-      update_planes<Codec::split_bf16, GradDtype::bfloat16>(planes, n, s);
+      update_as<Codec::split_bf16, GradDtype::bfloat16>(planes, n, s);
   } else {
     if (grad_dtype == GradDtype::float32)
-      update_planes<Codec::fp32, GradDtype::float32>(planes, n, s);
+      update_as<Codec::fp32, GradDtype::float32>(planes, n, s);
     else
-      update_planes<Codec::fp32, GradDtype::bfloat16>(planes, n, s);
+      update_as<Codec::fp32, GradDtype::bfloat16>(planes, n, s);
   }
 }
 

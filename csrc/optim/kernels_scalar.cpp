@@ -1,9 +1,11 @@
-// The kernels for the instruction set "scalar".
+// The kernels for every processor: on x86-64 one element at a time, elsewhere as the compiler vectorises them.
 #include "optim/kernels.h"
 
-#if 1
-
-#define OFFLOAD_TARGET __attribute__((optimize("no-tree-vectorize")))
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define OFFLOAD_TARGET __attribute__((optimize("no-tree-vectorize")))  // an oracle for the vector levels
+#else
+#define OFFLOAD_TARGET
+#endif
 
 namespace offload::optim::level_scalar {
 
@@ -14,5 +16,3 @@ namespace {
 Kernels table() { return {"scalar", &update, &split, &merge, &canonicalize_nan}; }
 
 }  // namespace offload::optim::level_scalar
-
-#endif

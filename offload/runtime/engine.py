@@ -108,7 +108,10 @@ class OffloadEngine:
 
     def end_backward(self, block: BlockRecord) -> None:
         """After the block's backward: its gradients leave at once."""
+        self._dispatch_gradients(block)
         self._scheduler.end(block)
+
+    def _dispatch_gradients(self, block: BlockRecord) -> None:
         if not block.touched or block.grad_buffer is None:
             if block.grad_buffer is not None:
                 block.grad_buffer.owner, block.grad_buffer = None, None
@@ -116,7 +119,6 @@ class OffloadEngine:
         if self._sync and not self.deferred and block.outstanding_backwards == 0:
             self._scheduler.update_now(block, self._hyper_of)
             block.updated_since_step = True
-            self._scheduler.prefetch()
             return
         if self._sync and self.config.max_grad_norm is not None:
             block.grad_norms = self._norms(block)
