@@ -66,19 +66,22 @@ void bind_optim(py::module_& module) {
   module.def(
       "split_master",
       [](std::uintptr_t source, std::uintptr_t hi, std::uintptr_t lo, std::size_t n, const std::string& level) {
-        optim::kernels_at(level).split(at<const float>(source), at<std::uint16_t>(hi), at<std::int16_t>(lo), n);
+        const optim::Kernels& chosen = optim::kernels_at(level);
+        py::gil_scoped_release release;
+        chosen.split(at<const float>(source), at<std::uint16_t>(hi), at<std::int16_t>(lo), n);
       },
       py::arg("source"), py::arg("hi"), py::arg("lo"), py::arg("n"), py::arg("level") = "auto");
   module.def(
       "merge_master",
       [](std::uintptr_t hi, std::uintptr_t lo, std::uintptr_t destination, std::size_t n, const std::string& level) {
-        optim::kernels_at(level).merge(at<const std::uint16_t>(hi), at<const std::int16_t>(lo),
-                                       at<float>(destination), n);
+        const optim::Kernels& chosen = optim::kernels_at(level);
+        py::gil_scoped_release release;
+        chosen.merge(at<const std::uint16_t>(hi), at<const std::int16_t>(lo), at<float>(destination), n);
       },
       py::arg("hi"), py::arg("lo"), py::arg("destination"), py::arg("n"), py::arg("level") = "auto");
   module.def(
       "canonicalize_nan",
-      [](std::uintptr_t values, std::size_t n) { optim::kernels_at("auto").canonicalize_nan(at<float>(values), n); },
+      [](std::uintptr_t values, std::size_t n) { optim::kernels().back().canonicalize_nan(at<float>(values), n); },
       py::arg("values"), py::arg("n"));
 
   py::class_<Hyper>(module, "Hyper")
@@ -101,8 +104,9 @@ void bind_optim(py::module_& module) {
                                    at<const void>(grad)};
         const auto codec = codec_of(param_codec);
         const auto dtype = grad_dtype_of(grad_dtype);
+        const optim::Kernels& chosen = optim::kernels_at(level);
         py::gil_scoped_release release;
-        optim::kernels_at(level).update(codec, dtype, planes, n, optim::scalars_of(hyper));
+        chosen.update(codec, dtype, planes, n, optim::scalars_of(hyper));
       },
       py::arg("param_codec"), py::arg("param"), py::arg("lo"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
       py::arg("grad"), py::arg("grad_dtype"), py::arg("n"), py::arg("hyper"), py::arg("level") = "auto");
@@ -123,7 +127,19 @@ void bind_optim(py::module_& module) {
            py::arg("engine").none(true), py::arg("chunk_elements"), py::arg("n_buffers"), py::arg("n_threads"),
            py::arg("buffer_address"), py::arg("buffer_nbytes"))
       .def_static("buffer_nbytes_required", &optim::UpdatePipeline::buffer_nbytes_required)
-      .def("submit", &optim::UpdatePipeline::submit)
+      .def_static(
+          "state_nbytes",
+          [](const std::string& param_codec, std::size_t n_elements) {
+            return n_elements * optim::state_nbytes_per_element(codec_of(param_codec));
+          },
+          py::arg("param_codec"), py::arg("n_elements"))
+      .def("submit", &optim::UpdatePipeline::submit, py::arg("job"), py::call_guard<py::gil_scoped_release>())
+      .def("stats",
+           [](const optim::UpdatePipeline& pipeline) {
+             return py::dict(py::arg("kernel_s") = pipeline.kernel_seconds(),
+                             py::arg("wait_read_s") = pipeline.wait_read_seconds(),
+                             py::arg("chunks") = pipeline.chunks_updated());
+           })
       .def("kernel_seconds", &optim::UpdatePipeline::kernel_seconds)
       .def("close", &optim::UpdatePipeline::close, py::call_guard<py::gil_scoped_release>());
 }

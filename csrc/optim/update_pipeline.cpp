@@ -3,60 +3,95 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <system_error>
 
+#include "common/aligned_buffer.h"
 #include "common/check.h"
 
 namespace offload::optim {
 
 namespace {
+
 constexpr std::size_t kPlaneElements = 2048;  // 2-byte planes of this many elements are whole pages
-constexpr std::size_t kRecordNbytesMax = 10, kGradNbytes = 4;
+constexpr std::size_t kRecordNbytesMax = 10, kGradNbytesMax = 4;
+
 std::size_t param_nbytes_per_element(Codec codec) { return codec == Codec::split_bf16 ? 2 : 4; }
+std::size_t grad_nbytes_per_element(GradDtype dtype) { return dtype == GradDtype::float32 ? 4 : 2; }
+
+bool on_page(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % kPageNbytes == 0; }
+bool on_page(std::int64_t offset) { return offset % static_cast<std::int64_t>(kPageNbytes) == 0; }
+
+std::int64_t nanoseconds_since(std::chrono::steady_clock::time_point begin) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin).count();
+}
+
+io::Error error_of(const std::exception& thrown) {
+  if (const auto* system = dynamic_cast<const std::system_error*>(&thrown)) return {system->code().value(), thrown.what()};
+  return {EINVAL, thrown.what()};
+}
+
 }  // namespace
 
 std::size_t state_nbytes_per_element(Codec codec) { return codec == Codec::split_bf16 ? 10 : 8; }
 
 std::size_t UpdatePipeline::buffer_nbytes_required(std::size_t chunk_elements, std::size_t n_buffers) {
-  return chunk_elements * (kRecordNbytesMax + kGradNbytes) * n_buffers;
+  return chunk_elements * (kRecordNbytesMax + kGradNbytesMax) * n_buffers;
 }
 
 UpdatePipeline::UpdatePipeline(std::shared_ptr<io::Engine> engine, std::size_t chunk_elements, std::size_t n_buffers,
                                std::size_t n_threads, char* buffer, std::size_t buffer_nbytes)
-    : engine_(std::move(engine)), chunk_elements_(chunk_elements), n_buffers_(n_buffers) {
+    : engine_(std::move(engine)), chunk_elements_(chunk_elements) {
   OFFLOAD_CHECK(chunk_elements > 0 && chunk_elements % kPlaneElements == 0, "chunk_elements must be a multiple of 2048");
   OFFLOAD_CHECK(n_buffers > 0 && n_threads > 0, "an update pipeline needs a buffer and a thread");
   OFFLOAD_CHECK(buffer_nbytes >= buffer_nbytes_required(chunk_elements, n_buffers), "the chunk buffers are too small");
+  OFFLOAD_CHECK(buffer != nullptr && on_page(buffer), "the chunk buffers must start on a page");
   for (std::size_t i = 0; i < n_buffers; ++i)
     free_buffers_.push_back(buffer + i * buffer_nbytes_required(chunk_elements, 1));
-  for (std::size_t i = 0; i < n_threads; ++i) threads_.emplace_back([this] { work(); });
+  try {
+    for (std::size_t i = 0; i < n_threads; ++i) threads_.emplace_back([this] { work(); });
+  } catch (...) {
+    close();
+    throw;
+  }
 }
 
 UpdatePipeline::~UpdatePipeline() { close(); }
 
-std::shared_ptr<io::Ticket> UpdatePipeline::submit(UpdateJob job) {
-  OFFLOAD_CHECK(job.n_elements > 0 && job.n_elements % kPlaneElements == 0, "n_elements must be a multiple of 2048");
+void UpdatePipeline::check(const UpdateJob& job, std::size_t n_chunks) const {
   OFFLOAD_CHECK(job.param != nullptr, "an update needs the parameter plane in host memory");
+  OFFLOAD_CHECK(job.grad != nullptr || job.grad_offset >= 0, "an update needs gradients");
+  OFFLOAD_CHECK(job.host_chunks == 0 || job.state_host != nullptr, "host_chunks needs state_host_address");
+  OFFLOAD_CHECK(job.host_chunks >= n_chunks || job.state_offset >= 0, "state_offset is missing");
+  OFFLOAD_CHECK(!job.read_param || job.param_offset >= 0, "read_param needs param_offset");
+  OFFLOAD_CHECK(job.param_offset < 0 || (on_page(job.param) && on_page(job.param_offset)),
+                "a parameter plane on storage must start on a page, in memory and in the store");
+  OFFLOAD_CHECK(job.state_offset < 0 || on_page(job.state_offset), "state_offset must be a multiple of 4096");
+  OFFLOAD_CHECK(job.grad_offset < 0 || on_page(job.grad_offset), "grad_offset must be a multiple of 4096");
+  const bool uses_storage = job.param_offset >= 0 || job.grad_offset >= 0 || job.host_chunks < n_chunks;
+  OFFLOAD_CHECK(!uses_storage || engine_ != nullptr, "this update needs storage, and the pipeline has no engine");
   std::size_t end = 0;
   for (const Segment& segment : job.segments) {
-    OFFLOAD_CHECK(segment.start >= end && segment.start + segment.n <= job.n_elements,
+    OFFLOAD_CHECK(segment.start >= end && segment.start <= job.n_elements &&
+                      segment.n <= job.n_elements - segment.start,
                   "segments must be sorted, disjoint and inside the buffer");
     end = segment.start + segment.n;
   }
+}
+
+std::shared_ptr<io::Ticket> UpdatePipeline::submit(UpdateJob job) {
+  OFFLOAD_CHECK(job.n_elements > 0 && job.n_elements % kPlaneElements == 0, "n_elements must be a multiple of 2048");
   auto state = std::make_shared<JobState>();
   state->n_chunks = (job.n_elements + chunk_elements_ - 1) / chunk_elements_;
-  OFFLOAD_CHECK(job.host_chunks == 0 || job.state_host != nullptr, "host_chunks needs state_host_address");
-  OFFLOAD_CHECK(job.host_chunks >= state->n_chunks || job.state_offset >= 0, "state_offset is missing");
-  OFFLOAD_CHECK(job.grad != nullptr || job.grad_offset >= 0, "an update needs gradients");
-  const bool uses_storage =
-      job.param_offset >= 0 || job.grad_offset >= 0 || job.host_chunks < state->n_chunks || job.read_param;
-  OFFLOAD_CHECK(!uses_storage || engine_ != nullptr, "this update needs storage, and the pipeline has no engine");
+  check(job, state->n_chunks);
   state->unfinished = state->n_chunks;
   state->ticket = std::make_shared<io::Ticket>(1);
+  for (const Segment& segment : job.segments) state->scalars.push_back(scalars_of(segment.hyper));
   state->job = std::move(job);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     OFFLOAD_CHECK(!closing_, "the update pipeline is closed");
     jobs_.push_back(state);
+    if (next_ == nullptr) take_next_chunk();
   }
   changed_.notify_one();
   return state->ticket;
@@ -84,73 +119,117 @@ std::int64_t UpdatePipeline::record_offset(const Chunk& chunk) const {
   return job.state_offset + static_cast<std::int64_t>(position);
 }
 
+bool UpdatePipeline::Chunk::overlaps(const Chunk& other) const {
+  for (const Range& ours : storage)
+    for (const Range& theirs : other.storage)
+      if (ours.overlaps(theirs)) return true;
+  for (const Range& ours : memory)
+    for (const Range& theirs : other.memory)
+      if (ours.overlaps(theirs)) return true;
+  return false;
+}
+
+// Makes `next_` of the first job that has chunks left, with the bytes the chunk will touch. Called with the lock.
+void UpdatePipeline::take_next_chunk() {
+  next_ = nullptr;
+  if (jobs_.empty()) return;
+  auto chunk = std::make_shared<Chunk>();
+  chunk->job = jobs_.front();
+  chunk->index = next_index_;
+  const UpdateJob& job = chunk->job->job;
+  const std::size_t start = chunk->index * chunk_elements_;
+  chunk->n = std::min(chunk_elements_, job.n_elements - start);
+  if (++next_index_ == chunk->job->n_chunks) {
+    jobs_.pop_front();
+    next_index_ = 0;
+  }
+  const auto range = [](std::uint64_t begin, std::uint64_t nbytes) { return Range{begin, begin + nbytes}; };
+  const auto extent = [&](std::int64_t offset, std::size_t nbytes_per_element) {
+    if (offset < 0) return Range{};
+    return range(static_cast<std::uint64_t>(offset) + start * nbytes_per_element, chunk->n * nbytes_per_element);
+  };
+  const std::size_t param_nbytes = param_nbytes_per_element(job.codec);
+  const std::size_t record_nbytes = chunk->n * state_nbytes_per_element(job.codec);
+  chunk->storage[1] = extent(job.param_offset, param_nbytes);
+  chunk->storage[2] = extent(job.grad_offset, grad_nbytes_per_element(job.grad_dtype));
+  chunk->memory[0] = range(reinterpret_cast<std::uintptr_t>(job.param) + start * param_nbytes, chunk->n * param_nbytes);
+  if (chunk->index < job.host_chunks)
+    chunk->memory[1] = range(reinterpret_cast<std::uintptr_t>(record(*chunk)), record_nbytes);
+  else
+    chunk->storage[0] = range(static_cast<std::uint64_t>(record_offset(*chunk)), record_nbytes);
+  next_ = std::move(chunk);
+}
+
+// A chunk whose bytes an earlier chunk still holds has to wait for its write: a read now would be a stale one.
+bool UpdatePipeline::can_issue() const {
+  if (issuing_ || next_ == nullptr || free_buffers_.empty()) return false;
+  return std::none_of(in_flight_.begin(), in_flight_.end(),
+                      [this](const ChunkPtr& chunk) { return chunk->overlaps(*next_); });
+}
+
 void UpdatePipeline::settle_io(const ChunkPtr& chunk, const io::Error& error, bool was_read) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (error.code != 0 && chunk->error.code == 0) chunk->error = error;
   if (chunk->pending.fetch_sub(1) != 1) return;
+  if (was_read) --reading_;
   (was_read ? ready_ : written_).push_back(chunk);
   changed_.notify_one();  // under the lock: close() may destroy the pipeline as soon as it is released
 }
 
 // Starts the reads of as many chunks as there are free buffers, job after job without a drain in between.
 void UpdatePipeline::issue_reads(std::unique_lock<std::mutex>& lock) {
-  if (issuing_) return;  // one thread issues, so that chunks are read in order
-  issuing_ = true;
-  while (!jobs_.empty() && !free_buffers_.empty()) {
-    auto chunk = std::make_shared<Chunk>();
-    chunk->job = jobs_.front();
-    chunk->index = next_chunk_;
+  while (can_issue()) {
+    issuing_ = true;  // one thread issues, so that chunks are read in order
+    const ChunkPtr chunk = std::move(next_);
+    take_next_chunk();
     chunk->buffer = free_buffers_.back();
     free_buffers_.pop_back();
-    const UpdateJob& job = chunk->job->job;
-    const std::size_t start = chunk->index * chunk_elements_;
-    chunk->n = std::min(chunk_elements_, job.n_elements - start);
-    if (++next_chunk_ == chunk->job->n_chunks) {
-      jobs_.pop_front();
-      next_chunk_ = 0;
-    }
+    in_flight_.push_back(chunk);
+    ++reading_;
+    const bool skip = chunk->job->error.code != 0;
     lock.unlock();
-    const std::size_t param_nbytes = param_nbytes_per_element(job.codec);
-    std::vector<std::shared_ptr<io::Ticket>> tickets;
-    io::Error refused;
-    try {
-      if (chunk->index >= job.host_chunks)
-        tickets.push_back(engine_->submit(io::Op::read, chunk->buffer,
-                                          chunk->n * state_nbytes_per_element(job.codec),
-                                          static_cast<std::uint64_t>(record_offset(*chunk))));
-      if (job.read_param)
-        tickets.push_back(
-            engine_->submit(io::Op::read, job.param + start * param_nbytes, chunk->n * param_nbytes,
-                            static_cast<std::uint64_t>(job.param_offset) + start * param_nbytes));
-      if (job.grad_offset >= 0) {
-        const std::size_t grad_nbytes = job.grad_dtype == GradDtype::float32 ? 4 : 2;
-        tickets.push_back(engine_->submit(io::Op::read, chunk->buffer + chunk_elements_ * kRecordNbytesMax,
-                                          chunk->n * grad_nbytes,
-                                          static_cast<std::uint64_t>(job.grad_offset) + start * grad_nbytes));
-      }
-    } catch (const std::exception& error) {
-      refused = {EINVAL, error.what()};
-    }
-    chunk->pending = tickets.size() + 1;
-    for (const auto& ticket : tickets)
-      ticket->on_complete([this, chunk](const io::Error& error) { settle_io(chunk, error, true); });
-    settle_io(chunk, refused, true);
+    start_reads(chunk, skip);
     lock.lock();
+    issuing_ = false;
   }
-  issuing_ = false;
 }
 
-void UpdatePipeline::compute(Chunk& chunk) const {
+void UpdatePipeline::start_reads(const ChunkPtr& chunk, bool skip) {
+  const UpdateJob& job = chunk->job->job;
+  const std::size_t start = chunk->index * chunk_elements_;
+  std::vector<std::shared_ptr<io::Ticket>> tickets;
+  io::Error refused;
+  const auto read = [&](char* to, const Range& from) {
+    if (from.end > from.begin)
+      tickets.push_back(engine_->submit(io::Op::read, to, static_cast<std::size_t>(from.end - from.begin), from.begin));
+  };
+  try {
+    if (!skip) {
+      read(chunk->buffer, chunk->storage[0]);
+      if (job.read_param) read(job.param + start * param_nbytes_per_element(job.codec), chunk->storage[1]);
+      read(chunk->buffer + chunk_elements_ * kRecordNbytesMax, chunk->storage[2]);
+    }
+  } catch (const std::exception& error) {
+    refused = error_of(error);
+  }
+  chunk->pending = tickets.size() + 1;
+  for (const auto& ticket : tickets)
+    ticket->on_complete([this, chunk](const io::Error& error) { settle_io(chunk, error, true); });
+  settle_io(chunk, refused, true);
+}
+
+void UpdatePipeline::compute(const Chunk& chunk) const {
   const UpdateJob& job = chunk.job->job;
   char* state = record(chunk);
   const std::size_t start = chunk.index * chunk_elements_;
   const std::size_t param_nbytes = param_nbytes_per_element(job.codec);
-  const std::size_t grad_nbytes = job.grad_dtype == GradDtype::float32 ? 4 : 2;
+  const std::size_t grad_nbytes = grad_nbytes_per_element(job.grad_dtype);
   const std::size_t lo_nbytes = job.codec == Codec::split_bf16 ? 2 * chunk.n : 0;
   const char* grad = job.grad_offset >= 0 ? chunk.buffer + chunk_elements_ * kRecordNbytesMax
                                           : job.grad + start * grad_nbytes;
-  const Kernels& best = kernels_at("auto");
-  for (const Segment& segment : job.segments) {
+  const Kernels& best = kernels().back();
+  for (std::size_t i = 0; i < job.segments.size(); ++i) {
+    const Segment& segment = job.segments[i];
     const std::size_t from = std::max(segment.start, start);
     const std::size_t to = std::min(segment.start + segment.n, start + chunk.n);
     if (from >= to) continue;
@@ -158,26 +237,24 @@ void UpdatePipeline::compute(Chunk& chunk) const {
     const Planes planes{job.param + from * param_nbytes, reinterpret_cast<std::int16_t*>(state) + at,
                         reinterpret_cast<float*>(state + lo_nbytes) + at,
                         reinterpret_cast<float*>(state + lo_nbytes + 4 * chunk.n) + at, grad + at * grad_nbytes};
-    best.update(job.codec, job.grad_dtype, planes, to - from, scalars_of(segment.hyper));
+    best.update(job.codec, job.grad_dtype, planes, to - from, chunk.job->scalars[i]);
   }
 }
 
 void UpdatePipeline::start_writes(const ChunkPtr& chunk) {
   const UpdateJob& job = chunk->job->job;
   const std::size_t start = chunk->index * chunk_elements_;
-  const std::size_t param_nbytes = param_nbytes_per_element(job.codec);
   std::vector<std::shared_ptr<io::Ticket>> tickets;
   io::Error refused;
+  const auto write = [&](char* from, const Range& to) {
+    if (to.end > to.begin)
+      tickets.push_back(engine_->submit(io::Op::write, from, static_cast<std::size_t>(to.end - to.begin), to.begin));
+  };
   try {
-    if (chunk->index >= job.host_chunks)
-      tickets.push_back(engine_->submit(io::Op::write, chunk->buffer,
-                                        chunk->n * state_nbytes_per_element(job.codec),
-                                        static_cast<std::uint64_t>(record_offset(*chunk))));
-    if (job.param_offset >= 0)
-      tickets.push_back(engine_->submit(io::Op::write, job.param + start * param_nbytes, chunk->n * param_nbytes,
-                                        static_cast<std::uint64_t>(job.param_offset) + start * param_nbytes));
+    write(chunk->buffer, chunk->storage[0]);
+    write(job.param + start * param_nbytes_per_element(job.codec), chunk->storage[1]);
   } catch (const std::exception& error) {
-    refused = {EINVAL, error.what()};
+    refused = error_of(error);
   }
   chunk->pending = tickets.size() + 1;
   for (const auto& ticket : tickets)
@@ -191,6 +268,7 @@ void UpdatePipeline::finish(const ChunkPtr& chunk) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     free_buffers_.push_back(chunk->buffer);
+    in_flight_.erase(std::find(in_flight_.begin(), in_flight_.end(), chunk));
     JobState& job = *chunk->job;
     if (chunk->error.code != 0 && job.error.code == 0) job.error = chunk->error;
     if (--job.unfinished == 0) done = chunk->job;
@@ -202,11 +280,12 @@ void UpdatePipeline::finish(const ChunkPtr& chunk) {
 void UpdatePipeline::work() {
   std::unique_lock<std::mutex> lock(mutex_);
   while (true) {
-    changed_.wait(lock, [this] {
-      const bool can_issue = !issuing_ && !jobs_.empty() && !free_buffers_.empty();
-      const bool drained = jobs_.empty() && free_buffers_.size() == n_buffers_;
-      return can_issue || !ready_.empty() || !written_.empty() || (closing_ && drained);
-    });
+    while (!can_issue() && ready_.empty() && written_.empty() && !(closing_ && drained())) {
+      const bool waits_for_reads = reading_ > 0;
+      const auto begin = std::chrono::steady_clock::now();
+      changed_.wait(lock);
+      if (waits_for_reads) wait_read_ns_ += nanoseconds_since(begin);
+    }
     if (!written_.empty()) {
       const ChunkPtr chunk = written_.front();
       written_.pop_front();
@@ -226,14 +305,14 @@ void UpdatePipeline::work() {
       } else {
         const auto begin = std::chrono::steady_clock::now();
         compute(*chunk);
-        const auto spent = std::chrono::steady_clock::now() - begin;
-        kernel_ns_ += std::chrono::duration_cast<std::chrono::nanoseconds>(spent).count();
+        kernel_ns_ += nanoseconds_since(begin);
+        ++chunks_updated_;
         start_writes(chunk);
       }
       lock.lock();
       continue;
     }
-    if (closing_ && jobs_.empty() && free_buffers_.size() == n_buffers_) return;
+    if (closing_ && drained()) return;
   }
 }
 

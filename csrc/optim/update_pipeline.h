@@ -1,6 +1,8 @@
 // The out-of-core update: read chunk -> kernel -> write chunk, overlapped, for a queue of flat buffers.
 #pragma once
 
+#include <array>
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -49,19 +51,29 @@ class UpdatePipeline {
 
   static std::size_t buffer_nbytes_required(std::size_t chunk_elements, std::size_t n_buffers);
 
-  // Queues a job; its ticket completes when every write of it has.
+  // Queues a job; its ticket completes when every write of it has. Jobs may be queued on bytes that earlier jobs still
+  // write: the later chunk waits. Throws std::invalid_argument for a job that cannot run as described.
   std::shared_ptr<io::Ticket> submit(UpdateJob job);
   // Finishes what is queued and stops the threads.
   void close();
+  // Seconds inside kernels, summed over the threads.
   double kernel_seconds() const { return static_cast<double>(kernel_ns_.load()) * 1e-9; }
+  // Seconds that threads slept while reads were in flight, summed over the threads.
+  double wait_read_seconds() const { return static_cast<double>(wait_read_ns_.load()) * 1e-9; }
+  std::uint64_t chunks_updated() const { return chunks_updated_.load(); }
 
  private:
   struct JobState {
     UpdateJob job;
     std::size_t n_chunks = 0;
     std::size_t unfinished = 0;
-    io::Error error;
+    std::vector<Scalars> scalars;  // of each segment
+    io::Error error;               // guarded by the pipeline's mutex
     std::shared_ptr<io::Ticket> ticket;
+  };
+  struct Range {
+    std::uint64_t begin = 0, end = 0;
+    bool overlaps(const Range& other) const { return begin < other.end && other.begin < end; }
   };
   struct Chunk {
     std::shared_ptr<JobState> job;
@@ -69,12 +81,20 @@ class UpdatePipeline {
     char* buffer = nullptr;
     std::atomic<std::size_t> pending{0};
     io::Error error;  // guarded by the pipeline's mutex
+    std::array<Range, 3> storage;  // extents of state, parameters and gradients; empty where not on storage
+    std::array<Range, 2> memory;   // the parameter plane and a record that lives in host memory
+    bool overlaps(const Chunk& other) const;
   };
   using ChunkPtr = std::shared_ptr<Chunk>;
 
+  void check(const UpdateJob& job, std::size_t n_chunks) const;
+  void take_next_chunk();
+  bool can_issue() const;
+  bool drained() const { return next_ == nullptr && in_flight_.empty(); }
   void work();
   void issue_reads(std::unique_lock<std::mutex>& lock);
-  void compute(Chunk& chunk) const;
+  void start_reads(const ChunkPtr& chunk, bool skip);
+  void compute(const Chunk& chunk) const;
   void start_writes(const ChunkPtr& chunk);
   void finish(const ChunkPtr& chunk);
   void settle_io(const ChunkPtr& chunk, const io::Error& error, bool was_read);
@@ -85,13 +105,16 @@ class UpdatePipeline {
   std::size_t chunk_elements_;
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::deque<std::shared_ptr<JobState>> jobs_;  // jobs that still have chunks to read
-  std::size_t next_chunk_ = 0;                  // of jobs_.front()
+  std::deque<std::shared_ptr<JobState>> jobs_;  // jobs that still have chunks to take
+  std::size_t next_index_ = 0;                  // chunk of jobs_.front()
+  ChunkPtr next_;                               // the next chunk to read; null when every job is taken
+  std::vector<ChunkPtr> in_flight_;             // chunks that own a buffer
   std::vector<char*> free_buffers_;
-  std::size_t n_buffers_;
+  std::size_t reading_ = 0;  // chunks whose reads are in flight
   std::deque<ChunkPtr> ready_, written_;
   bool issuing_ = false, closing_ = false;
-  std::atomic<std::int64_t> kernel_ns_{0};
+  std::atomic<std::int64_t> kernel_ns_{0}, wait_read_ns_{0};
+  std::atomic<std::uint64_t> chunks_updated_{0};
   std::vector<std::thread> threads_;
 };
 
