@@ -53,7 +53,14 @@ class OffloadEngine:
         self.root, self.blocks, self.placement = parts.root, parts.blocks, parts.placement
         self._optimizer = weakref.ref(optimizer)
         self._scheduler = Scheduler(
-            parts.blocks, parts.root, parts.slots, parts.grad_buffers, parts.store, parts.pipeline, self.stalls
+            parts.blocks,
+            parts.root,
+            parts.slots,
+            parts.grad_buffers,
+            parts.store,
+            parts.pipeline,
+            self.stalls,
+            spare_host_nbytes=parts.host_nbytes - parts.placement.host_nbytes,
         )
         self._activations: ActivationStore | None = None
         if config.activations == "storage":
@@ -299,7 +306,7 @@ def wrap(
         raise ConfigError(f"compute_dtype={compute_dtype} is not supported: use torch.bfloat16 or None")
     wrapped = OffloadOptimizer(optimizer)
     hf_config = getattr(model, "config", None)
-    if getattr(model, "is_gradient_checkpointing", False):
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         model.gradient_checkpointing_disable()
         logger.info("gradient checkpointing of the model is off: blocks recompute by themselves")
     if getattr(hf_config, "use_cache", False):

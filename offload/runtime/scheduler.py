@@ -37,7 +37,9 @@ class Scheduler:
         store: Store | None,
         pipeline: UpdatePipeline,
         stalls: Stalls,
+        spare_host_nbytes: int = 0,
     ) -> None:
+        self._spare_host_nbytes = spare_host_nbytes
         self.blocks = blocks
         self.root = root
         self._slots = slots
@@ -211,18 +213,26 @@ class Scheduler:
             return
         buffer = block.grad_buffer
         plane = buffer.plane[: block.layout.grad_elements]
+        if block.grad_host is None and block.grad_offset < 0:
+            self._take_host_gradients(block)
         if block.grad_host is not None:
             block.grad_host.copy_(plane)
-        else:
-            if self._store is None or block.grad_offset < 0:
-                raise UsageError(
-                    f"block {block.name}: gradients have to wait for more of them, and no memory was planned for that: "
-                    "use update='deferred', or give storage=[directory]"
-                )
+        elif self._store is not None:
             with self._stalls.waiting("gradient"):
                 self._store.engine.write(plane.data_ptr(), plane.numel() * 4, block.grad_offset).wait()
         block.grads_waiting = True
         block.grad_buffer, buffer.owner = None, None
+
+    def _take_host_gradients(self, block: BlockRecord) -> None:
+        """Host memory for gradients that must wait, from what the budget has left (DRAM-only placement)."""
+        nbytes = block.layout.grad_elements * 4
+        if nbytes > self._spare_host_nbytes:
+            raise UsageError(
+                f"block {block.name}: its gradients have to wait for more of them, which takes {nbytes} bytes, and "
+                f"{self._spare_host_nbytes} bytes of host_memory are left: raise it, or give storage=[directory]"
+            )
+        self._spare_host_nbytes -= nbytes
+        block.grad_host = torch.empty(block.layout.grad_elements, dtype=torch.float32)
 
     # ---- updates ---------------------------------------------------------------------------------------------
 
