@@ -17,6 +17,16 @@ namespace {
   throw py::error_already_set();
 }
 
+// The last reference may go from Python or from a worker; closing waits, and never with the GIL held.
+void delete_engine(io::Engine* engine) {
+  if (PyGILState_Check() == 0) {
+    delete engine;
+    return;
+  }
+  py::gil_scoped_release release;
+  delete engine;
+}
+
 // Waits in slices so that Ctrl-C is seen; the GIL is free inside each.
 void wait_ticket(const std::shared_ptr<io::Ticket>& ticket, const std::optional<double>& timeout_s) {
   const auto start = std::chrono::steady_clock::now();
@@ -100,7 +110,7 @@ void bind_io(py::module_& module) {
              io::EngineOptions options{std::move(paths), std::move(backend), direct, block_nbytes,
                                        queue_depth,      stripe_nbytes,      nullptr};
              if (inject) options.faults = faults_from(*inject);
-             return std::make_shared<io::Engine>(std::move(options));
+             return std::shared_ptr<io::Engine>(new io::Engine(std::move(options)), &delete_engine);
            }),
            py::arg("paths"), py::kw_only(), py::arg("backend") = "auto", py::arg("direct") = true,
            py::arg("block_nbytes") = std::size_t{1} << 20, py::arg("queue_depth") = 32,

@@ -22,21 +22,28 @@ Engine::Engine(EngineOptions options) : options_(std::move(options)), direct_(op
   OFFLOAD_CHECK(options_.queue_depth >= 1 && options_.queue_depth <= 4096, "queue_depth must be 1 to 4096");
   OFFLOAD_CHECK(options_.backend == "auto" || options_.backend == "uring" || options_.backend == "posix",
                 "backend must be auto, uring or posix");
-  open_files();
-  for (std::size_t drive = 0; drive < descriptors_.size(); ++drive) {
-    BackendOptions backend_options{options_.paths[drive], descriptors_[drive], direct_, options_.queue_depth,
-                                   options_.faults};
+  try {
+    open_files();
+    make_backends();
+  } catch (...) {
+    backends_.clear();
+    close_files();
+    throw;
+  }
+}
+
+void Engine::make_backends() {
+  for (std::size_t drive = 0; drive < files_.size(); ++drive) {
+    BackendOptions backend_options{options_.paths[drive], files_[drive].descriptor, files_[drive].direct,
+                                   options_.queue_depth, options_.faults};
     std::unique_ptr<Backend> backend;
     if (options_.backend != "posix" && backend_name_ != "posix")
       backend = make_uring_backend(backend_options, backend_reason_);
     if (backend) {
       backend_name_ = "uring";
     } else {
-      if (options_.backend == "uring") {
-        backends_.clear();
-        close_files();
+      if (options_.backend == "uring")
         throw std::system_error(ENOSYS, std::generic_category(), "backend=uring refused: " + backend_reason_);
-      }
       backend = make_posix_backend(backend_options);
       backend_name_ = "posix";
     }
@@ -48,24 +55,22 @@ Engine::~Engine() { close(); }
 
 void Engine::open_files() {
   for (const std::string& path : options_.paths) {
+    bool direct = options_.direct;
     int descriptor = -1;
-    if (direct_) {
+    if (direct) {
       descriptor = ::open(path.c_str(), O_RDWR | O_DIRECT | O_CLOEXEC);
-      if (descriptor < 0 && errno == EINVAL) direct_ = false;  // tmpfs and some network file systems
+      if (descriptor < 0 && errno == EINVAL) direct = false;  // tmpfs and some network file systems
     }
-    if (descriptor < 0 && !direct_) descriptor = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
-    if (descriptor < 0) {
-      const int code = errno;
-      close_files();
-      throw std::system_error(code, std::generic_category(), "cannot open " + path);
-    }
-    descriptors_.push_back(descriptor);
+    if (!direct) descriptor = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
+    if (descriptor < 0) throw std::system_error(errno, std::generic_category(), "cannot open " + path);
+    files_.push_back({descriptor, direct});
+    direct_ = direct_ && direct;
   }
 }
 
 void Engine::close_files() {
-  for (const int descriptor : descriptors_) ::close(descriptor);
-  descriptors_.clear();
+  for (const File& file : files_) ::close(file.descriptor);
+  files_.clear();
 }
 
 std::shared_ptr<Ticket> Engine::submit(Op op, void* address, std::size_t nbytes, std::uint64_t offset, bool urgent) {
@@ -108,6 +113,7 @@ bool Engine::register_buffer(void* address, std::size_t nbytes) {
 }
 
 void Engine::close() {
+  std::lock_guard<std::mutex> lock(close_mutex_);
   if (closed_) return;
   closed_ = true;
   for (const auto& backend : backends_) backend->close();

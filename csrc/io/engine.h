@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -29,8 +30,10 @@ class Engine {
 
   // Starts one transfer; never blocks on the device. With O_DIRECT all three numbers are multiples of 4096.
   std::shared_ptr<Ticket> submit(Op op, void* address, std::size_t nbytes, std::uint64_t offset, bool urgent = false);
-  // False when the kernel refuses; transfers then go unregistered.
+  // False when the kernel refuses; transfers then go unregistered. The memory must stay mapped until close(): the kernel
+  // keeps its pages, so another mapping at the same address would be transferred from and to the old ones.
   bool register_buffer(void* address, std::size_t nbytes);
+  // Finishes what is in flight and releases registered buffers. Any thread, any number of times.
   void close();
 
   const std::string& backend() const { return backend_name_; }
@@ -41,13 +44,19 @@ class Engine {
 
  private:
   void open_files();
+  void make_backends();
   void close_files();
 
   EngineOptions options_;
   std::string backend_name_, backend_reason_;
   bool direct_ = true;
+  std::mutex close_mutex_;
   bool closed_ = false;
-  std::vector<int> descriptors_;
+  struct File {
+    int descriptor;
+    bool direct;
+  };
+  std::vector<File> files_;
   std::vector<std::unique_ptr<Backend>> backends_;
 };
 

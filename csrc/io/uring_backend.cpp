@@ -20,6 +20,7 @@ namespace {
 
 constexpr std::uint64_t kWake = ~std::uint64_t{0};
 constexpr unsigned kRegisteredMax = 256;
+constexpr unsigned kBusyRetriesMax = 1000;  // a millisecond apart
 constexpr std::size_t kRegisteredPieceNbytes = std::size_t{1} << 30;  // the kernel's limit for one registered buffer
 
 struct Registered {
@@ -30,24 +31,27 @@ struct Registered {
 class UringBackend final : public Backend {
  public:
   UringBackend(const BackendOptions& options, std::string& reason) : Backend(options) {
+    wake_descriptor_ = ::eventfd(0, EFD_CLOEXEC);
+    if (wake_descriptor_ < 0) {
+      reason = std::string("eventfd: ") + std::strerror(errno);
+      return;
+    }
     int result = io_uring_queue_init(options.queue_depth + 2, &ring_, IORING_SETUP_COOP_TASKRUN);
     if (result == -EINVAL) result = io_uring_queue_init(options.queue_depth + 2, &ring_, 0);
     if (result < 0) {
       reason = std::string("io_uring_setup: ") + std::strerror(-result);
       return;
     }
-    wake_descriptor_ = ::eventfd(0, EFD_CLOEXEC);
     file_registered_ = io_uring_register_files(&ring_, &options_.descriptor, 1) == 0;
     sparse_buffers_ = io_uring_register_buffers_sparse(&ring_, kRegisteredMax) == 0;
     in_flight_.resize(options.queue_depth);
     for (unsigned i = options.queue_depth; i-- > 0;) free_.push_back(i);
-    usable_ = true;
     thread_ = std::thread([this] { loop(); });
+    usable_ = true;
   }
 
   ~UringBackend() override {
     close();
-    if (usable_) io_uring_queue_exit(&ring_);
     if (wake_descriptor_ >= 0) ::close(wake_descriptor_);
   }
 
@@ -68,8 +72,8 @@ class UringBackend final : public Backend {
   }
 
   bool register_buffer(char* address, std::size_t nbytes) override {
-    if (!sparse_buffers_) return false;
     std::lock_guard<std::mutex> lock(registered_mutex_);
+    if (!usable_ || !sparse_buffers_) return false;
     for (std::size_t start = 0; start < nbytes; start += kRegisteredPieceNbytes) {
       const std::size_t piece_nbytes = std::min(kRegisteredPieceNbytes, nbytes - start);
       if (registered_.size() == kRegisteredMax) return false;
@@ -92,6 +96,10 @@ class UringBackend final : public Backend {
       wake_thread();
       thread_.join();
     }
+    // The ring goes now, not with the object: it pins every registered buffer.
+    std::lock_guard<std::mutex> lock(registered_mutex_);
+    if (usable_) io_uring_queue_exit(&ring_);
+    usable_ = false;
   }
 
  private:
@@ -151,12 +159,12 @@ class UringBackend final : public Backend {
 
   void loop() {
     bool wake_armed = false;
-    std::uint64_t wake_value = 0;
+    unsigned busy_retries = 0;
     std::vector<std::pair<std::uint64_t, int>> completions;
     while (fill()) {
       if (!wake_armed) {
         io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
-        io_uring_prep_read(sqe, wake_descriptor_, &wake_value, sizeof wake_value, 0);
+        io_uring_prep_read(sqe, wake_descriptor_, &wake_value_, sizeof wake_value_, 0);
         io_uring_sqe_set_data64(sqe, kWake);
         wake_armed = true;
       }
@@ -164,6 +172,15 @@ class UringBackend final : public Backend {
       if (submitted < 0 && submitted != -EINTR && submitted != -EAGAIN && submitted != -EBUSY) {
         abandon(-submitted);
         return;
+      }
+      if (submitted == -EAGAIN || submitted == -EBUSY) {
+        if (++busy_retries > kBusyRetriesMax) {
+          abandon(-submitted);
+          return;
+        }
+        ::usleep(1000);
+      } else {
+        busy_retries = 0;
       }
       // Drain first, decide later.
       completions.clear();
@@ -208,6 +225,7 @@ class UringBackend final : public Backend {
   io_uring ring_{};
   bool usable_ = false, file_registered_ = false, sparse_buffers_ = false;
   int wake_descriptor_ = -1;
+  std::uint64_t wake_value_ = 0;  // the kernel writes here, also after the loop has ended
   std::mutex mutex_;  // guards the two queues and closing_
   std::deque<Piece> urgent_, normal_;
   bool closing_ = false;
