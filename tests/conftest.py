@@ -9,10 +9,16 @@ def llama(layers=4, tie=False, dropout=0.0, hidden=64, vocab=256):
 
     return LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=2, vocab_size=vocab, tie_word_embeddings=tie, attention_dropout=dropout,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=vocab,
+            tie_word_embeddings=tie,
+            attention_dropout=dropout,
         )
-    )  # fmt: skip
+    )
 
 
 def gpt2(layers=4, tie=True, dropout=0.0):
@@ -20,10 +26,17 @@ def gpt2(layers=4, tie=True, dropout=0.0):
 
     return GPT2LMHeadModel(
         GPT2Config(
-            n_embd=64, n_layer=layers, n_head=4, vocab_size=256, n_positions=64, tie_word_embeddings=tie,
-            resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout,
+            n_embd=64,
+            n_layer=layers,
+            n_head=4,
+            vocab_size=256,
+            n_positions=64,
+            tie_word_embeddings=tie,
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
         )
-    )  # fmt: skip
+    )
 
 
 def qwen2(layers=4, tie=True, dropout=0.0):
@@ -31,10 +44,16 @@ def qwen2(layers=4, tie=True, dropout=0.0):
 
     return Qwen2ForCausalLM(
         Qwen2Config(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=2, vocab_size=256, tie_word_embeddings=tie, attention_dropout=dropout,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=256,
+            tie_word_embeddings=tie,
+            attention_dropout=dropout,
         )
-    )  # fmt: skip
+    )
 
 
 def bert(layers=4, tie=True, dropout=0.0):
@@ -42,11 +61,17 @@ def bert(layers=4, tie=True, dropout=0.0):
 
     return BertForMaskedLM(
         BertConfig(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4, vocab_size=256,
-            max_position_embeddings=64, tie_word_embeddings=tie, hidden_dropout_prob=dropout,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            vocab_size=256,
+            max_position_embeddings=64,
+            tie_word_embeddings=tie,
+            hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
         )
-    )  # fmt: skip
+    )
 
 
 MODELS = {"llama": llama, "gpt2": gpt2, "qwen2": qwen2, "bert": bert}
@@ -60,7 +85,10 @@ def build(kind, dtype=torch.float32, seed=0, **shape):
 def two_groups(model, lr=2e-3, kind=torch.optim.AdamW):
     decayed = [p for p in model.parameters() if p.requires_grad and p.dim() >= 2]
     plain = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
-    return kind([{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0, "lr": lr / 2}], lr=lr)
+    return kind(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0, "lr": lr / 2}],
+        lr=lr,
+    )
 
 
 def batches(n_steps, batch=4, length=16, vocab=256, seed=1):

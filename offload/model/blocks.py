@@ -47,9 +47,7 @@ def find_blocks(model: nn.Module, blocks: object = None) -> list[tuple[str, nn.M
         if not chosen:
             raise ConfigError(f"no module of class {wanted!r} in {type(model).__name__}")
         return chosen
-    numel_of = {
-        name: sum(p.numel() for p in stack.parameters()) for name, stack in _stacks(model)
-    }
+    numel_of = {name: sum(p.numel() for p in stack.parameters()) for name, stack in _stacks(model)}
     outermost = [
         (name, stack)
         for name, stack in _stacks(model)

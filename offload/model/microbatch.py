@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ def cut_points(n_samples: int, n_micro: int) -> list[tuple[int, int]]:
     """At most `n_micro` nearly equal (start, stop) ranges that cover `n_samples`."""
     n_micro = max(1, min(n_micro, n_samples))
     edges = [n_samples * i // n_micro for i in range(n_micro + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def check_unambiguous(leaves: list[Any], n_samples: int) -> None:

@@ -71,11 +71,17 @@ def place(
             f"+ {least_slots} block slots of {_gb(slot)} + one gradient buffer of {_gb(grad)}"
         )
     if host_nbytes < least_host:
-        what = "staging" if has_storage else "staging and the whole training state, since storage=[] means DRAM only"
+        what = (
+            "staging"
+            if has_storage
+            else "staging and the whole training state, since storage=[] means DRAM only"
+        )
         problems.append(f"host_memory={_gb(host_nbytes)} but at least {_gb(least_host)} is needed for {what}")
     if problems:
         raise BudgetError(
-            "does not fit: " + "; ".join(problems) + f". Smallest that would do: device_memory='{least_device}', "
+            "does not fit: "
+            + "; ".join(problems)
+            + f". Smallest that would do: device_memory='{least_device}', "
             f"host_memory='{least_host}' (bytes)" + ("" if has_storage else ", or give storage=[directory]")
         )
     spare = device_nbytes - least_device

@@ -88,7 +88,8 @@ def assemble(cut: Cut, config: Config, compute_dtype: torch.dtype | None) -> Ass
     grad_elements = max((layout.grad_elements for layout in layouts), default=0)
     slots = [Slot(device_arena.take(slot_nbytes)) for _ in range(placement.n_slots)]
     grad_buffers = [
-        GradBuffer(device_arena.take(grad_elements * 4).view(torch.float32)) for _ in range(placement.n_grad_buffers)
+        GradBuffer(device_arena.take(grad_elements * 4).view(torch.float32))
+        for _ in range(placement.n_grad_buffers)
     ]
     blocks = []
     for index, layout in enumerate(layouts):
@@ -106,9 +107,17 @@ def assemble(cut: Cut, config: Config, compute_dtype: torch.dtype | None) -> Ass
     root.grad_buffer = GradBuffer(device_arena.take(root_layout.grad_elements * 4).view(torch.float32), root)
     _import(root, store, None, config.chunk_elements)
     return Assembly(
-        blocks, root, slots, grad_buffers, store, pipeline, [device_arena, host_arena], placement,
-        device_nbytes, host_nbytes,
-    )  # fmt: skip
+        blocks,
+        root,
+        slots,
+        grad_buffers,
+        store,
+        pipeline,
+        [device_arena, host_arena],
+        placement,
+        device_nbytes,
+        host_nbytes,
+    )
 
 
 def _make_store(layouts: list[BlockLayout], placement: Placement, config: Config) -> Store | None:
@@ -132,7 +141,12 @@ def _make_store(layouts: list[BlockLayout], placement: Placement, config: Config
 
 
 def _record(
-    index: int, layout: BlockLayout, placement: Placement, config: Config, arena: HostArena, store: Store | None
+    index: int,
+    layout: BlockLayout,
+    placement: Placement,
+    config: Config,
+    arena: HostArena,
+    store: Store | None,
 ) -> BlockRecord:
     is_root = index == len(placement.params_in_host)
     param_offset = -1
@@ -170,16 +184,20 @@ def _import(record: BlockRecord, store: Store | None, scratch: Slot | None, chun
                 flat = source.contiguous().view(-1)
                 end = segment.start + segment.numel
                 split_master(
-                    flat.data_ptr(), plane[segment.start : end].data_ptr(), lo[segment.start : end].data_ptr(),
+                    flat.data_ptr(),
+                    plane[segment.start : end].data_ptr(),
+                    lo[segment.start : end].data_ptr(),
                     segment.numel,
-                )  # fmt: skip
+                )
             else:
                 segment.view(plane).copy_(source)
             segment.parameter.data = torch.empty(0, dtype=buffer.dtype)
         if lo is not None and bool(lo.any()):
             _import_lo(lo, record.states[position], store, chunk_elements)
     if record.slot is None and store is not None:
-        store.engine.write(slot.bytes_tensor.data_ptr(), record.layout.slot_nbytes, record.param_offset).wait()
+        store.engine.write(
+            slot.bytes_tensor.data_ptr(), record.layout.slot_nbytes, record.param_offset
+        ).wait()
         record.unbind()
     else:
         record.state = BlockState.RESIDENT

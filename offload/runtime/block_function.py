@@ -82,7 +82,10 @@ def saved_by_reference(block: BlockRecord) -> torch.autograd.graph.saved_tensors
 
     def pack(tensor: torch.Tensor) -> Any:
         slot = block.slot
-        if slot is None or tensor.untyped_storage().data_ptr() != slot.bytes_tensor.untyped_storage().data_ptr():
+        if (
+            slot is None
+            or tensor.untyped_storage().data_ptr() != slot.bytes_tensor.untyped_storage().data_ptr()
+        ):
             return tensor
         first = slot.bytes_tensor.data_ptr()
         if not first <= tensor.data_ptr() < first + slot.bytes_tensor.numel():
@@ -95,7 +98,9 @@ def saved_by_reference(block: BlockRecord) -> torch.autograd.graph.saved_tensors
             return saved
         dtype, shape, stride, offset_nbytes = saved
         if block.slot is None:
-            raise UsageError(f"block {block.name} is needed for backward but has been evicted; please report this")
+            raise UsageError(
+                f"block {block.name} is needed for backward but has been evicted; please report this"
+            )
         plane = block.slot.bytes_tensor[offset_nbytes:]
         whole = plane[: plane.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
         return whole.as_strided(shape, stride, whole.storage_offset())
@@ -129,7 +134,9 @@ def _join_outputs(call: Call, outputs: list[list[Any]]) -> tuple[torch.Tensor, .
 
 class _BlockFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: Call, _anchor: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(
+        ctx: Any, call: Call, _anchor: torch.Tensor, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         runner, block = call.runner, call.block
         leaves = list(call.leaves)
         for position, tensor in zip(call.tensor_positions, tensors, strict=True):
@@ -285,7 +292,11 @@ def _restore_inputs(ctx: Any) -> list[torch.Tensor]:
 
 
 def run_block(
-    forward: Callable[..., Any], block: BlockRecord, runner: Runner, args: tuple[Any, ...], kwargs: dict[str, Any]
+    block: BlockRecord,
+    runner: Runner,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """Run a block's `forward`; with gradients as one autograd node, without them directly."""
     if not torch.is_grad_enabled():

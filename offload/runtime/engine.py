@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 import weakref
@@ -32,7 +33,12 @@ class OffloadEngine:
     """What `model.offload` is: counters, stalls, `no_sync()`, `flush()` and `close()`."""
 
     def __init__(
-        self, model: nn.Module, optimizer: OffloadOptimizer, config: Config, blocks: object, dtype: torch.dtype | None
+        self,
+        model: nn.Module,
+        optimizer: OffloadOptimizer,
+        config: Config,
+        blocks: object,
+        dtype: torch.dtype | None,
     ) -> None:
         device_types = {p.device.type for p in model.parameters()}
         if device_types - {"cpu"}:
@@ -73,9 +79,7 @@ class OffloadEngine:
         self._handles = []
         self._modules = [module for _, module in cut.blocks]
         for block, module in zip(self.blocks, self._modules, strict=True):
-            hooks.replace_forward(
-                module, lambda forward, args, kwargs, block=block: run_block(forward, block, self, args, kwargs)
-            )
+            hooks.replace_forward(module, functools.partial(run_block, block, self))
             self._handles += hooks.on_gradient(block, self._scheduler.accumulate)
         self._handles += hooks.on_gradient(self.root, self._receive_root_gradient)
         owners = {name.rpartition(".")[0] for name, _ in cut.root}
@@ -307,7 +311,7 @@ def wrap(
     wrapped = OffloadOptimizer(optimizer)
     hf_config = getattr(model, "config", None)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        model.gradient_checkpointing_disable()
+        model.gradient_checkpointing_disable()  # type: ignore[operator]  # a method of Hugging Face models
         logger.info("gradient checkpointing of the model is off: blocks recompute by themselves")
     if getattr(hf_config, "use_cache", False):
         hf_config.use_cache = False  # type: ignore[union-attr]  # a cache would grow twice when a block recomputes

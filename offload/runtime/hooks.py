@@ -11,21 +11,21 @@ from torch import nn
 from offload.stores.block_store import BlockRecord
 
 
-def replace_forward(module: nn.Module, run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]) -> None:
+def replace_forward(
+    module: nn.Module, run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+) -> None:
     """Let `run(original_forward, args, kwargs)` stand in for `module.forward`."""
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return run(original, args, kwargs)
 
-    module.forward = forward  # type: ignore[method-assign]  # the point of this function
-    module._offload_original_forward = original  # type: ignore[assignment]  # kept for restore_forward
+    module.forward = forward
 
 
 def restore_forward(module: nn.Module) -> None:
     """Undo `replace_forward`."""
     module.__dict__.pop("forward", None)
-    module.__dict__.pop("_offload_original_forward", None)
 
 
 def on_gradient(
@@ -45,11 +45,13 @@ def on_gradient(
     return handles
 
 
-def before_forward(modules: list[nn.Module], call: Callable[[], None]) -> list[torch.utils.hooks.RemovableHandle]:
+def before_forward(
+    modules: list[nn.Module], call: Callable[[], None]
+) -> list[torch.utils.hooks.RemovableHandle]:
     """Call `call()` before each of `modules` runs."""
     return [module.register_forward_pre_hook(lambda _module, _args: call()) for module in modules]
 
 
 def at_end_of_backward(call: Callable[[], None]) -> None:
     """Run `call` when the autograd pass that is running now has finished. Only valid inside a backward."""
-    torch.autograd.Variable._execution_engine.queue_callback(call)  # type: ignore[attr-defined]
+    torch.autograd.Variable._execution_engine.queue_callback(call)

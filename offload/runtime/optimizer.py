@@ -55,23 +55,38 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def _values(group: dict[str, Any]) -> tuple[Any, ...]:
-        return (float(group["lr"]), *map(float, group["betas"]), float(group["eps"]), float(group["weight_decay"]))
+        return (
+            float(group["lr"]),
+            *map(float, group["betas"]),
+            float(group["eps"]),
+            float(group["weight_decay"]),
+        )
 
     def hyper_of(self, parameter: torch.nn.Parameter) -> Hyper:
         """Hyperparameters of this step for one parameter; counts the step."""
         group = self._group_of.get(parameter)
         if group is None:
-            raise UsageError("a trainable parameter of the model is in no group of the optimizer: freeze it or add it")
+            raise UsageError(
+                "a trainable parameter of the model is in no group of the optimizer: freeze it or add it"
+            )
         lr, beta1, beta2, eps, weight_decay = values = self._values(group)
         self._used[id(group)] = values
         step = self._steps.get(parameter, 0) + 1
         self._steps[parameter] = step
         return Hyper(
-            lr, beta1, beta2, eps, weight_decay, step, self._decoupled, self.grad_scale, bool(group.get("maximize"))
+            lr,
+            beta1,
+            beta2,
+            eps,
+            weight_decay,
+            step,
+            self._decoupled,
+            self.grad_scale,
+            bool(group.get("maximize")),
         )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # closure returns Any
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make (or confirm) the update of every parameter that has a gradient. Returns the closure's loss."""
         loss = None
         if closure is not None:

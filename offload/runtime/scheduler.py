@@ -120,7 +120,10 @@ class Scheduler:
                     raise BudgetError(f"block {block.name} is stored, but there is no storage")
                 block.tickets = [
                     self._store.engine.read(
-                        slot.bytes_tensor.data_ptr(), block.layout.slot_nbytes, block.param_offset, urgent=must
+                        slot.bytes_tensor.data_ptr(),
+                        block.layout.slot_nbytes,
+                        block.param_offset,
+                        urgent=must,
                     )
                 ]
             block.bind()
@@ -190,7 +193,9 @@ class Scheduler:
                 return buffer
         raise BudgetError("every gradient buffer is in use at once; raise device_memory")
 
-    def accumulate(self, block: BlockRecord, buffer: FlatBuffer, position: int, parameter: torch.nn.Parameter) -> None:
+    def accumulate(
+        self, block: BlockRecord, buffer: FlatBuffer, position: int, parameter: torch.nn.Parameter
+    ) -> None:
         """Move `parameter.grad` into the block's gradient plane: copied the first time, added after that."""
         grad = parameter.grad
         if grad is None:
@@ -268,7 +273,9 @@ class Scheduler:
             segments = segments_of[position]
             if not segments:
                 if read_param and self._store is not None:
-                    block.tickets.append(self._store.engine.read(plane.data_ptr(), buffer.plane_nbytes, offset))
+                    block.tickets.append(
+                        self._store.engine.read(plane.data_ptr(), buffer.plane_nbytes, offset)
+                    )
                 continue
             extents = block.states[position]
             grad_nbytes_before = 4 * buffer.grad_start

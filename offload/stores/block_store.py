@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from offload.model.flat import BlockLayout, FlatBuffer, Segment
+from offload.transfer.io_engine import Ticket
 from offload.types import BlockState, checked_move
 
 
@@ -48,7 +49,7 @@ class BlockRecord:
     """By position in `layout.buffers`; trainable ones only."""
     state: BlockState = BlockState.STORED
     slot: Slot | None = None
-    tickets: list[object] = field(default_factory=list)
+    tickets: list[Ticket] = field(default_factory=list)
     """Fetch or update in flight."""
     grad_offset: int = -1
     grad_host: torch.Tensor | None = None

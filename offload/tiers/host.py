@@ -15,7 +15,7 @@ class HostArena:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = round_up(max(nbytes, PAGE_NBYTES), PAGE_NBYTES)
         self._arena = Arena(self.nbytes)
-        self.bytes_tensor = torch.frombuffer(memoryview(self._arena), dtype=torch.uint8)  # type: ignore[arg-type]
+        self.bytes_tensor = torch.frombuffer(memoryview(self._arena), dtype=torch.uint8)
         self._used_nbytes = 0
 
     @property

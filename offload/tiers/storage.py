@@ -77,7 +77,9 @@ class Store:
             os.posix_fallocate(descriptor, 0, file_nbytes)
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise StoreError(f"{path}: cannot preallocate {file_nbytes} bytes: {error.strerror}") from error
+                raise StoreError(
+                    f"{path}: cannot preallocate {file_nbytes} bytes: {error.strerror}"
+                ) from error
             os.ftruncate(descriptor, file_nbytes)
 
     def allocate(self, nbytes: int) -> int:

@@ -48,15 +48,27 @@ SHAPE = {"layers": 12, "hidden": 128, "vocab": 128}
 
 
 def test_a_step_reads_14_2_and_writes_12_2_bytes_a_parameter_at_most(tmp_path):
-    settings = {"device_memory": "50MB", "host_memory": STAGING, "storage": [str(tmp_path)], "prefetch_blocks": 1}
+    settings = {
+        "device_memory": "50MB",
+        "host_memory": STAGING,
+        "storage": [str(tmp_path)],
+        "prefetch_blocks": 1,
+    }
     counted = train_counting(settings, **SHAPE)
     assert counted["read"] <= 14.2
     assert counted["written"] <= 12.2
-    assert counted["read"] >= 12  # 2 of 12 blocks stay at each turn: 14 - 2 * 2 * 2 / 12, less the resident root
+    assert (
+        counted["read"] >= 12
+    )  # 2 of 12 blocks stay at each turn: 14 - 2 * 2 * 2 / 12, less the resident root
 
 
 def test_the_kernel_counts_the_same_bytes(tmp_path):
-    settings = {"device_memory": "50MB", "host_memory": STAGING, "storage": [str(tmp_path)], "prefetch_blocks": 1}
+    settings = {
+        "device_memory": "50MB",
+        "host_memory": STAGING,
+        "storage": [str(tmp_path)],
+        "prefetch_blocks": 1,
+    }
     counted = train_counting(settings, **SHAPE)
     if counted["kernel_read"] == 0:
         pytest.skip("this file system does not count in /proc/self/io")
@@ -84,7 +96,9 @@ def test_more_host_memory_means_fewer_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("storage", [True, False])
-def test_what_cannot_fit_is_refused_before_anything_is_written_and_the_stated_minimum_works(tmp_path, storage):
+def test_what_cannot_fit_is_refused_before_anything_is_written_and_the_stated_minimum_works(
+    tmp_path, storage
+):
     directory = tmp_path / "store"
     settings = {"storage": [str(directory)] if storage else [], "chunk_elements": CHUNK}
     model = build("llama", torch.bfloat16)
@@ -162,8 +176,11 @@ SLACK_NBYTES = 60_000_000
 def test_peak_memory_stays_within_baseline_plus_budgets_with_ten_times_the_state(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(RSS_SCRIPT), str(tmp_path)],
-        capture_output=True, text=True, timeout=100, env={**os.environ, "MALLOC_ARENA_MAX": "2"},
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={**os.environ, "MALLOC_ARENA_MAX": "2"},
+    )
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["state"] >= 10 * 84_000_000
@@ -173,7 +190,14 @@ def test_peak_memory_stays_within_baseline_plus_budgets_with_ten_times_the_state
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("8GB", 8 * 10**9), ("7.5GiB", int(7.5 * 2**30)), ("50%", 50), ("-20B", 80), (123, 123), (" 1 MB ", 10**6)],
+    [
+        ("8GB", 8 * 10**9),
+        ("7.5GiB", int(7.5 * 2**30)),
+        ("50%", 50),
+        ("-20B", 80),
+        (123, 123),
+        (" 1 MB ", 10**6),
+    ],
 )
 def test_budgets_read_as_users_write_them(text, expected):
     assert parse_budget(text, 100) == expected
@@ -188,9 +212,13 @@ def test_a_budget_that_makes_no_sense_is_named(text):
 def test_the_store_is_private_and_removed_on_close(tmp_path):
     model = build("llama", torch.bfloat16)
     model, _ = offload.wrap(
-        model, two_groups(model), device_memory="50MB", host_memory=STAGING, storage=[str(tmp_path)],
+        model,
+        two_groups(model),
+        device_memory="50MB",
+        host_memory=STAGING,
+        storage=[str(tmp_path)],
         chunk_elements=CHUNK,
-    )  # fmt: skip
+    )
     (path,) = glob.glob(str(tmp_path / "*.store"))
     assert os.stat(path).st_mode & 0o077 == 0
     model.offload.close()

@@ -14,7 +14,15 @@ IN_MEMORY = {"device_memory": "1GB", "host_memory": "1GB", "storage": []}
 
 
 def train(
-    kind, settings, dtype=torch.bfloat16, n_steps=20, accumulate=1, freeze=None, schedule=True, optimizer=None, **shape
+    kind,
+    settings,
+    dtype=torch.bfloat16,
+    n_steps=20,
+    accumulate=1,
+    freeze=None,
+    schedule=True,
+    optimizer=None,
+    **shape,
 ):
     """Parameters by name after `n_steps`, and the losses."""
     model = build(kind, dtype, **shape)
@@ -85,7 +93,9 @@ def test_placement_drives_backend_and_window_do_not_change_a_bit(tmp_path, setti
     assert_same_bits(train("llama", stored(tmp_path, *more, **settings)), expected)
 
 
-@pytest.mark.parametrize("case", ["frozen", "frozen_root", "tied", "accumulation", "clipping", "dropout", "adam"])
+@pytest.mark.parametrize(
+    "case", ["frozen", "frozen_root", "tied", "accumulation", "clipping", "dropout", "adam"]
+)
 def test_no_feature_of_a_loop_changes_a_bit(tmp_path, case):
     options, settings = {}, {}
     if case == "frozen":

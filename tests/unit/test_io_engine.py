@@ -42,7 +42,9 @@ def filled_arena(nbytes, seed=0):
 @pytest.mark.parametrize("registered", [False, True])
 def test_reads_return_what_was_written(tmp_path, backend, n_drives, registered):
     nbytes = 5 * MIB + 12288
-    engine = make_engine(make_files(tmp_path, n_drives, 8 * MIB), backend, block_nbytes=MIB // 4, stripe_nbytes=MIB // 2)
+    engine = make_engine(
+        make_files(tmp_path, n_drives, 8 * MIB), backend, block_nbytes=MIB // 4, stripe_nbytes=MIB // 2
+    )
     source, source_view = filled_arena(nbytes)
     target = Arena(nbytes)
     if registered:

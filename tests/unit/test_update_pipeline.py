@@ -16,7 +16,9 @@ STORE_NBYTES = 4 << 20
 class Harness:
     """A store with a parameter extent at 0, a state extent at 1 MiB and a gradient extent at 3 MiB."""
 
-    def __init__(self, directory, chunk_elements, n_buffers, n_drives=1, backend="posix", n_threads=2, inject=None):
+    def __init__(
+        self, directory, chunk_elements, n_buffers, n_drives=1, backend="posix", n_threads=2, inject=None
+    ):
         paths = []
         for i in range(n_drives):
             path = directory / f"store{i}"
@@ -47,14 +49,24 @@ def reference(codec, master, grads, segments_per_step):
     for grad, segments in zip(grads, segments_per_step, strict=True):
         for start, count, hyper in segments:
             _C.adamw_update(
-                codec, param[start:].data_ptr(), lo[start:].data_ptr(), exp_avg[start:].data_ptr(),
-                exp_avg_sq[start:].data_ptr(), grad[start:].data_ptr(), "float32", count, hyper, "scalar",
-            )  # fmt: skip
+                codec,
+                param[start:].data_ptr(),
+                lo[start:].data_ptr(),
+                exp_avg[start:].data_ptr(),
+                exp_avg_sq[start:].data_ptr(),
+                grad[start:].data_ptr(),
+                "float32",
+                count,
+                hyper,
+                "scalar",
+            )
     return param
 
 
 @pytest.mark.parametrize("codec", ["split_bf16", "fp32"])
-@pytest.mark.parametrize(("host_chunks", "read_param", "spilled"), [(0, True, True), (1, False, False), (99, True, False)])
+@pytest.mark.parametrize(
+    ("host_chunks", "read_param", "spilled"), [(0, True, True), (1, False, False), (99, True, False)]
+)
 @pytest.mark.parametrize(("chunk_elements", "n_buffers"), [(2048, 2), (4096, 3), (65536, 2)])
 @pytest.mark.parametrize(("n_drives", "backend"), [(1, "auto"), (2, "posix")])
 def test_out_of_core_updates_have_the_bits_of_the_in_memory_kernel(
@@ -100,12 +112,18 @@ def test_out_of_core_updates_have_the_bits_of_the_in_memory_kernel(
             param.zero_()
         harness.pipeline.submit(
             _C.UpdateJob(
-                param_codec=codec, n_elements=n, param_address=param.data_ptr(), param_offset=0,
-                read_param=read_param, state_offset=1 << 20 if stored.numel() else -1,
-                state_host_address=host_state.data_ptr(), host_chunks=host_chunks,
-                grad_address=0 if spilled else grad.data_ptr(), grad_offset=3 << 20 if spilled else -1,
+                param_codec=codec,
+                n_elements=n,
+                param_address=param.data_ptr(),
+                param_offset=0,
+                read_param=read_param,
+                state_offset=1 << 20 if stored.numel() else -1,
+                state_host_address=host_state.data_ptr(),
+                host_chunks=host_chunks,
+                grad_address=0 if spilled else grad.data_ptr(),
+                grad_offset=3 << 20 if spilled else -1,
                 segments=segments,
-            )  # fmt: skip
+            )
         ).wait(timeout_s=30)
     expected = reference(codec, master, grads, segments_per_step)
     assert torch.equal(param, expected)
@@ -121,9 +139,13 @@ def test_many_queued_jobs_finish_with_two_buffers_and_in_order(tmp_path):
     grad = torch.ones(n)
     jobs = [
         _C.UpdateJob(
-            param_codec="fp32", n_elements=n, param_address=param.data_ptr(), state_offset=1 << 20,
-            grad_address=grad.data_ptr(), segments=[(0, n, _C.Hyper(0.0, 0.9, 0.99, 1e-8, 0.0, 1))],
-        )  # fmt: skip
+            param_codec="fp32",
+            n_elements=n,
+            param_address=param.data_ptr(),
+            state_offset=1 << 20,
+            grad_address=grad.data_ptr(),
+            segments=[(0, n, _C.Hyper(0.0, 0.9, 0.99, 1e-8, 0.0, 1))],
+        )
         for _ in range(20)
     ]
     tickets = []
@@ -144,9 +166,14 @@ def test_a_failing_transfer_fails_its_job_and_spares_the_next(tmp_path, nth):
 
     def job():
         return _C.UpdateJob(
-            param_codec="fp32", n_elements=n, param_address=param.data_ptr(), param_offset=0, state_offset=1 << 20,
-            grad_address=grad.data_ptr(), segments=[(0, n, _C.Hyper(1e-3, 0.9, 0.99, 1e-8, 0.0, 1))],
-        )  # fmt: skip
+            param_codec="fp32",
+            n_elements=n,
+            param_address=param.data_ptr(),
+            param_offset=0,
+            state_offset=1 << 20,
+            grad_address=grad.data_ptr(),
+            segments=[(0, n, _C.Hyper(1e-3, 0.9, 0.99, 1e-8, 0.0, 1))],
+        )
 
     failures = 0
     for _ in range(3):
