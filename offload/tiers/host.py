@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from offload._C import Arena
 from offload.errors import BudgetError
-from offload.transfer.io_engine import Arena
 from offload.types import PAGE_NBYTES, round_up
 
 

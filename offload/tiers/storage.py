@@ -11,8 +11,8 @@ import shutil
 import time
 from collections.abc import Sequence
 
+from offload._C import Engine
 from offload.errors import StoreError
-from offload.transfer.io_engine import Engine, io_engine
 from offload.types import PAGE_NBYTES, round_up
 
 
@@ -48,7 +48,7 @@ class Store:
         try:
             for drive, directory in enumerate(directories):
                 self._create(directory, drive, file_nbytes)
-            self.engine: Engine = io_engine(
+            self.engine = Engine(
                 self.paths,
                 backend=backend,
                 direct=direct,
