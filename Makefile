@@ -13,7 +13,6 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
-APT_PACKAGES := g++ $(PYTHON) $(PYTHON)-venv $(PYTHON)-dev liburing-dev
 EXTENSION_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
 .PHONY: help system setup demo demo-packages test test-slow lint format cpp-tests bench check clean
@@ -118,6 +117,8 @@ $(CPP_BUILD)/%.o: %.cpp $(CPP_HEADERS) | system
 
 $(CPP_BUILD)/%: tests/cpp/%.cpp $(CORE_OBJECTS) $(CPP_HEADERS) | system
 	@g++ $(CPP_FLAGS) $< $(CORE_OBJECTS) -o $@ $(if $(URING_HEADER),$(or $(URING_ARCHIVE),-luring)) -pthread
+
+.SECONDARY: $(CORE_OBJECTS)
 
 # setarch -R: ThreadSanitizer of older compilers cannot map its shadow when addresses are randomised by 32 bits.
 cpp-tests: $(CPP_TESTS)
