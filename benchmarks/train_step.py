@@ -209,10 +209,11 @@ class Side:
     def __init__(self, python: str, kind: str, model: str, storage: str, *extra: str) -> None:
         self.kind = kind
         command = [python, __file__, "--worker", kind, "--model", model, "--storage", storage, *extra]
-        self._log = open(os.path.join(storage, f"{kind}.log"), "w+")
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
-        )
+        self._log = pathlib.Path(storage, f"{kind}.log")
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
+            )
         self.answers: list[dict[str, Any]] = []
         self.numel = int(self._read()["numel"])
 
@@ -220,8 +221,7 @@ class Side:
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
-            self._log.seek(0)
-            raise SystemExit(f"{self.kind} stopped:\n" + self._log.read()[-3000:])
+            raise SystemExit(f"{self.kind} stopped:\n" + self._log.read_text()[-3000:])
         return json.loads(line)
 
     def run(self, n_steps: int, *, keep: bool = True) -> None:
@@ -244,7 +244,6 @@ class Side:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._log.close()
 
 
 def floor_seconds(
