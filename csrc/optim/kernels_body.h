@@ -2,8 +2,9 @@
 // function attributes of that set; there is no include guard on purpose. No fused multiply-add anywhere
 // (-ffp-contract=off), so every instruction set gives the same bits.
 //
-// Order of operations follows torch.optim.AdamW (single tensor path): decay, lerp, addcmul, addcdiv. It has the bits of
-// torch where torch does not fuse either; with AVX2 and AVX-512 torch fuses lerp, addcmul and add(alpha).
+// Order of operations follows torch.optim.AdamW (single tensor path): decay, lerp, addcmul, addcdiv. The moments have
+// the bits of torch where torch does not fuse either (with AVX2 and AVX-512 it fuses lerp, addcmul and add(alpha)); the
+// parameter too, but for torch's CPU square root, which is not correctly rounded. Ours is.
 
 OFFLOAD_TARGET inline std::uint32_t bits_of(float value) {
   std::uint32_t bits;

@@ -1,9 +1,11 @@
 """The kernels agree with each other bit for bit and with torch closely; a NaN stays a NaN."""
 
 import os
+import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +37,7 @@ def with_specials(tensors):
     for i, tensor in enumerate(tensors):
         index = torch.arange(tensor.numel())
         tensor.copy_(torch.where(index % 2 == 0, specials[(index // 2 // 9**i) % 9], tensor.float()))
+    tensors[2].abs_()  # a second moment is never negative
     return tensors
 
 
@@ -123,7 +126,7 @@ def test_one_update_is_within_a_few_roundings_of_torch_at_its_own_instruction_se
     """torch fuses multiply and add in lerp, addcmul and add(alpha) with AVX2 and AVX-512; we never do.
 
     Each fusion saves one rounding of its product, so the moments differ by the roundings of that product and of the
-    sum; the parameter by those of its operands, which sqrt and the division carry on.
+    sum; the parameter by those of its operands, and by the last bit of torch's square root, which is not exact.
     """
     tensors, settings = start_state(4096), {**SETTINGS, "beta1": beta1}
     ours = update(codec, tensors, _C.Hyper(**settings, step=7, decoupled=kind is torch.optim.AdamW))
@@ -135,37 +138,51 @@ def test_one_update_is_within_a_few_roundings_of_torch_at_its_own_instruction_se
         assert ((got - expected).abs() <= roundings * ulp).all()
 
 
-def check_bits_against_torch():
-    """Run in a process where torch uses no fused multiply-add: twenty updates in a row, bit for bit."""
+def ieee_sqrt(tensor):
+    return torch.from_numpy(np.sqrt(tensor.numpy()))
+
+
+def compare_bits_with_torch(exact_sqrt):
+    """Run in a process where torch uses no fused multiply-add: twenty updates in a row, bit for bit.
+
+    torch's CPU sqrt goes through MKL, which is not correctly rounded (one float in six is off by one); ours is. So the
+    moments are compared with torch as it is, and all three with torch's own code given an IEEE square root.
+    """
     if torch.backends.cpu.get_cpu_capability() != "DEFAULT":
         raise SystemExit("torch ignored ATEN_CPU_CAPABILITY")
+    if exact_sqrt:
+        torch.Tensor.sqrt = ieee_sqrt
     cases = [{}, {"weight_decay": 0.0}, {"beta1": 0.3}, {"beta1": 0.0, "eps": 1e-3}, {"maximize": True}]
+    grads = [start_state(1023, seed=seed)[3] for seed in range(20)]
     for kind in OPTIMIZERS:
-        for codec in CODECS:
-            for level in LEVELS:
-                for changes in cases:
-                    settings = {**SETTINGS, **changes}
-                    grads = [start_state(1023, seed=seed)[3] for seed in range(20)]
-                    ours = theirs = start_state(1023)[:3]
-                    for step, grad in enumerate(grads, start=1):
-                        hyper = _C.Hyper(**settings, step=step, decoupled=kind is torch.optim.AdamW)
-                        ours = update(codec, (*ours, grad), hyper, level)
-                        theirs = torch_update(kind, (*theirs, grad), step, **settings)
-                    if not same_bits(ours, theirs):
-                        raise SystemExit(f"{kind.__name__} {codec} {level} {changes}: bits differ from torch")
+        for codec, level in [(codec, level) for codec in CODECS for level in LEVELS]:
+            for changes in cases:
+                settings = {**SETTINGS, **changes}
+                if not exact_sqrt and kind is torch.optim.Adam:
+                    settings["weight_decay"] = 0.0  # L2 feeds the sqrt's last bit into the moments
+                ours = theirs = start_state(1023)[:3]
+                for step, grad in enumerate(grads, start=1):
+                    hyper = _C.Hyper(**settings, step=step, decoupled=kind is torch.optim.AdamW)
+                    ours = update(codec, (*ours, grad), hyper, level)
+                    theirs = torch_update(kind, (*theirs, grad), step, **settings)
+                first = 0 if exact_sqrt else 1
+                if not same_bits(ours[first:], theirs[first:]):
+                    raise SystemExit(f"{kind.__name__} {codec} {level} {changes}: bits differ from torch")
 
 
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512", "DEFAULT"), reason="x86-64 only"
 )
-def test_updates_have_the_bits_of_torch_where_torch_does_not_fuse():
+@pytest.mark.parametrize("sqrt", ["torch", "ieee"])
+def test_updates_have_the_bits_of_torch_where_torch_does_not_fuse(sqrt):
     # torch reads the variable once, at import.
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
-    run = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=100
-    )
+    root = str(pathlib.Path(_C.__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, __file__, sqrt]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stderr
 
 
 if __name__ == "__main__":
-    check_bits_against_torch()
+    compare_bits_with_torch(sys.argv[1] == "ieee")
