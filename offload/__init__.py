@@ -1,5 +1,6 @@
 """Full fine-tuning of models far larger than the device, streamed between device, DRAM and NVMe."""
 
+from offload.checkpoint import export, load
 from offload.errors import BudgetError, ConfigError, OffloadError, StoreError, UsageError
 from offload.runtime.engine import OffloadEngine, wrap
 from offload.runtime.optimizer import OffloadOptimizer
@@ -14,5 +15,7 @@ __all__ = [
     "OffloadOptimizer",
     "StoreError",
     "UsageError",
+    "export",
+    "load",
     "wrap",
 ]

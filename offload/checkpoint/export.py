@@ -1,0 +1,226 @@
+"""Write a wrapped model as a Hugging Face directory, one block in memory at a time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from offload.errors import ConfigError, StoreError, UsageError
+from offload.model.loading import INDEX_FILE, SINGLE_FILE
+from offload.runtime.engine import OffloadEngine
+
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in the file."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def plan_shards(items: list[Item], max_shard_nbytes: float) -> list[list[Item]]:
+    """Cut `items`, in order, into shards of at most `max_shard_nbytes`; a larger tensor gets one of its own."""
+    shards: list[list[Item]] = []
+    left = 0.0
+    for item in items:
+        if not shards or item.nbytes > left:
+            shards.append([])
+            left = max_shard_nbytes
+        shards[-1].append(item)
+        left -= item.nbytes
+    return shards
+
+
+class ShardWriter:
+    """A safetensors file whose tensors arrive one after the other; appears under its name only when complete."""
+
+    def __init__(self, path: str, items: list[Item]) -> None:
+        self.path = path
+        self._items = iter(items)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for item in items:
+            offsets = [end, end + item.nbytes]
+            header[item.name] = {
+                "dtype": SAFETENSORS_DTYPES[item.dtype],
+                "shape": list(item.shape),
+                "data_offsets": offsets,
+            }
+            end = offsets[1]
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._file: BinaryIO = open(path + ".partial", "wb")  # noqa: SIM115  # closed by __exit__
+        self._file.write(struct.pack("<Q", len(text)) + text)
+
+    def write(self, tensor: torch.Tensor) -> None:
+        """The next tensor, in the order of the items."""
+        item = next(self._items)
+        if tuple(tensor.shape) != item.shape:
+            raise UsageError(f"{item.name}: has shape {tuple(tensor.shape)}, {item.shape} was announced")
+        contiguous = tensor.detach().to("cpu", item.dtype).contiguous().reshape(-1).view(torch.uint8)
+        self._file.write(contiguous.numpy().data)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file as file:
+            if kind is None:
+                file.flush()
+                os.fsync(file.fileno())
+        if kind is None:
+            os.replace(self.path + ".partial", self.path)
+        else:
+            os.unlink(self.path + ".partial")
+
+
+def _buffers(model: nn.Module, parameters: set[str]) -> dict[str, torch.Tensor]:
+    """Persistent buffers by name."""
+    names = {name for name, _ in model.named_buffers()}
+    return {n: t for n, t in model.state_dict().items() if n in names and n not in parameters}
+
+
+def _items(model: nn.Module, engine: OffloadEngine, dtype: torch.dtype | None) -> list[Item]:
+    items = [
+        Item(segment.name, tuple(segment.shape), dtype or buffer.dtype)
+        for block in [engine.root, *engine.blocks]
+        for buffer in block.layout.buffers
+        for segment in buffer.segments
+    ]
+    buffers = _buffers(model, {item.name for item in items})
+    return items + [Item(name, tuple(t.shape), t.dtype) for name, t in buffers.items()]
+
+
+def _tensors(model: nn.Module, engine: OffloadEngine) -> Iterator[tuple[str, torch.Tensor]]:
+    names: set[str] = set()
+    for block in engine.iter_blocks():
+        for name, tensor in block:
+            names.add(name)
+            yield name, tensor
+    yield from _buffers(model, names).items()
+
+
+def _write_tokenizer(tokenizer: Any, out_dir: str) -> None:
+    if tokenizer is None:
+        return
+    if not isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer.save_pretrained(out_dir)
+        return
+    for name in TOKENIZER_FILES:
+        source = os.path.join(tokenizer, name)
+        if os.path.exists(source) and os.path.realpath(source) != os.path.realpath(
+            os.path.join(out_dir, name)
+        ):
+            shutil.copyfile(source, os.path.join(out_dir, name))
+
+
+def _write_config(model: nn.Module, out_dir: str, dtype: torch.dtype | None) -> None:
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "save_pretrained"):
+        config = copy.deepcopy(config)
+        config.architectures = [type(model).__name__]
+        config.dtype = dtype or next(p.dtype for p in model.parameters())
+        if hasattr(config, "use_cache"):
+            config.use_cache = True  # `wrap` turns it off for training
+        config.save_pretrained(out_dir)
+    generation_config = getattr(model, "generation_config", None)
+    if generation_config is not None:
+        generation_config.save_pretrained(out_dir)
+
+
+def export(
+    model: nn.Module,
+    out_dir: str,
+    *,
+    tokenizer: Any = None,
+    dtype: torch.dtype | None = torch.bfloat16,
+    max_shard_nbytes: float = 2e9,
+) -> list[str]:
+    """Write a model returned by `offload.wrap` or `offload.load` as a Hugging Face directory. Returns its weight files.
+
+    Memory used is one block. `tokenizer`: an object with `save_pretrained`, or a directory to copy the tokenizer's
+    files from; a model made by `offload.load` brings its own. `dtype` None keeps the dtype computed in. Tied
+    tensors are written once. Raises UsageError for a model that is not wrapped, ConfigError when `out_dir` has
+    weights already, StoreError when they would not fit there.
+    """
+    engine = getattr(model, "offload", None)
+    if not isinstance(engine, OffloadEngine):
+        raise UsageError(f"{type(model).__name__} is not wrapped: call offload.wrap or offload.load first")
+    os.makedirs(out_dir, exist_ok=True)
+    present = sorted(name for name in os.listdir(out_dir) if name.endswith(".safetensors"))
+    if present:
+        raise ConfigError(f"{out_dir} holds {present[0]} already: choose another directory, or empty it")
+    items = _items(model, engine, dtype)
+    needed_nbytes = sum(item.nbytes for item in items)
+    free_nbytes = shutil.disk_usage(out_dir).free
+    if free_nbytes < needed_nbytes:
+        raise StoreError(
+            f"{out_dir}: the model takes {needed_nbytes / 1e9:.2f} GB and {free_nbytes / 1e9:.2f} GB are free"
+        )
+    shards = plan_shards(items, max_shard_nbytes)
+    names = [SINGLE_FILE]
+    if len(shards) > 1:
+        names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    tensors = _tensors(model, engine)
+    for file_name, shard in zip(names, shards, strict=True):
+        with ShardWriter(os.path.join(out_dir, file_name), shard) as writer:
+            for item in shard:
+                name, tensor = next(tensors)
+                if name != item.name:
+                    raise UsageError(f"expected parameter {item.name}, got {name}; please report this")
+                writer.write(tensor)
+    tensors.close()  # type: ignore[attr-defined]  # a generator: releases the last block
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": needed_nbytes},
+            "weight_map": {i.name: n for n, shard in zip(names, shards, strict=True) for i in shard},
+        }
+        with open(os.path.join(out_dir, INDEX_FILE), "w", encoding="utf-8") as file:
+            json.dump(index, file, indent=2, sort_keys=True)
+    _write_tokenizer(tokenizer if tokenizer is not None else getattr(model, "offload_source", None), out_dir)
+    _write_config(model, out_dir, dtype)
+    return [os.path.join(out_dir, name) for name in names]
