@@ -29,61 +29,77 @@ OFFLOAD_TARGET inline std::uint32_t merged(std::uint16_t hi, std::int16_t lo) {
 // Every NaN becomes 0x7FC00000, whose hi is a NaN too. Which payload and sign a NaN carries depends on operand order
 // and processor, so all results go through here.
 OFFLOAD_TARGET inline std::uint32_t canonical(std::uint32_t bits) {
-  return (bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC00000u : bits;
+  const std::uint32_t mask = 0u - static_cast<std::uint32_t>((bits & 0x7FFFFFFFu) > 0x7F800000u);
+  return (bits & ~mask) | (0x7FC00000u & mask);  // no branch, which would keep the loop from being vectorised
 }
 
-template <Codec codec, GradDtype grad_dtype, bool has_l2>
-OFFLOAD_TARGET void update_planes(const Planes& planes, std::size_t n, const Scalars& s) {
-  float* __restrict__ param = static_cast<float*>(planes.param);
-  std::uint16_t* __restrict__ hi = static_cast<std::uint16_t*>(planes.param);
-  std::int16_t* __restrict__ lo = planes.lo;
-  float* __restrict__ exp_avg = planes.exp_avg;
-  float* __restrict__ exp_avg_sq = planes.exp_avg_sq;
-  const float* __restrict__ grad_f32 = static_cast<const float*>(planes.grad);
-  const std::uint16_t* __restrict__ grad_bf16 = static_cast<const std::uint16_t*>(planes.grad);
+// One loop over whole vectors for the compiler: every plane a restricted argument, every scalar a copy (a float store
+// might else change it), no branch. The benchmark compares its rate with torch's; a loop that is no longer vectorised
+// shows there, by a factor of five.
+template <typename Param, typename Grad, bool has_l2, bool lerp_from_grad>
+OFFLOAD_TARGET __attribute__((noinline)) void update_planes(Param* __restrict__ param, std::int16_t* __restrict__ lo,
+                                                            float* __restrict__ exp_avg,
+                                                            float* __restrict__ exp_avg_sq,
+                                                            const Grad* __restrict__ grad, std::size_t n,
+                                                            const Scalars s) {
+  constexpr bool is_split = sizeof(Param) == 2;
   for (std::size_t i = 0; i < n; ++i) {
-    float p = codec == Codec::fp32 ? param[i] : float_of(merged(hi[i], lo[i]));
-    float g = grad_dtype == GradDtype::float32 ? grad_f32[i]
-                                               : float_of(static_cast<std::uint32_t>(grad_bf16[i]) << 16);
+    float p, g;
+    if constexpr (is_split)
+      p = float_of(merged(param[i], lo[i]));
+    else
+      p = param[i];
+    if constexpr (sizeof(Grad) == 2)
+      g = float_of(static_cast<std::uint32_t>(grad[i]) << 16);
+    else
+      g = grad[i];
     g = g * s.grad_scale;
-    if (has_l2) g = g + s.l2 * p;
+    if constexpr (has_l2) g = g + s.l2 * p;
     p = p * s.decay;
-    const float base = s.lerp_from_grad ? g : exp_avg[i];
-    const float m = base + s.lerp_weight * (g - exp_avg[i]);
+    const float before = exp_avg[i];
+    const float m = (lerp_from_grad ? g : before) + s.lerp_weight * (g - before);
     const float v = exp_avg_sq[i] * s.beta2 + s.one_minus_beta2 * g * g;
     const float denominator = __builtin_sqrtf(v) / s.bias_correction2_sqrt + s.eps;
     p = p + s.negative_step_size * m / denominator;
     exp_avg[i] = float_of(canonical(bits_of(m)));
     exp_avg_sq[i] = float_of(canonical(bits_of(v)));
     const std::uint32_t bits = canonical(bits_of(p));
-    if (codec == Codec::fp32) {
-      param[i] = float_of(bits);
-    } else {
-      hi[i] = hi_of(bits);
+    if constexpr (is_split) {
+      param[i] = hi_of(bits);
       lo[i] = lo_of(bits);
+    } else {
+      param[i] = float_of(bits);
     }
   }
 }
 
-template <Codec codec, GradDtype grad_dtype>
+template <typename Param, typename Grad, bool has_l2>
+OFFLOAD_TARGET void update_by_lerp(const Planes& planes, std::size_t n, const Scalars& s) {
+  const auto call = s.lerp_from_grad ? &update_planes<Param, Grad, has_l2, true>
+                                     : &update_planes<Param, Grad, has_l2, false>;
+  call(static_cast<Param*>(planes.param), planes.lo, planes.exp_avg, planes.exp_avg_sq,
+       static_cast<const Grad*>(planes.grad), n, s);
+}
+
+template <typename Param, typename Grad>
 OFFLOAD_TARGET void update_as(const Planes& planes, std::size_t n, const Scalars& s) {
   if (s.l2 != 0.0f)
-    update_planes<codec, grad_dtype, true>(planes, n, s);
+    update_by_lerp<Param, Grad, true>(planes, n, s);
   else
-    update_planes<codec, grad_dtype, false>(planes, n, s);
+    update_by_lerp<Param, Grad, false>(planes, n, s);
 }
 
 OFFLOAD_TARGET void update(Codec codec, GradDtype grad_dtype, const Planes& planes, std::size_t n, const Scalars& s) {
   if (codec == Codec::split_bf16) {
     if (grad_dtype == GradDtype::float32)
-      update_as<Codec::split_bf16, GradDtype::float32>(planes, n, s);
+      update_as<std::uint16_t, float>(planes, n, s);
     else
-      update_as<Codec::split_bf16, GradDtype::bfloat16>(planes, n, s);
+      update_as<std::uint16_t, std::uint16_t>(planes, n, s);
   } else {
     if (grad_dtype == GradDtype::float32)
-      update_as<Codec::fp32, GradDtype::float32>(planes, n, s);
+      update_as<float, float>(planes, n, s);
     else
-      update_as<Codec::fp32, GradDtype::bfloat16>(planes, n, s);
+      update_as<float, std::uint16_t>(planes, n, s);
   }
 }
 
