@@ -5,19 +5,30 @@
 
 #include <cerrno>
 #include <cstddef>
+#include <cstdint>
 #include <system_error>
 
 namespace offload {
 
 constexpr std::size_t kPageNbytes = 4096;
+constexpr std::size_t kHugePageNbytes = std::size_t{2} << 20;
 
 class AlignedBuffer {
  public:
   explicit AlignedBuffer(std::size_t nbytes) : nbytes_((nbytes + kPageNbytes - 1) / kPageNbytes * kPageNbytes) {
     if (nbytes_ == 0) nbytes_ = kPageNbytes;
-    address_ = ::mmap(nullptr, nbytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (address_ == MAP_FAILED)
+    // From two megabytes on: start on a huge page and ask for huge pages. A transfer then has few segments.
+    const std::size_t slack = nbytes_ >= kHugePageNbytes ? kHugePageNbytes : 0;
+    void* mapped = ::mmap(nullptr, nbytes_ + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED)
       throw std::system_error(errno, std::generic_category(), "mmap of an arena failed: lower host_memory");
+    char* const start = static_cast<char*>(mapped);
+    const std::size_t over = slack == 0 ? 0 : reinterpret_cast<std::uintptr_t>(start) % kHugePageNbytes;
+    const std::size_t head = over == 0 ? 0 : kHugePageNbytes - over;
+    if (head != 0) ::munmap(start, head);
+    if (slack - head != 0) ::munmap(start + head + nbytes_, slack - head);
+    address_ = start + head;
+    if (slack != 0) ::madvise(address_, nbytes_, MADV_HUGEPAGE);  // a hint: refused where huge pages are off
   }
   ~AlignedBuffer() { ::munmap(address_, nbytes_); }
   AlignedBuffer(const AlignedBuffer&) = delete;
