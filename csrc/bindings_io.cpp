@@ -50,15 +50,20 @@ std::shared_ptr<io::Faults> faults_from(const py::dict& settings) {
   auto faults = std::make_shared<io::Faults>();
   for (const auto& [key, value] : settings) {
     const auto name = key.cast<std::string>();
-    if (name == "fail_nth") faults->fail_nth = value.cast<std::uint64_t>();
-    else if (name == "errno") faults->error = value.cast<int>();
-    else if (name == "short_every") faults->short_every = value.cast<std::uint64_t>();
-    else if (name == "short_nbytes") faults->short_nbytes = value.cast<std::size_t>();
+    if (name == "fail_nth")
+      faults->fail_nth = value.cast<std::uint64_t>();
+    else if (name == "errno")
+      faults->error = value.cast<int>();
+    else if (name == "short_every")
+      faults->short_every = value.cast<std::uint64_t>();
+    else if (name == "short_nbytes")
+      faults->short_nbytes = value.cast<std::size_t>();
     else if (name == "op") {
       const auto op = value.cast<std::string>();
       faults->reads = op != "write";
       faults->writes = op != "read";
-    } else throw py::value_error("unknown fault setting " + name);
+    } else
+      throw py::value_error("unknown fault setting " + name);
   }
   return faults;
 }

@@ -90,8 +90,8 @@ void bind_optim(py::module_& module) {
              if (step < 1) throw py::value_error("step counts from 1");
              return Hyper{lr, beta1, beta2, eps, weight_decay, step, decoupled, grad_scale, maximize};
            }),
-           py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"),
-           py::arg("step"), py::arg("decoupled") = true, py::arg("grad_scale") = 1.0, py::arg("maximize") = false)
+           py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("step"),
+           py::arg("decoupled") = true, py::arg("grad_scale") = 1.0, py::arg("maximize") = false)
       .def_readonly("lr", &Hyper::lr)
       .def_readonly("step", &Hyper::step);
 
@@ -112,11 +112,10 @@ void bind_optim(py::module_& module) {
       py::arg("grad"), py::arg("grad_dtype"), py::arg("n"), py::arg("hyper"), py::arg("level") = "auto");
 
   py::class_<optim::UpdateJob>(module, "UpdateJob")
-      .def(py::init(&make_job), py::kw_only(), py::arg("param_codec"), py::arg("n_elements"),
-           py::arg("param_address"), py::arg("param_offset") = -1, py::arg("read_param") = false,
-           py::arg("state_offset") = -1, py::arg("state_host_address") = 0, py::arg("host_chunks") = 0,
-           py::arg("grad_address") = 0, py::arg("grad_dtype") = "float32", py::arg("grad_offset") = -1,
-           py::arg("segments"));
+      .def(py::init(&make_job), py::kw_only(), py::arg("param_codec"), py::arg("n_elements"), py::arg("param_address"),
+           py::arg("param_offset") = -1, py::arg("read_param") = false, py::arg("state_offset") = -1,
+           py::arg("state_host_address") = 0, py::arg("host_chunks") = 0, py::arg("grad_address") = 0,
+           py::arg("grad_dtype") = "float32", py::arg("grad_offset") = -1, py::arg("segments"));
 
   py::class_<optim::UpdatePipeline>(module, "UpdatePipeline")
       .def(py::init([](std::shared_ptr<io::Engine> engine, std::size_t chunk_elements, std::size_t n_buffers,

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#define OFFLOAD_CHECK(condition, message)                                        \
-  do {                                                                           \
-    if (!(condition)) throw std::invalid_argument(std::string(message));         \
+#define OFFLOAD_CHECK(condition, message)                                \
+  do {                                                                   \
+    if (!(condition)) throw std::invalid_argument(std::string(message)); \
   } while (false)

@@ -30,8 +30,8 @@ class Engine {
 
   // Starts one transfer; never blocks on the device. With O_DIRECT all three numbers are multiples of 4096.
   std::shared_ptr<Ticket> submit(Op op, void* address, std::size_t nbytes, std::uint64_t offset, bool urgent = false);
-  // False when the kernel refuses; transfers then go unregistered. The memory must stay mapped until close(): the kernel
-  // keeps its pages, so another mapping at the same address would be transferred from and to the old ones.
+  // False when the kernel refuses; transfers then go unregistered. The memory must stay mapped until close(): the
+  // kernel keeps its pages, so another mapping at the same address would be transferred from and to the old ones.
   bool register_buffer(void* address, std::size_t nbytes);
   // Finishes what is in flight and releases registered buffers. Any thread, any number of times.
   void close();

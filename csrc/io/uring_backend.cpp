@@ -20,7 +20,7 @@ namespace {
 
 constexpr std::uint64_t kWake = ~std::uint64_t{0};
 constexpr unsigned kRegisteredMax = 256;
-constexpr unsigned kBusyRetriesMax = 1000;  // a millisecond apart
+constexpr unsigned kBusyRetriesMax = 1000;                            // a millisecond apart
 constexpr std::size_t kRegisteredPieceNbytes = std::size_t{1} << 30;  // the kernel's limit for one registered buffer
 
 struct Registered {
@@ -226,7 +226,7 @@ class UringBackend final : public Backend {
   bool usable_ = false, file_registered_ = false, sparse_buffers_ = false;
   int wake_descriptor_ = -1;
   std::uint64_t wake_value_ = 0;  // the kernel writes here, also after the loop has ended
-  std::mutex mutex_;  // guards the two queues and closing_
+  std::mutex mutex_;              // guards the two queues and closing_
   std::deque<Piece> urgent_, normal_;
   bool closing_ = false;
   std::vector<Piece> in_flight_;  // I/O thread only

@@ -38,8 +38,7 @@ OFFLOAD_TARGET inline std::uint32_t canonical(std::uint32_t bits) {
 // shows there, by a factor of five.
 template <typename Param, typename Grad, bool has_l2, bool lerp_from_grad>
 OFFLOAD_TARGET __attribute__((noinline)) void update_planes(Param* __restrict__ param, std::int16_t* __restrict__ lo,
-                                                            float* __restrict__ exp_avg,
-                                                            float* __restrict__ exp_avg_sq,
+                                                            float* __restrict__ exp_avg, float* __restrict__ exp_avg_sq,
                                                             const Grad* __restrict__ grad, std::size_t n,
                                                             const Scalars s) {
   constexpr bool is_split = sizeof(Param) == 2;
@@ -75,8 +74,8 @@ OFFLOAD_TARGET __attribute__((noinline)) void update_planes(Param* __restrict__ 
 
 template <typename Param, typename Grad, bool has_l2>
 OFFLOAD_TARGET void update_by_lerp(const Planes& planes, std::size_t n, const Scalars& s) {
-  const auto call = s.lerp_from_grad ? &update_planes<Param, Grad, has_l2, true>
-                                     : &update_planes<Param, Grad, has_l2, false>;
+  const auto call =
+      s.lerp_from_grad ? &update_planes<Param, Grad, has_l2, true> : &update_planes<Param, Grad, has_l2, false>;
   call(static_cast<Param*>(planes.param), planes.lo, planes.exp_avg, planes.exp_avg_sq,
        static_cast<const Grad*>(planes.grad), n, s);
 }

@@ -26,7 +26,8 @@ std::int64_t nanoseconds_since(std::chrono::steady_clock::time_point begin) {
 }
 
 io::Error error_of(const std::exception& thrown) {
-  if (const auto* system = dynamic_cast<const std::system_error*>(&thrown)) return {system->code().value(), thrown.what()};
+  if (const auto* system = dynamic_cast<const std::system_error*>(&thrown))
+    return {system->code().value(), thrown.what()};
   return {EINVAL, thrown.what()};
 }
 
@@ -41,7 +42,8 @@ std::size_t UpdatePipeline::buffer_nbytes_required(std::size_t chunk_elements, s
 UpdatePipeline::UpdatePipeline(std::shared_ptr<io::Engine> engine, std::size_t chunk_elements, std::size_t n_buffers,
                                std::size_t n_threads, char* buffer, std::size_t buffer_nbytes)
     : engine_(std::move(engine)), chunk_elements_(chunk_elements) {
-  OFFLOAD_CHECK(chunk_elements > 0 && chunk_elements % kPlaneElements == 0, "chunk_elements must be a multiple of 2048");
+  OFFLOAD_CHECK(chunk_elements > 0 && chunk_elements % kPlaneElements == 0,
+                "chunk_elements must be a multiple of 2048");
   OFFLOAD_CHECK(n_buffers > 0 && n_threads > 0, "an update pipeline needs a buffer and a thread");
   OFFLOAD_CHECK(buffer_nbytes >= buffer_nbytes_required(chunk_elements, n_buffers), "the chunk buffers are too small");
   OFFLOAD_CHECK(buffer != nullptr && on_page(buffer), "the chunk buffers must start on a page");
@@ -71,9 +73,9 @@ void UpdatePipeline::check(const UpdateJob& job, std::size_t n_chunks) const {
   OFFLOAD_CHECK(!uses_storage || engine_ != nullptr, "this update needs storage, and the pipeline has no engine");
   std::size_t end = 0;
   for (const Segment& segment : job.segments) {
-    OFFLOAD_CHECK(segment.start >= end && segment.start <= job.n_elements &&
-                      segment.n <= job.n_elements - segment.start,
-                  "segments must be sorted, disjoint and inside the buffer");
+    OFFLOAD_CHECK(
+        segment.start >= end && segment.start <= job.n_elements && segment.n <= job.n_elements - segment.start,
+        "segments must be sorted, disjoint and inside the buffer");
     end = segment.start + segment.n;
   }
 }
@@ -225,8 +227,8 @@ void UpdatePipeline::compute(const Chunk& chunk) const {
   const std::size_t param_nbytes = param_nbytes_per_element(job.codec);
   const std::size_t grad_nbytes = grad_nbytes_per_element(job.grad_dtype);
   const std::size_t lo_nbytes = job.codec == Codec::split_bf16 ? 2 * chunk.n : 0;
-  const char* grad = job.grad_offset >= 0 ? chunk.buffer + chunk_elements_ * kRecordNbytesMax
-                                          : job.grad + start * grad_nbytes;
+  const char* grad =
+      job.grad_offset >= 0 ? chunk.buffer + chunk_elements_ * kRecordNbytesMax : job.grad + start * grad_nbytes;
   const Kernels& best = kernels().back();
   for (std::size_t i = 0; i < job.segments.size(); ++i) {
     const Segment& segment = job.segments[i];

@@ -80,7 +80,7 @@ class UpdatePipeline {
     std::size_t index = 0, n = 0;
     char* buffer = nullptr;
     std::atomic<std::size_t> pending{0};
-    io::Error error;  // guarded by the pipeline's mutex
+    io::Error error;               // guarded by the pipeline's mutex
     std::array<Range, 3> storage;  // extents of state, parameters and gradients; empty where not on storage
     std::array<Range, 2> memory;   // the parameter plane and a record that lives in host memory
     bool overlaps(const Chunk& other) const;
