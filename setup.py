@@ -34,7 +34,18 @@ def liburing_flags() -> tuple[list[tuple[str, str]], list[str]]:
 
 
 macros, link_args = liburing_flags()
-compile_args = ["-std=c++17", "-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
+compile_args = [
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=off",
+    "-Wall",
+    "-Wextra",
+    "-Wshadow",
+    "-Wconversion",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+]
 # System headers, so that our warnings are about our code.
 compile_args += ["-isystem", pybind11.get_include()]
 sanitizers = os.environ.get("OFFLOAD_SANITIZE")
