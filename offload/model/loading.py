@@ -238,9 +238,7 @@ def build_model(directory: str, dtype: str | torch.dtype = "auto") -> nn.Module:
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{directory} is quantized: fine-tuning all parameters needs the unquantized model")
-    if isinstance(dtype, str) and dtype != "auto":
-        dtype = _dtype_of(dtype)
-    wanted = dtype if isinstance(dtype, torch.dtype) else config.dtype or torch.float32
+    wanted = dtype if isinstance(dtype, torch.dtype) else dtype_of(dtype) or config.dtype or torch.float32
     architectures = getattr(config, "architectures", None) or []
     model_class = getattr(transformers, architectures[0], None) if architectures else None
     with _parameters_without_memory():
@@ -258,16 +256,12 @@ def build_model(directory: str, dtype: str | torch.dtype = "auto") -> nn.Module:
     return model.train()
 
 
-def _dtype_of(name: str) -> torch.dtype:
-    dtype = {
-        "bfloat16": torch.bfloat16,
-        "bf16": torch.bfloat16,
-        "float32": torch.float32,
-        "fp32": torch.float32,
-    }
-    if name not in dtype:
+def dtype_of(name: str) -> torch.dtype | None:
+    """The dtype meant by "auto" (None), "bfloat16" or "float32". Raises ConfigError for anything else."""
+    dtypes = {"auto": None, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    if name not in dtypes:
         raise ConfigError(f"dtype {name!r} not understood; write auto, bfloat16 or float32")
-    return dtype[name]
+    return dtypes[name]
 
 
 def load_gguf(path: str) -> tuple[nn.Module, Any]:

@@ -1,0 +1,114 @@
+"""Text and JSON-lines files as batches of packed token sequences."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from offload.errors import ConfigError
+
+IGNORED = -100
+"""Label of a token that is read but not learned."""
+
+TEXT_PIECE_CHARACTERS = 1 << 16
+
+
+def _text_pieces(path: str) -> Iterator[tuple[str, bool]]:
+    """Pieces of a text file cut at line ends, each with whether it is learned; True throughout."""
+    piece: list[str] = []
+    n_characters = 0
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            piece.append(line)
+            n_characters += len(line)
+            if n_characters >= TEXT_PIECE_CHARACTERS:
+                yield "".join(piece), True
+                piece, n_characters = [], 0
+    if piece:
+        yield "".join(piece), True
+
+
+def _parts_of(record: Any, where: str, tokenizer: Any) -> list[tuple[str, bool]]:
+    """The (text, learned) parts of one JSON object."""
+    if isinstance(record, dict):
+        if isinstance(record.get("text"), str):
+            return [(record["text"], True)]
+        if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+            return [(record["prompt"], False), (record["completion"], True)]
+        if isinstance(record.get("messages"), list):
+            if getattr(tokenizer, "chat_template", None) is None:
+                raise ConfigError(f"{where}: has messages, but the tokenizer has no chat template")
+            return [(tokenizer.apply_chat_template(record["messages"], tokenize=False), True)]
+    raise ConfigError(
+        f'{where}: expected {{"text": ...}}, {{"prompt": ..., "completion": ...}} or {{"messages": [...]}}'
+    )
+
+
+class TokenStream:
+    """Tokens of a whole file, 8 bytes each, and which of them are learned, as sequences of `sequence_length`."""
+
+    def __init__(self, path: str, tokenizer: Any, sequence_length: int) -> None:
+        self._ids, self._labels = array("i"), array("i")
+        self._tokenizer = tokenizer
+        self.sequence_length = sequence_length
+        try:
+            if path.endswith((".jsonl", ".json")):
+                self._read_json_lines(path)
+            else:
+                for text, learned in _text_pieces(path):
+                    self._add(text, learned)
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: is not UTF-8 text: {error}") from error
+        self.n_sequences = len(self._ids) // sequence_length
+        if self.n_sequences == 0:
+            raise ConfigError(
+                f"{path}: has {len(self._ids)} tokens, fewer than one sequence of {sequence_length}: give more text, "
+                "or lower --sequence-length"
+            )
+
+    def _read_json_lines(self, path: str) -> None:
+        end = getattr(self._tokenizer, "eos_token_id", None)
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise ConfigError(f"{where}: is not JSON: {error}") from error
+                for text, learned in _parts_of(record, where, self._tokenizer):
+                    self._add(text, learned)
+                if end is not None:
+                    self._ids.append(end)
+                    self._labels.append(end)
+
+    def _add(self, text: str, learned: bool) -> None:
+        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        self._ids.extend(ids)
+        self._labels.extend(ids if learned else [IGNORED] * len(ids))
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the file."""
+        return len(self._ids)
+
+    def _rows(self, tokens: array[int], order: list[int]) -> torch.Tensor:
+        length = self.sequence_length
+        return torch.tensor([tokens[i * length : (i + 1) * length] for i in order], dtype=torch.long)
+
+    def batches(self, batch_size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Endless batches of (batch_size, sequence_length) `input_ids` and `labels`, shuffled anew each epoch."""
+        generator = torch.Generator().manual_seed(seed)
+        order: list[int] = []
+        while True:
+            while len(order) < batch_size:
+                order += torch.randperm(self.n_sequences, generator=generator).tolist()
+            chosen, order = order[:batch_size], order[batch_size:]
+            yield {"input_ids": self._rows(self._ids, chosen), "labels": self._rows(self._labels, chosen)}

@@ -1,0 +1,160 @@
+"""`offload doctor`: what the machine has, and what will be used."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shutil
+import tempfile
+from typing import Any, TextIO
+
+import psutil
+import torch
+
+from offload import _C
+from offload.config import host_total_nbytes
+from offload.tiers.host import HostArena
+
+
+def _mount(path: str) -> dict[str, str]:
+    """File system and source of the mount that holds `path`."""
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8") as file:
+            for line in file:
+                left, _, right = line.partition(" - ")
+                if left.split()[2] == wanted:
+                    kind, source = right.split()[:2]
+                    return {"file_system": kind, "device": source}
+    except OSError:
+        return {}
+    return {}
+
+
+def _rotational(path: str) -> bool | None:
+    device = os.stat(path).st_dev
+    base = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
+    for place in (f"{base}/queue/rotational", f"{base}/../queue/rotational"):
+        try:
+            with open(place, encoding="ascii") as file:
+                return file.read().strip() == "1"
+        except OSError:
+            continue
+    return None
+
+
+def _examine_drive(directory: str) -> dict[str, Any]:
+    """Try the I/O engine on a small file in `directory`."""
+    found: dict[str, Any] = {"directory": os.path.abspath(directory)}
+    if not os.path.isdir(directory):
+        return {**found, "usable": False, "reason": "no such directory"}
+    found.update(_mount(directory))
+    found["free_bytes"] = shutil.disk_usage(directory).free
+    found["rotational"] = _rotational(directory)
+    try:
+        with tempfile.NamedTemporaryFile(dir=directory, prefix="offload-doctor-") as file:
+            os.truncate(file.fileno(), 1 << 20)
+            arena = HostArena(4096)
+            engine = _C.Engine([file.name])
+            try:
+                engine.write(arena.address, 4096, 0).wait(10.0)
+                found["backend"], found["backend_reason"] = engine.backend, engine.backend_reason
+                found["o_direct"] = engine.direct
+            finally:
+                engine.close()
+    except (OSError, ValueError) as error:
+        return {**found, "usable": False, "reason": str(error)}
+    return {**found, "usable": True}
+
+
+def _examine_gpus() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        gpus.append({"name": properties.name, "memory_bytes": properties.total_memory})
+    return gpus
+
+
+def examine(directories: list[str]) -> dict[str, Any]:
+    """Everything `offload doctor` says, as plain data. Sizes in bytes."""
+    memory = psutil.virtual_memory()
+    locked_bytes, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    levels = _C.simd_levels()
+    return {
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "simd_levels": levels,
+        "dram_bytes": memory.total,
+        "dram_available_bytes": memory.available,
+        "dram_limit_bytes": host_total_nbytes(),
+        "memlock_limit_bytes": None if locked_bytes == resource.RLIM_INFINITY else locked_bytes,
+        "gpus": _examine_gpus(),
+        "drives": [_examine_drive(directory) for directory in directories],
+    }
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB"
+
+
+def _drive_lines(drive: dict[str, Any]) -> list[str]:
+    where = drive["directory"]
+    if "file_system" in drive:
+        where += f" ({drive['file_system']} on {drive['device']})"
+    lines = [f"storage      {where}"]
+    if "free_bytes" in drive:
+        kind = {
+            True: ", rotating, says the kernel (virtual disks often claim it)",
+            False: ", solid state",
+            None: "",
+        }[drive["rotational"]]
+        lines.append(f"             {_gb(drive['free_bytes'])} free{kind}")
+    if not drive["usable"]:
+        return [*lines, f"             cannot be used: {drive['reason']}"]
+    reason = f" ({drive['backend_reason']})" if drive["backend_reason"] else ""
+    direct = (
+        "yes"
+        if drive["o_direct"]
+        else "refused by the file system: reads and writes go through the page cache"
+    )
+    return [
+        *lines,
+        f"             I/O backend: {drive['backend']}{reason}",
+        f"             O_DIRECT: {direct}",
+    ]
+
+
+def show(found: dict[str, Any], out: TextIO, *, as_json: bool) -> None:
+    """Print what `examine` has found."""
+    if as_json:
+        print(json.dumps(found), file=out)
+        return
+    levels = found["simd_levels"]
+    lines = [
+        f"system       Linux {found['kernel']}, Python {found['python']}, torch {found['torch']}",
+        f"CPU          {found['cpu_cores']} cores for this process; updates use {levels[-1]} (of {', '.join(levels)})",
+        f"DRAM         {_gb(found['dram_bytes'])}, {_gb(found['dram_available_bytes'])} available",
+    ]
+    if found["dram_limit_bytes"] < found["dram_bytes"]:
+        lines.append(
+            f"             limited by its cgroup to {_gb(found['dram_limit_bytes'])}: percentages count from that"
+        )
+    locked = found["memlock_limit_bytes"]
+    if locked is not None:
+        lines.append(
+            f"             up to {locked / 1e6:.1f} MB may be locked (ulimit -l): larger I/O buffers stay unregistered"
+        )
+    for gpu in found["gpus"]:
+        lines.append(f"GPU          {gpu['name']}, {_gb(gpu['memory_bytes'])}")
+    if not found["gpus"]:
+        lines.append("GPU          none that torch sees: the device tier is a bounded part of DRAM")
+    for drive in found["drives"]:
+        lines += _drive_lines(drive)
+    print("\n".join(lines), file=out)

@@ -1,0 +1,268 @@
+"""`offload finetune`: a model directory and a text file in, a trained model directory out."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.checkpoint import export, load
+from offload.cli.data import TokenStream
+from offload.cli.output import Output, StepReport
+from offload.errors import ConfigError, OffloadError
+from offload.model.causal_lm_loss import chunk_loss, why_not_chunked
+from offload.model.loading import dtype_of, load_gguf
+from offload.runtime.engine import wrap
+from offload.runtime.optimizer import OffloadOptimizer
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+class Interrupted(Exception):
+    """The run was stopped; the message says after which step."""
+
+
+@dataclass
+class Settings:
+    """What `offload finetune` was told; the meanings are in its --help."""
+
+    model: str
+    data: str
+    storage: list[str] = field(default_factory=list)
+    host_memory: str = "50%"
+    device_memory: str = "50%"
+    activations: str = "auto"
+    dtype: str = "auto"
+    steps: int = 100
+    batch_size: int = 8
+    sequence_length: int = 512
+    micro_batches: int = 1
+    lr: float = 1e-5
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    seed: int = 0
+    output: str | None = None
+
+
+def learning_rate_factor(step: int, schedule: str, warmup_steps: int, steps: int) -> float:
+    """Share of the peak learning rate in step `step`, counted from 0; the last step still learns."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return {
+        "constant": 1.0,
+        "linear": 1.0 - progress,
+        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    }[schedule]
+
+
+def _check(settings: Settings) -> None:
+    if settings.schedule not in SCHEDULES:
+        raise ConfigError(
+            f"--schedule {settings.schedule} not understood; write one of {', '.join(SCHEDULES)}"
+        )
+    if not os.path.exists(settings.model):
+        raise ConfigError(f"--model {settings.model}: no such directory or file")
+    if settings.output is not None and os.path.isdir(settings.output) and os.listdir(settings.output):
+        raise ConfigError(f"--output {settings.output} is not empty: choose another directory")
+
+
+def _optimizer(parameters: Iterable[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
+    everything = [p for p in parameters if p.requires_grad]
+    matrices = [p for p in everything if p.dim() >= 2]
+    vectors = [p for p in everything if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": settings.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr)
+
+
+def _tokenizer(settings: Settings) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(settings.model, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--model {settings.model}: no usable tokenizer: {error}") from error
+
+
+def _wrap(settings: Settings, model: nn.Module | None) -> tuple[nn.Module, OffloadOptimizer]:
+    """Stream the directory into the store; or wrap `model`, fp32 and in memory already."""
+    budgets: dict[str, Any] = {
+        "storage": settings.storage,
+        "host_memory": settings.host_memory,
+        "device_memory": settings.device_memory,
+        "activations": settings.activations,
+        "micro_batches": settings.micro_batches,
+        "max_grad_norm": settings.max_grad_norm,
+    }
+    if model is None:
+        return load(settings.model, lambda p: _optimizer(p, settings), dtype=settings.dtype, **budgets)
+    compute_dtype = None if dtype_of(settings.dtype) == torch.float32 else torch.bfloat16
+    wrapped, optimizer = wrap(
+        model, _optimizer(model.parameters(), settings), compute_dtype=compute_dtype, **budgets
+    )
+    if why_not_chunked(wrapped) is None:
+        chunk_loss(wrapped)
+    return wrapped, optimizer
+
+
+@contextlib.contextmanager
+def _terminate_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the run as Ctrl-C does, so that the store is removed."""
+
+    def interrupt(_signal: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: the caller's business
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@dataclass
+class _Totals:
+    """Sums over the steps made."""
+
+    step: int = 0
+    first_loss: float = math.nan
+    last_loss: float = math.nan
+    step_s: list[float] = field(default_factory=list)
+    stall_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    read_bytes: int = 0
+    written_bytes: int = 0
+
+
+def _train(
+    model: Any,
+    optimizer: OffloadOptimizer,
+    stream: TokenStream,
+    settings: Settings,
+    output: Output,
+    totals: _Totals,
+) -> None:
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: learning_rate_factor(step, settings.schedule, settings.warmup_steps, settings.steps),
+    )
+    batches = stream.batches(settings.batch_size, settings.seed)
+    counted = model.offload.counters()
+    start_s = time.perf_counter()
+    for step in range(1, settings.steps + 1):
+        loss = model(**next(batches)).loss
+        loss.backward()
+        learning_rate = float(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        optimizer.zero_grad()
+        scheduler.step()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise OffloadError(
+                f"the loss of step {step} is {value}: lower --lr, add --warmup-steps, or clip with --max-grad-norm 1.0"
+            )
+        now_s, before = time.perf_counter(), counted
+        counted = model.offload.counters()
+        report = StepReport(
+            step=step,
+            steps=settings.steps,
+            loss=value,
+            learning_rate=learning_rate,
+            step_s=now_s - start_s,
+            tokens_per_s=settings.batch_size * settings.sequence_length / (now_s - start_s),
+            stall_s=model.offload.last_step.get("stall_s", {}),
+            read_bytes=counted["read_bytes"] - before["read_bytes"],
+            written_bytes=counted["written_bytes"] - before["written_bytes"],
+            grad_norm=None if optimizer.grad_norm is None else float(optimizer.grad_norm),
+        )
+        start_s = now_s
+        totals.step, totals.last_loss = step, value
+        totals.first_loss = value if step == 1 else totals.first_loss
+        totals.step_s.append(report.step_s)
+        totals.read_bytes += report.read_bytes
+        totals.written_bytes += report.written_bytes
+        for cause, seconds in report.stall_s.items():
+            totals.stall_s[cause] += seconds
+        output.step(report)
+
+
+def _summary(model: Any, settings: Settings, totals: _Totals, status: str) -> dict[str, Any]:
+    n_parameters = model.offload.trainable_numel
+    ordered = sorted(totals.step_s)
+    median_s = ordered[len(ordered) // 2] if ordered else math.nan
+    per_step = n_parameters * max(1, totals.step)
+    return {
+        "status": status,
+        "steps": totals.step,
+        "first_loss": totals.first_loss,
+        "last_loss": totals.last_loss,
+        "trainable_parameters": n_parameters,
+        "median_step_s": median_s,
+        "tokens_per_s": settings.batch_size * settings.sequence_length / median_s,
+        "waited_for": dict(totals.stall_s),
+        "read_gb": totals.read_bytes / 1e9,
+        "written_gb": totals.written_bytes / 1e9,
+        "read_bytes_per_parameter_and_step": totals.read_bytes / per_step,
+        "written_bytes_per_parameter_and_step": totals.written_bytes / per_step,
+        "output": settings.output if status == "done" else None,
+    }
+
+
+def finetune(settings: Settings, output: Output) -> dict[str, Any]:
+    """Run the whole job. Returns the summary that was printed. Raises Interrupted after Ctrl-C, the store removed."""
+    _check(settings)
+    torch.manual_seed(settings.seed)
+    totals = _Totals()
+    with _terminate_as_interrupt():
+        output.note(f"loading {settings.model}")
+        in_memory = None
+        if settings.model.endswith(".gguf"):
+            in_memory, tokenizer = load_gguf(settings.model)
+        else:
+            tokenizer = _tokenizer(settings)
+        stream = TokenStream(settings.data, tokenizer, settings.sequence_length)  # before anything is written
+        model, optimizer = _wrap(settings, in_memory)
+        engine: Any = model.offload
+        try:
+            output.note(
+                f"{engine.trainable_numel / 1e6:.1f} M trainable parameters; {stream.n_tokens:,} tokens in "
+                f"{settings.data}, {settings.steps * settings.batch_size / stream.n_sequences:.2f} epochs"
+            )
+            _train(model, optimizer, stream, settings, output, totals)
+            engine.flush()
+            if settings.output is not None:
+                output.note(f"writing {settings.output}")
+                export(model, settings.output, tokenizer=tokenizer)
+            summary = _summary(model, settings, totals, "done")
+        except KeyboardInterrupt:
+            with contextlib.suppress(
+                OffloadError, OSError
+            ):  # the step was cut in the middle; only files matter now
+                engine.close()
+            output.summary(_summary(model, settings, totals, "interrupted"))
+            raise Interrupted(
+                f"after step {totals.step}; the store has been removed, nothing was exported"
+            ) from None
+        except BaseException:
+            with contextlib.suppress(OffloadError, OSError):  # the first error is the one to be told
+                engine.close()
+            raise
+        engine.close()
+    output.summary(summary)
+    return summary

@@ -1,0 +1,179 @@
+"""The command line does the whole job, explains refusals, and leaves nothing behind when stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from offload.cli import main
+from offload.cli.data import IGNORED, TokenStream
+from offload.cli.finetune import learning_rate_factor
+from offload.errors import ConfigError
+from offload.runtime.optimizer import OffloadOptimizer
+from tests.conftest import build
+
+transformers = pytest.importorskip("transformers")
+
+TEXT = "to be or not to be that is the question\n" * 60
+
+
+def make_tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<end>", "<unknown>", *sorted(set(TEXT.split()))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unknown>"
+    )
+
+
+@pytest.fixture
+def workplace(tmp_path):
+    build("llama", layers=3).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+def finetune(place, *more):
+    arguments = [
+        "finetune", "--model", f"{place}/model", "--data", f"{place}/text.txt", "--storage", f"{place}/store",
+        "--host-memory", "14700KB", "--device-memory", "12MB", "--steps", "4", "--batch-size", "2",
+        "--sequence-length", "16", "--lr", "1e-2", *more,
+    ]  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    return stopped.value.code or 0
+
+
+def test_finetune_trains_exports_and_reports_as_json(workplace, capsys):
+    assert finetune(workplace, "--json", "--output", f"{workplace}/out", "--micro-batches", "2") == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line.get("step") for line in lines[:-1]] == [1, 2, 3, 4]
+    summary = lines[-1]["summary"]
+    assert summary["status"] == "done"
+    assert summary["last_loss"] == lines[-2]["loss"] < summary["first_loss"]
+    assert summary["written_bytes_per_parameter_and_step"] > 0
+    assert {"read_bytes", "written_bytes", "stall_s", "tokens_per_s"} <= lines[0].keys()
+    assert os.listdir(workplace / "store") == []
+    tuned = transformers.AutoModelForCausalLM.from_pretrained(workplace / "out", dtype="auto")
+    assert tuned.dtype == torch.bfloat16
+    tokenizer = transformers.AutoTokenizer.from_pretrained(workplace / "out")
+    ids = torch.tensor([tokenizer("to be or not").input_ids])
+    assert tuned.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 7)
+
+
+def test_the_run_is_the_same_whatever_the_memory(workplace, capsys):
+    losses = []
+    for memory in ("14700KB", "200MB"):
+        assert finetune(workplace, "--json", "--host-memory", memory, "--max-grad-norm", "1.0") == 0
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        losses.append([line["loss"] for line in lines[:-1]])
+        assert all(line["grad_norm"] > 0 for line in lines[:-1])
+    assert losses[0] == losses[1]
+
+
+def test_people_get_a_line_a_step_and_a_table(workplace, capsys):
+    assert finetune(workplace) == 0
+    printed = capsys.readouterr()
+    assert "step 4/4" in printed.err
+    for word in ("loss", "tokens/s", "s/step", "waits for", "read", "written"):
+        assert word in printed.err
+    assert "written bytes per parameter and step" in printed.out
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_removes_its_store(workplace, capsys, monkeypatch, signal_number):
+    step = OffloadOptimizer.step
+    made = []
+
+    def interrupted(self, closure=None):
+        made.append(1)
+        if len(made) == 2:
+            os.kill(os.getpid(), signal_number)
+        return step(self, closure)
+
+    monkeypatch.setattr(OffloadOptimizer, "step", interrupted)
+    assert finetune(workplace, "--output", f"{workplace}/out") == 130
+    printed = capsys.readouterr()
+    assert "after step 1" in printed.err
+    assert "interrupted" in printed.out
+    assert os.listdir(workplace / "store") == []
+    assert not (workplace / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (["--model", "nowhere"], 2, "no such directory"),
+        (["--data", "nowhere.txt"], 2, "cannot be read"),
+        (["--sequence-length", "100000"], 2, "lower --sequence-length"),
+        (["--schedule", "wavy"], 2, "constant, linear, cosine"),
+        (["--dtype", "int3"], 2, "auto, bfloat16 or float32"),
+        (["--host-memory", "lots"], 2, "8GB"),
+        (["--device-memory", "1KB"], 1, "Smallest that would do"),
+    ],
+)
+def test_refusals_say_what_to_change_and_write_nothing(workplace, capsys, more, code, message):
+    assert finetune(workplace, *more) == code
+    assert message in capsys.readouterr().err
+    assert not (workplace / "store").exists() or os.listdir(workplace / "store") == []
+
+
+def test_only_completions_are_learned(tmp_path):
+    records = [{"prompt": "to be", "completion": "or not"}, {"text": "that is"}]
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(r) for r in records) + "\n\n")
+    tokenizer = make_tokenizer()
+    batch = next(TokenStream(str(tmp_path / "data.jsonl"), tokenizer, 8).batches(1, seed=0))
+    ids = [*tokenizer("to be or not").input_ids, 0, *tokenizer("that is").input_ids, 0]
+    assert batch["input_ids"].tolist() == [ids]
+    assert batch["labels"].tolist() == [[IGNORED, IGNORED, *ids[2:]]]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"messages": []}', '{"words": 1}'])
+def test_a_bad_line_is_named(tmp_path, line):
+    (tmp_path / "data.jsonl").write_text('{"text": "to be"}\n' + line + "\n")
+    with pytest.raises(ConfigError, match="line 2"):
+        TokenStream(str(tmp_path / "data.jsonl"), make_tokenizer(), 2)
+
+
+def test_every_epoch_sees_every_sequence_once(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    stream = TokenStream(str(tmp_path / "text.txt"), make_tokenizer(), 100)
+    assert stream.n_sequences == 6
+    batches = stream.batches(3, seed=0)
+    whole = sorted(row for _ in range(2) for row in next(batches)["input_ids"].tolist())
+    assert whole == sorted(list(stream._ids[i * 100 : (i + 1) * 100]) for i in range(6))
+
+
+def test_learning_rate_schedules():
+    assert [learning_rate_factor(i, "constant", 3, 9) for i in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    for schedule in ("linear", "cosine"):
+        factors = [learning_rate_factor(i, schedule, 0, 4) for i in range(4)]
+        assert factors[0] == 1.0
+        assert factors == sorted(factors, reverse=True)
+        assert factors[-1] > 0
+
+
+def test_doctor_names_what_will_be_used(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["doctor", "--storage", str(tmp_path), "--storage", str(tmp_path / "nowhere")])
+    text = capsys.readouterr().out
+    for word in ("I/O backend", "O_DIRECT", "free", "DRAM", "GPU", "scalar", "no such directory"):
+        assert word in text
+    with pytest.raises(SystemExit):
+        main(["doctor", "--storage", str(tmp_path), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["drives"][0]["backend"] in ("uring", "posix")
+    assert os.listdir(tmp_path) == []
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    assert "--storage" in capsys.readouterr().out
