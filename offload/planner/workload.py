@@ -11,7 +11,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class SavedTensor:
     """One tensor that backward needs: its bytes a sample, and the forward FLOPs a sample that recompute it alone,
-    given the saved or recomputed tensors before it. `source` is the operation that makes it (`linear`, `attention`, ...)."""
+    given the saved or recomputed tensors before it. `source` is the operation that makes it (`linear`, ...)."""
 
     name: str
     source: str
