@@ -106,6 +106,14 @@ void bind_io(py::module_& module) {
       });
 
   py::class_<io::Ticket, std::shared_ptr<io::Ticket>>(module, "Ticket")
+      .def(py::init([] { return std::make_shared<io::Ticket>(1); }))
+      .def(
+          "complete",
+          [](io::Ticket& ticket, const std::string& failure) {
+            if (ticket.done()) throw py::value_error("this ticket has completed already");
+            ticket.settle_piece({failure.empty() ? 0 : EIO, failure});
+          },
+          py::arg("failure") = "", py::call_guard<py::gil_scoped_release>())
       .def("wait", &wait_ticket, py::arg("timeout_s") = py::none())
       .def("done", &io::Ticket::done);
 
@@ -128,10 +136,13 @@ void bind_io(py::module_& module) {
           py::arg("address"), py::arg("nbytes"), py::arg("offset"), py::arg("urgent") = false)
       .def(
           "write",
-          [](io::Engine& engine, std::uintptr_t address, std::size_t nbytes, std::uint64_t offset) {
-            return engine.submit(io::Op::write, reinterpret_cast<void*>(address), nbytes, offset);
+          [](io::Engine& engine, std::uintptr_t address, std::size_t nbytes, std::uint64_t offset,
+             const std::shared_ptr<io::Ticket>& after) {
+            void* const from = reinterpret_cast<void*>(address);
+            return after ? engine.submit_after(after, io::Op::write, from, nbytes, offset)
+                         : engine.submit(io::Op::write, from, nbytes, offset);
           },
-          py::arg("address"), py::arg("nbytes"), py::arg("offset"))
+          py::arg("address"), py::arg("nbytes"), py::arg("offset"), py::kw_only(), py::arg("after") = py::none())
       .def("register_buffer",
            [](io::Engine& engine, std::uintptr_t address, std::size_t nbytes) {
              return engine.register_buffer(reinterpret_cast<void*>(address), nbytes);

@@ -38,6 +38,7 @@ optim::UpdateJob make_job(const std::string& param_codec, std::size_t n_elements
                           std::int64_t param_offset, bool read_param, std::int64_t state_offset,
                           std::uintptr_t state_host_address, std::size_t host_chunks, std::uintptr_t grad_address,
                           const std::string& grad_dtype, std::int64_t grad_offset,
+                          std::shared_ptr<io::Ticket> grad_gate,
                           const std::vector<std::tuple<std::size_t, std::size_t, Hyper>>& segments) {
   optim::UpdateJob job;
   job.codec = codec_of(param_codec);
@@ -51,6 +52,7 @@ optim::UpdateJob make_job(const std::string& param_codec, std::size_t n_elements
   job.grad = at<const char>(grad_address);
   job.grad_dtype = grad_dtype_of(grad_dtype);
   job.grad_offset = grad_offset;
+  job.grad_gate = std::move(grad_gate);
   for (const auto& [start, n, hyper] : segments) job.segments.push_back({start, n, hyper});
   return job;
 }
@@ -115,7 +117,8 @@ void bind_optim(py::module_& module) {
       .def(py::init(&make_job), py::kw_only(), py::arg("param_codec"), py::arg("n_elements"), py::arg("param_address"),
            py::arg("param_offset") = -1, py::arg("read_param") = false, py::arg("state_offset") = -1,
            py::arg("state_host_address") = 0, py::arg("host_chunks") = 0, py::arg("grad_address") = 0,
-           py::arg("grad_dtype") = "float32", py::arg("grad_offset") = -1, py::arg("segments"));
+           py::arg("grad_dtype") = "float32", py::arg("grad_offset") = -1, py::arg("grad_gate") = py::none(),
+           py::arg("segments"));
 
   py::class_<optim::UpdatePipeline>(module, "UpdatePipeline")
       .def(py::init([](std::shared_ptr<io::Engine> engine, std::size_t chunk_elements, std::size_t n_buffers,

@@ -58,12 +58,16 @@ def host_total_nbytes() -> int:
 class Config(BaseModel):
     """Everything `offload.wrap` can be told. Unknown names are refused.
 
-    Byte budgets follow `parse_budget`; `device_memory` counts parameter slots, gradient buffers and the root,
-    `host_memory` counts chunk buffers and every state placed in DRAM.
+    Byte budgets follow `parse_budget`; `device_memory` counts parameter slots, gradient buffers, the root and waiting
+    block inputs, `host_memory` counts chunk buffers and every state placed in DRAM. `device` is "auto" (the model's
+    own, else a CUDA device where there is one, else the CPU), "cpu", "cuda", "cuda:1" or "emulated": a device in DRAM
+    behind a bus of `bus_bytes_per_s`, for trying the path of a GPU without one. `step_aside`: when all training state
+    takes at most half of `device_memory`, do not stream. `pin`: page-lock host memory for a CUDA device.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
+    device: str = "auto"
     device_memory: str | int | float = "50%"
     host_memory: str | int | float = "50%"
     storage: list[str] = Field(default_factory=list)
@@ -81,6 +85,9 @@ class Config(BaseModel):
     chunk_buffers: int = Field(default=4, ge=2)
     update_threads: int = Field(default=max(1, min(4, (os.cpu_count() or 1) // 2)), ge=1)
     keep_store: bool = False
+    step_aside: Literal["auto", "always", "never"] = "auto"
+    pin: Literal["auto", "always", "never"] = "auto"
+    bus_bytes_per_s: float | None = Field(default=None, gt=0)
 
     @classmethod
     def checked(cls, **settings: object) -> Config:

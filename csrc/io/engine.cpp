@@ -73,11 +73,37 @@ void Engine::close_files() {
   files_.clear();
 }
 
-std::shared_ptr<Ticket> Engine::submit(Op op, void* address, std::size_t nbytes, std::uint64_t offset, bool urgent) {
+void Engine::check_transfer(const void* address, std::size_t nbytes, std::uint64_t offset) {
   const bool aligned = reinterpret_cast<std::uintptr_t>(address) % kPageNbytes == 0 && nbytes % kPageNbytes == 0 &&
                        offset % kPageNbytes == 0;
   OFFLOAD_CHECK(aligned, "address, nbytes and offset must be multiples of 4096");
   OFFLOAD_CHECK(nbytes > 0 && address != nullptr, "a transfer needs an address and at least one page");
+}
+
+std::shared_ptr<Ticket> Engine::submit_after(const std::shared_ptr<Ticket>& gate, Op op, void* address,
+                                             std::size_t nbytes, std::uint64_t offset, bool urgent) {
+  check_transfer(address, nbytes, offset);
+  auto ticket = std::make_shared<Ticket>(1);
+  const std::weak_ptr<Engine> weak = weak_from_this();
+  gate->on_complete([weak, ticket, op, address, nbytes, offset, urgent](const Error& error) {
+    const auto engine = weak.lock();
+    if (error.code != 0 || engine == nullptr) {
+      ticket->settle_piece(error.code != 0 ? error : Error{ECANCELED, "the engine is closed"});
+      return;
+    }
+    try {
+      engine->submit(op, address, nbytes, offset, urgent)->on_complete([ticket](const Error& late) {
+        ticket->settle_piece(late);
+      });
+    } catch (const std::exception& thrown) {  // out of memory: nobody may be left waiting
+      ticket->settle_piece({ENOMEM, thrown.what()});
+    }
+  });
+  return ticket;
+}
+
+std::shared_ptr<Ticket> Engine::submit(Op op, void* address, std::size_t nbytes, std::uint64_t offset, bool urgent) {
+  check_transfer(address, nbytes, offset);
   const std::size_t n_drives = backends_.size();
   std::vector<std::vector<Piece>> pieces(n_drives);
   std::size_t n_pieces = 0;

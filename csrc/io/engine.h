@@ -21,7 +21,7 @@ struct EngineOptions {
   std::shared_ptr<Faults> faults;
 };
 
-class Engine {
+class Engine : public std::enable_shared_from_this<Engine> {
  public:
   explicit Engine(EngineOptions options);
   ~Engine();
@@ -30,6 +30,10 @@ class Engine {
 
   // Starts one transfer; never blocks on the device. With O_DIRECT all three numbers are multiples of 4096.
   std::shared_ptr<Ticket> submit(Op op, void* address, std::size_t nbytes, std::uint64_t offset, bool urgent = false);
+  // The same, started when `gate` has completed; its error becomes this ticket's. Never starts after the engine is
+  // gone.
+  std::shared_ptr<Ticket> submit_after(const std::shared_ptr<Ticket>& gate, Op op, void* address, std::size_t nbytes,
+                                       std::uint64_t offset, bool urgent = false);
   // False when the kernel refuses; transfers then go unregistered. The memory must stay mapped until close(): the
   // kernel keeps its pages, so another mapping at the same address would be transferred from and to the old ones.
   bool register_buffer(void* address, std::size_t nbytes);
@@ -43,6 +47,7 @@ class Engine {
   const Counters& counters(std::size_t drive) const { return backends_[drive]->counters(); }
 
  private:
+  static void check_transfer(const void* address, std::size_t nbytes, std::uint64_t offset);
   void open_files();
   void make_backends();
   void close_files();

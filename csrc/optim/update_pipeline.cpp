@@ -115,6 +115,10 @@ char* UpdatePipeline::record(const Chunk& chunk) const {
   return job.state_host + chunk.index * chunk_elements_ * state_nbytes_per_element(job.codec);
 }
 
+char* UpdatePipeline::grad_buffer(const Chunk& chunk) const {
+  return chunk.buffer + chunk_elements_ * kRecordNbytesMax;
+}
+
 std::int64_t UpdatePipeline::record_offset(const Chunk& chunk) const {
   const UpdateJob& job = chunk.job->job;
   const std::size_t position = (chunk.index - job.host_chunks) * chunk_elements_ * state_nbytes_per_element(job.codec);
@@ -209,15 +213,34 @@ void UpdatePipeline::start_reads(const ChunkPtr& chunk, bool skip) {
     if (!skip) {
       read(chunk->buffer, chunk->storage[0]);
       if (job.read_param) read(job.param + start * param_nbytes_per_element(job.codec), chunk->storage[1]);
-      read(chunk->buffer + chunk_elements_ * kRecordNbytesMax, chunk->storage[2]);
+      if (!job.grad_gate) read(grad_buffer(*chunk), chunk->storage[2]);
     }
   } catch (const std::exception& error) {
     refused = error_of(error);
   }
-  chunk->pending = tickets.size() + 1;
+  const bool gated = job.grad_gate && !skip && refused.code == 0;
+  chunk->pending = tickets.size() + 1 + (gated ? 1 : 0);
   for (const auto& ticket : tickets)
     ticket->on_complete([this, chunk](const io::Error& error) { settle_io(chunk, error, true); });
+  if (gated)
+    job.grad_gate->on_complete([this, chunk](const io::Error& error) {
+      if (error.code != 0 || chunk->storage[2].end == 0)
+        settle_io(chunk, error, true);
+      else
+        read_gradients(chunk);
+    });
   settle_io(chunk, refused, true);
+}
+
+// The gate is open: the gradients that went to storage may be read back.
+void UpdatePipeline::read_gradients(const ChunkPtr& chunk) {
+  const Range& from = chunk->storage[2];
+  try {
+    engine_->submit(io::Op::read, grad_buffer(*chunk), static_cast<std::size_t>(from.end - from.begin), from.begin)
+        ->on_complete([this, chunk](const io::Error& error) { settle_io(chunk, error, true); });
+  } catch (const std::exception& error) {
+    settle_io(chunk, error_of(error), true);
+  }
 }
 
 void UpdatePipeline::compute(const Chunk& chunk) const {
@@ -227,8 +250,7 @@ void UpdatePipeline::compute(const Chunk& chunk) const {
   const std::size_t param_nbytes = param_nbytes_per_element(job.codec);
   const std::size_t grad_nbytes = grad_nbytes_per_element(job.grad_dtype);
   const std::size_t lo_nbytes = job.codec == Codec::split_bf16 ? 2 * chunk.n : 0;
-  const char* grad =
-      job.grad_offset >= 0 ? chunk.buffer + chunk_elements_ * kRecordNbytesMax : job.grad + start * grad_nbytes;
+  const char* grad = job.grad_offset >= 0 ? grad_buffer(chunk) : job.grad + start * grad_nbytes;
   const Kernels& best = kernels().back();
   for (std::size_t i = 0; i < job.segments.size(); ++i) {
     const Segment& segment = job.segments[i];

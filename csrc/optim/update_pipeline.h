@@ -35,6 +35,8 @@ struct UpdateJob {
   const char* grad = nullptr;
   GradDtype grad_dtype = GradDtype::float32;
   std::int64_t grad_offset = -1;
+  // The gradients may be read once this has completed (a copy from the device, or a write to grad_offset); null: now.
+  std::shared_ptr<io::Ticket> grad_gate;
   std::vector<Segment> segments;
 };
 
@@ -94,12 +96,14 @@ class UpdatePipeline {
   void work();
   void issue_reads(std::unique_lock<std::mutex>& lock);
   void start_reads(const ChunkPtr& chunk, bool skip);
+  void read_gradients(const ChunkPtr& chunk);
   void compute(const Chunk& chunk) const;
   void start_writes(const ChunkPtr& chunk);
   void finish(const ChunkPtr& chunk);
   void settle_io(const ChunkPtr& chunk, const io::Error& error, bool was_read);
   std::int64_t record_offset(const Chunk& chunk) const;
   char* record(const Chunk& chunk) const;
+  char* grad_buffer(const Chunk& chunk) const;
 
   std::shared_ptr<io::Engine> engine_;
   std::size_t chunk_elements_;

@@ -71,7 +71,15 @@ def finetune_command(
     activations: Annotated[
         str,
         typer.Option(
-            help="Where block inputs wait for backward: auto, host or storage.", rich_help_panel=_MEMORY
+            help="Where block inputs wait for backward: auto (where there is room), device, host or storage. "
+            "keep: recompute nothing, keep everything on the device.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = "auto",
+    step_aside: Annotated[
+        str,
+        typer.Option(
+            help="auto: stream nothing when all training state takes at most half of --device-memory; never; always."
         ),
     ] = "auto",
     dtype: Annotated[
@@ -143,7 +151,8 @@ def finetune_command(
     """  # fmt: skip
     settings = Settings(
         model=model, data=data, storage=storage or [], host_memory=host_memory, device_memory=device_memory,
-        activations=activations, dtype=dtype, steps=steps, batch_size=batch_size, sequence_length=sequence_length,
+        activations=activations, step_aside=step_aside, dtype=dtype,
+        steps=steps, batch_size=batch_size, sequence_length=sequence_length,
         micro_batches=micro_batches, lr=lr, schedule=schedule, warmup_steps=warmup_steps, weight_decay=weight_decay,
         max_grad_norm=max_grad_norm, seed=seed, output=output,
     )  # fmt: skip

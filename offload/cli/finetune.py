@@ -41,6 +41,7 @@ class Settings:
     host_memory: str = "50%"
     device_memory: str = "50%"
     activations: str = "auto"
+    step_aside: str = "auto"
     dtype: str = "auto"
     steps: int = 100
     batch_size: int = 8
@@ -105,6 +106,7 @@ def _wrap(settings: Settings, model: nn.Module | None) -> tuple[nn.Module, Offlo
         "host_memory": settings.host_memory,
         "device_memory": settings.device_memory,
         "activations": settings.activations,
+        "step_aside": settings.step_aside,
         "micro_batches": settings.micro_batches,
         "max_grad_norm": settings.max_grad_norm,
     }

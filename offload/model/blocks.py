@@ -17,6 +17,10 @@ class Cut:
     block_parameters: list[list[tuple[str, nn.Parameter]]]
     root: list[tuple[str, nn.Parameter]]
 
+    def all_root(self) -> Cut:
+        """The same parameters without blocks: nothing will be streamed."""
+        return Cut([], [], [*self.root, *(p for block in self.block_parameters for p in block)])
+
 
 def _stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList | nn.Sequential]]:
     found = []

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from offload.errors import BudgetError
+from offload.types import PAGE_NBYTES
+
+ACTIVATION_STAGING_NBYTES_MAX = 64 << 20
+ACTIVATION_STAGING_NBYTES_MIN = 128 << 10
+ACTIVATION_STAGING_SHARE = 0.04
 
 
 @dataclass(frozen=True)
@@ -26,14 +31,19 @@ class Placement:
     """Result of `place`. Index `len(blocks)` of `host_chunks` is the root."""
 
     n_slots: int
+    """Parameter slots in device memory."""
     n_grad_buffers: int
+    n_host_slots: int
+    """Slots in host memory that storage is read into; 0 where the device shares the host's memory."""
+    n_host_grad_buffers: int
     params_in_host: list[bool]
     grads_in_host: list[bool]
     host_chunks: list[int]
     device_nbytes: int
     host_nbytes: int
     storage_nbytes: int
-    notes: list[str] = field(default_factory=list)
+    activation_staging_nbytes: int
+    """Host memory through which activations go to storage; included in `host_nbytes`."""
 
 
 def _gb(nbytes: int) -> str:
@@ -50,20 +60,80 @@ def place(
     has_storage: bool,
     deferred: bool,
     prefetch_blocks: int | None,
+    shares_host: bool = True,
 ) -> Placement:
     """Fill the tiers with what saves most traffic per byte of memory (DESIGN.md section 5).
 
     Traffic saved a step per byte held in DRAM: a parameter plane 3 (read twice, written once), a deferred gradient
-    and optimizer state 2. The root's parameters stay on the device. Raises BudgetError with the smallest budgets.
+    and optimizer state 2. The root's parameters stay on the device. A device that does not share the host's memory
+    needs a mirror of the root, host slots and host gradient buffers besides. Raises BudgetError with the smallest
+    budgets.
     """
     slot = max((b.slot_nbytes for b in blocks), default=0)
     grad = max((b.grad_nbytes for b in blocks), default=0)
     fixed = root.slot_nbytes + root.grad_nbytes
     least_slots = min(2, len(blocks))
     least_device = fixed + least_slots * slot + grad
+    n_host_slots, n_host_grads, mirror = (
+        (0, 0, 0) if shares_host else (least_slots, min(1, len(blocks)), fixed)
+    )
+    if not has_storage:
+        n_host_slots = 0
+    activation_staging = ACTIVATION_STAGING_NBYTES_MIN if has_storage else 0
+    always = staging_nbytes + activation_staging + mirror + n_host_grads * grad
     everything = sum(b.slot_nbytes + b.state_nbytes + (b.grad_nbytes if deferred else 0) for b in blocks)
     everything += root.state_nbytes
-    least_host = staging_nbytes + (0 if has_storage else everything)
+    least_host = always + (n_host_slots * slot if has_storage else everything)
+    _refuse_what_cannot_fit(
+        device=(device_nbytes, least_device, fixed, least_slots, slot, grad),
+        host=(host_nbytes, least_host),
+        has_storage=has_storage,
+    )
+    spare = device_nbytes - least_device
+    n_grad_buffers = min(1, len(blocks))
+    if spare >= grad and grad:
+        n_grad_buffers, spare = 2, spare - grad
+    wanted = len(blocks) if prefetch_blocks is None else min(len(blocks), prefetch_blocks + 1)
+    affordable = least_slots + (spare // 2 // slot if slot else 0)
+    n_slots = max(least_slots, min(wanted, affordable))
+    left = host_nbytes - always
+    if has_storage:
+        more = _more_activation_staging_nbytes(left - n_host_slots * slot)
+        activation_staging, left = activation_staging + more, left - more
+    if left >= everything:
+        n_host_slots = 0  # every block has host memory of its own
+    left -= n_host_slots * slot
+    if not shares_host and left >= grad + slot * (n_host_slots > 0):
+        n_host_grads, left = 2 * n_host_grads, left - grad * n_host_grads
+        n_host_slots, left = n_host_slots + (n_host_slots > 0), left - slot * (n_host_slots > 0)
+    params_in_host, grads_in_host, host_chunks, left = _fill_host(blocks, root, left, deferred)
+    if not shares_host and all(params_in_host):
+        left, n_host_slots = left + n_host_slots * slot, 0
+    storage = 0
+    for i, block in enumerate([*blocks, root]):
+        storage += sum(block.state_chunk_nbytes[host_chunks[i] :])
+        if i < len(blocks):
+            storage += 0 if params_in_host[i] else block.slot_nbytes
+    return Placement(
+        n_slots=n_slots,
+        n_grad_buffers=n_grad_buffers,
+        n_host_slots=n_host_slots,
+        n_host_grad_buffers=n_host_grads,
+        params_in_host=params_in_host,
+        grads_in_host=grads_in_host,
+        host_chunks=host_chunks,
+        device_nbytes=fixed + n_slots * slot + n_grad_buffers * grad,
+        host_nbytes=host_nbytes - left,
+        storage_nbytes=storage,
+        activation_staging_nbytes=activation_staging,
+    )
+
+
+def _refuse_what_cannot_fit(
+    device: tuple[int, int, int, int, int, int], host: tuple[int, int], has_storage: bool
+) -> None:
+    device_nbytes, least_device, fixed, least_slots, slot, grad = device
+    host_nbytes, least_host = host
     problems = []
     if device_nbytes < least_device:
         problems.append(
@@ -72,9 +142,7 @@ def place(
         )
     if host_nbytes < least_host:
         what = (
-            "staging"
-            if has_storage
-            else "staging and the whole training state, since storage=[] means DRAM only"
+            "staging" if has_storage else "staging and all training state, since storage=[] means DRAM only"
         )
         problems.append(f"host_memory={_gb(host_nbytes)} but at least {_gb(least_host)} is needed for {what}")
     if problems:
@@ -84,14 +152,18 @@ def place(
             + f". Smallest that would do: device_memory='{least_device}', "
             f"host_memory='{least_host}' (bytes)" + ("" if has_storage else ", or give storage=[directory]")
         )
-    spare = device_nbytes - least_device
-    n_grad_buffers = 1
-    if spare >= grad and grad:
-        n_grad_buffers, spare = 2, spare - grad
-    wanted = len(blocks) if prefetch_blocks is None else min(len(blocks), prefetch_blocks + 1)
-    affordable = least_slots + (min(spare // 2, spare) // slot if slot else 0)
-    n_slots = max(least_slots, min(wanted, affordable))
-    left = host_nbytes - staging_nbytes
+
+
+def _more_activation_staging_nbytes(left_nbytes: int) -> int:
+    """A small share, in whole pages twice over: two pieces, one filled while the other is written."""
+    wanted = min(ACTIVATION_STAGING_NBYTES_MAX, int(max(0, left_nbytes) * ACTIVATION_STAGING_SHARE))
+    return wanted // (2 * PAGE_NBYTES) * (2 * PAGE_NBYTES)
+
+
+def _fill_host(
+    blocks: list[BlockBytes], root: BlockBytes, left: int, deferred: bool
+) -> tuple[list[bool], list[bool], list[int], int]:
+    """(parameters in host, waiting gradients in host, state chunks in host, bytes left), most saving first."""
     params_in_host = [False] * len(blocks)
     grads_in_host = [False] * len(blocks)
     host_chunks = [0] * (len(blocks) + 1)
@@ -110,18 +182,4 @@ def place(
                 break
             host_chunks[i] += 1
             left -= chunk_nbytes
-    storage = 0
-    for i, block in enumerate([*blocks, root]):
-        storage += sum(block.state_chunk_nbytes[host_chunks[i] :])
-        if i < len(blocks):
-            storage += 0 if params_in_host[i] else block.slot_nbytes
-    return Placement(
-        n_slots=n_slots,
-        n_grad_buffers=n_grad_buffers,
-        params_in_host=params_in_host,
-        grads_in_host=grads_in_host,
-        host_chunks=host_chunks,
-        device_nbytes=fixed + n_slots * slot + n_grad_buffers * grad,
-        host_nbytes=host_nbytes - left,
-        storage_nbytes=storage,
-    )
+    return params_in_host, grads_in_host, host_chunks, left

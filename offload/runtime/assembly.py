@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from offload.config import Config, host_total_nbytes, parse_budget
 from offload.model.blocks import Cut
 from offload.model.flat import STATE_NBYTES_PER_ELEMENT, BlockLayout, lay_out
 from offload.planner.placement import BlockBytes, Placement, place
-from offload.stores.block_store import BlockRecord, GradBuffer, Slot, StateExtents
+from offload.stores.block_store import BlockRecord, DeviceSlot, GradBuffer, Slot, StateExtents
+from offload.tiers.device import CudaDevice, DeviceTier, SharedDevice
+from offload.tiers.emulated_device import EmulatedDevice
 from offload.tiers.host import HostArena
 from offload.tiers.storage import Store
+from offload.transfer.copies import Copies
 from offload.transfer.io_engine import UpdatePipeline, split_master
 from offload.types import PAGE_NBYTES, BlockState, round_up
+
+logger = logging.getLogger("offload")
 
 
 @dataclass
@@ -24,13 +32,70 @@ class Assembly:
     blocks: list[BlockRecord]
     root: BlockRecord
     slots: list[Slot]
+    device_slots: list[DeviceSlot]
     grad_buffers: list[GradBuffer]
+    out_buffers: list[GradBuffer]
     store: Store | None
     pipeline: UpdatePipeline
+    device: DeviceTier
+    copies: Copies
     arenas: list[HostArena]
+    activation_staging: torch.Tensor
     placement: Placement
     device_nbytes: int
     host_nbytes: int
+
+    def close(self) -> None:
+        """End all threads, release the device and remove the store. Finishes what is in flight first."""
+        self.copies.close()
+        self.pipeline.close()
+        if self.store is not None:
+            self.store.close()
+        self.device.close()
+
+
+def choose_device(model: nn.Module, config: Config) -> DeviceTier:
+    """The device tier that `config.device` means for this model. Raises ConfigError when it is not there."""
+    wanted = config.device
+    if wanted == "emulated":
+        return EmulatedDevice(config.bus_bytes_per_s)
+    if wanted == "auto":
+        on_cuda = next((str(p.device) for p in model.parameters() if p.device.type == "cuda"), None)
+        wanted = on_cuda or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch_device = torch.device(wanted)
+    if torch_device.type == "cuda":
+        total_nbytes = torch.cuda.get_device_properties(torch_device).total_memory
+        return CudaDevice(torch_device, parse_budget(config.device_memory, total_nbytes))
+    return SharedDevice()
+
+
+def budgets(device: DeviceTier, config: Config) -> tuple[int, int]:
+    """(device, host) memory allowed, in bytes."""
+    host_total = host_total_nbytes()
+    device_total = host_total
+    if device.torch_device.type == "cuda":
+        device_total = torch.cuda.get_device_properties(device.torch_device).total_memory
+    return parse_budget(config.device_memory, device_total), parse_budget(config.host_memory, host_total)
+
+
+def steps_aside(cut: Cut, config: Config, device: DeviceTier, compute_dtype: torch.dtype | None) -> bool:
+    """Whether everything stays in device memory and nothing is streamed: the other half is for activations."""
+    if config.step_aside != "auto":
+        return config.step_aside == "always"
+    if not device.shares_host or config.micro_batches > 1 or config.activations in ("host", "storage"):
+        return False
+    parameters = [*cut.root, *(p for block in cut.block_parameters for p in block)]
+    layout = lay_out("all", parameters, compute_dtype)
+    needed_nbytes = layout.slot_nbytes + layout.state_nbytes + layout.grad_elements * 4
+    device_nbytes, _ = budgets(device, config)
+    if 2 * needed_nbytes > device_nbytes:
+        return False
+    logger.info(
+        "all training state (%.2f GB) fits in half of device_memory (%.2f GB): nothing is streamed",
+        needed_nbytes / 1e9,
+        device_nbytes / 1e9,
+    )
+    return True
 
 
 def block_bytes(layout: BlockLayout, chunk_elements: int) -> BlockBytes:
@@ -44,144 +109,206 @@ def block_bytes(layout: BlockLayout, chunk_elements: int) -> BlockBytes:
     return BlockBytes(round_up(layout.slot_nbytes, PAGE_NBYTES), tuple(chunks), layout.grad_elements * 4)
 
 
-def assemble(cut: Cut, config: Config, compute_dtype: torch.dtype | None) -> Assembly:
+class _Builder:
+    """Takes memory of every tier as the placement says, in one order, and hands out the pieces."""
+
+    def __init__(
+        self, cut: Cut, config: Config, compute_dtype: torch.dtype | None, device: DeviceTier
+    ) -> None:
+        self.config, self.device = config, device
+        self.layouts = [
+            lay_out(name, parameters, compute_dtype)
+            for (name, _), parameters in zip(cut.blocks, cut.block_parameters, strict=True)
+        ]
+        self.root_layout = lay_out("root", cut.root, compute_dtype)
+        self.bytes_of = [block_bytes(layout, config.chunk_elements) for layout in self.layouts]
+        self.staging_nbytes = UpdatePipeline.buffer_nbytes_required(
+            config.chunk_elements, config.chunk_buffers
+        )
+        self.device_nbytes, self.host_nbytes = budgets(device, config)
+        root_bytes = block_bytes(self.root_layout, config.chunk_elements)
+        self.streams = bool(cut.blocks)
+        if not self.streams:  # the state lives in device memory, which is DRAM here
+            self.host_nbytes = self.staging_nbytes + root_bytes.state_nbytes
+        self.placement = place(
+            self.bytes_of,
+            root_bytes,
+            device_nbytes=self.device_nbytes,
+            host_nbytes=self.host_nbytes,
+            staging_nbytes=self.staging_nbytes,
+            has_storage=self.has_storage,
+            deferred=config.deferred,
+            prefetch_blocks=config.prefetch_blocks,
+            shares_host=device.shares_host,
+        )
+        n_pieces = 4 * len(self.layouts) + 16
+        on_device = self.placement.device_nbytes if device.shares_host else 0
+        self.device_arena = HostArena(on_device + PAGE_NBYTES * n_pieces)
+        self.host_arena = HostArena(self.placement.host_nbytes + PAGE_NBYTES * n_pieces)
+        device.page_lock(self.host_arena.address, self.host_arena.nbytes, config.pin)
+
+    @property
+    def has_storage(self) -> bool:
+        return bool(self.config.storage) and self.streams
+
+    def on_device(self, nbytes: int) -> torch.Tensor:
+        """Device memory; from the arena where storage is read into it."""
+        return self.device_arena.take(nbytes) if self.device.shares_host else self.device.allocate(nbytes)
+
+    def make_store(self) -> Store | None:
+        if not self.has_storage:
+            return None
+        config, placement = self.config, self.placement
+        grads = sum(
+            round_up(layout.grad_elements * 4, PAGE_NBYTES)
+            for layout, in_host in zip(self.layouts, placement.grads_in_host, strict=True)
+            if not in_host
+        )
+        store = Store(
+            config.storage,
+            placement.storage_nbytes + grads + PAGE_NBYTES * 8 * (len(self.layouts) + 2),
+            stripe_nbytes=config.stripe_nbytes,
+            backend=config.backend,
+            direct=config.direct_io,
+            block_nbytes=config.io_block_nbytes,
+            queue_depth=config.io_queue_depth,
+            keep=config.keep_store,
+        )
+        store.engine.register_buffer(self.device_arena.address, self.device_arena.nbytes)
+        store.engine.register_buffer(self.host_arena.address, self.host_arena.nbytes)
+        return store
+
+    def make_pipeline(self, store: Store | None) -> UpdatePipeline:
+        staging = self.host_arena.take(self.staging_nbytes)
+        n_threads = self.config.update_threads if self.streams else (os.cpu_count() or 1)
+        return UpdatePipeline(
+            None if store is None else store.engine,
+            self.config.chunk_elements,
+            self.config.chunk_buffers,
+            n_threads,
+            staging.data_ptr(),
+            self.staging_nbytes,
+        )
+
+    def make_slots(self) -> tuple[list[Slot], list[DeviceSlot]]:
+        nbytes = max((b.slot_nbytes for b in self.bytes_of), default=0)
+        placement = self.placement
+        if self.device.shares_host:
+            return [Slot(self.on_device(nbytes)) for _ in range(placement.n_slots)], []
+        host = [Slot(self.host_arena.take(nbytes)) for _ in range(placement.n_host_slots)]
+        return host, [DeviceSlot(self.on_device(nbytes)) for _ in range(placement.n_slots)]
+
+    def make_grad_buffers(self) -> tuple[list[GradBuffer], list[GradBuffer]]:
+        nbytes = 4 * max((layout.grad_elements for layout in self.layouts), default=0)
+        if nbytes == 0:
+            return [], []
+        n, n_host = self.placement.n_grad_buffers, self.placement.n_host_grad_buffers
+        return (
+            [GradBuffer(self.on_device(nbytes).view(torch.float32)) for _ in range(n)],
+            [GradBuffer(self.host_arena.take(nbytes).view(torch.float32)) for _ in range(n_host)],
+        )
+
+    def make_block(self, index: int, store: Store | None, scratch: Slot | None) -> BlockRecord:
+        layout, placement = self.layouts[index], self.placement
+        param_offset = -1
+        if not placement.params_in_host[index] and store is not None:
+            param_offset = store.allocate(layout.slot_nbytes)
+        record = BlockRecord(index, layout, False, param_offset, self._states(index, layout, store))
+        if param_offset < 0:
+            record.slot = Slot(self.host_arena.take(layout.slot_nbytes), record)
+        if placement.grads_in_host[index]:
+            record.grad_host = self.host_arena.take(layout.grad_elements * 4).view(torch.float32)
+        elif store is not None and layout.grad_elements:
+            record.grad_offset = store.allocate(layout.grad_elements * 4)
+        _import(record, store, scratch, self.config.chunk_elements, self.device)
+        return record
+
+    def make_root(self, store: Store | None) -> BlockRecord:
+        layout = self.root_layout
+        root = BlockRecord(
+            len(self.layouts), layout, True, -1, self._states(len(self.layouts), layout, store)
+        )
+        grad_nbytes = layout.grad_elements * 4
+        grad = self.on_device(grad_nbytes).view(torch.float32)
+        root.grad_buffer = GradBuffer(grad, root, permanent=True)
+        if self.device.shares_host:
+            root.slot = Slot(self.on_device(layout.slot_nbytes), root)
+        else:
+            root.slot = Slot(self.host_arena.take(layout.slot_nbytes), root)
+            root.device_slot = DeviceSlot(self.on_device(layout.slot_nbytes), root)
+            root.device_stale = True
+            out = self.host_arena.take(grad_nbytes).view(torch.float32)
+            root.grad_out_home = GradBuffer(out, root, permanent=True)
+        _import(root, store, None, self.config.chunk_elements, self.device)
+        return root
+
+    def _states(self, index: int, layout: BlockLayout, store: Store | None) -> dict[int, StateExtents]:
+        states: dict[int, StateExtents] = {}
+        chunk_elements = self.config.chunk_elements
+        left = self.placement.host_chunks[index]
+        for position, buffer in enumerate(layout.buffers):
+            if not buffer.trainable:
+                continue
+            n_chunks = -(-buffer.n_elements // chunk_elements)
+            host_chunks = min(left, n_chunks)
+            left -= host_chunks
+            per_element = STATE_NBYTES_PER_ELEMENT[buffer.codec]
+            host_nbytes = min(buffer.n_elements, host_chunks * chunk_elements) * per_element
+            stored_nbytes = buffer.state_nbytes - host_nbytes
+            offset = store.allocate(stored_nbytes) if stored_nbytes and store is not None else -1
+            host = self.host_arena.take(host_nbytes) if host_nbytes else None
+            states[position] = StateExtents(host, host_chunks, offset)
+        return states
+
+
+def assemble(cut: Cut, config: Config, compute_dtype: torch.dtype | None, device: DeviceTier) -> Assembly:
     """Place `cut` by budget, create the store, and move every parameter to where it belongs, block by block.
 
     Raises BudgetError before anything is written when it cannot fit.
     """
-    layouts = [
-        lay_out(name, parameters, compute_dtype)
-        for (name, _), parameters in zip(cut.blocks, cut.block_parameters, strict=True)
-    ]
-    root_layout = lay_out("root", cut.root, compute_dtype)
-    total_nbytes = host_total_nbytes()
-    device_nbytes = parse_budget(config.device_memory, total_nbytes)
-    host_nbytes = parse_budget(config.host_memory, total_nbytes)
-    staging_nbytes = UpdatePipeline.buffer_nbytes_required(config.chunk_elements, config.chunk_buffers)
-    bytes_of = [block_bytes(layout, config.chunk_elements) for layout in layouts]
-    placement = place(
-        bytes_of,
-        block_bytes(root_layout, config.chunk_elements),
-        device_nbytes=device_nbytes,
-        host_nbytes=host_nbytes,
-        staging_nbytes=staging_nbytes,
-        has_storage=bool(config.storage),
-        deferred=config.deferred,
-        prefetch_blocks=config.prefetch_blocks,
-    )
-    device_arena = HostArena(placement.device_nbytes + PAGE_NBYTES * (len(layouts) + 8))
-    host_arena = HostArena(placement.host_nbytes + PAGE_NBYTES * (4 * len(layouts) + 8))
-    store = _make_store(layouts, placement, config)
-    if store is not None:
-        store.engine.register_buffer(device_arena.address, device_arena.nbytes)
-        store.engine.register_buffer(host_arena.address, host_arena.nbytes)
-    staging = host_arena.take(staging_nbytes)
-    pipeline = UpdatePipeline(
-        None if store is None else store.engine,
-        config.chunk_elements,
-        config.chunk_buffers,
-        config.update_threads,
-        staging.data_ptr(),
-        staging_nbytes,
-    )
-    slot_nbytes = max((b.slot_nbytes for b in bytes_of), default=0)
-    grad_elements = max((layout.grad_elements for layout in layouts), default=0)
-    slots = [Slot(device_arena.take(slot_nbytes)) for _ in range(placement.n_slots)]
-    grad_buffers = [
-        GradBuffer(device_arena.take(grad_elements * 4).view(torch.float32))
-        for _ in range(placement.n_grad_buffers)
-    ]
-    blocks = []
-    for index, layout in enumerate(layouts):
-        record = _record(index, layout, placement, config, host_arena, store)
-        if record.param_offset < 0:
-            record.slot = Slot(host_arena.take(layout.slot_nbytes), record)
-        if placement.grads_in_host[index]:
-            record.grad_host = host_arena.take(layout.grad_elements * 4).view(torch.float32)
-        elif store is not None and layout.grad_elements:
-            record.grad_offset = store.allocate(layout.grad_elements * 4)
-        _import(record, store, slots[0] if slots else None, config.chunk_elements)
-        blocks.append(record)
-    root = _record(len(layouts), root_layout, placement, config, host_arena, store)
-    root.slot = Slot(device_arena.take(root_layout.slot_nbytes), root)
-    root.grad_buffer = GradBuffer(device_arena.take(root_layout.grad_elements * 4).view(torch.float32), root)
-    _import(root, store, None, config.chunk_elements)
+    builder = _Builder(cut, config, compute_dtype, device)
+    store = builder.make_store()
+    pipeline = builder.make_pipeline(store)
+    slots, device_slots = builder.make_slots()
+    grad_buffers, out_buffers = builder.make_grad_buffers()
+    activation_staging = builder.host_arena.take(builder.placement.activation_staging_nbytes)
+    scratch = slots[0] if slots else None
+    blocks = [builder.make_block(index, store, scratch) for index in range(len(builder.layouts))]
     return Assembly(
-        blocks,
-        root,
-        slots,
-        grad_buffers,
-        store,
-        pipeline,
-        [device_arena, host_arena],
-        placement,
-        device_nbytes,
-        host_nbytes,
+        blocks=blocks,
+        root=builder.make_root(store),
+        slots=slots,
+        device_slots=device_slots,
+        grad_buffers=grad_buffers,
+        out_buffers=out_buffers,
+        store=store,
+        pipeline=pipeline,
+        device=device,
+        copies=Copies(device),
+        arenas=[builder.device_arena, builder.host_arena],
+        activation_staging=activation_staging,
+        placement=builder.placement,
+        device_nbytes=builder.device_nbytes,
+        host_nbytes=builder.host_nbytes,
     )
 
 
-def _make_store(layouts: list[BlockLayout], placement: Placement, config: Config) -> Store | None:
-    if not config.storage:
-        return None
-    grads = sum(
-        round_up(layout.grad_elements * 4, PAGE_NBYTES)
-        for layout, in_host in zip(layouts, placement.grads_in_host, strict=True)
-        if not in_host
-    )
-    return Store(
-        config.storage,
-        placement.storage_nbytes + grads + PAGE_NBYTES * 8 * (len(layouts) + 2),
-        stripe_nbytes=config.stripe_nbytes,
-        backend=config.backend,
-        direct=config.direct_io,
-        block_nbytes=config.io_block_nbytes,
-        queue_depth=config.io_queue_depth,
-        keep=config.keep_store,
-    )
-
-
-def _record(
-    index: int,
-    layout: BlockLayout,
-    placement: Placement,
-    config: Config,
-    arena: HostArena,
-    store: Store | None,
-) -> BlockRecord:
-    is_root = index == len(placement.params_in_host)
-    param_offset = -1
-    if not is_root and not placement.params_in_host[index] and store is not None:
-        param_offset = store.allocate(layout.slot_nbytes)
-    states: dict[int, StateExtents] = {}
-    left = placement.host_chunks[index]
-    for position, buffer in enumerate(layout.buffers):
-        if not buffer.trainable:
-            continue
-        n_chunks = -(-buffer.n_elements // config.chunk_elements)
-        host_chunks = min(left, n_chunks)
-        left -= host_chunks
-        per_element = STATE_NBYTES_PER_ELEMENT[buffer.codec]
-        host_nbytes = min(buffer.n_elements, host_chunks * config.chunk_elements) * per_element
-        stored_nbytes = buffer.state_nbytes - host_nbytes
-        offset = store.allocate(stored_nbytes) if stored_nbytes and store is not None else -1
-        states[position] = StateExtents(arena.take(host_nbytes) if host_nbytes else None, host_chunks, offset)
-    return BlockRecord(index, layout, is_root, param_offset, states)
-
-
-def _import(record: BlockRecord, store: Store | None, scratch: Slot | None, chunk_elements: int) -> None:
+def _import(
+    record: BlockRecord, store: Store | None, scratch: Slot | None, chunk_elements: int, device: DeviceTier
+) -> None:
     """Fill the block's planes and states from the parameters it still holds, then point the parameters at them."""
     slot = record.slot or scratch
     if slot is None:
         return
     for position, buffer in enumerate(record.layout.buffers):
-        plane = record.plane(buffer, slot)
+        plane = record.plane(buffer, slot.bytes_tensor)
         plane.view(torch.uint8).zero_()
         split = buffer.trainable and buffer.codec == "split_bf16"
         lo = torch.zeros(buffer.n_elements, dtype=torch.int16) if split else None
         for segment in buffer.segments:
             source = segment.parameter.data
             if lo is not None and source.dtype == torch.float32:
-                flat = source.contiguous().view(-1)
+                flat = source.contiguous().view(-1).cpu()
                 end = segment.start + segment.numel
                 split_master(
                     flat.data_ptr(),
@@ -195,13 +322,14 @@ def _import(record: BlockRecord, store: Store | None, scratch: Slot | None, chun
         if lo is not None and bool(lo.any()):
             _import_lo(lo, record.states[position], store, chunk_elements)
     if record.slot is None and store is not None:
-        store.engine.write(
-            slot.bytes_tensor.data_ptr(), record.layout.slot_nbytes, record.param_offset
-        ).wait()
-        record.unbind()
+        address, nbytes = slot.bytes_tensor.data_ptr(), record.layout.slot_nbytes
+        store.engine.write(address, nbytes, record.param_offset).wait()
     else:
         record.state = BlockState.RESIDENT
+    if record.slot is not None and device.shares_host:
         record.bind()
+    else:
+        record.unbind(device.torch_device)
 
 
 def _import_lo(lo: torch.Tensor, extents: StateExtents, store: Store | None, chunk_elements: int) -> None:

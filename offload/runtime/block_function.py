@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from offload.errors import UsageError
 from offload.model import microbatch
-from offload.stores.activations import ActivationStore, SwappedOut
+from offload.stores.activations import ActivationStore
 from offload.stores.block_store import BlockRecord
 
 
@@ -31,7 +31,8 @@ class Runner(Protocol):
     def end_forward(self, block: BlockRecord) -> None: ...
     def begin_backward(self, block: BlockRecord) -> None: ...
     def end_backward(self, block: BlockRecord) -> None: ...
-    def activation_store(self, nbytes: int) -> ActivationStore | None: ...
+    @property
+    def activations(self) -> ActivationStore: ...
     @property
     def keeps_graph(self) -> bool: ...
 
@@ -81,14 +82,11 @@ def saved_by_reference(block: BlockRecord) -> torch.autograd.graph.saved_tensors
     """Hooks that save tensors lying in the block's slot as (dtype, shape, strides, byte offset), others as they are."""
 
     def pack(tensor: torch.Tensor) -> Any:
-        slot = block.slot
-        if (
-            slot is None
-            or tensor.untyped_storage().data_ptr() != slot.bytes_tensor.untyped_storage().data_ptr()
-        ):
+        held = block.compute_bytes
+        if held is None or tensor.untyped_storage().data_ptr() != held.untyped_storage().data_ptr():
             return tensor
-        first = slot.bytes_tensor.data_ptr()
-        if not first <= tensor.data_ptr() < first + slot.bytes_tensor.numel():
+        first = held.data_ptr()
+        if not first <= tensor.data_ptr() < first + held.numel():
             return tensor
         offset_nbytes = tensor.data_ptr() - first
         return (tensor.dtype, tensor.shape, tensor.stride(), offset_nbytes)
@@ -97,11 +95,12 @@ def saved_by_reference(block: BlockRecord) -> torch.autograd.graph.saved_tensors
         if isinstance(saved, torch.Tensor):
             return saved
         dtype, shape, stride, offset_nbytes = saved
-        if block.slot is None:
+        held = block.compute_bytes
+        if held is None:
             raise UsageError(
                 f"block {block.name} is needed for backward but has been evicted; please report this"
             )
-        plane = block.slot.bytes_tensor[offset_nbytes:]
+        plane = held[offset_nbytes:]
         whole = plane[: plane.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
         return whole.as_strided(shape, stride, whole.storage_offset())
 
@@ -264,16 +263,14 @@ def _place(
 
 
 def _save_inputs(ctx: Any, call: Call, tensors: tuple[torch.Tensor, ...]) -> None:
-    """Keep the inputs, the largest (the hidden states) on storage when the engine says so."""
+    """Keep the inputs; the largest (the hidden states) in the tier that has room for it."""
     ctx.swapped = None
     kept = list(tensors)
     if tensors and not call.kept:
         largest = max(range(len(tensors)), key=lambda i: tensors[i].numel() * tensors[i].element_size())
-        nbytes = tensors[largest].numel() * tensors[largest].element_size()
-        store = call.runner.activation_store(nbytes)
-        if store is not None:
-            ctx.swapped = (largest, store, store.swap_out(tensors[largest].contiguous()))
-            kept[largest] = tensors[largest].new_empty(0)
+        store = call.runner.activations
+        ctx.swapped = (largest, store, store.swap_out(tensors[largest].detach().contiguous()))
+        kept[largest] = tensors[largest].new_empty(0)
     elif call.kept:
         kept = [t.new_empty(0) if not microbatch.is_batched(t, call.n_samples) else t for t in tensors]
     ctx.save_for_backward(*kept)
@@ -283,11 +280,8 @@ def _save_inputs(ctx: Any, call: Call, tensors: tuple[torch.Tensor, ...]) -> Non
 def _restore_inputs(ctx: Any) -> list[torch.Tensor]:
     tensors = list(ctx.saved_tensors)
     if ctx.swapped is not None:
-        largest, store, handle = ctx.swapped
-        if not isinstance(handle, SwappedOut):
-            raise UsageError("backward ran twice through a block whose input was swapped out")
-        tensors[largest] = store.swap_in(handle)
-        ctx.swapped = (largest, store, None)
+        largest, store, activation = ctx.swapped
+        tensors[largest] = store.swap_in(activation)
     return [t.detach().requires_grad_(r) for t, r in zip(tensors, ctx.requires, strict=True)]
 
 

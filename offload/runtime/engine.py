@@ -18,11 +18,13 @@ from offload.errors import ConfigError, UsageError
 from offload.model.blocks import cut as cut_model
 from offload.model.flat import FlatBuffer
 from offload.runtime import hooks
-from offload.runtime.assembly import Assembly, assemble
+from offload.runtime.assembly import Assembly, assemble, choose_device, steps_aside
 from offload.runtime.block_function import run_block
+from offload.runtime.device_residency import CopiedResidency, Residency, SharedResidency
+from offload.runtime.gradients import Gradients
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.scheduler import Scheduler
-from offload.stores.activations import ActivationStore
+from offload.stores.activations import ActivationStore, Tier
 from offload.stores.block_store import BlockRecord
 from offload.telemetry import Stalls
 
@@ -40,12 +42,6 @@ class OffloadEngine:
         blocks: object,
         dtype: torch.dtype | None,
     ) -> None:
-        device_types = {p.device.type for p in model.parameters()}
-        if device_types - {"cpu"}:
-            raise ConfigError(
-                f"parameters are on {sorted(device_types)}: this version streams models whose device tier is DRAM "
-                "(CPU); move the model to the CPU first"
-            )
         self.model = model
         self.config = config
         self.micro_batches = config.micro_batches
@@ -54,25 +50,17 @@ class OffloadEngine:
         self.last_step: dict[str, Any] = {}
         self.deferred = config.deferred
         cut = cut_model(model, blocks)
-        self._assembly: Assembly = assemble(cut, config, dtype)
-        parts = self._assembly
+        device = choose_device(model, config)
+        self.device = device.torch_device
+        self.aside = steps_aside(cut, config, device, dtype)
+        if self.aside:
+            cut = cut.all_root()
+        parts = self._assembly = assemble(cut, config, dtype, device)
         self.root, self.blocks, self.placement = parts.root, parts.blocks, parts.placement
         self._optimizer = weakref.ref(optimizer)
-        self._scheduler = Scheduler(
-            parts.blocks,
-            parts.root,
-            parts.slots,
-            parts.grad_buffers,
-            parts.store,
-            parts.pipeline,
-            self.stalls,
-            spare_host_nbytes=parts.host_nbytes - parts.placement.host_nbytes,
-        )
-        self._activations: ActivationStore | None = None
-        if config.activations == "storage":
-            if parts.store is None:
-                raise ConfigError("activations='storage' needs storage=[directory]")
-            self._activations = ActivationStore(parts.store, self.stalls)
+        self._scheduler = _make_scheduler(parts, self.stalls)
+        self._gradients = self._scheduler.gradients
+        self.activations = _make_activations(parts, config, self.stalls)
         self._sync = True
         self._backward_open = False
         self._step_start_s = time.perf_counter()
@@ -80,26 +68,26 @@ class OffloadEngine:
         self._modules = [module for _, module in cut.blocks]
         for block, module in zip(self.blocks, self._modules, strict=True):
             hooks.replace_forward(module, functools.partial(run_block, block, self))
-            self._handles += hooks.on_gradient(block, self._scheduler.accumulate)
+            self._handles += hooks.on_gradient(block, self._gradients.accumulate)
         self._handles += hooks.on_gradient(self.root, self._receive_root_gradient)
         owners = {name.rpartition(".")[0] for name, _ in cut.root}
         modules = dict(model.named_modules())
         self._handles += hooks.before_forward([model, *(modules[name] for name in owners)], self._root_needed)
+        _move_buffers(model, self.device)
+        self._scheduler.hold_root()
         self._closed = False
-        self._finalizer = weakref.finalize(model, _close_parts, parts)
+        self._finalizer = weakref.finalize(model, parts.close)
 
     # ---- called by blocks and hooks --------------------------------------------------------------------------
 
     def _root_needed(self) -> None:
-        if self.root.pending_update:
-            self._scheduler.fetch(self.root, must=True)
-        self._scheduler.wait_resident(self.root)
+        self._scheduler.hold_root()
 
     def _receive_root_gradient(
         self, block: BlockRecord, buffer: FlatBuffer, position: int, parameter: nn.Parameter
     ) -> None:
         self._open_backward()
-        self._scheduler.accumulate(block, buffer, position, parameter)
+        self._gradients.accumulate(block, buffer, position, parameter)
 
     def begin_forward(self, block: BlockRecord) -> None:
         """Before the block's forward."""
@@ -115,7 +103,7 @@ class OffloadEngine:
         """Before the block's backward."""
         self._open_backward()
         self._scheduler.begin(block, "backward")
-        self._scheduler.begin_gradients(block)
+        self._gradients.begin(block)
 
     def end_backward(self, block: BlockRecord) -> None:
         """After the block's backward: its gradients leave at once."""
@@ -124,8 +112,7 @@ class OffloadEngine:
 
     def _dispatch_gradients(self, block: BlockRecord) -> None:
         if not block.touched or block.grad_buffer is None:
-            if block.grad_buffer is not None:
-                block.grad_buffer.owner, block.grad_buffer = None, None
+            self._gradients.drop(block)
             return
         if self._sync and not self.deferred and block.outstanding_backwards == 0:
             self._scheduler.update_now(block, self._hyper_of)
@@ -133,11 +120,7 @@ class OffloadEngine:
             return
         if self._sync and self.config.max_grad_norm is not None:
             block.grad_norms = self._norms(block)
-        self._scheduler.park_gradients(block)
-
-    def activation_store(self, nbytes: int) -> ActivationStore | None:
-        """Where a block's input of `nbytes` is kept until backward; None means in memory."""
-        return self._activations
+        self._gradients.park(block)
 
     def _open_backward(self) -> None:
         if self._backward_open:
@@ -264,7 +247,11 @@ class OffloadEngine:
             try:
                 self._scheduler.fetch(block, must=True)
                 self._scheduler.wait_resident(block)
-                yield [(s.name, s.parameter.data) for buffer in block.layout.buffers for s in buffer.segments]
+                yield [
+                    (segment.name, segment.view(block.plane(buffer)))
+                    for buffer in block.layout.buffers
+                    for segment in buffer.segments
+                ]
             finally:
                 block.in_use -= 1
 
@@ -283,10 +270,56 @@ class OffloadEngine:
             self._finalizer()
 
 
-def _close_parts(parts: Assembly) -> None:
-    parts.pipeline.close()
-    if parts.store is not None:
-        parts.store.close()
+def _make_scheduler(parts: Assembly, stalls: Stalls) -> Scheduler:
+    residency: Residency = SharedResidency(parts.device.torch_device)
+    if not parts.device.shares_host:
+        residency = CopiedResidency(parts.device_slots, parts.device, parts.copies)
+    return Scheduler(
+        parts.blocks,
+        parts.root,
+        parts.slots,
+        parts.store,
+        parts.pipeline,
+        residency,
+        stalls,
+        lambda complete: Gradients(
+            parts.grad_buffers,
+            parts.out_buffers,
+            parts.device,
+            parts.copies,
+            parts.store,
+            stalls,
+            parts.host_nbytes - parts.placement.host_nbytes,
+            complete,
+        ),
+    )
+
+
+def _make_activations(parts: Assembly, config: Config, stalls: Stalls) -> ActivationStore:
+    """A device of its own leaves half of what is free to the block that is running."""
+    if config.activations == "storage" and parts.store is None:
+        raise ConfigError("activations='storage' needs storage=[directory]")
+    fixed: dict[str, Tier] = {"device": "device", "host": "host", "storage": "storage"}
+    spare_nbytes = parts.device_nbytes - parts.placement.device_nbytes
+    return ActivationStore(
+        parts.device,
+        parts.copies,
+        parts.store,
+        stalls,
+        tier=fixed.get(config.activations),
+        device_nbytes=spare_nbytes if parts.device.shares_host else spare_nbytes // 2,
+        host_nbytes=parts.host_nbytes - parts.placement.host_nbytes,
+        staging=parts.activation_staging,
+        pin=config.pin,
+    )
+
+
+def _move_buffers(model: nn.Module, torch_device: torch.device) -> None:
+    """Buffers (masks, rotary frequencies) are computed with on the device all the time."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != torch_device:
+                module._buffers[name] = buffer.to(torch_device)
 
 
 def wrap(

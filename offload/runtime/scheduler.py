@@ -1,9 +1,13 @@
-"""Moves blocks: issues fetches and updates ahead of use, and waits only where data demands it.
+"""Moves blocks: issues fetches, loads and updates ahead of use, and waits only where data demands it.
 
 [Note: one owner per slot] A slot belongs to one block from the start of its fetch until its eviction. Eviction is
 lazy and picks the block whose next use is farthest, so that blocks near each turn (forward to backward, and
 backward to the next forward) stay and are not read again. A block with an update in flight keeps its slot: the
 update changes the parameters in place and writes them to storage, after which the copy is clean.
+
+[Note: two steps to the device] Slots are host memory: storage is read into them and updates run in them. A device that
+shares the host's memory computes on them; for one with memory of its own a resident block is then loaded into a
+device slot (`Residency`), and an update makes that copy outdated.
 """
 
 from __future__ import annotations
@@ -12,10 +16,11 @@ from collections.abc import Callable
 
 import torch
 
-from offload.errors import BudgetError, UsageError
-from offload.model.flat import FlatBuffer
+from offload.errors import BudgetError
+from offload.runtime.device_residency import Residency
+from offload.runtime.gradients import Gradients
 from offload.schedule.operations import Phase, Use, UseCursor
-from offload.stores.block_store import BlockRecord, GradBuffer, Slot
+from offload.stores.block_store import BlockRecord, Slot
 from offload.telemetry import Stalls
 from offload.tiers.storage import Store
 from offload.transfer.io_engine import Hyper, UpdateJob, UpdatePipeline
@@ -33,24 +38,24 @@ class Scheduler:
         blocks: list[BlockRecord],
         root: BlockRecord,
         slots: list[Slot],
-        grad_buffers: list[GradBuffer],
         store: Store | None,
         pipeline: UpdatePipeline,
+        residency: Residency,
         stalls: Stalls,
-        spare_host_nbytes: int = 0,
+        make_gradients: Callable[[Callable[[BlockRecord, str], None]], Gradients],
     ) -> None:
-        self._spare_host_nbytes = spare_host_nbytes
         self.blocks = blocks
         self.root = root
         self._slots = slots
-        self._grad_buffers = grad_buffers
         self._store = store
         self._pipeline = pipeline
+        self._residency = residency
         self._stalls = stalls
+        self.gradients = make_gradients(self._complete)
         self._cursor = UseCursor(len(blocks))
         self._pending_segments: dict[int, list[list[tuple[int, int, Hyper]]]] = {}
 
-    # ---- residency -------------------------------------------------------------------------------------------
+    # ---- host slots ------------------------------------------------------------------------------------------
 
     def settle(self, block: BlockRecord) -> None:
         """Complete a fetch or update that has ended, without waiting."""
@@ -65,9 +70,8 @@ class Scheduler:
         updated = block.state is BlockState.UPDATING
         if block.state is not BlockState.RESIDENT:
             block.move(BlockState.RESIDENT)
-        if updated and block.grad_buffer is not None and block is not self.root:
-            block.grad_buffer.owner = None
-            block.grad_buffer = None
+        if updated:
+            self.gradients.updated(block)
 
     def wait_resident(self, block: BlockRecord) -> None:
         """Block until the parameters are in the slot and no update is changing them."""
@@ -78,7 +82,7 @@ class Scheduler:
         for slot in self._slots:
             if slot.owner is None:
                 return slot
-        order = {index: rank for rank, index in enumerate(self._cursor.upcoming())}
+        order = self._cursor.ranks()
         for held in self._slots:
             self.settle(held.owner)  # type: ignore[arg-type]  # every slot has an owner here
         owners = [s.owner for s in self._slots if s.owner is not None and not s.owner.in_use]
@@ -95,60 +99,68 @@ class Scheduler:
             self._complete(busy[0], "slot")
         return self._free_slot(wanted_by, must)
 
-    @staticmethod
-    def _evict(block: BlockRecord) -> Slot:
+    def _evict(self, block: BlockRecord) -> Slot:
         slot = block.slot
         if slot is None:
             raise BudgetError(f"block {block.name} has no slot to give up")
+        self._residency.host_slot_leaves(block)
         block.move(BlockState.STORED)
         block.slot, slot.owner = None, None
-        block.unbind()
         return slot
 
     def fetch(self, block: BlockRecord, *, must: bool) -> bool:
         """Start bringing the parameters in (and the pending update, if any). False when no slot can be spared."""
         if block.state is BlockState.STORED:
-            slot = self._free_slot(block, must)
-            if slot is None:
+            if not self._take_slot(block, must):
                 return False
-            block.slot, slot.owner = slot, block
             if block.pending_update:
                 self._submit_update(block, read_param=True)
             else:
-                block.move(BlockState.FETCHING)
-                if self._store is None:
-                    raise BudgetError(f"block {block.name} is stored, but there is no storage")
-                block.tickets = [
-                    self._store.engine.read(
-                        slot.bytes_tensor.data_ptr(),
-                        block.layout.slot_nbytes,
-                        block.param_offset,
-                        urgent=must,
-                    )
-                ]
-            block.bind()
+                self._read(block, urgent=must)
         elif block.pending_update:
             self.wait_resident(block)
             self._submit_update(block, read_param=False)
         return True
 
+    def _take_slot(self, block: BlockRecord, must: bool) -> bool:
+        slot = self._free_slot(block, must)
+        if slot is None:
+            return False
+        block.slot, slot.owner = slot, block
+        return True
+
+    def _read(self, block: BlockRecord, *, urgent: bool) -> None:
+        if self._store is None or block.slot is None:
+            raise BudgetError(f"block {block.name} is stored, but there is no storage")
+        block.move(BlockState.FETCHING)
+        address = block.slot.bytes_tensor.data_ptr()
+        nbytes = block.layout.slot_nbytes
+        block.tickets = [self._store.engine.read(address, nbytes, block.param_offset, urgent=urgent)]
+
+    # ---- uses ------------------------------------------------------------------------------------------------
+
     def begin(self, block: BlockRecord, phase: Phase) -> None:
-        """Make `block` resident for `phase`, then look ahead."""
+        """Have `block` on the device for `phase`, then look ahead."""
         self._cursor.at(Use(block.index, phase))
         block.in_use += 1
-        self.fetch(block, must=True)
-        if block.tickets:
-            self.prefetch()
-        self.wait_resident(block)
+        if not self._residency.holds(block):
+            self.fetch(block, must=True)
+            if block.tickets:
+                self.prefetch()
+            self.wait_resident(block)
+            self._residency.load(block, self._cursor.ranks(), must=True)
+        with self._stalls.waiting("load"):
+            self._residency.begin_use(block)
         self.prefetch()
 
     def end(self, block: BlockRecord) -> None:
         """The block's compute is over; it stays until its slot is wanted."""
+        self._residency.end_use(block)
         block.in_use -= 1
         self.prefetch()
 
     def prefetch(self) -> None:
-        """Start fetches in the order of next use, for as long as slots can be had."""
+        """Start fetches, then loads, in the order of next use, for as long as slots can be had."""
         for index in self._cursor.upcoming():
             block = self.blocks[index]
             if block.state is not BlockState.STORED and not block.pending_update:
@@ -156,88 +168,27 @@ class Scheduler:
             if block.in_use or block.tickets:
                 continue
             if not self.fetch(block, must=False):
+                break
+        order = self._cursor.ranks()
+        for index in self._cursor.upcoming():
+            block = self.blocks[index]
+            if block.in_use or self._residency.holds(block):
+                continue
+            self.settle(block)
+            if block.state is not BlockState.RESIDENT or block.pending_update:
+                return
+            if not self._residency.load(block, order, must=False):
                 return
 
-    # ---- gradients -------------------------------------------------------------------------------------------
-
-    def begin_gradients(self, block: BlockRecord) -> None:
-        """Give the block a gradient buffer, with what it has accumulated so far."""
-        if block.updated_since_step:
-            raise UsageError(
-                f"block {block.name}: backward ran again before optimizer.step(), and its update has been made "
-                "already; accumulate under `with model.offload.no_sync():`, or use update='deferred'"
-            )
-        if block.grad_buffer is not None or block.layout.grad_elements == 0:
-            return
-        buffer = self._free_grad_buffer()
-        block.grad_buffer, buffer.owner = buffer, block
-        if block.grads_waiting:
-            plane = buffer.plane[: block.layout.grad_elements]
-            if block.grad_host is not None:
-                plane.copy_(block.grad_host)
-            elif self._store is not None:
-                with self._stalls.waiting("gradient"):
-                    self._store.engine.read(
-                        plane.data_ptr(), plane.numel() * 4, block.grad_offset, urgent=True
-                    ).wait()
-            block.grads_waiting = False
-
-    def _free_grad_buffer(self) -> GradBuffer:
-        for buffer in self._grad_buffers:
-            if buffer.owner is None:
-                return buffer
-        for buffer in self._grad_buffers:
-            owner = buffer.owner
-            if owner is not None and owner.tickets and not owner.in_use:
-                self._complete(owner, "gradient")
-                return buffer
-        raise BudgetError("every gradient buffer is in use at once; raise device_memory")
-
-    def accumulate(
-        self, block: BlockRecord, buffer: FlatBuffer, position: int, parameter: torch.nn.Parameter
-    ) -> None:
-        """Move `parameter.grad` into the block's gradient plane: copied the first time, added after that."""
-        grad = parameter.grad
-        if grad is None:
-            return
-        if block.grad_buffer is None:
-            self.begin_gradients(block)
-        if block.grad_buffer is None:
-            raise UsageError(f"block {block.name} received a gradient but has no trainable parameter")
-        target = block.grad_view(buffer, buffer.segments[position], block.grad_buffer.plane)
-        if id(parameter) in block.touched:
-            target.add_(grad)
-        else:
-            target.copy_(grad)
-            block.touched.add(id(parameter))
-        parameter.grad = None
-
-    def park_gradients(self, block: BlockRecord) -> None:
-        """Put unapplied gradients where they wait, and free the gradient buffer."""
-        if block.grad_buffer is None or block is self.root:
-            return
-        buffer = block.grad_buffer
-        plane = buffer.plane[: block.layout.grad_elements]
-        if block.grad_host is None and block.grad_offset < 0:
-            self._take_host_gradients(block)
-        if block.grad_host is not None:
-            block.grad_host.copy_(plane)
-        elif self._store is not None:
-            with self._stalls.waiting("gradient"):
-                self._store.engine.write(plane.data_ptr(), plane.numel() * 4, block.grad_offset).wait()
-        block.grads_waiting = True
-        block.grad_buffer, buffer.owner = None, None
-
-    def _take_host_gradients(self, block: BlockRecord) -> None:
-        """Host memory for gradients that must wait, from what the budget has left (DRAM-only placement)."""
-        nbytes = block.layout.grad_elements * 4
-        if nbytes > self._spare_host_nbytes:
-            raise UsageError(
-                f"block {block.name}: its gradients have to wait for more of them, which takes {nbytes} bytes, and "
-                f"{self._spare_host_nbytes} bytes of host_memory are left: raise it, or give storage=[directory]"
-            )
-        self._spare_host_nbytes -= nbytes
-        block.grad_host = torch.empty(block.layout.grad_elements, dtype=torch.float32)
+    def hold_root(self) -> None:
+        """The root's parameters are about to be computed with."""
+        root = self.root
+        if root.pending_update:
+            self.fetch(root, must=True)
+        self.wait_resident(root)
+        if root.device_stale:
+            self._residency.load(root, {}, must=True)
+        self._residency.begin_use(root)
 
     # ---- updates ---------------------------------------------------------------------------------------------
 
@@ -253,20 +204,26 @@ class Scheduler:
         ]
 
     def update_now(self, block: BlockRecord, hyper_of: HyperOf) -> None:
-        """Start the update of a resident block whose gradients are in its gradient buffer."""
+        """Start the update of a block whose gradients are in its gradient buffer."""
         self._pending_segments[block.index] = self.segments(block, hyper_of)
-        self._submit_update(block, read_param=False)
+        self.gradients.hand_over(block)
+        self._residency.outdated(block)
+        self.wait_resident(block)
+        read_param = block.state is BlockState.STORED
+        if read_param:
+            self._take_slot(block, must=True)
+        self._submit_update(block, read_param=read_param)
 
     def update_later(self, block: BlockRecord, hyper_of: HyperOf) -> None:
         """Decide the update now; it runs with the block's next fetch."""
         self._pending_segments[block.index] = self.segments(block, hyper_of)
+        self._residency.outdated(block)
         block.pending_update = True
 
     def _submit_update(self, block: BlockRecord, *, read_param: bool) -> None:
         block.move(BlockState.UPDATING)
         block.pending_update = False
         segments_of = self._pending_segments.pop(block.index)
-        in_buffer = block.grad_buffer is not None
         for position, buffer in enumerate(block.layout.buffers):
             plane = block.plane(buffer)
             offset = -1 if block.param_offset < 0 else block.param_offset + buffer.plane_offset_nbytes
@@ -278,34 +235,33 @@ class Scheduler:
                     )
                 continue
             extents = block.states[position]
-            grad_nbytes_before = 4 * buffer.grad_start
-            grad_address, grad_offset = 0, -1
-            if block.grad_buffer is not None:
-                grad_address = block.grad_buffer.plane.data_ptr() + grad_nbytes_before
-            elif block.grad_host is not None:
-                grad_address = block.grad_host.data_ptr() + grad_nbytes_before
-            else:
-                grad_offset = block.grad_offset + grad_nbytes_before
-            block.tickets.append(
-                self._pipeline.submit(
-                    UpdateJob(
-                        param_codec=buffer.codec,
-                        n_elements=buffer.n_elements,
-                        param_address=plane.data_ptr(),
-                        param_offset=offset,
-                        read_param=read_param,
-                        state_offset=extents.offset,
-                        state_host_address=0 if extents.host is None else extents.host.data_ptr(),
-                        host_chunks=extents.host_chunks,
-                        grad_address=grad_address,
-                        grad_offset=grad_offset,
-                        segments=segments,
-                    )
-                )
+            grad_address, grad_offset = self._gradient_source(block, 4 * buffer.grad_start)
+            job = UpdateJob(
+                param_codec=buffer.codec,
+                n_elements=buffer.n_elements,
+                param_address=plane.data_ptr(),
+                param_offset=offset,
+                read_param=read_param,
+                state_offset=extents.offset,
+                state_host_address=0 if extents.host is None else extents.host.data_ptr(),
+                host_chunks=extents.host_chunks,
+                grad_address=grad_address,
+                grad_offset=grad_offset,
+                grad_gate=block.grad_gate,
+                segments=segments,
             )
+            block.tickets.append(self._pipeline.submit(job))
         block.touched.clear()
-        if not in_buffer:
-            block.grads_waiting = False
+        block.grads_waiting = False
+
+    @staticmethod
+    def _gradient_source(block: BlockRecord, skip_nbytes: int) -> tuple[int, int]:
+        """(address, -1) of gradients in host memory, or (0, offset) of gradients on storage."""
+        if block.grad_out is not None:
+            return block.grad_out.plane.data_ptr() + skip_nbytes, -1
+        if block.grad_host is not None:
+            return block.grad_host.data_ptr() + skip_nbytes, -1
+        return 0, block.grad_offset + skip_nbytes
 
     def flush(self) -> None:
         """Make every decided update and wait for everything in flight."""

@@ -26,10 +26,10 @@ class UseCursor:
     """Where the running step is in the endless repetition of `step_uses`; tolerant of skipped blocks."""
 
     def __init__(self, n_blocks: int) -> None:
-        self._n_blocks = n_blocks
         self._position_of = {use: p for p, use in enumerate(step_uses(n_blocks))}
         self._uses = step_uses(n_blocks)
         self._position = 0
+        self._orders: dict[int, tuple[list[int], dict[int, int]]] = {}
 
     def at(self, use: Use) -> None:
         """Record that `use` begins now."""
@@ -41,12 +41,17 @@ class UseCursor:
 
     def upcoming(self) -> list[int]:
         """Blocks in the order of their next use after the current one, each once."""
-        n_uses = len(self._uses)
-        order: list[int] = []
-        for ahead in range(1, n_uses + 1):
-            block = self._uses[(self._position + ahead) % n_uses].block
-            if block not in order:
-                order.append(block)
-            if len(order) == self._n_blocks:
-                break
-        return order
+        return self._order_after(self._position)[0]
+
+    def ranks(self) -> dict[int, int]:
+        """Place of each block in `upcoming`."""
+        return self._order_after(self._position)[1]
+
+    def _order_after(self, position: int) -> tuple[list[int], dict[int, int]]:
+        known = self._orders.get(position)
+        if known is None:
+            uses = self._uses[position + 1 :] + self._uses[: position + 1]
+            order = list(dict.fromkeys(use.block for use in uses))
+            known = (order, {block: rank for rank, block in enumerate(order)})
+            self._orders[position] = known
+        return known

@@ -1,88 +1,255 @@
-"""Activation checkpoints (block inputs): kept in memory, or written to storage and read back before backward."""
+"""Activation checkpoints (block inputs) between forward and backward: on the device, in host memory or on storage.
+
+Backward wants them in the reverse order of forward, so bringing one back starts bringing the one before it.
+"""
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
+from offload.errors import BudgetError, UsageError
 from offload.telemetry import Stalls
-from offload.tiers.host import HostArena
+from offload.tiers.device import PAST, DeviceTier, Event, Pin
+from offload.tiers.host import HostArena, Lease, LeasePool
 from offload.tiers.storage import Store
+from offload.transfer.copies import Copies
+from offload.transfer.io_engine import Ticket
 from offload.types import PAGE_NBYTES, round_up
 
+Tier = Literal["device", "host", "storage"]
 
-@dataclass
-class SwappedOut:
-    """A tensor on storage: `nbytes` at `offset`."""
 
-    offset: int
+@dataclass(eq=False)
+class _Held:
+    """One activation that waits for backward. `kept` is it, or what has come back of it."""
+
+    tier: Tier
     nbytes: int
     shape: torch.Size
     dtype: torch.dtype
-    device: torch.device
-    requires_grad: bool
+    kept: torch.Tensor | None = None
+    plane: Lease | None = None
+    """Its host memory, for tier host on a device of its own."""
+    source: torch.Tensor | None = None
+    """The device tensor that is being copied out; it lives until `copied`."""
+    copied: Event = PAST
+    offset: int = -1
+    written: list[Ticket] = field(default_factory=list)
+    read_nbytes: int = 0
+    """How far reads from storage have been issued."""
+    pieces: deque[tuple[Lease, torch.Tensor, Ticket]] = field(default_factory=deque)
+    """Staging that reads in flight go to, and which part of the tensor each is."""
+    arrived: Event = PAST
+
+
+class Activation:
+    """What autograd holds in place of the tensor. Dropping it without `swap_in` frees the bytes too."""
+
+    def __init__(self, held: _Held) -> None:
+        self.held = held
 
 
 class ActivationStore:
-    """Swaps block inputs out to storage through a fixed ring of staging buffers.
+    """Holds activations within `device_nbytes` and `host_nbytes`, further ones on `store`.
 
-    Buffers and extents are made for the first tensor's size; smaller tensors reuse them, a larger one makes the
-    ring and the extents grow once.
+    `staging` is host memory through which bytes pass to storage and back. `tier` fixes where activations go; None
+    takes the first of device, host and storage that has room. Raises BudgetError when none has.
     """
 
-    def __init__(self, store: Store, stalls: Stalls, staging_buffers: int = 2) -> None:
+    def __init__(
+        self,
+        device: DeviceTier,
+        copies: Copies,
+        store: Store | None,
+        stalls: Stalls,
+        *,
+        tier: Tier | None,
+        device_nbytes: int,
+        host_nbytes: int,
+        staging: torch.Tensor,
+        pin: Pin = "auto",
+    ) -> None:
+        self._device = device
+        self._copies = copies
         self._store = store
         self._stalls = stalls
-        self._n_buffers = staging_buffers
-        self._buffers: deque[tuple[torch.Tensor, Callable[[], None]]] = deque()
-        self._extent_nbytes = 0
-        self._free_extents: list[int] = []
-        self._arena: HostArena | None = None
+        self._tier = tier
+        self._left_nbytes: dict[Tier, int] = {"device": device_nbytes, "host": host_nbytes}
+        self._pin = pin
+        piece_nbytes = staging.numel() // 2 // PAGE_NBYTES * PAGE_NBYTES
+        self._staging = LeasePool(staging, piece_nbytes) if piece_nbytes else None
+        self._order: list[_Held] = []
+        self._free_extents: dict[int, list[int]] = {}
+        self._free_planes: dict[int, list[Lease]] = {}
+        self.nbytes_by_tier: dict[Tier, int] = {"device": 0, "host": 0, "storage": 0}
+        """Bytes ever put into each tier."""
 
-    def _resize(self, nbytes: int) -> None:
-        for _, wait in self._buffers:
-            wait()
-        self._extent_nbytes = nbytes
-        self._arena = HostArena(nbytes * self._n_buffers)
-        self._buffers = deque((self._arena.take(nbytes), lambda: None) for _ in range(self._n_buffers))
-        self._free_extents.clear()
+    # ---- away ------------------------------------------------------------------------------------------------
 
-    def _buffer(self) -> torch.Tensor:
-        buffer, wait = self._buffers.popleft()
+    def swap_out(self, tensor: torch.Tensor) -> Activation:
+        """Take `tensor` (contiguous) until `swap_in`; the caller drops it at once."""
+        self._let_go()
+        nbytes = tensor.numel() * tensor.element_size()
+        held = _Held(self._tier_for(nbytes), nbytes, tensor.shape, tensor.dtype)
+        self.nbytes_by_tier[held.tier] += nbytes
+        if held.tier == "storage":
+            self._write(held, tensor)
+        elif held.tier == "host" and not self._device.shares_host:
+            self._copy_out(held, tensor)
+        else:
+            self._left_nbytes[held.tier] -= nbytes
+            held.kept = tensor
+        self._order.append(held)
+        activation = Activation(held)
+        weakref.finalize(activation, self._forget, held)
+        return activation
+
+    def _tier_for(self, nbytes: int) -> Tier:
+        wanted: list[Tier] = [self._tier] if self._tier else ["device", "host", "storage"]
+        for tier in wanted:
+            if tier == "storage":
+                if self._store is not None and self._staging is not None:
+                    return tier
+            elif self._left_nbytes[tier] >= nbytes or (tier == "host" and self._free_planes.get(nbytes)):
+                return tier
+        raise BudgetError(
+            f"the input of a block ({nbytes} bytes) has to wait for backward and no room is left for it: "
+            f"{self._left_nbytes['device']} bytes of device_memory, {self._left_nbytes['host']} of host_memory, "
+            f"{'no' if self._store is None else 'too little'} staging for storage; raise one of them, "
+            "give storage=[directory], or use a smaller batch"
+        )
+
+    def _copy_out(self, held: _Held, tensor: torch.Tensor) -> None:
+        free = self._free_planes.setdefault(held.nbytes, [])
+        if free:
+            held.plane = free.pop().ready()
+        else:
+            self._left_nbytes["host"] -= round_up(held.nbytes, PAGE_NBYTES)
+            arena = HostArena(held.nbytes)
+            self._device.page_lock(arena.address, arena.nbytes, self._pin)
+            held.plane = Lease(arena.take(held.nbytes), free.append)
+        held.copied = self._copies.d2h(held.plane.bytes_tensor, _as_bytes(tensor))
+        held.source = tensor
+
+    def _write(self, held: _Held, tensor: torch.Tensor) -> None:
+        store, staging = self._storage()
+        held.offset = self._extent(store, held.nbytes)
+        flat = _as_bytes(tensor)
+        for start in range(0, held.nbytes, staging.piece_nbytes):
+            part = flat[start : start + staging.piece_nbytes]
+            with self._stalls.waiting("activation"):
+                lease = staging.lease()
+            gate = None
+            if self._device.shares_host:
+                lease.bytes_tensor[: part.numel()].copy_(part)
+            else:
+                held.copied = self._copies.d2h(lease.bytes_tensor[: part.numel()], part)
+                gate = self._copies.gate(held.copied)
+                held.source = tensor
+            address, nbytes = lease.bytes_tensor.data_ptr(), round_up(part.numel(), PAGE_NBYTES)
+            ticket = store.engine.write(address, nbytes, held.offset + start, after=gate)
+            held.written.append(ticket)
+            lease.release_after(ticket.wait)
+
+    def _storage(self) -> tuple[Store, LeasePool]:
+        if self._store is None or self._staging is None:
+            raise UsageError("activations='storage' needs storage=[directory] and host_memory for staging")
+        return self._store, self._staging
+
+    def _extent(self, store: Store, nbytes: int) -> int:
+        free = self._free_extents.setdefault(nbytes, [])
+        if free:
+            return free.pop()
+        store.grow(round_up(nbytes, PAGE_NBYTES))
+        return store.allocate(nbytes)
+
+    # ---- back ------------------------------------------------------------------------------------------------
+
+    def swap_in(self, activation: Activation) -> torch.Tensor:
+        """The tensor again, on the device; the one that forward gave before it starts to come back too."""
+        held = activation.held
+        if held not in self._order:
+            raise UsageError("backward ran twice through a block whose input was swapped out")
+        self._let_go()
+        position = self._order.index(held)
+        before = self._order[position - 1] if position else None
+        del self._order[position]
+        self._start(held)
+        self._finish_reads(held)
         with self._stalls.waiting("activation"):
-            wait()
-        return buffer
+            self._device.compute_waits(held.arrived)
+        tensor = held.kept
+        self._release(held)
+        if before is not None and all(ticket.done() for ticket in before.written):
+            self._start(before)
+        if tensor is None:
+            raise UsageError("an activation has been lost; please report this")
+        return tensor
 
-    def swap_out(self, tensor: torch.Tensor) -> SwappedOut:
-        """Start writing a copy of `tensor`; the caller may drop it at once."""
-        nbytes = round_up(max(1, tensor.numel() * tensor.element_size()), PAGE_NBYTES)
-        if nbytes > self._extent_nbytes:
-            self._resize(nbytes)
-        if not self._free_extents:
-            self._store.grow(self._extent_nbytes)
-            self._free_extents.append(self._store.allocate(self._extent_nbytes))
-        offset = self._free_extents.pop()
-        buffer = self._buffer()
-        flat = buffer[: tensor.numel() * tensor.element_size()].view(tensor.dtype)
-        flat.view(tensor.shape).copy_(tensor)
-        ticket = self._store.engine.write(buffer.data_ptr(), nbytes, offset)
-        self._buffers.append((buffer, ticket.wait))
-        return SwappedOut(offset, nbytes, tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad)
-
-    def swap_in(self, handle: SwappedOut) -> torch.Tensor:
-        """The tensor again. Waits for its write, if that is still in flight, and for the read."""
-        for _, wait in self._buffers:
-            wait()  # a read may not overtake the write of the same extent
-        buffer = self._buffer()
-        ticket = self._store.engine.read(buffer.data_ptr(), handle.nbytes, handle.offset, urgent=True)
+    def _start(self, held: _Held) -> None:
+        """Begin to bring it back to the device; does nothing when begun."""
+        if held.kept is not None:
+            return
+        held.kept = torch.empty(held.shape, dtype=held.dtype, device=self._device.torch_device)
+        if held.plane is not None:
+            after = [held.copied, self._device.mark()]
+            held.arrived = self._copies.h2d(_as_bytes(held.kept), held.plane.bytes_tensor, after)
+            return
         with self._stalls.waiting("activation"):
-            ticket.wait()
-        nbytes = handle.shape.numel() * handle.dtype.itemsize
-        tensor = buffer[:nbytes].view(handle.dtype).view(handle.shape).to(handle.device, copy=True)
-        self._buffers.append((buffer, lambda: None))
-        if handle.nbytes <= self._extent_nbytes:
-            self._free_extents.append(handle.offset)
-        return tensor.requires_grad_(handle.requires_grad)
+            for ticket in held.written:
+                ticket.wait()  # a read may not overtake the write of the same extent
+        self._issue_reads(held)
+
+    def _issue_reads(self, held: _Held) -> None:
+        """As many pieces as there is staging for."""
+        store, staging = self._storage()
+        while held.kept is not None and held.read_nbytes < held.nbytes and not staging.all_leased:
+            part = _as_bytes(held.kept)[held.read_nbytes : held.read_nbytes + staging.piece_nbytes]
+            lease = staging.lease()
+            address, nbytes = lease.bytes_tensor.data_ptr(), round_up(part.numel(), PAGE_NBYTES)
+            ticket = store.engine.read(address, nbytes, held.offset + held.read_nbytes, urgent=True)
+            held.pieces.append((lease, part, ticket))
+            held.read_nbytes += part.numel()
+
+    def _finish_reads(self, held: _Held) -> None:
+        while held.pieces:
+            lease, part, ticket = held.pieces.popleft()
+            with self._stalls.waiting("activation"):
+                ticket.wait()
+            held.arrived = self._copies.h2d(part, lease.bytes_tensor[: part.numel()], [self._device.mark()])
+            lease.release_after(held.arrived.wait)
+            self._issue_reads(held)
+
+    # ---- letting go ------------------------------------------------------------------------------------------
+
+    def _release(self, held: _Held) -> None:
+        for lease, _, ticket in held.pieces:
+            lease.release_after(ticket.wait)
+        if held.tier == "storage":
+            self._free_extents[held.nbytes].append(held.offset)
+        elif held.plane is not None:
+            held.plane.release_after(held.arrived.wait)
+        else:
+            self._left_nbytes[held.tier] += held.nbytes
+        held.source = held.kept = held.plane = None
+
+    def _forget(self, held: _Held) -> None:
+        """Autograd dropped it: no backward will come for it."""
+        if held in self._order:
+            self._order.remove(held)
+            self._release(held)
+
+    def _let_go(self) -> None:
+        """Drop device tensors whose copies have ended."""
+        for held in self._order:
+            if held.source is not None and held.copied.done():
+                held.source = None
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1).view(torch.uint8)

@@ -7,24 +7,44 @@ from dataclasses import dataclass, field
 import torch
 
 from offload.model.flat import BlockLayout, FlatBuffer, Segment
+from offload.tiers.device import PAST, Event
 from offload.transfer.io_engine import Ticket
 from offload.types import BlockState, checked_move
 
 
 @dataclass
 class Slot:
-    """Device memory for one block's planes; `bytes_tensor` is uint8 and page aligned on a CPU device tier."""
+    """Memory of the host tier for one block's planes (of the device tier where the device shares the host's memory).
+
+    `bytes_tensor` is uint8, page aligned, and what storage is read into and written from.
+    """
 
     bytes_tensor: torch.Tensor
     owner: BlockRecord | None = None
 
 
 @dataclass
+class DeviceSlot:
+    """Memory of a device of its own for one block's planes; rewritten only after `free_after`."""
+
+    bytes_tensor: torch.Tensor
+    owner: BlockRecord | None = None
+    free_after: Event = PAST
+
+
+@dataclass
 class GradBuffer:
-    """fp32 gradient plane that backward fills; `owner` is the block whose gradients it holds or is being updated."""
+    """fp32 gradient plane; `owner` is the block whose gradients it holds. A `permanent` one never changes hands."""
 
     plane: torch.Tensor
     owner: BlockRecord | None = None
+    permanent: bool = False
+    free_after: Event = PAST
+
+    def release(self) -> None:
+        """Let the next block have it."""
+        if not self.permanent:
+            self.owner = None
 
 
 @dataclass
@@ -51,10 +71,25 @@ class BlockRecord:
     slot: Slot | None = None
     tickets: list[Ticket] = field(default_factory=list)
     """Fetch or update in flight."""
+    device_slot: DeviceSlot | None = None
+    """The copy that a device of its own computes with; None where the device computes on `slot`."""
+    loaded: Event = PAST
+    """The end of the copy from `slot` to `device_slot`; `slot` stays as it is until then."""
+    device_stale: bool = False
+    """An update has changed the parameters since they were copied to the device (the root only)."""
     grad_offset: int = -1
     grad_host: torch.Tensor | None = None
     """Where unapplied gradients wait: a host plane, or an extent on storage."""
     grad_buffer: GradBuffer | None = None
+    """What backward adds to, in device memory."""
+    grad_out: GradBuffer | None = None
+    """What the update in flight reads, in host memory."""
+    grad_out_home: GradBuffer | None = None
+    """The root's own `grad_out`, on a device of its own."""
+    grad_gate: Ticket | None = None
+    """Completes when the gradients have arrived where the update will look for them."""
+    parking: GradBuffer | None = None
+    """Still being written to `grad_offset`, until `grad_gate` completes."""
     touched: set[int] = field(default_factory=set)
     """id() of the segments' parameters that have received a gradient since the last update."""
     grads_waiting: bool = False
@@ -75,25 +110,32 @@ class BlockRecord:
         """Go to `new`, refusing an illegal move."""
         self.state = checked_move(self.name, self.state, new)
 
-    def plane(self, buffer: FlatBuffer, slot: Slot | None = None) -> torch.Tensor:
-        """1-D view in the buffer's dtype of its plane inside the slot."""
-        held = slot or self.slot
-        if held is None:
-            raise RuntimeError(f"block {self.name} has no slot")
+    @property
+    def compute_bytes(self) -> torch.Tensor | None:
+        """The uint8 memory that compute reads the planes from; None when they are not on the device."""
+        held = self.device_slot or self.slot
+        return None if held is None else held.bytes_tensor
+
+    def plane(self, buffer: FlatBuffer, bytes_tensor: torch.Tensor | None = None) -> torch.Tensor:
+        """1-D view in the buffer's dtype of its plane inside `bytes_tensor` (the slot's, when not given)."""
+        if bytes_tensor is None:
+            if self.slot is None:
+                raise RuntimeError(f"block {self.name} has no slot")
+            bytes_tensor = self.slot.bytes_tensor
         start = buffer.plane_offset_nbytes
-        return held.bytes_tensor[start : start + buffer.n_elements * buffer.dtype.itemsize].view(buffer.dtype)
+        return bytes_tensor[start : start + buffer.n_elements * buffer.dtype.itemsize].view(buffer.dtype)
 
     def bind(self) -> None:
-        """Let every parameter's data be its view of the slot."""
+        """Let every parameter's data be its view of the memory that compute reads."""
         for buffer in self.layout.buffers:
-            plane = self.plane(buffer)
+            plane = self.plane(buffer, self.compute_bytes)
             for segment in buffer.segments:
                 segment.parameter.data = segment.view(plane)
 
-    def unbind(self) -> None:
+    def unbind(self, torch_device: torch.device) -> None:
         """Replace every parameter's data by a one-element NaN seen at the parameter's shape: no memory, loud misuse."""
         for buffer in self.layout.buffers:
-            hole = torch.full((1,), float("nan"), dtype=torch.float32).to(buffer.dtype)
+            hole = torch.full((1,), float("nan"), dtype=torch.float32, device=torch_device).to(buffer.dtype)
             for segment in buffer.segments:
                 segment.parameter.data = hole.expand(segment.numel).as_strided(
                     segment.shape, (0,) * len(segment.shape)

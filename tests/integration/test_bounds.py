@@ -13,16 +13,19 @@ import torch
 
 import offload
 from offload.config import parse_budget
+from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from tests.conftest import batches, build, two_groups
 
 CHUNK = 16384
-STAGING = 4 * CHUNK * 14
+STAGING = 4 * CHUNK * 14 + ACTIVATION_STAGING_NBYTES_MIN
 
 
 def train_counting(settings, n_steps=6, update="backward", **shape):
     """Bytes read and written per trainable parameter a step, in the steady state."""
     model = build("llama", torch.bfloat16, **shape)
-    model, optimizer = offload.wrap(model, two_groups(model), chunk_elements=CHUNK, update=update, **settings)
+    model, optimizer = offload.wrap(
+        model, two_groups(model), chunk_elements=CHUNK, update=update, step_aside="never", **settings
+    )
     engine = model.offload
     before, kernel_before = None, None
     for number, batch in enumerate(batches(n_steps, vocab=shape["vocab"])):
@@ -112,6 +115,10 @@ def test_what_cannot_fit_is_refused_before_anything_is_written_and_the_stated_mi
         offload.wrap(model, two_groups(model), device_memory=device - 1, host_memory=host, **settings)
     with pytest.raises(offload.BudgetError):
         offload.wrap(model, two_groups(model), device_memory=device, host_memory=host - 1, **settings)
+    if (
+        not storage
+    ):  # block inputs have nowhere else to wait: 4 layers, batch of 4 x 16 tokens, 64 wide, 2 bytes
+        device += 4 * 4 * 16 * 64 * 2
     model, optimizer = offload.wrap(
         model, two_groups(model), device_memory=device, host_memory=host, update="backward", **settings
     )
@@ -214,6 +221,7 @@ def test_the_store_is_private_and_removed_on_close(tmp_path):
     model, _ = offload.wrap(
         model,
         two_groups(model),
+        step_aside="never",
         device_memory="50MB",
         host_memory=STAGING,
         storage=[str(tmp_path)],

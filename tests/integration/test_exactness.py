@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import offload
+from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from tests.conftest import batches, build, two_groups
 
 CHUNK = 4096
-STAGING = 4 * CHUNK * 14
+STAGING = 4 * CHUNK * 14 + ACTIVATION_STAGING_NBYTES_MIN
 IN_MEMORY = {"device_memory": "1GB", "host_memory": "1GB", "storage": []}
 
 
@@ -58,7 +59,13 @@ def assert_same_bits(got, expected):
 
 
 def stored(directory, *more, **settings):
-    return {"device_memory": "50MB", "host_memory": STAGING, "storage": [str(directory), *more], **settings}
+    return {
+        "step_aside": "never",
+        "device_memory": "50MB",
+        "host_memory": STAGING,
+        "storage": [str(directory), *more],
+        **settings,
+    }
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "bert"])

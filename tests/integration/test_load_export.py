@@ -26,7 +26,13 @@ from tests.conftest import batches, build
 
 transformers = pytest.importorskip("transformers")
 
-BUDGET = {"device_memory": "20MB", "host_memory": "20MB", "chunk_elements": 4096, "update_threads": 1}
+BUDGET = {
+    "step_aside": "never",
+    "device_memory": "20MB",
+    "host_memory": "20MB",
+    "chunk_elements": 4096,
+    "update_threads": 1,
+}
 
 
 def saved(tmp_path, kind="llama", dtype=torch.float32, max_shard_size="5GB", **shape):

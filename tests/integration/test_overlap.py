@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 import offload
+from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
+from offload.runtime.gradients import Gradients
 from offload.runtime.scheduler import Scheduler
 from offload.types import BlockState
 
 CHUNK = 4096
-STAGING = 2 * CHUNK * 14
+STAGING = 2 * CHUNK * 14 + ACTIVATION_STAGING_NBYTES_MIN
 WIDTH = 256
 
 
@@ -31,6 +33,7 @@ class Block(nn.Module):
 
 def slow_store(directory, **more):
     return {
+        "step_aside": "never",
         "device_memory": "20MB",
         "host_memory": STAGING,
         "storage": [str(directory)],
@@ -98,8 +101,7 @@ def skip_update_wait(monkeypatch):
             self._late = [*getattr(self, "_late", []), *block.tickets]
             block.tickets = []
             block.move(BlockState.RESIDENT)
-            if block.grad_buffer is not None and block is not self.root:
-                block.grad_buffer.owner, block.grad_buffer = None, None
+            self.gradients.updated(block)
 
     monkeypatch.setattr(Scheduler, "settle", hurried)
 
@@ -107,10 +109,10 @@ def skip_update_wait(monkeypatch):
 def skip_gradient_wait(monkeypatch):
     """The next block's gradients go into a buffer that an update still reads."""
 
-    def hurried(self):
-        return self._grad_buffers[0]
+    def hurried(self, buffers):
+        return buffers[0]
 
-    monkeypatch.setattr(Scheduler, "_free_grad_buffer", hurried)
+    monkeypatch.setattr(Gradients, "_take", hurried)
 
 
 @pytest.mark.parametrize(
@@ -160,8 +162,9 @@ def test_moving_and_computing_overlap(tmp_path):
         runs[name] = offload.wrap(
             model,
             torch.optim.AdamW(model.parameters()),
+            step_aside="never",
             device_memory="60MB",
-            host_memory=4 * 65536 * 14,
+            host_memory=4 * 65536 * 14 + ACTIVATION_STAGING_NBYTES_MIN,
             storage=[str(tmp_path)],
             chunk_elements=65536,
             prefetch_blocks=2,

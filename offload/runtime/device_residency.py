@@ -1,0 +1,131 @@
+"""Which blocks' parameters the device can compute with: loads copies into device slots, and drops them.
+
+`SharedResidency` is for a device that computes on the host's slots; `CopiedResidency` for one with memory of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from offload.errors import BudgetError
+from offload.stores.block_store import BlockRecord, DeviceSlot
+from offload.tiers.device import DeviceTier
+from offload.transfer.copies import Copies
+
+
+class Residency(Protocol):
+    """What the scheduler needs of either."""
+
+    def holds(self, block: BlockRecord) -> bool: ...
+    def load(self, block: BlockRecord, order: dict[int, int], *, must: bool) -> bool: ...
+    def begin_use(self, block: BlockRecord) -> None: ...
+    def end_use(self, block: BlockRecord) -> None: ...
+    def outdated(self, block: BlockRecord) -> None: ...
+    def host_slot_leaves(self, block: BlockRecord) -> None: ...
+
+
+class SharedResidency:
+    """The host slot is the device's: loading binds the parameters to it."""
+
+    def __init__(self, torch_device: torch.device) -> None:
+        self._torch_device = torch_device
+        self._bound: set[int] = set()
+
+    def holds(self, block: BlockRecord) -> bool:
+        """Never more than the host slot does."""
+        return False
+
+    def load(self, block: BlockRecord, order: dict[int, int], *, must: bool) -> bool:
+        """Bind, when it is about to be used."""
+        if must and block.index not in self._bound:
+            block.bind()
+            self._bound.add(block.index)
+        return must
+
+    def begin_use(self, block: BlockRecord) -> None:
+        """Nothing to wait for."""
+
+    def end_use(self, block: BlockRecord) -> None:
+        """Nothing to record."""
+
+    def outdated(self, block: BlockRecord) -> None:
+        """The update changes the device's copy in place."""
+
+    def host_slot_leaves(self, block: BlockRecord) -> None:
+        """What computes with it now would read another block."""
+        self._bound.discard(block.index)
+        block.unbind(self._torch_device)
+
+
+class CopiedResidency:
+    """Device slots of one size, each owned by one block from the start of its load until it is dropped."""
+
+    def __init__(self, slots: list[DeviceSlot], device: DeviceTier, copies: Copies) -> None:
+        self._slots = slots
+        self._device = device
+        self._copies = copies
+
+    def holds(self, block: BlockRecord) -> bool:
+        """Whether a current copy is on the device, or on its way."""
+        return block.device_slot is not None and not block.device_stale
+
+    def load(self, block: BlockRecord, order: dict[int, int], *, must: bool) -> bool:
+        """Start copying the parameters from the host slot, which holds them. False when no slot can be spared."""
+        if self.holds(block) or block.slot is None:
+            return self.holds(block)
+        if block.device_slot is None:
+            slot = self._free_slot(block, order, must)
+            if slot is None:
+                return False
+            block.device_slot, slot.owner = slot, block
+        nbytes = block.layout.slot_nbytes
+        target, source = block.device_slot.bytes_tensor[:nbytes], block.slot.bytes_tensor[:nbytes]
+        block.loaded = self._copies.h2d(target, source, [block.device_slot.free_after])
+        block.device_stale = False
+        block.bind()
+        return True
+
+    def _free_slot(self, wanted_by: BlockRecord, order: dict[int, int], must: bool) -> DeviceSlot | None:
+        held: list[tuple[int, DeviceSlot, BlockRecord]] = []
+        for slot in self._slots:
+            if slot.owner is None:
+                return slot
+            if not slot.owner.in_use:
+                held.append((order.get(slot.owner.index, len(order)), slot, slot.owner))
+        rank, chosen, victim = max(held, key=lambda item: item[0], default=(0, None, None))
+        if chosen is None or victim is None:
+            if must:
+                raise BudgetError("every device slot is in use at once; raise device_memory")
+            return None
+        if not must and rank <= order.get(wanted_by.index, 0):
+            return None
+        self.outdated(victim)
+        return chosen
+
+    def begin_use(self, block: BlockRecord) -> None:
+        """Compute given from now on sees the loaded parameters."""
+        self._device.compute_waits(block.loaded)
+
+    def end_use(self, block: BlockRecord) -> None:
+        """The slot may be rewritten after the compute given so far."""
+        if block.device_slot is not None:
+            block.device_slot.free_after = self._device.mark()
+
+    def outdated(self, block: BlockRecord) -> None:
+        """The copy is of no more use: give the slot up; the root keeps its own and is loaded again."""
+        if block.device_slot is None:
+            return
+        if block.is_root:
+            block.device_stale = True
+            block.device_slot.free_after = self._device.mark()
+            return
+        if block.in_use:
+            block.device_slot.free_after = self._device.mark()
+        block.device_slot.owner, block.device_slot = None, None
+        block.unbind(self._device.torch_device)
+
+    def host_slot_leaves(self, block: BlockRecord) -> None:
+        """The copy from it has to have ended."""
+        block.loaded.wait()

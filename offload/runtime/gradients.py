@@ -1,0 +1,208 @@
+"""Gradients on their way: from autograd into a block's plane, from there to the update or to where they wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from offload.errors import BudgetError, UsageError
+from offload.model.flat import FlatBuffer
+from offload.stores.block_store import BlockRecord, GradBuffer
+from offload.telemetry import Stalls
+from offload.tiers.device import DeviceTier
+from offload.tiers.storage import Store
+from offload.transfer.copies import Copies
+
+
+class Gradients:
+    """Owns the gradient buffers. `buffers` are in device memory, `out_buffers` in host memory (none when shared).
+
+    `complete(block, cause)` waits for the block's update. `spare_host_nbytes` may be taken for waiting gradients.
+    """
+
+    def __init__(
+        self,
+        buffers: list[GradBuffer],
+        out_buffers: list[GradBuffer],
+        device: DeviceTier,
+        copies: Copies,
+        store: Store | None,
+        stalls: Stalls,
+        spare_host_nbytes: int,
+        complete: Callable[[BlockRecord, str], None],
+    ) -> None:
+        self._buffers = buffers
+        self._out_buffers = out_buffers
+        self._device = device
+        self._copies = copies
+        self._store = store
+        self._stalls = stalls
+        self._spare_host_nbytes = spare_host_nbytes
+        self._complete = complete
+
+    # ---- in backward -----------------------------------------------------------------------------------------
+
+    def begin(self, block: BlockRecord) -> None:
+        """Give the block a gradient buffer, with what it has accumulated so far."""
+        if block.updated_since_step:
+            raise UsageError(
+                f"block {block.name}: backward ran again before optimizer.step(), and its update has been made "
+                "already; accumulate under `with model.offload.no_sync():`, or use update='deferred'"
+            )
+        if block.grad_buffer is not None or block.layout.grad_elements == 0:
+            return
+        buffer = self._take(self._buffers)
+        block.grad_buffer, buffer.owner = buffer, block
+        self._device.compute_waits(buffer.free_after)
+        if block.grads_waiting:
+            self._bring_back(block, buffer.plane[: block.layout.grad_elements])
+
+    def accumulate(
+        self, block: BlockRecord, buffer: FlatBuffer, position: int, parameter: torch.nn.Parameter
+    ) -> None:
+        """Move `parameter.grad` into the block's gradient plane: copied the first time, added after that."""
+        grad = parameter.grad
+        if grad is None:
+            return
+        if block.grad_buffer is None:
+            self.begin(block)
+        if block.grad_buffer is None:
+            raise UsageError(f"block {block.name} received a gradient but has no trainable parameter")
+        target = block.grad_view(buffer, buffer.segments[position], block.grad_buffer.plane)
+        if id(parameter) in block.touched:
+            target.add_(grad)
+        else:
+            target.copy_(grad)
+            block.touched.add(id(parameter))
+        parameter.grad = None
+
+    # ---- out of the device -----------------------------------------------------------------------------------
+
+    def hand_over(self, block: BlockRecord) -> None:
+        """Let the update have the gradients: `grad_out` holds them once `grad_gate` (None: now) has completed."""
+        buffer = block.grad_buffer
+        if buffer is None:
+            return
+        if self._device.shares_host:
+            block.grad_out = buffer
+        else:
+            out = block.grad_out_home or self._take(self._out_buffers)
+            out.owner, block.grad_out = block, out
+            self._copy_out(block, buffer, out.plane)
+        if not block.is_root:
+            if not self._device.shares_host:
+                buffer.release()
+            block.grad_buffer = None
+
+    def park(self, block: BlockRecord) -> None:
+        """Put unapplied gradients where they wait, and free the gradient buffer. The root's stay where they are."""
+        buffer = block.grad_buffer
+        if buffer is None or block.is_root:
+            return
+        if block.grad_host is None and block.grad_offset < 0:
+            self._take_host_plane(block)
+        self._wait_parked(block)
+        block.grads_waiting = True
+        if block.grad_host is not None:
+            self._copy_out(block, buffer, block.grad_host)
+            buffer.release()
+        elif self._store is not None:
+            source = buffer
+            if not self._device.shares_host:
+                source = self._take(self._out_buffers)
+                source.owner = block
+                self._copy_out(block, buffer, source.plane)
+                buffer.release()
+            block.parking = source
+            block.grad_gate = self._store.engine.write(
+                source.plane.data_ptr(),
+                block.layout.grad_elements * 4,
+                block.grad_offset,
+                after=block.grad_gate,
+            )
+        block.grad_buffer = None
+
+    def drop(self, block: BlockRecord) -> None:
+        """Free a gradient buffer that nothing was added to."""
+        if block.grad_buffer is not None and not block.is_root:
+            block.grad_buffer.release()
+            block.grad_buffer = None
+
+    def updated(self, block: BlockRecord) -> None:
+        """The block's update has read its gradients."""
+        block.grad_gate = None
+        if block.grad_out is not None:
+            block.grad_out.release()
+            block.grad_out = None
+
+    def _copy_out(self, block: BlockRecord, buffer: GradBuffer, target: torch.Tensor) -> None:
+        n = block.layout.grad_elements
+        if self._device.shares_host:
+            target[:n].copy_(buffer.plane[:n])
+            return
+        copied = self._copies.d2h(target[:n], buffer.plane[:n])
+        buffer.free_after = copied
+        block.grad_gate = self._copies.gate(copied)
+
+    # ---- waiting ---------------------------------------------------------------------------------------------
+
+    def _wait_parked(self, block: BlockRecord) -> None:
+        if block.grad_gate is not None:
+            with self._stalls.waiting("gradient"):
+                block.grad_gate.wait()
+            block.grad_gate = None
+        if block.parking is not None:
+            block.parking.release()
+            block.parking = None
+
+    def _bring_back(self, block: BlockRecord, plane: torch.Tensor) -> None:
+        """Accumulation goes on: the waiting gradients return to device memory."""
+        self._wait_parked(block)
+        block.grads_waiting = False
+        shared = self._device.shares_host
+        if block.grad_host is not None:
+            source, lent = block.grad_host[: plane.numel()], None
+        elif self._store is not None:
+            lent = None if shared else self._take(self._out_buffers)
+            source = plane if lent is None else lent.plane[: plane.numel()]
+            with self._stalls.waiting("gradient"):
+                self._store.engine.read(
+                    source.data_ptr(), source.numel() * 4, block.grad_offset, urgent=True
+                ).wait()
+        else:
+            return
+        if source is plane:
+            return
+        arrived = self._copies.h2d(plane, source, [self._device.mark()])
+        self._device.compute_waits(arrived)
+        if lent is not None:
+            arrived.wait()
+
+    def _take(self, buffers: list[GradBuffer]) -> GradBuffer:
+        """A buffer without owner; waits for the first that an update or a write gives back."""
+        for buffer in buffers:
+            if buffer.owner is None:
+                return buffer
+        for buffer in buffers:
+            owner = buffer.owner
+            if owner is None or owner.in_use:
+                continue
+            if owner.parking is buffer:
+                self._wait_parked(owner)
+                return buffer
+            if owner.tickets:
+                self._complete(owner, "gradient")
+                return buffer
+        raise BudgetError("every gradient buffer is in use at once; raise device_memory")
+
+    def _take_host_plane(self, block: BlockRecord) -> None:
+        """Host memory for gradients that must wait, from what the budget has left (DRAM-only placement)."""
+        nbytes = block.layout.grad_elements * 4
+        if nbytes > self._spare_host_nbytes:
+            raise UsageError(
+                f"block {block.name}: its gradients have to wait for more of them, which takes {nbytes} bytes, and "
+                f"{self._spare_host_nbytes} bytes of host_memory are left: raise it, or give storage=[directory]"
+            )
+        self._spare_host_nbytes -= nbytes
+        block.grad_host = torch.empty(block.layout.grad_elements, dtype=torch.float32)

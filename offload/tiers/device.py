@@ -1,0 +1,227 @@
+"""The device tier: its memory, its two copy streams, and the events that order copies and compute.
+
+[Note: order on a device] Compute is what the user's thread gives the device, in that order. Copies to the device and
+from it run on a stream of their own each, made once. Nothing here blocks the user's thread but `Event.wait`: a copy
+names the events it comes after, and `compute_waits` orders compute given from then on after an event. Memory that a
+copy touches must stay as it is until the copy's event is done; who frees or rewrites it holds that event.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+
+from offload.errors import BudgetError, ConfigError
+
+logger = logging.getLogger("offload")
+
+Pin = Literal["auto", "always", "never"]
+
+PAGE_LOCK_PIECE_NBYTES = 1 << 30
+"""Host memory is registered in pieces: drivers refuse single registrations of many GB."""
+
+
+class Event(Protocol):
+    """A point in the work given to a device."""
+
+    def done(self) -> bool:
+        """Whether everything up to the point has happened."""
+        ...
+
+    def wait(self) -> None:
+        """Block the calling thread until it has."""
+        ...
+
+
+class Past:
+    """An event that lies in the past."""
+
+    def done(self) -> bool:
+        """Always."""
+        return True
+
+    def wait(self) -> None:
+        """Returns at once."""
+
+
+PAST = Past()
+
+
+class DeviceTier(Protocol):
+    """What the runtime needs of a device. See [Note: order on a device]."""
+
+    torch_device: torch.device
+    shares_host: bool
+    """The device computes on host memory itself: slots and gradients are never copied over."""
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Device memory as a 1-D uint8 tensor. Raises BudgetError when the device has less."""
+        ...
+
+    def mark(self) -> Event:
+        """The end of all compute given so far."""
+        ...
+
+    def compute_waits(self, event: Event) -> None:
+        """Compute given from now on comes after `event`."""
+        ...
+
+    def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event] = ()) -> Event:
+        """Start copying host bytes to the device; returns the event of its end."""
+        ...
+
+    def copy_out(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event] = ()) -> Event:
+        """Start copying device bytes to the host; returns the event of its end."""
+        ...
+
+    def page_lock(self, address: int, nbytes: int, pin: Pin) -> bool:
+        """Lock host memory for fast copies. False when the device does without."""
+        ...
+
+    def close(self) -> None:
+        """Finish all copies, unlock host memory."""
+        ...
+
+
+class SharedDevice:
+    """A machine without accelerator: the device tier is a bounded part of DRAM and nothing is copied to it."""
+
+    shares_host = True
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Plain memory; the arena of the runtime is used instead wherever pages matter."""
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def mark(self) -> Event:
+        """Compute has happened when the call returns."""
+        return PAST
+
+    def compute_waits(self, event: Event) -> None:
+        """The thread that computes waits itself."""
+        event.wait()
+
+    def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event] = ()) -> Event:
+        """A plain copy."""
+        for event in after:
+            event.wait()
+        target.copy_(source)
+        return PAST
+
+    copy_out = copy_in
+
+    def page_lock(self, address: int, nbytes: int, pin: Pin) -> bool:
+        """Nothing to lock for."""
+        return False
+
+    def close(self) -> None:
+        """Nothing to finish."""
+
+
+class CudaDevice:
+    """One NVIDIA (or ROCm) GPU through torch.cuda. `memory_nbytes` becomes the limit of torch's allocator there."""
+
+    shares_host = False
+
+    def __init__(self, torch_device: torch.device, memory_nbytes: int) -> None:
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device={str(torch_device)!r}, but this torch sees no CUDA device")
+        index = torch.cuda.current_device() if torch_device.index is None else torch_device.index
+        self.torch_device = torch.device("cuda", index)
+        total_nbytes = torch.cuda.get_device_properties(index).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory_nbytes / total_nbytes), index)
+        self._h2d = torch.cuda.Stream(self.torch_device)
+        self._d2h = torch.cuda.Stream(self.torch_device)
+        self._locked: list[int] = []
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """From torch's allocator, so that its figures count everything."""
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+        except torch.cuda.OutOfMemoryError as error:
+            raise BudgetError(
+                f"{self.torch_device}: {nbytes} bytes of device memory are not to be had: lower device_memory or "
+                "end the other processes on this device (nvidia-smi)"
+            ) from error
+
+    def mark(self) -> Event:
+        """An event on the stream that the calling thread computes on."""
+        return _record(torch.cuda.current_stream(self.torch_device))
+
+    def compute_waits(self, event: Event) -> None:
+        """The device waits; the calling thread does not."""
+        _order(torch.cuda.current_stream(self.torch_device), event)
+
+    def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event] = ()) -> Event:
+        """On the host-to-device stream."""
+        return self._copy(self._h2d, target, source, after)
+
+    def copy_out(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event] = ()) -> Event:
+        """On the device-to-host stream."""
+        return self._copy(self._d2h, target, source, after)
+
+    @staticmethod
+    def _copy(
+        stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event]
+    ) -> Event:
+        for event in after:
+            _order(stream, event)
+        with torch.cuda.stream(stream):
+            target.copy_(source, non_blocking=True)
+        return _record(stream)
+
+    def page_lock(self, address: int, nbytes: int, pin: Pin) -> bool:
+        """Register exactly these pages, in bounded pieces, and no power of two around them."""
+        if pin == "never":
+            return False
+        cudart = torch.cuda.cudart()
+        for start in range(address, address + nbytes, PAGE_LOCK_PIECE_NBYTES):
+            piece_nbytes = min(PAGE_LOCK_PIECE_NBYTES, address + nbytes - start)
+            code = int(cudart.cudaHostRegister(start, piece_nbytes, 0))
+            if code != 0:
+                cudart.cudaGetLastError()  # a refused registration is no error of what comes after
+                what = f"page-locking {nbytes} bytes of host memory failed (CUDA error {code})"
+                if pin == "always":
+                    raise BudgetError(f"{what}: raise the limit of locked memory, or use pin='auto'")
+                logger.warning("%s: copies go through pageable memory, which is several times slower", what)
+                return False
+            self._locked.append(start)
+        return True
+
+    def close(self) -> None:
+        """Also gives the allocator its whole device back."""
+        torch.cuda.synchronize(self.torch_device)
+        cudart = torch.cuda.cudart()
+        for start in self._locked:
+            cudart.cudaHostUnregister(start)
+        self._locked.clear()
+        torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device.index)
+
+
+class _CudaEvent:
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self.event = event
+
+    def done(self) -> bool:
+        return bool(self.event.query())
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+def _record(stream: torch.cuda.Stream) -> _CudaEvent:
+    event = torch.cuda.Event(blocking=True)  # a waiting thread sleeps, it does not spin
+    event.record(stream)
+    return _CudaEvent(event)
+
+
+def _order(stream: torch.cuda.Stream, event: Event) -> None:
+    if isinstance(event, _CudaEvent):
+        stream.wait_event(event.event)
+    else:
+        event.wait()

@@ -1,0 +1,105 @@
+"""A device with memory of its own in DRAM, reached over a bus of stated speed: the CUDA path's logic without a GPU.
+
+It computes at once, in the thread that asks, as a CPU does; copies run on two threads, one a direction, in order and
+as late as the bus allows. What reads bytes before their copy has ended, or changes them before, gets wrong numbers here
+as it would on a GPU; the memory starts as NaN, so that nothing unwritten goes unseen.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from offload.tiers.device import PAST, Event, Pin
+
+
+class _ThreadEvent:
+    def __init__(self) -> None:
+        self._happened = threading.Event()
+
+    def done(self) -> bool:
+        return self._happened.is_set()
+
+    def wait(self) -> None:
+        self._happened.wait()
+
+    def set(self) -> None:
+        self._happened.set()
+
+
+class _CopyStream:
+    """One direction of the bus: copies in order, each as long as its bytes take at `bytes_per_s` (None: no limit)."""
+
+    def __init__(self, name: str, bytes_per_s: float | None) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event]) -> Event:
+        event = _ThreadEvent()
+
+        def work() -> None:
+            for earlier in after:
+                earlier.wait()
+            if (
+                self._bytes_per_s is not None
+            ):  # sleep first: what must not be touched meanwhile is touched last
+                time.sleep(source.numel() * source.element_size() / self._bytes_per_s)
+            target.copy_(source)
+            event.set()
+
+        self._work.put(work)
+        return event
+
+    def close(self) -> None:
+        self._work.put(None)
+        self._thread.join()
+
+
+class EmulatedDevice:
+    """See the module. `bus_bytes_per_s` applies to each direction."""
+
+    shares_host = False
+
+    def __init__(self, bus_bytes_per_s: float | None = None) -> None:
+        self.torch_device = torch.device("cpu")
+        self._h2d = _CopyStream("offload-emulated-h2d", bus_bytes_per_s)
+        self._d2h = _CopyStream("offload-emulated-d2h", bus_bytes_per_s)
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Every float in it is NaN."""
+        return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
+
+    def mark(self) -> Event:
+        """Compute has happened when the call that computes returns."""
+        return PAST
+
+    def compute_waits(self, event: Event) -> None:
+        """The thread that computes waits itself."""
+        event.wait()
+
+    def copy_in(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event] = ()) -> Event:
+        """Over the bus, in order."""
+        return self._h2d.copy(target, source, after)
+
+    def copy_out(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event] = ()) -> Event:
+        """Over the bus, in order."""
+        return self._d2h.copy(target, source, after)
+
+    def page_lock(self, address: int, nbytes: int, pin: Pin) -> bool:
+        """DRAM needs no locking for DRAM."""
+        return False
+
+    def close(self) -> None:
+        """Finish all copies and end the threads."""
+        self._h2d.close()
+        self._d2h.close()
