@@ -47,7 +47,10 @@ class Placement:
 
 
 def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.3f} GB"
+    unit, name = next(
+        ((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if nbytes >= u), (1, "bytes")
+    )
+    return f"{nbytes / unit:.4g} {name}"
 
 
 def place(

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from offload.errors import BudgetError
+from offload.schedule.operations import Phase
 from offload.stores.block_store import BlockRecord, DeviceSlot
 from offload.tiers.device import DeviceTier
 from offload.transfer.copies import Copies
@@ -19,6 +20,7 @@ class Residency(Protocol):
     """What the scheduler needs of either."""
 
     def holds(self, block: BlockRecord) -> bool: ...
+    def needs_host_slot(self, phase: Phase) -> bool: ...
     def load(self, block: BlockRecord, order: dict[int, int], *, must: bool) -> bool: ...
     def begin_use(self, block: BlockRecord) -> None: ...
     def end_use(self, block: BlockRecord) -> None: ...
@@ -36,6 +38,10 @@ class SharedResidency:
     def holds(self, block: BlockRecord) -> bool:
         """Never more than the host slot does."""
         return False
+
+    def needs_host_slot(self, phase: Phase) -> bool:
+        """It is what is computed with."""
+        return True
 
     def load(self, block: BlockRecord, order: dict[int, int], *, must: bool) -> bool:
         """Bind, when it is about to be used."""
@@ -70,6 +76,10 @@ class CopiedResidency:
     def holds(self, block: BlockRecord) -> bool:
         """Whether a current copy is on the device, or on its way."""
         return block.device_slot is not None and not block.device_stale
+
+    def needs_host_slot(self, phase: Phase) -> bool:
+        """After backward the update runs in it; forward needs no more than the copy."""
+        return phase == "backward"
 
     def load(self, block: BlockRecord, order: dict[int, int], *, must: bool) -> bool:
         """Start copying the parameters from the host slot, which holds them. False when no slot can be spared."""

@@ -97,7 +97,7 @@ class OffloadEngine:
 
     def end_forward(self, block: BlockRecord) -> None:
         """After the block's forward."""
-        self._scheduler.end(block)
+        self._scheduler.end(block, "forward")
 
     def begin_backward(self, block: BlockRecord) -> None:
         """Before the block's backward."""
@@ -108,7 +108,7 @@ class OffloadEngine:
     def end_backward(self, block: BlockRecord) -> None:
         """After the block's backward: its gradients leave at once."""
         self._dispatch_gradients(block)
-        self._scheduler.end(block)
+        self._scheduler.end(block, "backward")
 
     def _dispatch_gradients(self, block: BlockRecord) -> None:
         if not block.touched or block.grad_buffer is None:
@@ -243,7 +243,7 @@ class OffloadEngine:
         """The parameters as they are computed with, block by block, the root first; valid until the next one."""
         self.flush()
         for block in [self.root, *self.blocks]:
-            block.in_use += 1
+            block.host_in_use += 1
             try:
                 self._scheduler.fetch(block, must=True)
                 self._scheduler.wait_resident(block)
@@ -253,7 +253,7 @@ class OffloadEngine:
                     for segment in buffer.segments
                 ]
             finally:
-                block.in_use -= 1
+                block.host_in_use -= 1
 
     def close(self) -> None:
         """Finish what is in flight, drop the hooks and remove the store. The parameters on storage are gone then."""

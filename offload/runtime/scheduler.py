@@ -82,14 +82,13 @@ class Scheduler:
         for slot in self._slots:
             if slot.owner is None:
                 return slot
-        order = self._cursor.ranks()
         for held in self._slots:
             self.settle(held.owner)  # type: ignore[arg-type]  # every slot has an owner here
-        owners = [s.owner for s in self._slots if s.owner is not None and not s.owner.in_use]
+        owners = [s.owner for s in self._slots if s.owner is not None and not s.owner.host_in_use]
         clean = [o for o in owners if o.state is BlockState.RESIDENT]
-        clean.sort(key=lambda o: order.get(o.index, len(order)))
-        if clean and (must or order.get(clean[-1].index, 0) > order.get(wanted_by.index, 0)):
-            return self._evict(clean[-1])
+        victim = max(clean, key=self._next_host_use, default=None)
+        if victim and (must or self._next_host_use(victim) > self._next_host_use(wanted_by)):
+            return self._evict(victim)
         if not must:
             return None
         busy = [o for o in owners if o.tickets]
@@ -98,6 +97,13 @@ class Scheduler:
         with self._stalls.waiting("slot"):
             self._complete(busy[0], "slot")
         return self._free_slot(wanted_by, must)
+
+    def _next_host_use(self, block: BlockRecord) -> int:
+        """How far ahead the host slot is needed; for forward, the copy on the device does as well."""
+        ranks = self._cursor.ranks()
+        rank = ranks.get(block.index, len(ranks))
+        on_device = self._residency.holds(block) and self._cursor.next_phase(block.index) == "forward"
+        return rank + len(ranks) if on_device else rank
 
     def _evict(self, block: BlockRecord) -> Slot:
         slot = block.slot
@@ -143,20 +149,23 @@ class Scheduler:
         """Have `block` on the device for `phase`, then look ahead."""
         self._cursor.at(Use(block.index, phase))
         block.in_use += 1
+        block.host_in_use += 1
         if not self._residency.holds(block):
             self.fetch(block, must=True)
             if block.tickets:
                 self.prefetch()
             self.wait_resident(block)
             self._residency.load(block, self._cursor.ranks(), must=True)
+        block.host_in_use -= not self._residency.needs_host_slot(phase)
         with self._stalls.waiting("load"):
             self._residency.begin_use(block)
         self.prefetch()
 
-    def end(self, block: BlockRecord) -> None:
+    def end(self, block: BlockRecord, phase: Phase) -> None:
         """The block's compute is over; it stays until its slot is wanted."""
         self._residency.end_use(block)
         block.in_use -= 1
+        block.host_in_use -= self._residency.needs_host_slot(phase)
         self.prefetch()
 
     def prefetch(self) -> None:

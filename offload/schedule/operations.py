@@ -47,6 +47,11 @@ class UseCursor:
         """Place of each block in `upcoming`."""
         return self._order_after(self._position)[1]
 
+    def next_phase(self, block: int) -> Phase:
+        """What `block` will be used for next."""
+        now, forward, backward = self._position, block, len(self._uses) - 1 - block
+        return "backward" if forward <= now < backward else "forward"
+
     def _order_after(self, position: int) -> tuple[list[int], dict[int, int]]:
         known = self._orders.get(position)
         if known is None:

@@ -99,6 +99,9 @@ class BlockRecord:
     outstanding_backwards: int = 0
     updated_since_step: bool = False
     in_use: int = 0
+    """Uses of the parameters on the device that are going on."""
+    host_in_use: int = 0
+    """Of these, and of readers, those that need the host slot to stay."""
     grad_norms: list[torch.Tensor] = field(default_factory=list)
 
     @property

@@ -37,6 +37,7 @@ def train(
     for whole in batches(n_steps, batch=4 * accumulate):
         parts = whole.chunk(accumulate)
         for number, part in enumerate(parts):
+            part = part.to(model.offload.device)
             last = number == len(parts) - 1
             with contextlib.nullcontext() if last else model.offload.no_sync():
                 loss = model(input_ids=part, labels=part).loss / accumulate
@@ -46,7 +47,9 @@ def train(
         if scheduler:
             scheduler.step()
         losses.append(loss.item())
-    parameters = {name: tensor.clone() for block in model.offload.iter_blocks() for name, tensor in block}
+    parameters = {
+        name: tensor.cpu().clone() for block in model.offload.iter_blocks() for name, tensor in block
+    }
     model.offload.close()
     return parameters, losses
 

@@ -1,0 +1,358 @@
+"""A device with memory of its own gives the same bits, within its budget, and every hand-over is waited for.
+
+The emulated device runs everywhere; the same tests run on a CUDA device where there is one (marker `gpu`).
+"""
+
+import logging
+import os
+import time
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from torch import nn
+
+import offload
+from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
+from offload.runtime.device_residency import CopiedResidency
+from offload.stores.activations import ActivationStore
+from offload.tiers.emulated_device import EmulatedDevice
+from offload.transfer.copies import Copies
+from offload.transfer.io_engine import Ticket
+from tests.conftest import build, two_groups
+from tests.integration.test_exactness import CHUNK, assert_same_bits, stored, train
+
+DEVICES = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request, monkeypatch):
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        monkeypatch.setitem(os.environ, "CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+
+
+def reference(device):
+    """Everything in host memory, on the same device: its arithmetic is the standard."""
+    name = "cpu" if device == "emulated" else device
+    return {
+        "device": name, "step_aside": "never", "device_memory": "1GB", "host_memory": "1GB", "storage": [],
+    }  # fmt: skip
+
+
+def on(device, directory, **more):
+    budgets = {"device_memory": "8MB", "host_memory": "3MB"}
+    return stored(directory, device=device, **{**budgets, **more})
+
+
+PLACEMENTS = {
+    "all on storage": {"prefetch_blocks": 1},
+    "half in host memory": {"host_memory": "5MB"},
+    "all in host memory": {"host_memory": "100MB", "storage": []},
+    "block inputs in host memory": {"activations": "host", "host_memory": "100MB"},
+    "block inputs on storage": {"activations": "storage"},
+    "graphs kept": {"activations": "keep"},
+    "posix backend": {"backend": "posix"},
+    "pageable copies": {"pin": "never"},
+}
+
+
+@pytest.mark.parametrize("update", ["backward", "deferred"])
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda name: name.replace(" ", "-"))
+def test_any_placement_has_the_bits_of_host_memory(tmp_path, device, placement, update):
+    expected = train("llama", {**reference(device), "update": update}, n_steps=6)
+    assert_same_bits(
+        train("llama", on(device, tmp_path, update=update, **PLACEMENTS[placement]), n_steps=6), expected
+    )
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2", "bert"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_shape_and_dtype_has_the_same_bits(tmp_path, device, kind, dtype):
+    expected = train(kind, reference(device), dtype, n_steps=5, dropout=0.1)
+    assert_same_bits(train(kind, on(device, tmp_path), dtype, n_steps=5, dropout=0.1), expected)
+
+
+@pytest.mark.parametrize(
+    ("loop", "settings"),
+    [
+        ({"accumulate": 3}, {}),
+        ({"accumulate": 3}, {"update": "deferred"}),
+        ({}, {"max_grad_norm": 0.5}),
+        ({"accumulate": 2}, {"max_grad_norm": 0.5}),
+        ({"freeze": "layers.1."}, {}),
+        ({"freeze": "embed"}, {"update": "deferred"}),
+        ({"tie": True}, {}),
+        ({}, {"micro_batches": 2}),
+        ({}, {"micro_batches": 4, "activations": "storage", "max_grad_norm": 0.5}),
+    ],
+    ids=str,
+)
+def test_loop_features_have_the_same_bits(tmp_path, device, loop, settings):
+    same = {key: settings[key] for key in ("micro_batches", "max_grad_norm", "update") if key in settings}
+    expected = train("llama", {**reference(device), **same}, n_steps=5, **loop)
+    assert_same_bits(train("llama", on(device, tmp_path, **settings), n_steps=5, **loop), expected)
+
+
+def test_a_slow_bus_changes_no_number(tmp_path):
+    expected = train("llama", reference("emulated"), n_steps=4)
+    for update in ("backward", "deferred"):
+        settings = on("emulated", tmp_path, update=update, bus_bytes_per_s=5e7)
+        assert_same_bits(train("llama", settings, n_steps=4), expected)
+
+
+def test_device_memory_taken_stays_within_device_memory_allowed(tmp_path, monkeypatch):
+    taken = []
+    allocate = EmulatedDevice.allocate
+    monkeypatch.setattr(
+        EmulatedDevice, "allocate", lambda self, nbytes: (taken.append(nbytes), allocate(self, nbytes))[1]
+    )
+    model = build("llama", torch.bfloat16, layers=12)
+    with pytest.raises(offload.BudgetError) as refused:
+        offload.wrap(
+            model,
+            two_groups(model),
+            **{**on("emulated", tmp_path), "device_memory": "1KB"},
+            chunk_elements=CHUNK,
+        )
+    least_nbytes = int(str(refused.value).split("device_memory='")[1].split("'")[0])
+    for allowed_nbytes in (least_nbytes, 2 * least_nbytes):
+        taken.clear()
+        settings = on("emulated", tmp_path, device_memory=allowed_nbytes)
+        wrapped, _ = offload.wrap(model, two_groups(model), chunk_elements=CHUNK, **settings)
+        wrapped.offload.close()
+        assert 0.5 * allowed_nbytes < sum(taken) <= allowed_nbytes
+        model = build("llama", torch.bfloat16, layers=12)
+
+
+# ---- every wait is needed ------------------------------------------------------------------------------------
+
+WIDTH = 128
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+def train_blocks(settings, n_steps=3):
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Block() for _ in range(5)])
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **settings)
+    try:
+        x = torch.randn(64, WIDTH)
+        for _ in range(n_steps):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return {n: t.clone() for block in model.offload.iter_blocks() for n, t in block}
+    finally:
+        model.offload.close()
+
+
+def slow_bus(directory, **more):
+    chunk = 4096
+    return {
+        "device": "emulated", "bus_bytes_per_s": 2e7, "step_aside": "never", "device_memory": "1MB",
+        "host_memory": 2 * chunk * 14 + ACTIVATION_STAGING_NBYTES_MIN + 1_100_000, "storage": [str(directory)],
+        "chunk_elements": chunk, "chunk_buffers": 2, "prefetch_blocks": 1, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def expected_blocks():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    result = train_blocks(
+        {
+            "step_aside": "never",
+            "device_memory": "1GB",
+            "host_memory": "1GB",
+            "storage": [],
+            "chunk_elements": 4096,
+        }
+    )
+    torch.set_num_threads(threads)
+    return result
+
+
+@pytest.mark.parametrize("more", [{}, {"update": "deferred"}, {"activations": "storage"}], ids=str)
+def test_with_every_wait_in_place_the_slow_bus_gives_the_same_bits(tmp_path, expected_blocks, more):
+    got = train_blocks(slow_bus(tmp_path, **more))
+    assert all(torch.equal(got[name], expected_blocks[name]) for name in expected_blocks)
+
+
+def compute_before_the_parameters_have_arrived(monkeypatch):
+    monkeypatch.setattr(CopiedResidency, "begin_use", lambda self, block: None)
+
+
+def rewrite_the_host_slot_before_it_has_been_copied(monkeypatch):
+    monkeypatch.setattr(CopiedResidency, "host_slot_leaves", lambda self, block: None)
+
+
+def update_before_the_gradients_have_arrived(monkeypatch):
+    def open_gate(self, event):
+        gate = Ticket()
+        gate.complete()
+        return gate
+
+    monkeypatch.setattr(Copies, "gate", open_gate)
+
+
+def fill_the_gradient_buffer_before_it_has_been_copied_out(monkeypatch):
+    wait = EmulatedDevice.compute_waits
+
+    def hurried(self, event):
+        if not getattr(event, "out", False):
+            wait(self, event)
+
+    copy_out = EmulatedDevice.copy_out
+
+    def marked(self, target, source, after=()):
+        event = copy_out(self, target, source, after)
+        event.out = True
+        return event
+
+    monkeypatch.setattr(EmulatedDevice, "compute_waits", hurried)
+    monkeypatch.setattr(EmulatedDevice, "copy_out", marked)
+
+
+@pytest.mark.parametrize(
+    "without",
+    [
+        compute_before_the_parameters_have_arrived,
+        rewrite_the_host_slot_before_it_has_been_copied,
+        update_before_the_gradients_have_arrived,
+        fill_the_gradient_buffer_before_it_has_been_copied_out,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_without_one_wait_the_numbers_change(tmp_path, expected_blocks, monkeypatch, without):
+    without(monkeypatch)
+    got = train_blocks(slow_bus(tmp_path))
+    assert any(not torch.equal(got[name], expected_blocks[name]) for name in expected_blocks)
+
+
+def test_backward_with_an_activation_that_has_not_arrived_changes_the_numbers(
+    tmp_path, expected_blocks, monkeypatch
+):
+    swap_in = ActivationStore.swap_in
+
+    def hurried(self, activation):
+        with monkeypatch.context() as patch:
+            patch.setattr(EmulatedDevice, "compute_waits", lambda self, event: None)
+            return swap_in(self, activation)
+
+    monkeypatch.setattr(ActivationStore, "swap_in", hurried)
+    got = train_blocks(slow_bus(tmp_path, activations="host", host_memory="20MB"))
+    assert any(not torch.equal(got[name], expected_blocks[name]) for name in expected_blocks)
+
+
+class SleepyBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(512, 512))
+
+    def forward(self, x):
+        time.sleep(0.02)
+        return x + x @ self.weight
+
+
+def test_copies_and_computing_overlap():
+    """A block's copy takes about as long as its compute: hidden copies save a good part of the step."""
+    seconds = {}
+    for name, slots in (("overlapped", 4), ("serial", 1)):
+        model = nn.Sequential(*[SleepyBlock() for _ in range(8)])
+        model, optimizer = offload.wrap(
+            model, torch.optim.AdamW(model.parameters()), device="emulated", bus_bytes_per_s=5e7, storage=[],
+            device_memory="10MB", host_memory="100MB", step_aside="never", prefetch_blocks=slots,
+        )  # fmt: skip
+        if name == "serial":
+            scheduler = model.offload._scheduler
+            scheduler.prefetch = lambda: None
+        steps = []
+        for _ in range(3):
+            start_s = time.perf_counter()
+            model(torch.ones(2, 512)).sum().backward()
+            optimizer.step()
+            model.offload.flush()
+            steps.append(time.perf_counter() - start_s)
+        model.offload.close()
+        seconds[name] = min(steps[1:])
+    assert seconds["overlapped"] < 0.85 * seconds["serial"], seconds
+
+
+# ---- stepping aside ------------------------------------------------------------------------------------------
+
+
+def test_what_fits_on_the_device_is_not_streamed_and_has_the_same_bits(tmp_path, caplog):
+    expected = train("llama", stored(tmp_path), n_steps=6)
+    with caplog.at_level(logging.INFO, logger="offload"):
+        got = train(
+            "llama", {"device_memory": "50MB", "host_memory": "1MB", "storage": [str(tmp_path)]}, n_steps=6
+        )
+    assert_same_bits(got, expected)
+    assert len([r for r in caplog.records if "nothing is streamed" in r.message]) == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_does_not_fit_in_half_of_the_device_is_streamed(tmp_path):
+    model = build("llama", torch.bfloat16)
+    state_nbytes = 16 * sum(p.numel() for p in model.parameters())
+    wrapped, _ = offload.wrap(
+        model,
+        two_groups(model),
+        device_memory=int(1.9 * state_nbytes),
+        host_memory="50MB",
+        storage=[str(tmp_path)],
+    )
+    assert not wrapped.offload.aside
+    assert len(os.listdir(tmp_path)) == 1
+    wrapped.offload.close()
+
+
+@pytest.fixture(scope="module")
+def expected_by_update():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    result = {
+        update: train("llama", {**reference("emulated"), "update": update}, n_steps=3, layers=6)
+        for update in ("backward", "deferred")
+    }
+    torch.set_num_threads(threads)
+    return result
+
+
+@examples(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_budgets_and_speeds_have_the_same_bits(tmp_path_factory, expected_by_update, data):
+    update = data.draw(st.sampled_from(["backward", "deferred"]))
+    drawn = {
+        "device": data.draw(st.sampled_from(["emulated", "cpu"])),
+        "device_memory": data.draw(st.integers(500_000, 1_500_000)),
+        "host_memory": data.draw(st.integers(850_000, 4_000_000)),
+        "prefetch_blocks": data.draw(st.sampled_from([None, 1, 2, 5])),
+        "activations": data.draw(st.sampled_from(["auto", "storage", "keep"])),
+        "io_queue_depth": data.draw(st.sampled_from([1, 32])),
+        "update": update,
+    }
+    if drawn["device"] == "emulated":
+        drawn["bus_bytes_per_s"] = data.draw(st.sampled_from([None, 2e7, 2e8]))
+    directory = tmp_path_factory.mktemp("any")
+    try:
+        got = train("llama", stored(directory, **drawn), n_steps=3, layers=6)
+    except offload.BudgetError as refused:
+        assert "Smallest that would do" in str(refused)  # refused up front, never in the middle
+        return
+    assert_same_bits(got, expected_by_update[update])
