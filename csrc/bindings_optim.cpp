@@ -95,7 +95,14 @@ void bind_optim(py::module_& module) {
            py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"), py::arg("weight_decay"), py::arg("step"),
            py::arg("decoupled") = true, py::arg("grad_scale") = 1.0, py::arg("maximize") = false)
       .def_readonly("lr", &Hyper::lr)
-      .def_readonly("step", &Hyper::step);
+      .def_readonly("beta1", &Hyper::beta1)
+      .def_readonly("beta2", &Hyper::beta2)
+      .def_readonly("eps", &Hyper::eps)
+      .def_readonly("weight_decay", &Hyper::weight_decay)
+      .def_readonly("step", &Hyper::step)
+      .def_readonly("decoupled", &Hyper::decoupled)
+      .def_readonly("grad_scale", &Hyper::grad_scale)
+      .def_readonly("maximize", &Hyper::maximize);
 
   module.def(
       "adamw_update",

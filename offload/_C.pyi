@@ -36,7 +36,14 @@ class Engine:
 
 class Hyper:
     lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
     step: int
+    decoupled: bool
+    grad_scale: float
+    maximize: bool
     def __init__(
         self,
         lr: float,

@@ -13,6 +13,8 @@ from offload.config import Config, host_total_nbytes, parse_budget
 from offload.model.blocks import Cut
 from offload.model.flat import STATE_NBYTES_PER_ELEMENT, BlockLayout, lay_out
 from offload.planner.placement import BlockBytes, Placement, place
+from offload.runtime import in_device
+from offload.runtime.in_device import InDeviceState
 from offload.stores.block_store import BlockRecord, DeviceSlot, GradBuffer, Slot, StateExtents
 from offload.tiers.device import CudaDevice, DeviceTier, SharedDevice
 from offload.tiers.emulated_device import EmulatedDevice
@@ -31,6 +33,8 @@ class Assembly:
 
     blocks: list[BlockRecord]
     root: BlockRecord
+    in_device: InDeviceState | None
+    """The root's optimizer state, where all of it is in the memory of a device of its own."""
     slots: list[Slot]
     device_slots: list[DeviceSlot]
     grad_buffers: list[GradBuffer]
@@ -82,11 +86,12 @@ def steps_aside(cut: Cut, config: Config, device: DeviceTier, compute_dtype: tor
     """Whether everything stays in device memory and nothing is streamed: the other half is for activations."""
     if config.step_aside != "auto":
         return config.step_aside == "always"
-    if not device.shares_host or config.micro_batches > 1 or config.activations in ("host", "storage"):
+    if config.micro_batches > 1 or config.activations in ("host", "storage"):
         return False
     parameters = [*cut.root, *(p for block in cut.block_parameters for p in block)]
     layout = lay_out("all", parameters, compute_dtype)
-    needed_nbytes = layout.slot_nbytes + layout.state_nbytes + layout.grad_elements * 4
+    own_nbytes = layout.state_nbytes if device.shares_host else in_device.state_nbytes(layout.buffers)
+    needed_nbytes = layout.slot_nbytes + own_nbytes + layout.grad_elements * 4
     device_nbytes, _ = budgets(device, config)
     if 2 * needed_nbytes > device_nbytes:
         return False
@@ -128,8 +133,9 @@ class _Builder:
         self.device_nbytes, self.host_nbytes = budgets(device, config)
         root_bytes = block_bytes(self.root_layout, config.chunk_elements)
         self.streams = bool(cut.blocks)
-        if not self.streams:  # the state lives in device memory, which is DRAM here
-            self.host_nbytes = self.staging_nbytes + root_bytes.state_nbytes
+        if not self.streams:  # all state is in device memory: host memory is not what limits it
+            self.host_nbytes = 2 * self.staging_nbytes + root_bytes.slot_nbytes + root_bytes.grad_nbytes
+            self.host_nbytes += root_bytes.state_nbytes
         self.placement = place(
             self.bytes_of,
             root_bytes,
@@ -144,12 +150,18 @@ class _Builder:
         n_pieces = 4 * len(self.layouts) + 16
         on_device = self.placement.device_nbytes if device.shares_host else 0
         self.device_arena = HostArena(on_device + PAGE_NBYTES * n_pieces)
-        self.host_arena = HostArena(self.placement.host_nbytes + PAGE_NBYTES * n_pieces)
+        in_host = self.staging_nbytes if self.all_in_device else self.placement.host_nbytes
+        self.host_arena = HostArena(in_host + PAGE_NBYTES * n_pieces)
         device.page_lock(self.host_arena.address, self.host_arena.nbytes, config.pin)
 
     @property
     def has_storage(self) -> bool:
         return bool(self.config.storage) and self.streams
+
+    @property
+    def all_in_device(self) -> bool:
+        """Nothing is streamed, and the device has memory of its own for all of it."""
+        return not self.streams and not self.device.shares_host
 
     def on_device(self, nbytes: int) -> torch.Tensor:
         """Device memory; from the arena where storage is read into it."""
@@ -224,13 +236,16 @@ class _Builder:
         return record
 
     def make_root(self, store: Store | None) -> BlockRecord:
-        layout = self.root_layout
-        root = BlockRecord(
-            len(self.layouts), layout, True, -1, self._states(len(self.layouts), layout, store)
-        )
+        layout, index = self.root_layout, len(self.layouts)
+        root = BlockRecord(index, layout, True, -1, {})
         grad_nbytes = layout.grad_elements * 4
         grad = self.on_device(grad_nbytes).view(torch.float32)
         root.grad_buffer = GradBuffer(grad, root, permanent=True)
+        if self.all_in_device:
+            root.slot = Slot(self.on_device(layout.slot_nbytes), root)
+            root.state = BlockState.RESIDENT
+            return root
+        root.states = self._states(index, layout, store)
         if self.device.shares_host:
             root.slot = Slot(self.on_device(layout.slot_nbytes), root)
         else:
@@ -274,9 +289,11 @@ def assemble(cut: Cut, config: Config, compute_dtype: torch.dtype | None, device
     activation_staging = builder.host_arena.take(builder.placement.activation_staging_nbytes)
     scratch = slots[0] if slots else None
     blocks = [builder.make_block(index, store, scratch) for index in range(len(builder.layouts))]
+    root = builder.make_root(store)
     return Assembly(
         blocks=blocks,
-        root=builder.make_root(store),
+        root=root,
+        in_device=InDeviceState(root, device) if builder.all_in_device else None,
         slots=slots,
         device_slots=device_slots,
         grad_buffers=grad_buffers,

@@ -282,6 +282,7 @@ def _make_scheduler(parts: Assembly, stalls: Stalls) -> Scheduler:
         parts.pipeline,
         residency,
         stalls,
+        parts.in_device,
         lambda complete: Gradients(
             parts.grad_buffers,
             parts.out_buffers,

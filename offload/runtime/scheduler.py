@@ -19,6 +19,7 @@ import torch
 from offload.errors import BudgetError
 from offload.runtime.device_residency import Residency
 from offload.runtime.gradients import Gradients
+from offload.runtime.in_device import InDeviceState
 from offload.schedule.operations import Phase, Use, UseCursor
 from offload.stores.block_store import BlockRecord, Slot
 from offload.telemetry import Stalls
@@ -42,6 +43,7 @@ class Scheduler:
         pipeline: UpdatePipeline,
         residency: Residency,
         stalls: Stalls,
+        in_device: InDeviceState | None,
         make_gradients: Callable[[Callable[[BlockRecord, str], None]], Gradients],
     ) -> None:
         self.blocks = blocks
@@ -51,6 +53,7 @@ class Scheduler:
         self._pipeline = pipeline
         self._residency = residency
         self._stalls = stalls
+        self._in_device = in_device
         self.gradients = make_gradients(self._complete)
         self._cursor = UseCursor(len(blocks))
         self._pending_segments: dict[int, list[list[tuple[int, int, Hyper]]]] = {}
@@ -214,7 +217,12 @@ class Scheduler:
 
     def update_now(self, block: BlockRecord, hyper_of: HyperOf) -> None:
         """Start the update of a block whose gradients are in its gradient buffer."""
-        self._pending_segments[block.index] = self.segments(block, hyper_of)
+        segments_of = self.segments(block, hyper_of)
+        if self._in_device is not None and block.is_root:
+            self._in_device.update(segments_of)
+            block.touched.clear()
+            return
+        self._pending_segments[block.index] = segments_of
         self.gradients.hand_over(block)
         self._residency.outdated(block)
         self.wait_resident(block)
