@@ -21,7 +21,7 @@ from offload.stores.activations import ActivationStore
 from offload.tiers.emulated_device import EmulatedDevice
 from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Ticket
-from tests.conftest import build, two_groups
+from tests.conftest import batches, build, two_groups
 from tests.integration.test_exactness import CHUNK, assert_same_bits, stored, train
 
 DEVICES = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -129,6 +129,26 @@ def test_device_memory_taken_stays_within_device_memory_allowed(tmp_path, monkey
         wrapped.offload.close()
         assert 0.5 * allowed_nbytes < sum(taken) <= allowed_nbytes
         model = build("llama", torch.bfloat16, layers=12)
+
+
+@pytest.mark.gpu
+def test_the_allocators_reserve_on_a_gpu_stays_within_device_memory(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    allowed_nbytes = 100_000_000
+    model = build("llama", torch.bfloat16, layers=24, hidden=512)
+    model, optimizer = offload.wrap(
+        model, two_groups(model), device="cuda", device_memory=allowed_nbytes, host_memory="200MB",
+        storage=[str(tmp_path)], micro_batches=4, step_aside="never",
+    )  # fmt: skip
+    for batch in batches(3, batch=16, length=64):
+        model(input_ids=batch.cuda(), labels=batch.cuda()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert torch.cuda.max_memory_reserved() <= allowed_nbytes
+    model.offload.close()
 
 
 # ---- every wait is needed ------------------------------------------------------------------------------------

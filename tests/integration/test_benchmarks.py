@@ -1,0 +1,24 @@
+"""The benchmark scripts run as they stand, small, so that they are ready on the machine they are meant for."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def test_the_gpu_benchmark_trains_on_an_emulated_device_with_the_same_losses_everywhere(tmp_path):
+    report = tmp_path / "rows.json"
+    command = [
+        sys.executable, str(BENCHMARKS / "gpu_train.py"), "--device", "emulated", "--model", "tiny", "--tokens", "32",
+        "--batch", "4", "--micro-batch", "2", "--steps", "2", "--device-memory-gb", "0.05", "--host-memory-gb", "0.05",
+        "--storage", str(tmp_path), "--json", str(report),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=100, cwd=BENCHMARKS.parent)
+    rows = {row["name"].rpartition("_")[2]: row for row in json.loads(report.read_text())["rows"]}
+    assert rows["host"]["loss"] == rows["storage"]["loss"]
+    assert abs(rows["gpu"]["loss"] - rows["host"]["loss"]) < 0.02
+    for row in rows.values():
+        assert row["tokens_per_s"] > 0
+        assert row["hardware_tflops"] > row["model_tflops"] > 0
