@@ -106,7 +106,8 @@ def place(
     if left >= everything:
         n_host_slots = 0  # every block has host memory of its own
     left -= n_host_slots * slot
-    if not shares_host and left >= grad + slot * (n_host_slots > 0):
+    second = grad + slot * (n_host_slots > 0)
+    if not shares_host and left >= second + (0 if has_storage else everything):
         n_host_grads, left = 2 * n_host_grads, left - grad * n_host_grads
         n_host_slots, left = n_host_slots + (n_host_slots > 0), left - slot * (n_host_slots > 0)
     params_in_host, grads_in_host, host_chunks, left = _fill_host(blocks, root, left, deferred)

@@ -37,7 +37,7 @@ class Runner(Protocol):
     def keeps_graph(self) -> bool: ...
 
 
-@dataclass
+@dataclass(eq=False)
 class Call:
     """One call of a block, taken apart; shared between forward and backward."""
 
@@ -154,7 +154,7 @@ class _BlockFunction(torch.autograd.Function):
                     outputs.append(_run_micro(call, micro))
         finally:
             runner.end_forward(block)
-        block.outstanding_backwards += 1
+        block.awaiting_backward.add(call)
         _save_inputs(ctx, call, tensors)
         call.leaves = [None if isinstance(x, torch.Tensor) else x for x in call.leaves]
         ctx.call = call
@@ -195,7 +195,7 @@ class _BlockFunction(torch.autograd.Function):
                     tensor.grad = None
             _set_random_state(outside, device)
         finally:
-            block.outstanding_backwards -= 1
+            block.awaiting_backward.discard(call)
             runner.end_backward(block)
         ctx.call = None
         return (None, None, *grads)

@@ -114,7 +114,7 @@ class OffloadEngine:
         if not block.touched or block.grad_buffer is None:
             self._gradients.drop(block)
             return
-        if self._sync and not self.deferred and block.outstanding_backwards == 0:
+        if self._sync and not self.deferred and not block.awaiting_backward:
             self._scheduler.update_now(block, self._hyper_of)
             block.updated_since_step = True
             return
@@ -190,7 +190,7 @@ class OffloadEngine:
         optimizer.grad_scale = 1.0
         for block in [*self.blocks, self.root]:
             block.updated_since_step = False
-            block.outstanding_backwards = 0
+            block.awaiting_backward.clear()
         self._scheduler.rewind()
         self._scheduler.prefetch()
         now = time.perf_counter()

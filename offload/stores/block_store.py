@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 
 import torch
@@ -96,7 +97,8 @@ class BlockRecord:
     """Unapplied gradients are in `grad_host` or at `grad_offset`."""
     pending_update: bool = False
     """step() has decided to apply them; the next fetch does so."""
-    outstanding_backwards: int = 0
+    awaiting_backward: weakref.WeakSet[object] = field(default_factory=weakref.WeakSet)
+    """Calls whose backward may still come; a graph that is dropped leaves it."""
     updated_since_step: bool = False
     in_use: int = 0
     """Uses of the parameters on the device that are going on."""
