@@ -75,6 +75,7 @@ class Config(BaseModel):
     max_grad_norm: float | None = Field(default=None, gt=0)
     micro_batches: int = Field(default=1, ge=1)
     activations: Literal["auto", "device", "host", "storage", "keep"] = "auto"
+    saved_activations: Literal["recompute", "device", "host", "storage"] = "recompute"
     prefetch_blocks: int | None = Field(default=None, ge=0)
     backend: Literal["auto", "uring", "posix"] = "auto"
     direct_io: bool = True

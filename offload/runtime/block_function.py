@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 
 from offload.errors import UsageError
 from offload.model import microbatch
-from offload.stores.activations import ActivationStore
+from offload.runtime.recompute import Departed, Keeper, Recipe, Recorder, Replayer
+from offload.stores.activations import Activation, ActivationStore, Tier
 from offload.stores.block_store import BlockRecord
 
 
@@ -31,6 +32,8 @@ class Runner(Protocol):
     def end_forward(self, block: BlockRecord) -> None: ...
     def begin_backward(self, block: BlockRecord) -> None: ...
     def end_backward(self, block: BlockRecord) -> None: ...
+    def tiers_of_saved(self, block: BlockRecord, recipe: Recipe) -> dict[int, Tier]: ...
+    def given_tensors(self, block: BlockRecord) -> list[torch.Tensor]: ...
     @property
     def activations(self) -> ActivationStore: ...
     @property
@@ -54,6 +57,9 @@ class Call:
     out_spec: pytree.TreeSpec | None = None
     constants: list[Any] = field(default_factory=list)
     kept: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = field(default_factory=list)
+    """Per micro-batch: inputs and outputs of a graph that was kept whole."""
+    saved: list[dict[int, list[Activation]]] = field(default_factory=list)
+    """Per micro-batch: results of single operations that were kept, by operation of the recipe."""
 
 
 def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -151,7 +157,7 @@ class _BlockFunction(torch.autograd.Function):
                     outputs.append(_forward_keeping(call, micro))
                 else:
                     call.random_states.append(_random_state(device))
-                    outputs.append(_run_micro(call, micro))
+                    outputs.append(_forward_saving(call, micro))
         finally:
             runner.end_forward(block)
         block.awaiting_backward.add(call)
@@ -182,9 +188,8 @@ class _BlockFunction(torch.autograd.Function):
                 if call.kept:
                     inputs, outputs = call.kept[number]
                 else:
-                    _set_random_state(call.random_states[number], device)
                     micro = microbatch.slice_leaves(leaves, call.n_samples, start, stop)
-                    inputs, outputs = _recompute(call, micro)
+                    inputs, outputs = _recompute(call, micro, number, device)
                 _backward_micro(call, inputs, outputs, grad_outputs, number)
                 if call.kept:
                     call.kept[number] = ([], [])
@@ -220,12 +225,65 @@ def _detach_inputs(call: Call, micro: list[Any]) -> list[torch.Tensor]:
     return inputs
 
 
-def _recompute(call: Call, micro: list[Any]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _signature(call: Call, micro: list[Any]) -> tuple[Any, ...]:
+    """What decides which operations a block does, as far as we know."""
+    shapes = tuple(
+        (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in micro
+    )
+    module = getattr(call.forward, "__self__", None)
+    autocast = tuple((c.device, c.fast_dtype, c._enabled) for c in call.contexts)  # type: ignore[attr-defined]
+    return shapes, getattr(module, "training", None), autocast
+
+
+def _forward_saving(call: Call, micro: list[Any]) -> list[Any]:
+    """Forward without a graph; results of operations that the policy names are put away for recomputation."""
+    call.saved.append({})
+    recipe = call.block.recipes.get(_signature(call, micro))
+    if recipe is None or recipe.why_not:
+        return _run_micro(call, micro)
+    tiers = call.runner.tiers_of_saved(call.block, recipe)
+    if not tiers:
+        return _run_micro(call, micro)
+    with Keeper(recipe, frozenset(tiers)) as keeper:
+        out_leaves = _run_micro(call, micro)
+    if keeper.matches:
+        store = call.runner.activations
+        for op, tensors in keeper.kept.items():
+            nbytes = sum(t.numel() * t.element_size() for t in tensors)
+            if store.has_room(nbytes, tiers[op]):
+                call.saved[-1][op] = [store.swap_out(t.detach(), tiers[op]) for t in tensors]
+    return out_leaves
+
+
+def _recompute(
+    call: Call, micro: list[Any], number: int, device: torch.device
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The block's graph again, from its inputs and what was kept. See [Note: recipe] in recompute.py."""
+    signature = _signature(call, micro)
+    recipe = call.block.recipes.get(signature)
+    store = call.runner.activations
+    saved = {op: [store.swap_in(a) for a in held] for op, held in call.saved[number].items()}
+    call.saved[number] = {}
+    recorder = None
     with torch.enable_grad(), ExitStack() as stack:
         for context in call.contexts:
             stack.enter_context(context)
+        _set_random_state(call.random_states[number], device)
         inputs = _detach_inputs(call, micro)
-        out_leaves = _run_micro(call, micro)
+        if recipe is not None and not recipe.why_not:
+            try:
+                with Replayer(recipe, saved):
+                    out_leaves = _run_micro(call, micro)
+            except Departed:
+                recipe.why_not = "it does not do the same operations every time"
+                return _recompute(call, micro, number, device)
+        elif recipe is None:
+            recorder = Recorder([*inputs, *call.runner.given_tensors(call.block)])
+            with recorder, torch.autograd.graph.saved_tensors_hooks(recorder.save, lambda t: t):
+                out_leaves = _run_micro(call, micro)
+            call.block.recipes[signature] = recorder.recipe()
+        else:
+            out_leaves = _run_micro(call, micro)
     return inputs, [x for x in out_leaves if isinstance(x, torch.Tensor)]
 
 

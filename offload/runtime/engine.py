@@ -23,6 +23,7 @@ from offload.runtime.block_function import run_block
 from offload.runtime.device_residency import CopiedResidency, Residency, SharedResidency
 from offload.runtime.gradients import Gradients
 from offload.runtime.optimizer import OffloadOptimizer
+from offload.runtime.recompute import Recipe
 from offload.runtime.scheduler import Scheduler
 from offload.stores.activations import ActivationStore, Tier
 from offload.stores.block_store import BlockRecord
@@ -121,6 +122,18 @@ class OffloadEngine:
         if self._sync and self.config.max_grad_norm is not None:
             block.grad_norms = self._norms(block)
         self._gradients.park(block)
+
+    def given_tensors(self, block: BlockRecord) -> list[torch.Tensor]:
+        """What a block's operations may read besides its inputs: parameters (the root's too) and buffers."""
+        module = self._modules[block.index]
+        return [*self.model.parameters(), *module.buffers(), *self.model.buffers()]
+
+    def tiers_of_saved(self, block: BlockRecord, recipe: Recipe) -> dict[int, Tier]:
+        """Which results of the block's operations are kept for backward, and where; all others are recomputed."""
+        where = self.config.saved_activations
+        if where == "recompute":
+            return {}
+        return {value.op: where for value in recipe.keepable()}
 
     def _open_backward(self) -> None:
         if self._backward_open:

@@ -31,6 +31,7 @@ class _Held:
     tier: Tier
     nbytes: int
     shape: torch.Size
+    stride: tuple[int, ...]
     dtype: torch.dtype
     kept: torch.Tensor | None = None
     plane: Lease | None = None
@@ -91,11 +92,16 @@ class ActivationStore:
 
     # ---- away ------------------------------------------------------------------------------------------------
 
-    def swap_out(self, tensor: torch.Tensor) -> Activation:
-        """Take `tensor` (contiguous) until `swap_in`; the caller drops it at once."""
+    def swap_out(self, tensor: torch.Tensor, tier: Tier | None = None) -> Activation:
+        """Take `tensor` until `swap_in`; the caller drops it at once. It must be dense, with strides in any order.
+
+        `tier` is where this one goes; without it, the first that has room. Raises BudgetError when none has.
+        """
         self._let_go()
         nbytes = tensor.numel() * tensor.element_size()
-        held = _Held(self._tier_for(nbytes), nbytes, tensor.shape, tensor.dtype)
+        held = _Held(
+            self._tier_for(nbytes, tier or self._tier), nbytes, tensor.shape, tensor.stride(), tensor.dtype
+        )
         self.nbytes_by_tier[held.tier] += nbytes
         if held.tier == "storage":
             self._write(held, tensor)
@@ -109,13 +115,16 @@ class ActivationStore:
         weakref.finalize(activation, self._forget, held)
         return activation
 
-    def _tier_for(self, nbytes: int) -> Tier:
-        wanted: list[Tier] = [self._tier] if self._tier else ["device", "host", "storage"]
+    def has_room(self, nbytes: int, tier: Tier) -> bool:
+        """Whether a tensor of `nbytes` may go to `tier` now."""
+        if tier == "storage":
+            return self._store is not None and self._staging is not None
+        return self._left_nbytes[tier] >= nbytes or (tier == "host" and bool(self._free_planes.get(nbytes)))
+
+    def _tier_for(self, nbytes: int, fixed: Tier | None) -> Tier:
+        wanted: list[Tier] = [fixed] if fixed else ["device", "host", "storage"]
         for tier in wanted:
-            if tier == "storage":
-                if self._store is not None and self._staging is not None:
-                    return tier
-            elif self._left_nbytes[tier] >= nbytes or (tier == "host" and self._free_planes.get(nbytes)):
+            if self.has_room(nbytes, tier):
                 return tier
         raise BudgetError(
             f"the input of a block ({nbytes} bytes) has to wait for backward and no room is left for it: "
@@ -195,7 +204,8 @@ class ActivationStore:
         """Begin to bring it back to the device; does nothing when begun."""
         if held.kept is not None:
             return
-        held.kept = torch.empty(held.shape, dtype=held.dtype, device=self._device.torch_device)
+        device = self._device.torch_device
+        held.kept = torch.empty_strided(held.shape, held.stride, dtype=held.dtype, device=device)
         if held.plane is not None:
             after = [held.copied, self._device.mark()]
             held.arrived = self._copies.h2d(_as_bytes(held.kept), held.plane.bytes_tensor, after)
@@ -252,4 +262,5 @@ class ActivationStore:
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.view(-1).view(torch.uint8)
+    """The memory of a dense tensor as it lies there."""
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -105,6 +106,8 @@ class BlockRecord:
     host_in_use: int = 0
     """Of these, and of readers, those that need the host slot to stay."""
     grad_norms: list[torch.Tensor] = field(default_factory=list)
+    recipes: dict[Any, Any] = field(default_factory=dict)
+    """How to recompute it, by the shapes of its inputs (runtime/recompute.py)."""
 
     @property
     def name(self) -> str:

@@ -1,0 +1,275 @@
+"""Recomputation of a block that runs only what backward needs and nobody has kept.
+
+[Note: recipe] The first time a block is recomputed, a `Recorder` lists its operations below autograd, which storages
+each reads and writes, and which tensors autograd saves. From this `Recipe` follows, for any choice of kept
+operations, which others have to run: those whose results, through whatever chain, end in a saved tensor that is not
+kept. All others are skipped: they return memory of the right shape that nobody reads (the last matrix product of a
+layer, for one). Values and their order do not change, so neither do gradients. Where the list would not be the whole
+truth (a kernel that dispatch does not see, a storage written twice) operations are run as they come, or the recipe is
+not used at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_ALLOCATIONS = frozenset(
+    {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"}
+)
+_UNCOUNTED = frozenset({"detach", "alias"})
+"""Comes and goes with autograd, and computes nothing."""
+
+
+@dataclass
+class RecordedOp:
+    """One dispatched operation. `reads` and `writes` are storage numbers; a view is neither."""
+
+    name: str
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    needs: tuple[int, ...]
+    """Earlier operations whose results it reads."""
+    is_free: bool
+    """A view or an allocation: run whatever its input holds, and no reason to run anything else."""
+    may_skip: bool
+    may_keep: bool
+    outputs: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device], ...] = ()
+
+
+@dataclass(frozen=True)
+class SavedValue:
+    """A tensor that autograd saves, made by operation `op`; in the order in which they are made."""
+
+    op: int
+    nbytes: int
+    writers: tuple[int, ...]
+
+
+@dataclass
+class Recipe:
+    """See [Note: recipe]. `why_not` says why it may not be used; empty when it may."""
+
+    ops: list[RecordedOp]
+    saved: list[SavedValue]
+    why_not: str = ""
+    _runs: dict[frozenset[int], frozenset[int]] = field(default_factory=dict)
+
+    def keepable(self) -> list[SavedValue]:
+        """Saved tensors whose operation may be kept instead of run again."""
+        return [value for value in self.saved if self.ops[value.op].may_keep]
+
+    def must_run(self, kept: frozenset[int]) -> frozenset[int]:
+        """Operations that recomputation has to run when the results of `kept` are at hand."""
+        known = self._runs.get(kept)
+        if known is None:
+            needed: set[int] = set()
+            waiting = [w for value in self.saved for w in value.writers if w not in kept]
+            waiting += [i for i, op in enumerate(self.ops) if not op.may_skip and not op.is_free]
+            while waiting:
+                index = waiting.pop()
+                if index in needed or index in kept:
+                    continue
+                needed.add(index)
+                waiting += self.ops[index].needs
+            known = self._runs[kept] = frozenset(needed)
+        return known
+
+
+def _draws_random_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Skipping such an operation would shift the numbers of the next; attention without dropout draws none."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    names = [argument.name for argument in func._schema.arguments]
+    if "dropout_p" not in names:
+        return True
+    position = names.index("dropout_p")
+    p = kwargs.get("dropout_p", args[position] if position < len(args) else 0.0)
+    return bool(p != 0.0)
+
+
+class Recorder(TorchDispatchMode):
+    """Runs everything and writes the recipe down. `given` are the tensors that are there before: inputs, parameters,
+    buffers. What is neither given nor made by an operation seen here makes the recipe unusable."""
+
+    def __init__(self, given: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._refs: dict[int, StorageWeakRef] = {}
+        self._numbers: dict[int, int] = {}
+        self._given = {self._number(t) for t in given}
+        self._writers: dict[int, list[int]] = {}
+        self._ops: list[RecordedOp] = []
+        self._saved: dict[int, SavedValue] = {}
+        self._why_not = ""
+
+    def _number(self, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        key = int(storage._cdata)
+        if key not in self._refs:
+            self._refs[key] = StorageWeakRef(
+                storage
+            )  # frees the bytes, keeps the address from being used twice
+        return self._numbers.setdefault(key, len(self._numbers))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func._overloadpacket.__name__
+        if name in _UNCOUNTED:
+            return result
+        inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        leaves = pytree.tree_leaves(result)
+        outputs = [t for t in leaves if isinstance(t, torch.Tensor)]
+        reads = tuple(dict.fromkeys(self._number(t) for t in inputs))
+        mutates = bool(func._schema.is_mutable)
+        made = tuple(dict.fromkeys(self._number(t) for t in outputs))
+        fresh = [number for number in made if number not in reads]
+        writes = tuple(_mutated(func, args, kwargs, self._number) if mutates else fresh)
+        is_view = not mutates and bool(outputs) and not fresh
+        allocates = name in _ALLOCATIONS
+        if name == "lift_fresh":  # a constant made on the spot
+            self._given.update(reads)
+        if not is_view:
+            self._check_known([number for number in reads if number not in writes])
+        needs = tuple(dict.fromkeys(w for number in reads for w in self._writers.get(number, ())))
+        plain = not mutates and bool(outputs) and len(outputs) == len(leaves) == len(func._schema.returns)
+        random = _draws_random_numbers(func, args, kwargs)
+        index = len(self._ops)
+        self._ops.append(
+            RecordedOp(
+                name=str(func),
+                reads=reads,
+                writes=writes,
+                needs=needs,
+                is_free=is_view or allocates,
+                may_skip=plain and not is_view and not allocates and not random,
+                may_keep=plain and not random and not allocates and len(fresh) == len(outputs),
+                outputs=tuple((t.shape, t.stride(), t.dtype, t.device) for t in outputs),
+            )
+        )
+        for number in writes:
+            if not allocates:
+                self._writers.setdefault(number, []).append(index)
+        return result
+
+    def _check_known(self, reads: list[int]) -> None:
+        for number in reads:
+            if number not in self._given and not self._writers.get(number):
+                self._why_not = self._why_not or "it computes with something that no visible operation made"
+
+    def save(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Autograd saves `tensor`; a pack hook."""
+        number = self._number(tensor)
+        if number in self._given or number in self._saved:
+            return tensor
+        writers = tuple(self._writers.get(number, ()))
+        if not writers:
+            self._why_not = self._why_not or "backward needs a tensor that no visible operation made"
+            return tensor
+        self._saved[number] = SavedValue(writers[-1], tensor.untyped_storage().nbytes(), writers)
+        return tensor
+
+    def recipe(self) -> Recipe:
+        """What was seen."""
+        if not self._saved:
+            self._why_not = self._why_not or "it saves nothing for backward"
+        for writers in self._writers.values():
+            if len(writers) > 1:  # changed in place: the kept value would not be the one that is read later
+                for index in writers:
+                    self._ops[index].may_keep = self._ops[index].may_skip = False
+        order = sorted(self._saved.values(), key=lambda value: value.op)
+        return Recipe(self._ops, order, self._why_not)
+
+
+def _mutated(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], number: Callable[[torch.Tensor], int]
+) -> list[int]:
+    """Storage numbers of the arguments that `func` writes to."""
+    found = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is None or not argument.alias_info.is_write:
+            continue
+        value = args[position] if position < len(args) else kwargs.get(argument.name)
+        found += [number(t) for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
+    return list(dict.fromkeys(found))
+
+
+class Departed(Exception):
+    """The block does other operations than it did when the recipe was written."""
+
+
+class _Follower(TorchDispatchMode):
+    """Counts operations along a recipe; `matches` turns False as soon as another operation comes."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.matches = True
+        self._index = -1
+
+    def _next(self, func: Any) -> int:
+        if func._overloadpacket.__name__ in _UNCOUNTED:
+            return -1
+        self._index += 1
+        ops = self.recipe.ops
+        if self._index >= len(ops) or ops[self._index].name != str(func):
+            self.matches = False
+        return self._index
+
+
+class Keeper(_Follower):
+    """Forward: hands the results of `chosen` operations out, in `kept` by operation."""
+
+    def __init__(self, recipe: Recipe, chosen: frozenset[int]) -> None:
+        super().__init__(recipe)
+        self._chosen = chosen
+        self.kept: dict[int, list[torch.Tensor]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        index = self._next(func)
+        if self.matches and index in self._chosen:
+            self.kept[index] = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+        return result
+
+
+def unread(
+    shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Stands for the result of a skipped operation."""
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+
+class Replayer(_Follower):
+    """Backward: gives back what was kept, skips what nobody needs, runs the rest."""
+
+    def __init__(self, recipe: Recipe, kept: Mapping[int, list[torch.Tensor]]) -> None:
+        super().__init__(recipe)
+        self._kept = dict(kept)
+        self._runs = recipe.must_run(frozenset(kept))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        index = self._next(func)
+        if not self.matches:
+            raise Departed
+        if index < 0:
+            return func(*args, **(kwargs or {}))
+        if index in self._kept:
+            tensors = self._kept.pop(index)
+            return tensors[0] if len(tensors) == 1 else tuple(tensors)
+        if index in self._runs or self.recipe.ops[index].is_free:
+            return func(*args, **(kwargs or {}))
+        outputs = [unread(*output) for output in self.recipe.ops[index].outputs]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
