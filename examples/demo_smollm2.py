@@ -27,7 +27,6 @@ from torch import nn
 
 import offload
 from offload.cli.data import TokenStream
-from offload.model.causal_lm_loss import chunk_loss
 from offload.model.loading import load_gguf
 
 BYTES_PER_PARAMETER = 12
@@ -100,8 +99,8 @@ def train_offloaded(
         host_memory=arguments.host_memory,
         storage=[store],
         compute_dtype=torch.bfloat16,
+        chunked_loss=True,
     )
-    chunk_loss(model)
     losses, moved = [], []
     first = held_out_loss(model, held_out)
     before = model.offload.counters()

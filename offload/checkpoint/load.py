@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.model.causal_lm_loss import chunk_loss, why_not_chunked
+from offload.model.causal_lm_loss import why_not_chunked
 from offload.model.loading import build_model
 from offload.runtime.engine import wrap
 from offload.runtime.optimizer import OffloadOptimizer
@@ -33,8 +33,7 @@ def load(
     """
     model = build_model(directory, dtype)
     make = optimizer or (lambda parameters: torch.optim.AdamW(parameters, lr=DEFAULT_LEARNING_RATE))
-    wrapped, wrapped_optimizer = wrap(model, make(model.parameters()), **settings)
-    if chunked_loss and why_not_chunked(wrapped) is None:
-        chunk_loss(wrapped)
+    chunked_loss = chunked_loss and why_not_chunked(model) is None
+    wrapped, wrapped_optimizer = wrap(model, make(model.parameters()), chunked_loss=chunked_loss, **settings)
     wrapped.offload_source = directory
     return wrapped, wrapped_optimizer

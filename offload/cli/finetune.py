@@ -19,7 +19,7 @@ from offload.checkpoint import export, load
 from offload.cli.data import TokenStream
 from offload.cli.output import Output, StepReport
 from offload.errors import ConfigError, OffloadError
-from offload.model.causal_lm_loss import chunk_loss, why_not_chunked
+from offload.model.causal_lm_loss import why_not_chunked
 from offload.model.loading import dtype_of, load_gguf
 from offload.runtime.engine import wrap
 from offload.runtime.optimizer import OffloadOptimizer
@@ -113,12 +113,13 @@ def _wrap(settings: Settings, model: nn.Module | None) -> tuple[nn.Module, Offlo
     if model is None:
         return load(settings.model, lambda p: _optimizer(p, settings), dtype=settings.dtype, **budgets)
     compute_dtype = None if dtype_of(settings.dtype) == torch.float32 else torch.bfloat16
-    wrapped, optimizer = wrap(
-        model, _optimizer(model.parameters(), settings), compute_dtype=compute_dtype, **budgets
+    return wrap(
+        model,
+        _optimizer(model.parameters(), settings),
+        compute_dtype=compute_dtype,
+        chunked_loss=why_not_chunked(model) is None,
+        **budgets,
     )
-    if why_not_chunked(wrapped) is None:
-        chunk_loss(wrapped)
-    return wrapped, optimizer
 
 
 @contextlib.contextmanager

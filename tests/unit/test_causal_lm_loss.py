@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import offload
 from offload.errors import ConfigError, UsageError
 from offload.model.causal_lm_loss import LazyLogits, chunk_loss, why_not_chunked
 
@@ -255,3 +256,21 @@ def test_models_it_does_not_fit_are_refused_with_the_reason() -> None:
     chunk_loss(model)
     with pytest.raises(ConfigError, match="changed by something else"):
         chunk_loss(model)
+
+
+def test_wrap_offers_it_without_a_change_to_the_model(tmp_path) -> None:
+    model = make_model("llama", tied=True).to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model, optimizer = offload.wrap(
+        model, optimizer, device_memory="50MB", host_memory="50MB", storage=[str(tmp_path)], chunked_loss=True,
+        step_aside="never",
+    )  # fmt: skip
+    ids = torch.randint(0, 50, (2, 8))
+    output = model(input_ids=ids, labels=ids)
+    assert isinstance(output.logits, LazyLogits)
+    output.loss.backward()
+    optimizer.step()
+    model.offload.close()
+    plain = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    with pytest.raises(ConfigError, match="chunked_loss"):
+        offload.wrap(plain, torch.optim.AdamW(plain.parameters()), chunked_loss=True)
