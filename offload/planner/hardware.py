@@ -17,6 +17,8 @@ class Drive(BaseModel):
     capacity_nbytes: int | None = Field(default=None, gt=0)
     endurance_nbytes: float | None = Field(default=None, gt=0)
     """Bytes the maker allows to be written over the drive's life (TBW)."""
+    name: str = ""
+    """The directory that was probed, or the drive's model."""
 
 
 class Hardware(BaseModel):
@@ -45,5 +47,9 @@ class Hardware(BaseModel):
     storage_read_bytes_per_s: float | None = Field(default=None, gt=0)
     """Limit of all drives together (a shared link); None means that the drives' rates add."""
     storage_write_bytes_per_s: float | None = Field(default=None, gt=0)
+    storage_mixed_bytes_per_s: float | None = Field(default=None, gt=0)
+    """Limit of all drives together while reading and writing equal parts, both directions added."""
     step_overhead_s: float = Field(default=0.0, ge=0)
     """Fixed time of a step that no byte or FLOP explains."""
+    sources: dict[str, str] = Field(default_factory=dict)
+    """Where each figure comes from, by field name; drives as `drives.read_bytes_per_s`."""
