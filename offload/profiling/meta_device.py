@@ -36,7 +36,9 @@ def _to_meta(tree: Any) -> Any:
 
 def _spread(indices: torch.Tensor, n_choices: int) -> torch.Tensor:
     """Real indices of that shape: 0, 1, 2, ... modulo `n_choices`, so that every choice is as frequent."""
-    return torch.arange(indices.numel(), dtype=indices.dtype).remainder_(max(1, n_choices)).view(indices.shape)
+    return (
+        torch.arange(indices.numel(), dtype=indices.dtype).remainder_(max(1, n_choices)).view(indices.shape)
+    )
 
 
 def _make_choices_real(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
@@ -57,10 +59,18 @@ def _make_choices_real(operator: Any, args: tuple[Any, ...], kwargs: dict[str, A
 def _makes_integers(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the result, made from real numbers alone, is a tensor of integers or truth values of moderate size."""
     made = operator(*_to_meta(args), **_to_meta(kwargs))
-    return isinstance(made, torch.Tensor) and not made.is_floating_point() and made.numel() <= INTEGERS_NUMEL_MAX
+    return (
+        isinstance(made, torch.Tensor) and not made.is_floating_point() and made.numel() <= INTEGERS_NUMEL_MAX
+    )
 
 
-def _run_real(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
+def _keeps_integers(tensor: torch.Tensor, dtype: torch.dtype | None) -> bool:
+    return not tensor.is_floating_point() and dtype in (None, tensor.dtype)
+
+
+def _run_real(
+    operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]
+) -> Any:
     try:
         return operator(*args, **kwargs)
     except NotImplementedError:
@@ -78,12 +88,14 @@ def run(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if not any(t.is_meta for t in tensors):
         if str(kwargs.get("device")) != "meta":
             return _run_real(operator, args, kwargs, tensors)
+        if operator is aten._to_copy.default and _keeps_integers(args[0], kwargs.get("dtype")):
+            return args[0].detach()  # they stay where they are
         if _makes_integers(operator, args, kwargs):
             return _run_real(operator, args, {**kwargs, "device": torch.device("cpu")}, tensors)
-    if operator is aten._to_copy.default and not args[0].is_floating_point() and kwargs.get("dtype") in (None, args[0].dtype):
-        return args[0].detach()  # integers stay real
     if "grouped_mm" in operator.name() and args[0].dim() == 2 and args[1].dim() == 3:
-        return _to_meta(args[0]).new_empty(args[0].shape[0], args[1].shape[-1])  # torch's shape rule knows bf16 only
+        return _to_meta(args[0]).new_empty(
+            args[0].shape[0], args[1].shape[-1]
+        )  # torch's shape rule knows bf16 only
     try:
         result = operator(*_to_meta(args), **_to_meta(kwargs))
     except (NotImplementedError, RuntimeError) as error:
@@ -106,7 +118,9 @@ class FusedAttention(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention and _is_meta(args[0] if args else kwargs["query"]):
+        if func is torch.nn.functional.scaled_dot_product_attention and _is_meta(
+            args[0] if args else kwargs["query"]
+        ):
             return _fused_attention(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -123,9 +137,11 @@ def _fused_attention(
 ) -> torch.Tensor:
     if attn_mask is not None and attn_mask.dtype == torch.bool:  # the kernels want it to be added
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
-    if attn_mask is not None and attn_mask.requires_grad:  # a learned bias (T5): the kernel that has its gradient
+    if (
+        attn_mask is not None and attn_mask.requires_grad
+    ):  # a learned bias (T5): the kernel that has its gradient
         bias = attn_mask.expand(*query.shape[:-1], key.shape[-2])
-        return aten._scaled_dot_product_efficient_attention(  # type: ignore[no-any-return]
+        return aten._scaled_dot_product_efficient_attention(
             query, key, value, bias, True, 0.0, is_causal, scale=scale
         )[0]
     outputs = aten._scaled_dot_product_flash_attention_for_cpu(

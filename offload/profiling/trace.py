@@ -175,7 +175,9 @@ class Trace(TorchDispatchMode):
             n_flops = _flops_to_make(node, position, kept_nodes, spent)
             if node.nbytes:
                 source = node.operations[-1].source if node.operations else "input"
-                self.parts[position].kept.append(Kept(self._name(node, position), source, node.nbytes, n_flops))
+                self.parts[position].kept.append(
+                    Kept(self._name(node, position), source, node.nbytes, n_flops)
+                )
         for position, part in self.parts.items():
             part.kept = _merged(part.kept) if part.is_routed and position != ROOT else _numbered(part.kept)
         return self.parts
@@ -231,9 +233,7 @@ def _merged(kept: list[Kept]) -> list[Kept]:
 def _watched(model: nn.Module, trace: Trace) -> Iterator[None]:
     handles = []
     for module in model.modules():
-        handles.append(
-            module.register_forward_pre_hook(trace.enter, with_kwargs=True, prepend=True)  # type: ignore[arg-type]
-        )
+        handles.append(module.register_forward_pre_hook(trace.enter, with_kwargs=True, prepend=True))
         handles.append(module.register_forward_hook(lambda m, *_: trace.leave(m), always_call=True))
     try:
         yield

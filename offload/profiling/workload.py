@@ -8,6 +8,7 @@ parameters takes seconds.
 from __future__ import annotations
 
 import inspect
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from torch import nn
 
 from offload.errors import ConfigError
 from offload.model.blocks import Cut, cut
+from offload.model.on_meta import model_on_meta
 from offload.planner.workload import BlockWork, SavedTensor, Workload
 from offload.profiling.trace import ROOT, Kept, Part, trace_forward
 
@@ -31,8 +33,8 @@ N_SAMPLES = (2, 3)
 def token_inputs(model: nn.Module, n_samples: int, tokens_per_sample: int) -> Inputs:
     """Token ids (n_samples, tokens_per_sample) for `model`, with labels where its forward takes them.
 
-    They are on the device of the model's parameters, and real for the meta device. Raises ConfigError for a model that does not take `input_ids`
-    or one positional tensor.
+    They are on the device of the model's parameters, and real for the meta device. Raises ConfigError for a model
+    that does not take `input_ids` or one positional tensor.
     """
     device = next(model.parameters()).device
     device = torch.device("cpu") if device.type == "meta" else device
@@ -93,8 +95,9 @@ def profile_model(
     """The workload of training `model` on sequences of `tokens_per_sample` tokens, traced without data.
 
     `model` may be on any device; it is left as it was. `inputs(n)` gives the arguments of its forward for n samples
-    (floats on the meta device, integers on the CPU); by default token ids and labels. `blocks` as in `offload.model.blocks.find_blocks`. Raises
-    ConfigError where the forward pass depends on data or on the number of samples in other ways than linearly.
+    (floats on the meta device, integers on the CPU); by default token ids and labels. `blocks` as in
+    `offload.model.blocks.find_blocks`. Raises ConfigError where the forward pass depends on data, or on the number of
+    samples in other ways than linearly.
     """
     with _on_meta(model):
         return trace_workload(model, tokens_per_sample, blocks=blocks, inputs=inputs, name=name)
@@ -188,3 +191,9 @@ def _saved_tensor(first: Kept, second: Kept) -> SavedTensor:
     return SavedTensor(
         first.name, first.source, second.nbytes - first.nbytes, float(max(0, second.flops - first.flops))
     )
+
+
+def workload_of(source: str, tokens_per_sample: int, dtype: str = "auto") -> Workload:
+    """The workload of a preset, a model directory or a `config.json`; see `offload.model.on_meta.model_on_meta`."""
+    name = os.path.basename(os.path.normpath(os.path.abspath(source))) if os.path.exists(source) else source
+    return profile_model(model_on_meta(source, dtype), tokens_per_sample, name=name)
