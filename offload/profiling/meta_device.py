@@ -110,9 +110,12 @@ def run(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return result
 
 
-class FusedAttention(TorchFunctionMode):
-    """Counts scaled dot products as one fused operation, as every GPU and the CPU run them: the meta device alone
-    would write the matrix of scores out."""
+_DROPOUTS = (torch.nn.functional.dropout, torch.dropout)
+
+
+class FusedOperations(TorchFunctionMode):
+    """Runs on the meta device what a GPU runs: scaled dot products as one operation, where the meta device alone would
+    write the matrix of scores out, and dropout with a mask of one byte an element."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -122,7 +125,15 @@ class FusedAttention(TorchFunctionMode):
             args[0] if args else kwargs["query"]
         ):
             return _fused_attention(*args, **kwargs)
+        if func in _DROPOUTS and _is_meta(args[0] if args else kwargs["input"]):
+            return _fused_dropout(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _fused_dropout(
+    input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> torch.Tensor:
+    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
 
 
 def _fused_attention(

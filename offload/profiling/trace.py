@@ -253,7 +253,7 @@ def trace_forward(
         torch.enable_grad(),
         _watched(model, trace),
         torch.autograd.graph.saved_tensors_hooks(trace.keep, lambda t: t),
-        meta_device.FusedAttention(),
+        meta_device.FusedOperations(),
         trace,
     ):
         model(*args, **kwargs)

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from offload.errors import ConfigError
 from offload.model.blocks import cut
+from offload.model.loading import StoredParameter, build_model
 from offload.model.on_meta import model_on_meta
 from offload.model.presets import ALIASES, SHAPES, Decoder, DecoderShape, shape_of
 from offload.planner.workload import Workload
@@ -249,6 +250,23 @@ def test_a_learned_bias_of_attention_counts_as_fused_attention_on_a_device():
     written_out, fused = (profile_model(t5(kind), TOKENS).blocks[1] for kind in ("eager", "sdpa"))
     assert written_out.forward_flops_per_sample["matmul"] == fused.forward_flops_per_sample["attention"]
     assert sum(s.nbytes_per_sample for s in fused.saved) < sum(s.nbytes_per_sample for s in written_out.saved)
+
+
+def test_dropout_keeps_one_byte_an_element_as_on_a_gpu():
+    without, with_dropout = (profile_model(build("gpt2", dropout=p), TOKENS).blocks[1] for p in (0.0, 0.1))
+    extra = [s for s in with_dropout.saved if s.source == "native_dropout"]
+    assert [s.nbytes_per_sample for s in extra] == [64 * TOKENS] * 2  # after attention and after the MLP
+    assert sum(s.nbytes_per_sample for s in with_dropout.saved) - 2 * 64 * TOKENS == sum(
+        s.nbytes_per_sample for s in without.saved
+    )
+
+
+def test_a_model_whose_parameters_are_still_in_their_files_is_traced_and_left_there(tmp_path):
+    model = build("qwen2", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    stored = build_model(str(tmp_path))
+    assert profile_model(stored, TOKENS) == profile_model(model, TOKENS)
+    assert all(isinstance(p, StoredParameter) for p in stored.parameters())
 
 
 def test_the_model_is_left_as_it_was():
