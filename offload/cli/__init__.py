@@ -1,4 +1,4 @@
-"""The `offload` command: `offload finetune` and `offload doctor`."""
+"""The `offload` command: `offload finetune`, `offload probe` and `offload doctor`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import typer
 from offload.cli import doctor as doctor_room
 from offload.cli.finetune import Interrupted, Settings, finetune
 from offload.cli.output import JsonOutput, TextOutput
+from offload.cli.probe import probe_command
 from offload.errors import ConfigError, OffloadError
 
 app = typer.Typer(
     name="offload",
     help="Fully fine-tune models whose training state is many times larger than the memory you allow.\n\n"
-    "Start with `offload doctor`, then `offload finetune --help`.",
+    "Start with `offload doctor` and `offload probe`, then `offload finetune --help`.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -169,6 +170,9 @@ def doctor_command(
     """Say what this machine has and what will be used: io_uring, O_DIRECT, drives, memory, GPU, SIMD."""
     found = doctor_room.examine(storage or ["."])
     doctor_room.show(found, sys.stdout, as_json=json_lines)
+
+
+app.command("probe")(probe_command)
 
 
 def main(args: list[str] | None = None) -> Any:

@@ -15,6 +15,8 @@ import torch
 
 from offload import _C
 from offload.config import host_total_nbytes
+from offload.errors import ConfigError
+from offload.profiling.stored import profile_path, stored_hardware
 from offload.tiers.host import HostArena
 
 
@@ -80,6 +82,18 @@ def _examine_gpus() -> list[dict[str, Any]]:
     return gpus
 
 
+def _examine_profile() -> dict[str, Any]:
+    """The stored hardware profile, as far as there is one."""
+    found: dict[str, Any] = {"path": profile_path(), "name": None}
+    if not os.path.exists(found["path"]):
+        return {**found, "problem": None}
+    try:
+        profile = stored_hardware()
+    except ConfigError as error:
+        return {**found, "problem": str(error)}
+    return {**found, "problem": None, "name": profile.name, "source": profile.source}
+
+
 def examine(directories: list[str]) -> dict[str, Any]:
     """Everything `offload doctor` says, as plain data. Sizes in bytes."""
     memory = psutil.virtual_memory()
@@ -96,6 +110,7 @@ def examine(directories: list[str]) -> dict[str, Any]:
         "dram_limit_bytes": host_total_nbytes(),
         "memlock_limit_bytes": None if locked_bytes == resource.RLIM_INFINITY else locked_bytes,
         "gpus": _examine_gpus(),
+        "profile": _examine_profile(),
         "drives": [_examine_drive(directory) for directory in directories],
     }
 
@@ -131,6 +146,14 @@ def _drive_lines(drive: dict[str, Any]) -> list[str]:
     ]
 
 
+def _profile_line(profile: dict[str, Any]) -> str:
+    if profile["problem"] is not None:
+        return f"profile      cannot be used: {profile['problem']}"
+    if profile["name"] is None:
+        return f"profile      none in {profile['path']}: `offload probe --storage DIR` measures this machine"
+    return f"profile      {profile['name']} ({profile['source']}), {profile['path']}"
+
+
 def show(found: dict[str, Any], out: TextIO, *, as_json: bool) -> None:
     """Print what `examine` has found."""
     if as_json:
@@ -155,6 +178,7 @@ def show(found: dict[str, Any], out: TextIO, *, as_json: bool) -> None:
         lines.append(f"GPU          {gpu['name']}, {_gb(gpu['memory_bytes'])}")
     if not found["gpus"]:
         lines.append("GPU          none that torch sees: the device tier is a bounded part of DRAM")
+    lines.append(_profile_line(found["profile"]))
     for drive in found["drives"]:
         lines += _drive_lines(drive)
     print("\n".join(lines), file=out)

@@ -1,0 +1,168 @@
+"""Rates of memory, bus and arithmetic: copies and products by torch, AdamW by the extension's own update pipeline."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import psutil
+import torch
+from torch import nn
+
+from offload.config import Config
+from offload.model.blocks import cut
+from offload.tiers.host import HostArena
+from offload.transfer.io_engine import Hyper, UpdateJob, UpdatePipeline
+
+DEFAULT_SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))
+"""(in, out) of a 7 B Llama's matrices."""
+
+_COPY_NBYTES = 256 << 20
+_UPDATE_NUMEL = 1 << 24
+_STATE_NBYTES_PER_PARAM = 10
+_WIDTH_MAX = {"cuda": 16384, "cpu": 8192}
+"""Wider matrices are measured at this width: they are no faster, and take memory."""
+
+
+def matmul_shapes(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """(in, out) of the matrices of one block of `model`, expert by expert where they are stacked."""
+    block = cut(model).blocks[-1][1]
+    shapes = [(int(p.shape[-1]), int(p.shape[-2])) for p in block.parameters() if p.dim() in (2, 3)]
+    return tuple(dict.fromkeys(shapes)) or DEFAULT_SHAPES
+
+
+def _repeat(
+    work: Callable[[], object], seconds: float, settle: Callable[[], object] = lambda: None
+) -> list[float]:
+    """Seconds of each run of `work`: one to warm up, not counted, then until `seconds` are over, at least one."""
+    work()
+    settle()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while not times or time.perf_counter() < end:
+        start = time.perf_counter()
+        work()
+        settle()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def dram_copy_bytes_per_s(seconds: float) -> float:
+    """Bytes a second read and written by a copy, with all of torch's threads."""
+    nbytes = min(_COPY_NBYTES, psutil.virtual_memory().available // 8)
+    source, target = torch.ones(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
+    return 2 * nbytes / statistics.median(_repeat(lambda: target.copy_(source), seconds))
+
+
+def matmul_flops_per_s(
+    shapes: Sequence[tuple[int, int]], n_tokens: int, dtype: torch.dtype, device: torch.device, seconds: float
+) -> float:
+    """FLOP/s over the three products that training makes of each matrix: forward, and the gradients of both factors."""
+    settle: Callable[[], object] = (
+        (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
+    )
+    n_flops, spent_s = 0, 0.0
+    widest = _WIDTH_MAX[device.type]
+    for n_in, n_out in ((min(n_in, widest), min(n_out, widest)) for n_in, n_out in shapes):
+        x = torch.randn(n_tokens, n_in, device=device, dtype=dtype)
+        weight = torch.randn(n_out, n_in, device=device, dtype=dtype)
+        grad = torch.randn(n_tokens, n_out, device=device, dtype=dtype)
+
+        def products(x: torch.Tensor = x, weight: torch.Tensor = weight, grad: torch.Tensor = grad) -> None:
+            x @ weight.t()
+            grad @ weight
+            grad.t() @ x
+
+        spent_s += statistics.median(_repeat(products, seconds / len(shapes), settle))
+        n_flops += 3 * 2 * n_tokens * n_in * n_out
+    return n_flops / spent_s
+
+
+def adam_params_per_s(seconds: float) -> float:
+    """Parameters a second of the fused AdamW on split masters in DRAM, with the update threads of a training run."""
+    settings = Config()
+    chunk_elements, n_buffers = settings.chunk_elements, settings.chunk_buffers
+    available_nbytes = psutil.virtual_memory().available // 8
+    n_chunks = max(1, min(_UPDATE_NUMEL, available_nbytes // 16) // chunk_elements)
+    numel = n_chunks * chunk_elements
+    buffer_nbytes = UpdatePipeline.buffer_nbytes_required(chunk_elements, n_buffers)
+    arena = HostArena(buffer_nbytes + numel * (2 + _STATE_NBYTES_PER_PARAM + 4) + 4 * 4096)
+    buffers, params, state, grads = (
+        arena.take(nbytes)
+        for nbytes in (buffer_nbytes, 2 * numel, _STATE_NBYTES_PER_PARAM * numel, 4 * numel)
+    )
+    grads.view(torch.float32).normal_()
+    params.zero_()
+    state.zero_()
+    pipeline = UpdatePipeline(
+        None, chunk_elements, n_buffers, settings.update_threads, buffers.data_ptr(), buffer_nbytes
+    )
+    hyper = Hyper(1e-3, 0.9, 0.999, 1e-8, 0.01, 10)
+
+    def update() -> None:
+        job = UpdateJob(
+            param_codec="split_bf16",
+            n_elements=numel,
+            param_address=params.data_ptr(),
+            state_host_address=state.data_ptr(),
+            host_chunks=n_chunks,
+            grad_address=grads.data_ptr(),
+            segments=[(0, numel, hyper)],
+        )
+        pipeline.submit(job).wait()
+
+    try:
+        return numel / statistics.median(_repeat(update, seconds))
+    finally:
+        pipeline.close()
+
+
+def bus_bytes_per_s(seconds: float) -> dict[str, float]:
+    """Copies between page-locked host memory and the CUDA device: each direction alone, and both at once.
+
+    The keys are the fields of `offload.planner.hardware.Hardware`.
+    """
+    nbytes = _COPY_NBYTES
+    device = torch.device("cuda")
+    host_up, host_down = (torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2))
+    device_up, device_down = (torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
+    up, down = torch.cuda.Stream(), torch.cuda.Stream()
+
+    def timed(
+        stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor, n: int
+    ) -> Callable[[], float]:
+        """Issue `n` copies; the result waits for them and gives their seconds."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with torch.cuda.stream(stream):
+            start.record(stream)
+            for _ in range(n):
+                target.copy_(source, non_blocking=True)
+            end.record(stream)
+
+        def wait() -> float:
+            end.synchronize()
+            return start.elapsed_time(end) / 1e3
+
+        return wait
+
+    def h2d(n: int) -> Callable[[], float]:
+        return timed(up, device_up, host_up, n)
+
+    def d2h(n: int) -> Callable[[], float]:
+        return timed(down, host_down, device_down, n)
+
+    torch.cuda.synchronize()
+    h2d(2)(), d2h(2)()  # the first touch of the pages is not counted
+    n_copies = max(4, min(200, round(seconds / 3 / h2d(1)())))
+    moved_nbytes = n_copies * nbytes
+    alone_up, alone_down = moved_nbytes / h2d(n_copies)(), moved_nbytes / d2h(n_copies)()
+    issued = h2d(n_copies), d2h(n_copies)
+    up_s, down_s = issued[0](), issued[1]()
+    both_s = min(up_s, down_s)  # then the slower one goes on alone
+    return {
+        "h2d_bytes_per_s": alone_up,
+        "d2h_bytes_per_s": alone_down,
+        "h2d_duplex_bytes_per_s": (moved_nbytes - alone_up * (up_s - both_s)) / both_s,
+        "d2h_duplex_bytes_per_s": (moved_nbytes - alone_down * (down_s - both_s)) / both_s,
+    }
