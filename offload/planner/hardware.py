@@ -47,3 +47,5 @@ class Hardware(BaseModel):
     storage_write_bytes_per_s: float | None = Field(default=None, gt=0)
     step_overhead_s: float = Field(default=0.0, ge=0)
     """Fixed time of a step that no byte or FLOP explains."""
+    launch_overhead_s: float = Field(default=2e-4, ge=0)
+    """Device time of one micro-batch through one block in one direction that its FLOPs do not explain."""
