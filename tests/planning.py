@@ -6,8 +6,10 @@ from offload.planner.hardware import Drive, Hardware
 from offload.planner.workload import BlockWork, SavedTensor, Workload
 
 
-def gpt(name: str, layers: int, hidden: int, *, tokens: int = 1024, vocab: int = 50257, width: int = 2) -> Workload:
-    """GPT-2-shaped: 12 h^2 + 13 h parameters a block, tied head. Saved tensors as a fused-attention block keeps them."""
+def gpt(
+    name: str, layers: int, hidden: int, *, tokens: int = 1024, vocab: int = 50257, width: int = 2
+) -> Workload:
+    """GPT-2-shaped: 12 h^2 + 13 h parameters a block, tied head. Fused attention."""
     t, h = tokens, hidden
     matmul = 2.0 * t * h * h
     attention = 4.0 * t * t * h

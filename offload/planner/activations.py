@@ -130,13 +130,12 @@ def _measured(classes: tuple[UnitClass, ...], counts: npt.NDArray[np.int64]) -> 
     return Candidates(classes, counts, counts @ nbytes, np.maximum(0.0, all_flops - counts @ flops))
 
 
-def unit_order(workload: Workload, with_inputs: bool) -> list[tuple[int, str, int]]:
-    """(block, tensor, bytes a sample) from the last block to the first: backward's order, in which saved units are
-    kept on the device. `with_inputs` puts each block's input before its tensors."""
+def unit_order(workload: Workload) -> list[tuple[int, str, int]]:
+    """(block, tensor, bytes a sample) in the order in which saved units are kept on the device: evenly spread over the
+    blocks, so that what is left to swap is spread too; in each block its input first."""
     order = []
-    for index in reversed(range(len(workload.blocks))):
+    for index in spread_order(len(workload.blocks)):
         block = workload.blocks[index]
-        if with_inputs:
-            order.append((index, INPUT, block.input_nbytes_per_sample))
+        order.append((index, INPUT, block.input_nbytes_per_sample))
         order += [(index, t.name, t.nbytes_per_sample) for t in block.saved]
     return order

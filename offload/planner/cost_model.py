@@ -58,6 +58,15 @@ class Load:
     serial_update: bool = False
     """The update's read, arithmetic and write follow each other instead of overlapping."""
 
+    def at(self, index: tuple[int, ...], shape: tuple[int, ...]) -> Load:
+        """One combination out of a load whose fields broadcast to `shape`."""
+
+        def one(value: Any) -> Any:
+            return float(np.broadcast_to(value, shape)[index]) if isinstance(value, np.ndarray) else value
+
+        values: dict[str, Any] = {name: one(value) for name, value in vars(self).items()}
+        return Load(**values)
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -220,8 +229,8 @@ class CostModel:
         forward, backward = self.seconds(forward_traffic), self.seconds(backward_traffic)
         tail = self.seconds(tail_traffic)
         n_blocks = max(1, len(self.workload.blocks))
-        last_update_s = self._last_update_s(load) if self.workload.blocks else 0.0
-        exposed_s: Any = last_update_s
+        one_update_s = self._one_update_s(load) if self.workload.blocks else 0.0
+        exposed_s: Any = (1 - load.deferred_fraction) * one_update_s
         if load.n_grad_buffers < 2:
             exposed_s = exposed_s + (
                 np.maximum(backward["storage"], backward["cpu"])
@@ -229,7 +238,7 @@ class CostModel:
                 else sum(self.grad_nbytes) / self.rates.bus.d2h * (1 - 1 / n_blocks)
             )
         launches_s = n_blocks * load.micro_batches * self.hardware.launch_overhead_s
-        forward_s = self._phase(forward, load, launches_s)
+        forward_s = self._phase(forward, load, launches_s + load.deferred_fraction * one_update_s)
         backward_s = self._phase(backward, load, exposed_s + launches_s)
         tail_s = (
             tail_traffic.d2h / self.rates.bus.d2h
@@ -252,10 +261,10 @@ class CostModel:
             traffic=(forward_traffic, backward_traffic, tail_traffic),
         )
 
-    def _last_update_s(self, load: Load) -> Any:
-        """The update of the block that backward leaves last: the next forward waits for it."""
+    def _one_update_s(self, load: Load) -> Any:
+        """One block's update from its gradients to its new parameters. The next forward waits for that of the block
+        which backward leaves last; with deferred updates the first block waits for its own."""
         n_blocks = len(self.workload.blocks)
-        early = 1 - load.deferred_fraction
         states = (sum(self.state_nbytes) - load.states_host_nbytes) / n_blocks
         read_s: Any = 0.0
         if self.rates.storage is not None:
@@ -263,4 +272,4 @@ class CostModel:
         bus_s = 0.0
         if not self.rates.shares_host:
             bus_s = sum(self.grad_nbytes) / n_blocks / self.rates.bus.d2h
-        return early * (bus_s + np.maximum(read_s, self.trainable / n_blocks / self.rates.adam_params_per_s))
+        return bus_s + np.maximum(read_s, self.trainable / n_blocks / self.rates.adam_params_per_s)

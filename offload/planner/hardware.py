@@ -17,6 +17,8 @@ class Drive(BaseModel):
     capacity_nbytes: int | None = Field(default=None, gt=0)
     endurance_nbytes: float | None = Field(default=None, gt=0)
     """Bytes the maker allows to be written over the drive's life (TBW)."""
+    name: str = ""
+    """The directory that was probed, or the drive's model."""
 
 
 class Hardware(BaseModel):
@@ -32,6 +34,8 @@ class Hardware(BaseModel):
     host_memory_nbytes: int = Field(gt=0)
     matmul_flops_per_s: dict[str, float]
     """Achieved at a model's shapes, by dtype: `bfloat16`, `float32`."""
+    launch_overhead_s: float = Field(default=2e-4, ge=0)
+    """Device time of one micro-batch through one block in one direction that its FLOPs do not explain."""
     h2d_bytes_per_s: float | None = Field(default=None, gt=0)
     d2h_bytes_per_s: float | None = Field(default=None, gt=0)
     h2d_duplex_bytes_per_s: float | None = Field(default=None, gt=0)
@@ -45,7 +49,9 @@ class Hardware(BaseModel):
     storage_read_bytes_per_s: float | None = Field(default=None, gt=0)
     """Limit of all drives together (a shared link); None means that the drives' rates add."""
     storage_write_bytes_per_s: float | None = Field(default=None, gt=0)
+    storage_mixed_bytes_per_s: float | None = Field(default=None, gt=0)
+    """Limit of all drives together while reading and writing equal parts, both directions added."""
     step_overhead_s: float = Field(default=0.0, ge=0)
     """Fixed time of a step that no byte or FLOP explains."""
-    launch_overhead_s: float = Field(default=2e-4, ge=0)
-    """Device time of one micro-batch through one block in one direction that its FLOPs do not explain."""
+    sources: dict[str, str] = Field(default_factory=dict)
+    """Where each figure comes from, by field name; drives as `drives.read_bytes_per_s`."""

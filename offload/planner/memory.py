@@ -43,8 +43,8 @@ def samples_of_micro_batch(batch_samples: int, micro_batches: int) -> int:
 
 
 def device_need(workload: Workload, state: StateFormat, batch_samples: int, shape: Shape) -> DeviceNeed:
-    """Root with its gradients, slots, gradient buffers, two micro-batches of the largest block's tensors (one computing,
-    one in transfer) with two temporaries, the boundary, and logits with their gradient for one sample."""
+    """Root with its gradients, slots, gradient buffers, two micro-batches of the largest block's tensors (one
+    computing, one in transfer) with two temporaries, the boundary, and logits with their gradient for one sample."""
     samples = samples_of_micro_batch(batch_samples, shape.micro_batches)
     blocks = workload.blocks
     slot = max((state.param_nbytes * (b.trainable_numel + b.frozen_numel) for b in blocks), default=0)

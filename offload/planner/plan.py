@@ -136,8 +136,8 @@ class Plan(BaseModel):
     """Fraction of each block's optimizer state in host memory; the last entry is the root's."""
     activations: tuple[dict[str, Outcome], ...]
     """Per block: outcome by tensor name; `input` is the block's input."""
-    update_pieces: int = Field(default=4, ge=1)
-    """In how many pieces the simulator cuts a block's update. The real pipeline's chunks are finer."""
+    update_pieces: int = Field(default=16, ge=1)
+    """In how many pieces the simulator cuts a block's update. The real pipeline's chunks are finer still."""
     update_buffers: int = Field(default=4, ge=1)
     """Pieces in flight at once. 1: read, update and write of a piece follow each other."""
     predicted: Prediction | None = None

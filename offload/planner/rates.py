@@ -89,6 +89,8 @@ def storage_rates(hardware: Hardware) -> StorageRates | None:
     read = len(drives) * min(d.read_bytes_per_s for d in drives)
     write = len(drives) * min(d.write_bytes_per_s for d in drives)
     capacity = min(_capacity(d) for d in drives)
+    if hardware.storage_mixed_bytes_per_s is not None:
+        capacity = min(capacity, hardware.storage_mixed_bytes_per_s / 2 * (1 / read + 1 / write))
     return StorageRates(
         drive_read=read,
         drive_write=write,
@@ -110,12 +112,15 @@ def rates_of(hardware: Hardware, param_nbytes: int) -> Rates:
     h2d, d2h = hardware.h2d_bytes_per_s, hardware.d2h_bytes_per_s
     if not hardware.shares_host and (h2d is None or d2h is None):
         raise ConfigError(
-            f"hardware profile {hardware.name} has a device of its own but no bus: give h2d_bytes_per_s and d2h_bytes_per_s"
+            f"hardware profile {hardware.name} has a device of its own but no bus: "
+            "give h2d_bytes_per_s and d2h_bytes_per_s"
         )
     h2d, d2h = h2d or copy, d2h or copy
     return Rates(
         flops_per_s=hardware.matmul_flops_per_s[dtype],
-        bus=BusRates(h2d, d2h, hardware.h2d_duplex_bytes_per_s or h2d, hardware.d2h_duplex_bytes_per_s or d2h),
+        bus=BusRates(
+            h2d, d2h, hardware.h2d_duplex_bytes_per_s or h2d, hardware.d2h_duplex_bytes_per_s or d2h
+        ),
         storage=storage_rates(hardware),
         dram_bytes_per_s=hardware.dram_bytes_per_s,
         adam_params_per_s=hardware.adam_params_per_s,

@@ -84,7 +84,8 @@ def _micro_batches(batch_samples: int) -> tuple[int, ...]:
     return tuple(sorted(by_samples.values()))
 
 
-def _deferred(fixed: Mapping[str, Any], n_blocks: int, clips: bool, shares_host: bool) -> tuple[int, ...]:
+def _deferred(fixed: Mapping[str, Any], n_blocks: int, clips: bool) -> tuple[int, ...]:
+    """Numbers of deferred blocks. `mixed` is tried only where it is asked for: docs/planner.md, what was tried."""
     update, fraction = fixed.get("update", "auto"), _fraction(fixed, "deferred_fraction")
     if update not in ("auto", "backward", "deferred", "mixed"):
         raise ConfigError(f"update={update!r}: it must be {FIXABLE['update']}")
@@ -98,7 +99,7 @@ def _deferred(fixed: Mapping[str, Any], n_blocks: int, clips: bool, shares_host:
         return (n_blocks,)
     if update == "backward":
         return (0,)
-    return _of(n_blocks, (0.0, 1.0) if shares_host and update == "auto" else EIGHTHS)
+    return _of(n_blocks, EIGHTHS if update == "mixed" else (0.0, 1.0))
 
 
 def space_of(
@@ -131,7 +132,7 @@ def space_of(
         else (True, False)
         if boundary is None
         else (bool(boundary),),
-        deferred_blocks=_deferred(fixed, n_blocks, budgets.clips_gradients, shares_host),
+        deferred_blocks=_deferred(fixed, n_blocks, budgets.clips_gradients),
         activations=activations,
         keeps_on_device=bool(fixed.get("activations_on_device", True)),
         swapped_host_fractions=EIGHTHS if host_fraction is None else (host_fraction,),

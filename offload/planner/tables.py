@@ -1,7 +1,8 @@
 """For one shape of working memory: every combination of the other choices as numpy arrays, with what each needs.
 
-Axes: deferred blocks, saved set, share of swapped units in host memory, share of waiting gradients in host memory. What host memory is left then goes to parameters and after them to optimizer state, as `placement.place` does:
-a parameter byte saves two reads and a write, a state byte one of each, in the same phases.
+Axes: deferred blocks, saved set, share of swapped units in host memory, share of waiting gradients in host memory.
+What host memory is left then goes to parameters and after them to optimizer state, as `placement.place` does: a
+parameter byte saves two reads and a write, a state byte one of each, in the same phases.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class Order:
-    """Units from the last block to the first; cumulative bytes of the whole batch for each saved set."""
+    """Units in the order in which they are kept; cumulative bytes of the whole batch for each saved set."""
 
     units: list[tuple[int, str, int]]
     to_host: npt.NDArray[np.bool_]
@@ -85,7 +86,7 @@ class Tables:
         return device_need(self.model.workload, self.model.format, self.model.batch, shape).total
 
     def order(self, boundary_on_device: bool) -> Order:
-        """Cumulative bytes of units in backward's order."""
+        """Cumulative bytes of units in the order in which they are kept."""
         return self._order_on if boundary_on_device else self._order_off
 
     @cached_property
@@ -98,7 +99,7 @@ class Tables:
 
     def _make_order(self, boundary_on_device: bool) -> Order:
         workload, batch = self.model.workload, self.model.batch
-        units = unit_order(workload, with_inputs=True)
+        units = unit_order(workload)
         sizes = np.array([batch * nbytes for _, _, nbytes in units], dtype=np.float64)
         is_input = np.array([name == INPUT for _, name, _ in units], dtype=bool)
         saved = np.zeros((len(self.saved), len(units)), dtype=bool)
@@ -132,7 +133,9 @@ class Tables:
             deferred = spread(n_blocks, count)
             everything = sum(self.model.grad_nbytes[i] for i in deferred)
             for column, fraction in enumerate(self.space.grads_host_fractions):
-                host[row, column] = sum(self.model.grad_nbytes[i] for i in waiting_in_host(deferred, fraction))
+                host[row, column] = sum(
+                    self.model.grad_nbytes[i] for i in waiting_in_host(deferred, fraction)
+                )
                 stored[row, column] = everything - host[row, column]
         return host, stored
 
@@ -199,17 +202,13 @@ class Tables:
         """Bytes of parameters and of state that `rest` bytes of host memory take, and whether that is possible."""
         space = self.space
         if space.params_host_fraction is None:
-            params = self.params_cum[
-                np.maximum(0, np.searchsorted(self.params_cum, rest, side="right") - 1)
-            ]
+            params = self.params_cum[np.maximum(0, np.searchsorted(self.params_cum, rest, side="right") - 1)]
         else:
             n_params = round(space.params_host_fraction * (len(self.params_cum) - 1))
             params = np.full_like(rest, self.params_cum[n_params])
         left = rest - params
         if space.states_host_fraction is None:
-            states = self.states_cum[
-                np.maximum(0, np.searchsorted(self.states_cum, left, side="right") - 1)
-            ]
+            states = self.states_cum[np.maximum(0, np.searchsorted(self.states_cum, left, side="right") - 1)]
         else:
             wanted = space.states_host_fraction * self.states_cum[-1]
             at = int(np.searchsorted(self.states_cum, wanted, side="right")) - 1

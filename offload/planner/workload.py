@@ -5,7 +5,7 @@ All per-sample quantities are for one sequence of `tokens_per_sample` tokens; th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class BlockWork:
     """The block's input (its activation checkpoint)."""
     saved: tuple[SavedTensor, ...]
     """In the order in which forward makes them."""
+    saved_fixed_nbytes: int = 0
+    """What backward needs besides, whatever the batch (a position bias, a mask)."""
 
     @property
     def flops_per_sample(self) -> float:
@@ -53,6 +55,10 @@ class Workload:
     root_flops_per_sample: float
     """Embedding, final norm, head and loss: forward."""
     logits_nbytes_per_sample: int
+    root_saved: tuple[SavedTensor, ...] = ()
+    """What backward needs of embedding, final norm, head and loss as the model computes them (logits not chunked)."""
+    root_forward_flops_per_sample: dict[str, float] = field(default_factory=dict)
+    """`root_flops_per_sample` by kind of operation."""
 
     @property
     def numel(self) -> int:

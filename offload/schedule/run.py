@@ -10,9 +10,10 @@ from offload.planner.hardware import Hardware
 from offload.planner.plan import Budgets, Plan
 from offload.planner.rates import rates_of
 from offload.planner.workload import Workload
+from offload.schedule.held import held_nbytes
 from offload.schedule.operations import Operation
 from offload.schedule.simulator import STALL_CAUSES, Timeline, simulate
-from offload.schedule.unroll import held_nbytes, unroll
+from offload.schedule.unroll import unroll
 from offload.telemetry import Span
 
 STAGING_NBYTES = Budgets(0, 0).staging_nbytes
@@ -55,7 +56,7 @@ class SimulatedStep:
 def stalls(
     operations: Sequence[Operation], timeline: Timeline, start_s: float, end_s: float
 ) -> dict[str, float]:
-    """Idle time of the device between two moments, each gap charged to the operation that ended last before it closed."""
+    """Idle time of the device between two moments, charged to the operation that ended last before a gap closed."""
     found: dict[str, float] = defaultdict(float)
     idle_since = start_s
     order = sorted(
@@ -127,8 +128,14 @@ def simulate_plan(
         peak_nbytes={tier: timeline.peak_nbytes(tier) for tier in ("device", "host", "storage")},
         endurance_steps=endurance_steps(hardware, moved["write"]),
         spans=spans,
-        memory={
-            tier: [(max(0.0, at - start_s), n) for at, n in line if at >= start_s] or [(0.0, line[-1][1])]
-            for tier, line in timeline.memory.items()
-        },
+        memory={tier: _from(line, start_s, timeline.total_s) for tier, line in timeline.memory.items()},
     )
+
+
+def _from(line: list[tuple[float, int]], start_s: float, end_s: float) -> list[tuple[float, int]]:
+    """A tier's bytes over time, from `start_s` (which becomes zero) to `end_s`."""
+    before = [nbytes for at_s, nbytes in line if at_s <= start_s]
+    later = [(at_s - start_s, nbytes) for at_s, nbytes in line if at_s > start_s]
+    first = before[-1] if before else 0
+    last = later[-1][1] if later else first
+    return [(0.0, first), *later, (end_s - start_s, last)]

@@ -154,7 +154,7 @@ class _Simulation:
     def _speeds(self) -> dict[Lane, float]:
         """Speed of each running operation, 1 being as if alone. See [Note: the fluid model]."""
         rates, running = self.rates, self.running
-        speeds: dict[Lane, float] = {lane: 1.0 for lane in running}
+        speeds: dict[Lane, float] = dict.fromkeys(running, 1.0)
         if "read" in running and "write" in running and rates.storage is not None:
             speeds["read"], speeds["write"] = rates.storage.mixed()
         if "h2d" in running and "d2h" in running:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 
-from offload.planner.memory import Shape, device_need, host_need
 from offload.planner.plan import INPUT, Plan
 from offload.planner.workload import Workload
 from offload.schedule.operations import Kind, Lane, Operation
@@ -20,7 +19,9 @@ Index = int | None
 class Unroller:
     """Emits operations in the order in which the executor issues them."""
 
-    def __init__(self, plan: Plan, workload: Workload, *, shares_host: bool, launch_overhead_s: float) -> None:
+    def __init__(
+        self, plan: Plan, workload: Workload, *, shares_host: bool, launch_overhead_s: float
+    ) -> None:
         self.plan = plan
         self.workload = workload
         self.shares_host = shares_host
@@ -52,6 +53,10 @@ class Unroller:
         self.stored: dict[tuple[int, int], Index] = {}
         """Per block and micro-batch: its swap-out or spill."""
         self.boundary: dict[tuple[int, int], Index] = {}
+        """Per block and micro-batch: its gradient towards the block before, where that leaves the device."""
+        self.to_swap_in: deque[tuple[int, int]] = deque()
+        self.arrived: dict[tuple[int, int], Index] = {}
+        self.n_backwards = self.n_swapped_in = 0
         self.last_compute: Index = None
         self.ends: list[int] = []
 
@@ -146,8 +151,8 @@ class Unroller:
         self.loaded[block] = ready
 
     def late_update(self, block: int, wait: tuple[Index, ...]) -> tuple[Index, ...]:
-        """A deferred update. With every update deferred it reads the parameters into their staging buffer and hands them
-        on; where only some are, it runs in the background as soon as it may, and the fetch reads its result."""
+        """A deferred update. With every update deferred it reads the parameters into their staging buffer and hands
+        them on; where only some are, it runs in the background as soon as it may, and the fetch reads its result."""
         arrived = self.grads_ready.pop(block)
         if not self.plan.grads_in_host[block]:
             arrived = self.emit("read_back", "read", self.grad_nbytes(block), arrived, *wait, block=block)
@@ -223,7 +228,8 @@ class Unroller:
         for _ in micros:
             self.compute("backward", 2 * flops)
         uses = list(reversed(range(self.n_blocks)))
-        fetched = 0
+        self.to_swap_in = deque((block, micro) for block in uses for micro in micros)
+        self.n_backwards = self.n_swapped_in = fetched = 0
         for position, block in enumerate(uses):
             while fetched < min(len(uses), position + 1):
                 self.fetch(uses[fetched], None)
@@ -233,6 +239,7 @@ class Unroller:
                 while self.free_slots and fetched < len(uses):
                     self.fetch(uses[fetched], None)
                     fetched += 1
+            self.swap_in_ahead(done=self.n_backwards)
             self.grads_leave(block)
         if self.last_compute is not None:
             self.ends.append(self.last_compute)
@@ -242,8 +249,8 @@ class Unroller:
     def forward(self, block: int, micro: int, root_ready: Index) -> int:
         """One micro-batch through one block, and what leaves the device after it."""
         before: list[Index] = [*self.loaded[block], self.out_window.popleft(), root_ready]
-        if not self.plan.boundary_on_device and block > 0:
-            transit = int(self.samples * self.workload.blocks[block].input_nbytes_per_sample)
+        transit = self.boundary_nbytes(block)
+        if transit and block > 0:
             arrived = self.stored[block - 1, micro]
             before.append(self.emit("swap_in", "h2d", transit, arrived, block=block, micro=micro))
         everything, kept = self.tensors(block, None), self.tensors(block, "device")
@@ -297,30 +304,8 @@ class Unroller:
         host, storage = self.tensors(block, "host"), self.tensors(block, "storage")
         kept, again = self.tensors(block, "device"), self.tensors(block, "recompute")
         work = self.workload.blocks[block]
-        boundary = 0
-        if not self.plan.boundary_on_device:
-            boundary = int(self.samples * work.input_nbytes_per_sample)
-        room = self.in_window.popleft()
-        source = self.stored[block, micro]
-        if storage:
-            source = self.emit("read_back", "read", storage, source, room, block=block, micro=micro)
-        arrived: list[Index] = [buffer, *self.loaded[block]]
-        if host + storage + boundary:
-            amount = storage if self.shares_host else host + storage + boundary
-            arrived.append(
-                self.emit(
-                    "swap_in",
-                    "h2d",
-                    amount,
-                    source,
-                    room,
-                    self.boundary.get((block + 1, micro)),
-                    block=block,
-                    micro=micro,
-                    acquires=(("device", host + storage),),
-                    releases=(("host", host), ("storage", storage)),
-                )
-            )
+        self.swap_in_ahead(done=self.n_backwards)
+        arrived = [buffer, *self.loaded[block], self.arrived.pop((block, micro))]
         outcomes = self.plan.activations[block]
         flops = sum(
             t.recompute_flops_per_sample
@@ -347,11 +332,52 @@ class Unroller:
             releases=(("device", temporary + kept + again + host + storage),),
         )
         self.in_window.append(index)
+        self.n_backwards += 1
+        boundary = self.boundary_nbytes(block)
         if boundary:
             self.boundary[block, micro] = self.emit(
                 "swap_out", "d2h", boundary, index, block=block, micro=micro
             )
         return index
+
+    def boundary_nbytes(self, block: int) -> int:
+        """What crosses the bus between this block and the next, a micro-batch."""
+        if self.plan.boundary_on_device:
+            return 0
+        return int(self.samples * self.workload.blocks[block].input_nbytes_per_sample)
+
+    def swap_in_ahead(self, done: int) -> None:
+        """Swap in what the next two micro-batches after the first `done` need, before whatever is issued next."""
+        while self.to_swap_in and self.n_swapped_in < done + 2:
+            block, micro = self.to_swap_in[0]
+            boundary = self.boundary_nbytes(block)
+            if boundary and block < self.n_blocks - 1 and (block + 1, micro) not in self.boundary:
+                return
+            self.to_swap_in.popleft()
+            self.n_swapped_in += 1
+            self.arrived[block, micro] = self.swap_in(block, micro, boundary)
+
+    def swap_in(self, block: int, micro: int, boundary: int) -> Index:
+        """A micro-batch's swapped tensors, and the gradient of its output where that is not on the device."""
+        host, storage = self.tensors(block, "host"), self.tensors(block, "storage")
+        room = self.in_window.popleft()
+        source = self.stored[block, micro]
+        if storage:
+            source = self.emit("read_back", "read", storage, source, room, block=block, micro=micro)
+        if not host + storage + boundary:
+            return room
+        return self.emit(
+            "swap_in",
+            "h2d",
+            storage if self.shares_host else host + storage + boundary,
+            source,
+            room,
+            self.boundary.pop((block + 1, micro), None),
+            block=block,
+            micro=micro,
+            acquires=(("device", host + storage),),
+            releases=(("host", host), ("storage", storage)),
+        )
 
     def grads_leave(self, block: int) -> None:
         """A block's gradients go to where they wait or to the update."""
@@ -394,9 +420,7 @@ class Unroller:
             out = self.emit("grad_out", "d2h", self.plan.state_format.grad_nbytes * numel, out)
         made = self.update(None, (out,), reads_param=False)
         if not self.shares_host:
-            self.updated[None] = self.emit(
-                "load", "h2d", self.plan.state_format.param_nbytes * numel, *made
-            )
+            self.updated[None] = self.emit("load", "h2d", self.plan.state_format.param_nbytes * numel, *made)
 
 
 def unroll(
@@ -408,32 +432,3 @@ def unroll(
     for _ in range(n_steps):
         unroller.run_step()
     return unroller.operations, unroller.ends
-
-
-def held_nbytes(plan: Plan, workload: Workload, *, shares_host: bool, staging_nbytes: int) -> dict[str, int]:
-    """What each tier holds throughout under `plan`: everything but activations and waiting gradients."""
-    shape = Shape(plan.micro_batches, plan.n_slots, plan.n_grad_buffers, plan.boundary_on_device)
-    state = plan.state_format
-    device = device_need(workload, state, plan.batch_samples, shape)
-    params = [state.param_nbytes * (b.trainable_numel + b.frozen_numel) for b in workload.blocks]
-    numels = [b.trainable_numel for b in workload.blocks] + [workload.root_trainable_numel]
-    states = [state.state_nbytes * numel for numel in numels]
-    params_host = sum(n for n, inside in zip(params, plan.params_in_host, strict=True) if inside)
-    states_host = sum(round(n * share) for n, share in zip(states, plan.states_in_host, strict=True))
-    late = [i for i in plan.deferred_blocks if not plan.grads_in_host[i]]
-    grads_stored = sum(state.grad_nbytes * workload.blocks[i].trainable_numel for i in late)
-    return {
-        "device": device.total - device.working,
-        "host": params_host
-        + states_host
-        + host_need(
-            workload,
-            state,
-            plan.batch_samples,
-            shape,
-            staging_nbytes=staging_nbytes,
-            shares_host=shares_host,
-            has_storage=params_host + states_host < sum(params) + sum(states),
-        ),
-        "storage": sum(params) + sum(states) - params_host - states_host + grads_stored,
-    }
