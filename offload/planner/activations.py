@@ -17,7 +17,7 @@ from offload.planner.plan import INPUT
 from offload.planner.workload import Workload
 
 LEVELS_MAX = 4096
-CANDIDATES_MAX = 128
+CANDIDATES_MAX = 64
 
 
 @dataclass(frozen=True)

@@ -166,20 +166,20 @@ def why_not(search: Search, budgets: Budgets) -> str:
     )
     needed = _smallest(search, lambda n: replace(budgets, device_memory_nbytes=n), device, ceiling)
     if needed is not None:
-        changes.append(f"device_memory='{_gb_up(needed)}GB' (now {device / GB:.2f} GB)")
+        changes.append(f"device_memory='{_up(needed)}' (now {_now(device)})")
     needed = _smallest(search, lambda n: replace(budgets, host_memory_nbytes=n), host, ceiling)
     if needed is not None:
-        changes.append(f"host_memory='{_gb_up(needed)}GB' (now {host / GB:.2f} GB)")
+        changes.append(f"host_memory='{_up(needed)}' (now {_now(host)})")
     if written is not None:
         needed = _smallest(search, lambda n: replace(budgets, written_nbytes_per_step=n), written, ceiling)
         if needed is not None:
-            changes.append(f"{_gb_up(needed)} GB written a step (now {written / GB:.2f} GB)")
+            changes.append(f"{_up(needed)} written a step (now {_now(written)})")
     limit = storage_limit(search.hardware, budgets)
     if search.hardware.drives and np.isfinite(limit):
         wider = search.without_capacity()
         needed = _smallest(wider, lambda n: replace(budgets, storage_nbytes=n), int(limit), ceiling)
         if needed is not None:
-            changes.append(f"{_gb_up(needed)} GB of storage (now {limit / GB:.2f} GB)")
+            changes.append(f"{_up(needed)} of storage (now {_now(limit)})")
     if not search.hardware.drives:
         changes.append("storage=[directory on an SSD]")
     smaller = _smaller_batch(search, budgets)
@@ -195,14 +195,19 @@ def why_not(search: Search, budgets: Budgets) -> str:
     else:
         text += "No single change is enough."
     return text + (
-        f" No plan exists below {bounds.device_memory_nbytes / GB:.2f} GB of device memory or "
-        f"{bounds.host_memory_nbytes / GB:.2f} GB of host memory."
+        f" No plan exists below {_now(bounds.device_memory_nbytes)} of device memory or "
+        f"{_now(bounds.host_memory_nbytes)} of host memory."
     )
 
 
-def _gb_up(nbytes: int) -> str:
-    """GB with two digits, rounded up so that what is said does fit."""
-    return f"{-(-nbytes // (GB // 100)) / 100:.2f}"
+def _up(nbytes: int) -> str:
+    """In the budget grammar, rounded up so that what is said does fit."""
+    unit, name = (GB, "GB") if nbytes >= GB else (10**6, "MB")
+    return f"{-(-nbytes * 100 // unit) / 100:.2f}{name}"
+
+
+def _now(nbytes: float) -> str:
+    return f"{nbytes / GB:.2f} GB" if nbytes >= GB else f"{nbytes / 1e6:.2f} MB"
 
 
 def _smaller_batch(search: Search, budgets: Budgets) -> int | None:

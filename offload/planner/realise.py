@@ -14,12 +14,13 @@ from offload.planner.tables import Needs, chunk_rows, waiting_in_host
 
 def plan_of(search: Search, chosen: Chosen, budgets: Budgets) -> Plan:
     """Turn a point into a plan: which block, which tensor."""
-    tables, space = search.tables, search.space
+    tables = search.tables
     needs = tables.needs(chosen.shape, budgets)
-    at_deferred, at_saved, at_host, at_grads = chosen.index
+    at_waiting, at_saved, at_host, _ = chosen.index
     n_blocks = len(search.workload.blocks)
-    deferred = spread(n_blocks, space.deferred_blocks[at_deferred])
-    grads_in_host = set(waiting_in_host(deferred, space.grads_host_fractions[at_grads]))
+    n_deferred, grads_share = tables.waiting[at_waiting]
+    deferred = spread(n_blocks, n_deferred)
+    grads_in_host = set(waiting_in_host(deferred, grads_share))
     load = needs.load.at(chosen.index, needs.fits.shape)
     params_in_host, states_in_host = _placed(search, load)
     return Plan(

@@ -36,7 +36,7 @@ FIXABLE = {
 
 @dataclass(frozen=True)
 class Space:
-    """Values to try for each choice. None for the last two means: as much as fits, parameters first."""
+    """Values to try for each choice. None for optimizer state means: as much as the rest of host memory holds."""
 
     micro_batches: tuple[int, ...]
     n_slots: tuple[int, ...]
@@ -47,7 +47,7 @@ class Space:
     keeps_on_device: bool
     swapped_host_fractions: tuple[float, ...]
     grads_host_fractions: tuple[float, ...]
-    params_host_fraction: float | None
+    params_host_fractions: tuple[float, ...]
     states_host_fraction: float | None
 
 
@@ -123,6 +123,7 @@ def space_of(
     slots = tuple(sorted({min(n, n_blocks) for n in (2, 3, 4, 6, 8, n_blocks)}))
     host_fraction = _fraction(fixed, "activations_host_fraction")
     grads_fraction = _fraction(fixed, "grads_host_fraction")
+    params_fraction = _fraction(fixed, "params_host_fraction")
     return Space(
         micro_batches=_micro_batches(batch_samples) if micro is None else (micro,),
         n_slots=slots if prefetch is None else (min(max(2, prefetch + 1), n_blocks),),
@@ -137,6 +138,6 @@ def space_of(
         keeps_on_device=bool(fixed.get("activations_on_device", True)),
         swapped_host_fractions=EIGHTHS if host_fraction is None else (host_fraction,),
         grads_host_fractions=QUARTERS if grads_fraction is None else (grads_fraction,),
-        params_host_fraction=_fraction(fixed, "params_host_fraction"),
+        params_host_fractions=EIGHTHS if params_fraction is None else (params_fraction,),
         states_host_fraction=_fraction(fixed, "states_host_fraction"),
     )

@@ -1,8 +1,8 @@
 """For one shape of working memory: every combination of the other choices as numpy arrays, with what each needs.
 
-Axes: deferred blocks, saved set, share of swapped units in host memory, share of waiting gradients in host memory.
-What host memory is left then goes to parameters and after them to optimizer state, as `placement.place` does: a
-parameter byte saves two reads and a write, a state byte one of each, in the same phases.
+Axes: update mode with the share of waiting gradients in host memory, saved set, share of swapped units in host memory,
+share of parameters in host memory. What host memory is left then goes to optimizer state. With all but the budget
+fixed, a larger budget leaves less to be moved in every phase, so it cannot make a step longer.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Needs:
     placed_nbytes: Floats
     storage_nbytes: Floats
     fits: npt.NDArray[np.bool_]
+    """Of the full shape of all axes."""
     load: Load
 
 
@@ -124,20 +125,31 @@ class Tables:
         )
 
     @cached_property
+    def waiting(self) -> list[tuple[int, float]]:
+        """The first axis: deferred blocks, and the share of them whose gradients wait in host memory."""
+        pairs = []
+        for count in self.space.deferred_blocks:
+            pairs += [(count, share) for share in (self.space.grads_host_fractions if count else (0.0,))]
+        return pairs
+
+    @cached_property
     def waiting_grads(self) -> tuple[Floats, Floats]:
-        """[deferred, share]: bytes of waiting gradients in host memory and on storage."""
+        """[waiting]: bytes of waiting gradients in host memory and on storage."""
         n_blocks = len(self.model.workload.blocks)
-        host = np.zeros((len(self.space.deferred_blocks), len(self.space.grads_host_fractions)))
-        stored = np.zeros_like(host)
-        for row, count in enumerate(self.space.deferred_blocks):
+        host, stored = [], []
+        for count, share in self.waiting:
             deferred = spread(n_blocks, count)
-            everything = sum(self.model.grad_nbytes[i] for i in deferred)
-            for column, fraction in enumerate(self.space.grads_host_fractions):
-                host[row, column] = sum(
-                    self.model.grad_nbytes[i] for i in waiting_in_host(deferred, fraction)
-                )
-                stored[row, column] = everything - host[row, column]
-        return host, stored
+            inside = sum(self.model.grad_nbytes[i] for i in waiting_in_host(deferred, share))
+            host.append(inside)
+            stored.append(sum(self.model.grad_nbytes[i] for i in deferred) - inside)
+        return np.array(host, dtype=np.float64), np.array(stored, dtype=np.float64)
+
+    @cached_property
+    def params_host(self) -> Floats:
+        """[parameters]: bytes of parameters in host memory, by number of blocks."""
+        n_blocks = len(self.params_cum) - 1
+        counts = sorted({round(share * n_blocks) for share in self.space.params_host_fractions})
+        return self.params_cum[counts]
 
     def kept_positions(self, order: Order, spare_nbytes: float) -> npt.NDArray[np.int64]:
         """[saved set]: how many units, in order, stay on the device."""
@@ -158,7 +170,7 @@ class Tables:
         total = order.keepable[:, -1] + order.always_nbytes
         on_storage = np.maximum(0.0, (total - kept)[:, None] - in_host)
         grads_host, grads_stored = self.waiting_grads
-        axes = (slice(None), None, None, slice(None))
+        first = (slice(None), None, None, None)
         swapped_host, swapped_storage = in_host[None, :, :, None], on_storage[None, :, :, None]
         has_storage = model.rates.storage is not None
         fixed = host_need(
@@ -170,18 +182,16 @@ class Tables:
             shares_host=model.rates.shares_host,
             has_storage=has_storage,
         )
-        least_host = fixed + grads_host[axes] + swapped_host
+        least_host = fixed + grads_host[first] + swapped_host
         rest = budgets.host_memory_nbytes - least_host
         params, states, placed_fits = self._place(rest)
         root_states = np.maximum(0.0, states - sum(model.state_nbytes))
         load = Load(
-            deferred_fraction=(np.array(self.space.deferred_blocks) / max(1, len(model.slot_nbytes)))[
-                :, None, None, None
-            ],
+            deferred_fraction=np.array([count / len(model.slot_nbytes) for count, _ in self.waiting])[first],
             params_host_nbytes=params,
             states_host_nbytes=states - root_states,
             root_states_host_nbytes=root_states,
-            grads_spilled_nbytes=grads_stored[axes],
+            grads_spilled_nbytes=grads_stored[first],
             swapped_host_nbytes=swapped_host,
             swapped_storage_nbytes=swapped_storage,
             recompute_flops=(model.batch * self.candidates.recompute_flops)[None, :, None, None],
@@ -191,7 +201,7 @@ class Tables:
             boundary_on_device=shape.boundary_on_device,
         )
         storage = (self.params_cum[-1] - params) + (self.states_cum[-1] - states)
-        storage = storage + grads_stored[axes] + swapped_storage
+        storage = storage + grads_stored[first] + swapped_storage
         fits = placed_fits & (storage <= storage_limit(self.hardware, budgets)) & (spare >= 0)
         if budgets.written_nbytes_per_step is not None:
             written: Any = sum(t.written for t in model.traffic(load))
@@ -199,20 +209,17 @@ class Tables:
         return Needs(device, kept, least_host, params + states, storage, fits, load)
 
     def _place(self, rest: Floats) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
-        """Bytes of parameters and of state that `rest` bytes of host memory take, and whether that is possible."""
-        space = self.space
-        if space.params_host_fraction is None:
-            params = self.params_cum[np.maximum(0, np.searchsorted(self.params_cum, rest, side="right") - 1)]
-        else:
-            n_params = round(space.params_host_fraction * (len(self.params_cum) - 1))
-            params = np.full_like(rest, self.params_cum[n_params])
+        """Bytes of parameters and of state in `rest` bytes of host memory, and whether they are to be had."""
+        params = np.broadcast_to(
+            self.params_host[None, None, None, :], (*rest.shape[:3], len(self.params_host))
+        )
         left = rest - params
-        if space.states_host_fraction is None:
+        if self.space.states_host_fraction is None:
             states = self.states_cum[np.maximum(0, np.searchsorted(self.states_cum, left, side="right") - 1)]
         else:
-            wanted = space.states_host_fraction * self.states_cum[-1]
+            wanted = self.space.states_host_fraction * self.states_cum[-1]
             at = int(np.searchsorted(self.states_cum, wanted, side="right")) - 1
-            states = np.full_like(rest, self.states_cum[at])
+            states = np.full_like(left, self.states_cum[at])
         return params, states, params + states <= rest
 
 

@@ -108,9 +108,7 @@ def test_frozen_blocks_write_nothing_and_skip_the_gradient_of_their_weights() ->
     frozen = tuple(
         type(b)(**{**vars(b), "trainable_numel": 0, "frozen_numel": b.trainable_numel}) for b in work.blocks
     )
-    cost = CostModel(
-        type(work)(**{**vars(work), "blocks": frozen}), lohan_machine(2), SPLIT_MASTER, 4
-    )
+    cost = CostModel(type(work)(**{**vars(work), "blocks": frozen}), lohan_machine(2), SPLIT_MASTER, 4)
     forward, backward, _ = cost.traffic(load())
     assert forward.written == backward.written == 0
     block_flops = 4 * sum(b.flops_per_sample for b in work.blocks)

@@ -27,7 +27,14 @@ def rates(**changes) -> Rates:
 
 
 def op(lane: str, amount: float, *after: int, **more) -> Operation:
-    kind = {"compute": "forward", "h2d": "load", "d2h": "swap_out", "read": "fetch", "write": "spill", "cpu": "update"}
+    kind = {
+        "compute": "forward",
+        "h2d": "load",
+        "d2h": "swap_out",
+        "read": "fetch",
+        "write": "spill",
+        "cpu": "update",
+    }
     return Operation(kind[lane], lane, f"{kind[lane]} 0", amount, after, **more)
 
 
@@ -163,4 +170,6 @@ def test_each_gap_of_the_device_is_charged_to_what_ended_last() -> None:
         op("compute", 1.0, 0, 2),  # waits 4 s for the swap-out
     ]
     timeline = simulate(operations, rates())
-    assert stalls(operations, timeline, 0.0, timeline.total_s) == pytest.approx({"fetch": 3.0, "activation": 4.0})
+    assert stalls(operations, timeline, 0.0, timeline.total_s) == pytest.approx(
+        {"fetch": 3.0, "activation": 4.0}
+    )
