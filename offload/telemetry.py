@@ -1,4 +1,4 @@
-"""Counting what the device waits for, by cause."""
+"""Counting what the device waits for, by cause; spans of work on a resource."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Span:
+    """One piece of work on one resource, measured or simulated. Seconds since the beginning of the record."""
+
+    resource: str
+    name: str
+    start_s: float
+    end_s: float
 
 
 class Stalls:

@@ -1,4 +1,4 @@
-"""The `offload` command: `offload finetune`, `offload probe` and `offload doctor`."""
+"""The `offload` command: `finetune`, `plan`, `simulate`, `probe` and `doctor`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import typer
 from offload.cli import doctor as doctor_room
 from offload.cli.finetune import Interrupted, Settings, finetune
 from offload.cli.output import JsonOutput, TextOutput
+from offload.cli.plan import PlanSettings, run_plan
 from offload.cli.probe import probe_command
+from offload.cli.simulate import SimulateSettings, run_simulate
+from offload.cli.sources import BudgetTexts
 from offload.errors import ConfigError, OffloadError
 
 app = typer.Typer(
@@ -25,6 +28,7 @@ app = typer.Typer(
 )
 
 _MODEL, _MEMORY, _TRAINING, _RESULT = "Model and data", "Memory and storage", "Training", "Result"
+_MACHINE = "Machine"
 
 
 @app.command("finetune")
@@ -158,6 +162,139 @@ def finetune_command(
         max_grad_norm=max_grad_norm, seed=seed, output=output,
     )  # fmt: skip
     finetune(settings, JsonOutput(sys.stdout) if json_lines else TextOutput(sys.stderr, sys.stdout))
+
+
+_ModelSource = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="Model directory, config.json, or a shape such as 7b, 13b, 70b, 175b.",
+        rich_help_panel=_MODEL,
+    ),
+]
+_HardwareSource = Annotated[
+    str,
+    typer.Option(
+        "--hardware",
+        help="Profile of the machine: a name such as rtx4090-12ssd, or a JSON file.",
+        rich_help_panel=_MACHINE,
+    ),
+]
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="Change one figure of the profile, name=value; repeatable.", rich_help_panel=_MACHINE
+    ),
+]
+_Batch = Annotated[int, typer.Option(min=1, help="Sequences a step.", rich_help_panel=_TRAINING)]
+_Tokens = Annotated[
+    int, typer.Option("--sequence-length", min=1, help="Tokens a sequence.", rich_help_panel=_TRAINING)
+]
+_Clip = Annotated[
+    bool,
+    typer.Option(
+        "--clip",
+        help="Gradients are clipped by their global norm: every update is deferred.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+_DeviceMemory = Annotated[
+    str,
+    typer.Option(help="Device memory to use: 22GB, 95% (of the profile's) or -2GB.", rich_help_panel=_MEMORY),
+]
+_HostMemory = Annotated[
+    str,
+    typer.Option(help="Host memory to use: 64GB, 90% (of the profile's) or -8GB.", rich_help_panel=_MEMORY),
+]
+_StorageLimit = Annotated[
+    str | None,
+    typer.Option(help="Most bytes on storage. Default: what the drives hold.", rich_help_panel=_MEMORY),
+]
+_WrittenLimit = Annotated[
+    str | None,
+    typer.Option(help="Most bytes written to storage a step, to spare the drives.", rich_help_panel=_MEMORY),
+]
+_Fix = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fix",
+        help="Fix one choice of the planner, name=value; repeatable. Names: micro_batches, update, prefetch_blocks, "
+        "grad_buffers, activations, params_host_fraction and others: a wrong one lists them.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+
+
+@app.command("plan")
+def plan_command(
+    model: _ModelSource,
+    hardware: _HardwareSource,
+    batch: _Batch = 8,
+    sequence_length: _Tokens = 1024,
+    clip: _Clip = False,
+    fix: _Fix = None,
+    overrides: _Overrides = None,
+    device_memory: _DeviceMemory = "95%",
+    host_memory: _HostMemory = "90%",
+    storage_limit: _StorageLimit = None,
+    written_per_step: _WrittenLimit = None,
+    save: Annotated[
+        str | None, typer.Option(help="Write the plan here, as JSON.", rich_help_panel=_RESULT)
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="As one JSON object.", rich_help_panel=_RESULT)
+    ] = False,
+) -> None:
+    """Say before anything runs whether it fits, what a step will take, what limits it and what would help."""
+    budgets = BudgetTexts(device_memory, host_memory, storage_limit, written_per_step, clip)
+    settings = PlanSettings(
+        model=model, hardware=hardware, overrides=overrides or [], batch=batch, tokens=sequence_length,
+        budgets=budgets, fixed=fix or [], save=save, as_json=as_json,
+    )  # fmt: skip
+    run_plan(settings, sys.stdout)
+
+
+@app.command("simulate")
+def simulate_command(
+    model: _ModelSource,
+    hardware: _HardwareSource,
+    batch: _Batch = 8,
+    sequence_length: _Tokens = 1024,
+    clip: _Clip = False,
+    fix: _Fix = None,
+    overrides: _Overrides = None,
+    device_memory: _DeviceMemory = "95%",
+    host_memory: _HostMemory = "90%",
+    storage_limit: _StorageLimit = None,
+    written_per_step: _WrittenLimit = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(help="Simulate this saved plan instead of making one.", rich_help_panel=_TRAINING),
+    ] = None,
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="Whose policy: offload, or lohan as its paper describes it.", rich_help_panel=_TRAINING
+        ),
+    ] = "offload",
+    plot: Annotated[
+        str | None, typer.Option(help="Draw the timeline: FILE.png, .svg or .pdf.", rich_help_panel=_RESULT)
+    ] = None,
+    trace: Annotated[
+        str | None,
+        typer.Option(help="Write a trace for ui.perfetto.dev: FILE.json.", rich_help_panel=_RESULT),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="As one JSON object.", rich_help_panel=_RESULT)
+    ] = False,
+) -> None:
+    """Run one step of the plan in simulated time: seconds, tokens/s, TFLOPS, stalls by cause, peaks, endurance."""
+    budgets = BudgetTexts(device_memory, host_memory, storage_limit, written_per_step, clip)
+    settings = SimulateSettings(
+        model=model, hardware=hardware, overrides=overrides or [], batch=batch, tokens=sequence_length,
+        budgets=budgets, fixed=fix or [], plan=plan, policy=policy, plot=plot, trace=trace, as_json=as_json,
+    )  # fmt: skip
+    run_simulate(settings, sys.stdout)
 
 
 @app.command("doctor")

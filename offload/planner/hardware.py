@@ -43,6 +43,8 @@ class Hardware(BaseModel):
     host_memory_nbytes: int = Field(gt=0)
     matmul_flops_per_s: dict[str, float]
     """Achieved at a model's shapes, by dtype: `bfloat16`, `float32`."""
+    launch_overhead_s: float = Field(default=2e-4, ge=0)
+    """Device time of one micro-batch through one block in one direction that its FLOPs do not explain."""
     h2d_bytes_per_s: float | None = Field(default=None, gt=0)
     d2h_bytes_per_s: float | None = Field(default=None, gt=0)
     h2d_duplex_bytes_per_s: float | None = Field(default=None, gt=0)

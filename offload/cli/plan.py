@@ -1,0 +1,50 @@
+"""`offload plan`: does it fit, how long will a step take, what limits it, what would help."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from dataclasses import asdict, dataclass
+from typing import TextIO
+
+from offload.cli import sources
+from offload.planner.explain import explain
+from offload.planner.plan import Plan
+from offload.planner.report import plan_lines
+from offload.planner.search import make_plan
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What the command was told."""
+
+    model: str
+    hardware: str
+    overrides: list[str]
+    batch: int
+    tokens: int
+    budgets: sources.BudgetTexts
+    fixed: list[str]
+    save: str | None
+    as_json: bool
+
+
+def load_plan(path: str) -> Plan:
+    """A plan saved by `offload plan --save`. Raises ConfigError when it is none, OSError when it cannot be read."""
+    return Plan.from_json(pathlib.Path(path).read_text())
+
+
+def run_plan(settings: PlanSettings, out: TextIO) -> Plan:
+    """Make the plan and print it with its explanation. Raises BudgetError, with what would do, when nothing fits."""
+    machine = sources.hardware(settings.hardware, settings.overrides)
+    work = sources.workload(settings.model, settings.tokens)
+    budgets, fixed = settings.budgets.of(machine), sources.fixed_choices(settings.fixed)
+    plan = make_plan(work, machine, budgets, fixed, batch_samples=settings.batch)
+    why = explain(plan, work, machine, budgets, fixed)
+    if settings.save:
+        pathlib.Path(settings.save).write_text(plan.to_json() + "\n")
+    if settings.as_json:
+        print(json.dumps({"plan": plan.model_dump(mode="json"), "explanation": asdict(why)}), file=out)
+    else:
+        print("\n".join([*plan_lines(plan), "", *why.lines(plan)]), file=out)
+    return plan

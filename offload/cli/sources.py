@@ -1,0 +1,72 @@
+"""Where `offload plan` and `offload simulate` take models, machines and budgets from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from offload.config import parse_budget
+from offload.errors import ConfigError
+from offload.planner.hardware import Hardware
+from offload.planner.plan import Budgets
+from offload.planner.workload import Workload
+
+
+def workload(source: str, tokens_per_sample: int) -> Workload:
+    """A shape preset, a model directory or a `config.json`."""
+    from offload.profiling.workload import workload_of
+
+    return workload_of(source, tokens_per_sample)
+
+
+def hardware(source: str, overrides: list[str]) -> Hardware:
+    """A named profile or a JSON file, with `field=value` overrides."""
+    from offload.planner.hardware import load_hardware
+
+    return load_hardware(source, overrides)
+
+
+@dataclass(frozen=True)
+class BudgetTexts:
+    """Budgets as the user writes them."""
+
+    device_memory: str
+    host_memory: str
+    storage: str | None
+    written_per_step: str | None
+    clips_gradients: bool
+
+    def of(self, machine: Hardware) -> Budgets:
+        """In bytes; percentages count from what `machine` has."""
+
+        def optional(text: str | None) -> int | None:
+            return None if text is None else parse_budget(text, 0)
+
+        return Budgets(
+            device_memory_nbytes=parse_budget(self.device_memory, machine.device_memory_nbytes),
+            host_memory_nbytes=parse_budget(self.host_memory, machine.host_memory_nbytes),
+            storage_nbytes=optional(self.storage),
+            written_nbytes_per_step=optional(self.written_per_step),
+            clips_gradients=self.clips_gradients,
+        )
+
+
+def fixed_choices(texts: list[str]) -> dict[str, object]:
+    """`name=value` choices: whole numbers, fractions, true/false or words. Raises ConfigError when one has no `=`."""
+    fixed: dict[str, object] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise ConfigError(f"--fix {text!r}: write name=value, such as micro_batches=4")
+        fixed[name.strip()] = _value(value.strip())
+    return fixed
+
+
+def _value(text: str) -> object:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,275 @@
+"""Seconds of a step from bytes and FLOPs: pure arithmetic on numbers or numpy arrays. Formulas: docs/planner.md.
+
+A step is a forward phase, a backward phase and a tail that nothing hides. Each phase lasts as long as its busiest
+resource. Placement counts as spread evenly over the blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from offload.planner.hardware import Hardware
+from offload.planner.plan import StateFormat
+from offload.planner.rates import Rates, rates_of
+from offload.planner.workload import Workload
+
+RESOURCES = ("compute", "bus", "storage", "dram", "cpu")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a phase asks of each resource: FLOPs, bytes, updated parameters."""
+
+    flops: Any
+    h2d: Any
+    d2h: Any
+    read: Any
+    written: Any
+    updated: Any
+
+    def dram(self, update_dram_nbytes: int, shares_host: bool) -> Any:
+        """Bytes through DRAM: a transfer touches it once, a copy inside it twice, an update its state and gradient."""
+        copies = 2 if shares_host else 1
+        bus = copies * (self.h2d + self.d2h)
+        return self.read + self.written + bus + update_dram_nbytes * self.updated
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a choice of plan leaves to be moved and computed. Bytes are of the whole batch and all blocks; every field
+    may be a numpy array. The counts and flags are plain numbers."""
+
+    deferred_fraction: Any
+    params_host_nbytes: Any
+    states_host_nbytes: Any
+    root_states_host_nbytes: Any
+    grads_spilled_nbytes: Any
+    swapped_host_nbytes: Any
+    swapped_storage_nbytes: Any
+    recompute_flops: Any
+    micro_batches: int
+    n_slots: int
+    n_grad_buffers: int
+    boundary_on_device: bool
+    serial_update: bool = False
+    """The update's read, arithmetic and write follow each other instead of overlapping."""
+
+    def at(self, index: tuple[int, ...], shape: tuple[int, ...]) -> Load:
+        """One combination out of a load whose fields broadcast to `shape`."""
+
+        def one(value: Any) -> Any:
+            return float(np.broadcast_to(value, shape)[index]) if isinstance(value, np.ndarray) else value
+
+        values: dict[str, Any] = {name: one(value) for name, value in vars(self).items()}
+        return Load(**values)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a step and where they come from."""
+
+    step_s: Any
+    forward_s: Any
+    backward_s: Any
+    tail_s: Any
+    lower_bound_s: Any
+    forward: dict[str, Any]
+    backward: dict[str, Any]
+    traffic: tuple[Traffic, Traffic, Traffic]
+    """Of forward, backward and tail."""
+
+
+class CostModel:
+    """One workload and batch on one machine with one format of state."""
+
+    def __init__(
+        self, workload: Workload, hardware: Hardware, state_format: StateFormat, batch_samples: int
+    ) -> None:
+        self.workload = workload
+        self.hardware = hardware
+        self.format = state_format
+        self.batch = batch_samples
+        self.rates: Rates = rates_of(hardware, workload.param_nbytes)
+
+    # ---- totals of the workload ------------------------------------------------------------------------------
+
+    @cached_property
+    def trainable(self) -> int:
+        """Trainable parameters in blocks."""
+        return sum(b.trainable_numel for b in self.workload.blocks)
+
+    @cached_property
+    def frozen(self) -> int:
+        """Frozen parameters in blocks."""
+        return sum(b.frozen_numel for b in self.workload.blocks)
+
+    @cached_property
+    def slot_nbytes(self) -> tuple[int, ...]:
+        """Parameters of each block."""
+        width = self.format.param_nbytes
+        return tuple(width * (b.trainable_numel + b.frozen_numel) for b in self.workload.blocks)
+
+    @cached_property
+    def grad_nbytes(self) -> tuple[int, ...]:
+        """Gradients of each block."""
+        return tuple(self.format.grad_nbytes * b.trainable_numel for b in self.workload.blocks)
+
+    @cached_property
+    def state_nbytes(self) -> tuple[int, ...]:
+        """Optimizer state of each block, without the parameter."""
+        return tuple(self.format.state_nbytes * b.trainable_numel for b in self.workload.blocks)
+
+    @cached_property
+    def input_nbytes(self) -> int:
+        """Inputs of all blocks, whole batch."""
+        return self.batch * sum(b.input_nbytes_per_sample for b in self.workload.blocks)
+
+    @cached_property
+    def update_dram_nbytes(self) -> int:
+        """DRAM bytes of one parameter's update: state in and out, parameter in (where needed) and out, gradient in."""
+        f = self.format
+        return 2 * f.state_nbytes + f.param_nbytes * (1 + f.update_reads_param) + f.grad_nbytes
+
+    @cached_property
+    def forward_flops(self) -> float:
+        """One batch forward, root included."""
+        return self.batch * (
+            sum(b.flops_per_sample for b in self.workload.blocks) + self.workload.root_flops_per_sample
+        )
+
+    @cached_property
+    def backward_flops(self) -> float:
+        """One batch backward without recomputation: gradients by input, and by weight where weights train."""
+        total = 2 * self.workload.root_flops_per_sample
+        for block in self.workload.blocks:
+            numel = block.trainable_numel + block.frozen_numel
+            total += block.flops_per_sample * (1 + (block.trainable_numel / numel if numel else 1))
+        return self.batch * total
+
+    # ---- traffic ---------------------------------------------------------------------------------------------
+
+    def traffic(self, load: Load) -> tuple[Traffic, Traffic, Traffic]:
+        """Forward, backward and tail of a step."""
+        f, n_blocks = self.format, max(1, len(self.workload.blocks))
+        late, early = load.deferred_fraction, 1 - load.deferred_fraction
+        on_bus = 0 if self.rates.shares_host else 1
+        params = sum(self.slot_nbytes)
+        stored = 1 - load.params_host_nbytes / max(1, params)
+        trainable_params = f.param_nbytes * self.trainable
+        states = sum(self.state_nbytes) - load.states_host_nbytes
+        fetched = 1 - min(1.0, load.n_slots / n_blocks)
+        """Blocks in slots at a turn are not fetched again."""
+        fetched_forward = fetched if self.rates.shares_host else 1.0
+        separate = np.where((late > 0) & (late < 1), late, 0.0)
+        """Where only some updates are deferred they run in the background, and the fetch reads their result."""
+        updated_params = trainable_params if f.update_reads_param else 0
+        boundary = 0 if load.boundary_on_device else self.input_nbytes
+        swapped = load.swapped_host_nbytes + load.swapped_storage_nbytes
+        copied = load.swapped_storage_nbytes if self.rates.shares_host else swapped
+        written_back = trainable_params * stored + states
+        forward = Traffic(
+            flops=self.forward_flops,
+            h2d=on_bus * (params + boundary),
+            d2h=copied,
+            read=(early + separate) * stored * params * fetched_forward
+            + late * (stored * (updated_params + f.param_nbytes * self.frozen) * fetched_forward + states)
+            + load.grads_spilled_nbytes,
+            written=load.swapped_storage_nbytes + late * written_back,
+            updated=late * self.trainable,
+        )
+        backward = Traffic(
+            flops=self.backward_flops + load.recompute_flops,
+            h2d=on_bus * (params * fetched + boundary) + copied,
+            d2h=on_bus * (sum(self.grad_nbytes) + boundary),
+            read=stored * params * fetched + load.swapped_storage_nbytes + early * states,
+            written=early * written_back + load.grads_spilled_nbytes,
+            updated=early * self.trainable,
+        )
+        root = self.workload.root_trainable_numel
+        root_states = f.state_nbytes * root - load.root_states_host_nbytes
+        tail = Traffic(
+            flops=0.0,
+            h2d=on_bus * f.param_nbytes * root,
+            d2h=on_bus * f.grad_nbytes * root,
+            read=root_states,
+            written=root_states,
+            updated=root,
+        )
+        return forward, backward, tail
+
+    def seconds(self, traffic: Traffic) -> dict[str, Any]:
+        """Each resource's time for `traffic` as if it were alone."""
+        rates = self.rates
+        storage: Any = 0.0 * (traffic.read + traffic.written)
+        if rates.storage is not None:
+            storage = rates.storage.seconds(traffic.read, traffic.written)
+        return {
+            "compute": traffic.flops / rates.flops_per_s,
+            "bus": rates.bus.seconds(traffic.h2d, traffic.d2h),
+            "storage": storage,
+            "dram": traffic.dram(self.update_dram_nbytes, rates.shares_host) / rates.dram_bytes_per_s,
+            "cpu": traffic.updated / rates.adam_params_per_s,
+        }
+
+    def _phase(self, seconds: dict[str, Any], load: Load, exposed_s: Any) -> Any:
+        """Duration of a phase: its busiest resource, with what this choice does not overlap added up. `exposed_s` is
+        what the device waits for or does beside its FLOPs."""
+        compute = seconds["compute"] + (seconds["cpu"] if self.rates.shares_host else 0.0)
+        update = seconds["cpu"] + seconds["storage"] if load.serial_update else seconds["cpu"]
+        phase = np.maximum(np.maximum(compute + exposed_s, seconds["bus"]), seconds["storage"])
+        return np.maximum(np.maximum(phase, seconds["dram"]), update)
+
+    def cost(self, load: Load) -> Cost:
+        """Seconds of a step under `load`."""
+        forward_traffic, backward_traffic, tail_traffic = self.traffic(load)
+        forward, backward = self.seconds(forward_traffic), self.seconds(backward_traffic)
+        tail = self.seconds(tail_traffic)
+        n_blocks = max(1, len(self.workload.blocks))
+        one_update_s = self._one_update_s(load) if self.workload.blocks else 0.0
+        exposed_s: Any = (1 - load.deferred_fraction) * one_update_s
+        if load.n_grad_buffers < 2:
+            exposed_s = exposed_s + (
+                np.maximum(backward["storage"], backward["cpu"])
+                if self.rates.shares_host
+                else sum(self.grad_nbytes) / self.rates.bus.d2h * (1 - 1 / n_blocks)
+            )
+        launches_s = n_blocks * load.micro_batches * self.hardware.launch_overhead_s
+        forward_s = self._phase(forward, load, launches_s + load.deferred_fraction * one_update_s)
+        backward_s = self._phase(backward, load, exposed_s + launches_s)
+        tail_s = (
+            tail_traffic.d2h / self.rates.bus.d2h
+            + np.maximum(tail["storage"], tail["cpu"])
+            + tail_traffic.h2d / self.rates.bus.h2d
+            + self.hardware.step_overhead_s
+        )
+        whole = [forward[name] + backward[name] + tail[name] for name in RESOURCES]
+        lower_bound = whole[0]
+        for value in whole[1:]:
+            lower_bound = np.maximum(lower_bound, value)
+        return Cost(
+            step_s=forward_s + backward_s + tail_s,
+            forward_s=forward_s,
+            backward_s=backward_s,
+            tail_s=tail_s,
+            lower_bound_s=lower_bound,
+            forward=forward,
+            backward=backward,
+            traffic=(forward_traffic, backward_traffic, tail_traffic),
+        )
+
+    def _one_update_s(self, load: Load) -> Any:
+        """One block's update from its gradients to its new parameters. The next forward waits for that of the block
+        which backward leaves last; with deferred updates the first block waits for its own."""
+        n_blocks = len(self.workload.blocks)
+        states = (sum(self.state_nbytes) - load.states_host_nbytes) / n_blocks
+        read_s: Any = 0.0
+        if self.rates.storage is not None:
+            read_s = states / self.rates.storage.read
+        bus_s = 0.0
+        if not self.rates.shares_host:
+            bus_s = sum(self.grad_nbytes) / n_blocks / self.rates.bus.d2h
+        return bus_s + np.maximum(read_s, self.trainable / n_blocks / self.rates.adam_params_per_s)

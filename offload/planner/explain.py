@@ -1,0 +1,224 @@
+"""Why a plan is as it is: the binding limit, what one more GB or drive would bring, and what would make a plan fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from offload.errors import ConfigError
+from offload.planner.hardware import Hardware
+from offload.planner.memory import Shape, device_need, host_need
+from offload.planner.plan import Budgets, Plan
+from offload.planner.points import Search, shapes
+from offload.planner.tables import storage_limit
+from offload.planner.workload import Workload
+
+GB = 10**9
+LIMITS = {
+    "compute": "the device's arithmetic",
+    "bus": "the bus between host and device",
+    "storage": "the drives",
+    "dram": "the bandwidth of DRAM",
+    "cpu": "the update on the CPU",
+}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Seconds a step would gain from a little more of each resource (0: nothing)."""
+
+    binding: str
+    one_more_gb_device_s: float
+    one_more_gb_host_s: float
+    one_more_drive_s: float | None
+    """None without drives."""
+    endurance_steps: float | None
+    """Steps until the drives have taken all the writes their makers allow."""
+
+    def lines(self, plan: Plan) -> list[str]:
+        """In words."""
+        if plan.predicted is None:
+            return []
+        gains = {
+            "one more GB of device memory": self.one_more_gb_device_s,
+            "one more GB of host memory": self.one_more_gb_host_s,
+        }
+        if self.one_more_drive_s is not None:
+            gains["one more drive like the first"] = self.one_more_drive_s
+        step_s = plan.predicted.step_s
+        text = [f"The step is bound by {LIMITS[self.binding]}."]
+        for what, gain_s in gains.items():
+            brings = "nothing" if gain_s < 5e-4 * step_s else f"{gain_s:.2f} s a step ({gain_s / step_s:.1%})"
+            text.append(f"{what[0].upper()}{what[1:]} would bring {brings}.")
+        if self.endurance_steps is not None:
+            text.append(
+                f"It writes {plan.predicted.bytes['written'] / GB:.1f} GB a step: the drives' endurance lasts "
+                f"{self.endurance_steps:,.0f} steps."
+            )
+        return text
+
+
+def explain(
+    plan: Plan,
+    workload: Workload,
+    hardware: Hardware,
+    budgets: Budgets,
+    fixed: Mapping[str, Any] | None = None,
+) -> Explanation:
+    """Plan again with one more GB of each memory and one more drive. `fixed` as it was given to `make_plan`."""
+    fixed = fixed or {}
+
+    def step_s(machine: Hardware, allowed: Budgets) -> float:
+        chosen = Search(workload, machine, allowed, fixed, plan.batch_samples).best(allowed)
+        return float("inf") if chosen is None else chosen.step_s
+
+    now_s = step_s(hardware, budgets)
+    search = Search(workload, hardware, budgets, fixed, plan.batch_samples)
+
+    def gain(allowed: Budgets) -> float:
+        chosen = search.best(allowed)
+        return 0.0 if chosen is None else max(0.0, now_s - chosen.step_s)
+
+    drive_s = None
+    if hardware.drives:
+        wider = hardware.model_copy(update={"drives": (*hardware.drives, hardware.drives[0])})
+        drive_s = max(0.0, now_s - step_s(wider, budgets))
+    written = plan.predicted.bytes["written"] if plan.predicted else 0.0
+    known = [d.endurance_nbytes for d in hardware.drives if d.endurance_nbytes is not None]
+    return Explanation(
+        binding=plan.predicted.binding if plan.predicted else "compute",
+        one_more_gb_device_s=gain(replace(budgets, device_memory_nbytes=budgets.device_memory_nbytes + GB)),
+        one_more_gb_host_s=gain(replace(budgets, host_memory_nbytes=budgets.host_memory_nbytes + GB)),
+        one_more_drive_s=drive_s,
+        endurance_steps=min(known) * len(hardware.drives) / written if known and written else None,
+    )
+
+
+@dataclass(frozen=True)
+class LowerBounds:
+    """Below these no plan exists, whatever the other budgets are. Bytes."""
+
+    device_memory_nbytes: int
+    host_memory_nbytes: int
+
+
+def lower_bounds(search: Search) -> LowerBounds:
+    """Least device and least host memory over all shapes; without drives, host memory holds all state."""
+    model, space = search.model, search.space
+    everything = list(shapes(space))
+    device = min(device_need(model.workload, model.format, model.batch, shape).total for shape in everything)
+    host = min(_least_host(search, shape, 0) for shape in everything)
+    return LowerBounds(device, host)
+
+
+def _least_host(search: Search, shape: Shape, staging_nbytes: int) -> int:
+    """Host memory below which this shape cannot run, device memory unlimited."""
+    model = search.model
+    has_storage = model.rates.storage is not None
+    need = host_need(
+        model.workload,
+        model.format,
+        model.batch,
+        shape,
+        staging_nbytes=staging_nbytes,
+        shares_host=model.rates.shares_host,
+        has_storage=has_storage,
+    )
+    if not has_storage:
+        need += int(search.tables.params_cum[-1] + search.tables.states_cum[-1])
+        need += min(
+            sum(model.grad_nbytes) if count == len(model.grad_nbytes) else 0
+            for count in search.space.deferred_blocks
+        )
+    return need
+
+
+def _smallest(search: Search, with_value: Callable[[int], Budgets], start: int, stop: int) -> int | None:
+    """Smallest value of one budget, to 1 in 1,000, with which something fits; None if `stop` does not do."""
+    if not search.fits(with_value(stop)):
+        return None
+    low, high = start, stop
+    while high - low > max(1, high // 1000):
+        middle = (low + high) // 2
+        if search.fits(with_value(middle)):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def why_not(search: Search, budgets: Budgets) -> str:
+    """The message of a BudgetError: what is lacking, and the nearest single changes that would do."""
+    model, workload = search.model, search.workload
+    everything = int(search.tables.params_cum[-1] + search.tables.states_cum[-1]) + sum(model.grad_nbytes)
+    everything += model.batch * sum(
+        b.input_nbytes_per_sample + sum(t.nbytes_per_sample for t in b.saved) for b in workload.blocks
+    )
+    ceiling = 4 * everything + 64 * GB
+    changes = []
+    device, host, written = (
+        budgets.device_memory_nbytes,
+        budgets.host_memory_nbytes,
+        budgets.written_nbytes_per_step,
+    )
+    needed = _smallest(search, lambda n: replace(budgets, device_memory_nbytes=n), device, ceiling)
+    if needed is not None:
+        changes.append(f"device_memory='{_up(needed)}' (now {_now(device)})")
+    needed = _smallest(search, lambda n: replace(budgets, host_memory_nbytes=n), host, ceiling)
+    if needed is not None:
+        changes.append(f"host_memory='{_up(needed)}' (now {_now(host)})")
+    if written is not None:
+        needed = _smallest(search, lambda n: replace(budgets, written_nbytes_per_step=n), written, ceiling)
+        if needed is not None:
+            changes.append(f"{_up(needed)} written a step (now {_now(written)})")
+    limit = storage_limit(search.hardware, budgets)
+    if search.hardware.drives and np.isfinite(limit):
+        wider = search.without_capacity()
+        needed = _smallest(wider, lambda n: replace(budgets, storage_nbytes=n), int(limit), ceiling)
+        if needed is not None:
+            changes.append(f"{_up(needed)} of storage (now {_now(limit)})")
+    if not search.hardware.drives:
+        changes.append("storage=[directory on an SSD]")
+    smaller = _smaller_batch(search, budgets)
+    if smaller:
+        changes.append(f"a batch of {smaller} instead of {model.batch} samples")
+    bounds = lower_bounds(search)
+    text = (
+        f"{workload.name} with {model.batch} samples of {workload.tokens_per_sample} tokens does not fit on "
+        f"{search.hardware.name}. "
+    )
+    if changes:
+        text += "Any one of these would do: " + "; ".join(changes) + "."
+    else:
+        text += "No single change is enough."
+    return text + (
+        f" No plan exists below {_now(bounds.device_memory_nbytes)} of device memory or "
+        f"{_now(bounds.host_memory_nbytes)} of host memory."
+    )
+
+
+def _up(nbytes: int) -> str:
+    """In the budget grammar, rounded up so that what is said does fit."""
+    unit, name = (GB, "GB") if nbytes >= GB else (10**6, "MB")
+    return f"{-(-nbytes * 100 // unit) / 100:.2f}{name}"
+
+
+def _now(nbytes: float) -> str:
+    return f"{nbytes / GB:.2f} GB" if nbytes >= GB else f"{nbytes / 1e6:.2f} MB"
+
+
+def _smaller_batch(search: Search, budgets: Budgets) -> int | None:
+    """Largest half, quarter, ... of the batch that fits."""
+    batch = search.model.batch // 2
+    while batch:
+        try:
+            smaller = search.with_batch(batch)
+        except ConfigError:
+            return None
+        if smaller.fits(budgets):
+            return batch
+        batch //= 2
+    return None

@@ -1,0 +1,96 @@
+"""Bytes of device and host memory that a choice needs before anything is kept there by choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from offload.planner.plan import StateFormat
+from offload.planner.workload import Workload
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The choices that set the working memory."""
+
+    micro_batches: int
+    n_slots: int
+    n_grad_buffers: int
+    boundary_on_device: bool
+
+
+@dataclass(frozen=True)
+class DeviceNeed:
+    """Device memory by use, in bytes."""
+
+    root: int
+    slots: int
+    grad_buffers: int
+    working: int
+    """Tensors of the micro-batch that computes, and of the one that is being swapped."""
+    boundary: int
+    """What flows between blocks, and its gradient."""
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.root + self.slots + self.grad_buffers + self.working + self.boundary + self.logits
+
+
+def samples_of_micro_batch(batch_samples: int, micro_batches: int) -> int:
+    """Samples of the largest micro-batch."""
+    return -(-batch_samples // micro_batches)
+
+
+def device_need(workload: Workload, state: StateFormat, batch_samples: int, shape: Shape) -> DeviceNeed:
+    """Root with its gradients, slots, gradient buffers, two micro-batches of the largest block's tensors (one
+    computing, one in transfer) with two temporaries, the boundary, and logits with their gradient for one sample."""
+    samples = samples_of_micro_batch(batch_samples, shape.micro_batches)
+    blocks = workload.blocks
+    slot = max((state.param_nbytes * (b.trainable_numel + b.frozen_numel) for b in blocks), default=0)
+    grad = max((state.grad_nbytes * b.trainable_numel for b in blocks), default=0)
+    tensors = max((micro_nbytes_per_sample(workload, i) for i in range(len(blocks))), default=0)
+    largest = max((t.nbytes_per_sample for b in blocks for t in b.saved), default=0)
+    widest = max((b.input_nbytes_per_sample for b in blocks), default=0)
+    root_numel = workload.root_trainable_numel + workload.root_frozen_numel
+    return DeviceNeed(
+        root=state.param_nbytes * root_numel + state.grad_nbytes * workload.root_trainable_numel,
+        slots=shape.n_slots * slot,
+        grad_buffers=shape.n_grad_buffers * grad,
+        working=samples * (2 * tensors + 2 * largest),
+        boundary=2 * widest * (batch_samples if shape.boundary_on_device else samples),
+        logits=2 * workload.logits_nbytes_per_sample,
+    )
+
+
+def micro_nbytes_per_sample(workload: Workload, index: int) -> int:
+    """All tensors of one block that backward needs, input included."""
+    block = workload.blocks[index]
+    return block.input_nbytes_per_sample + sum(t.nbytes_per_sample for t in block.saved)
+
+
+def host_need(
+    workload: Workload,
+    state: StateFormat,
+    batch_samples: int,
+    shape: Shape,
+    *,
+    staging_nbytes: int,
+    shares_host: bool,
+    has_storage: bool,
+) -> int:
+    """Host memory for staging: the update pipeline's, two fetched blocks and two planes of gradients on their way over
+    the bus, two micro-batches of tensors on their way to storage, and the boundary where it is not on the device."""
+    blocks = workload.blocks
+    samples = samples_of_micro_batch(batch_samples, shape.micro_batches)
+    need = staging_nbytes
+    if not shares_host:
+        slot = max((state.param_nbytes * (b.trainable_numel + b.frozen_numel) for b in blocks), default=0)
+        grad = max((state.grad_nbytes * b.trainable_numel for b in blocks), default=0)
+        need += 2 * grad + (2 * slot if has_storage else 0)
+    if has_storage:
+        widest = max((micro_nbytes_per_sample(workload, i) for i in range(len(blocks))), default=0)
+        need += 2 * samples * widest
+    if not shape.boundary_on_device:
+        need += 2 * batch_samples * max((b.input_nbytes_per_sample for b in blocks), default=0)
+    return need

@@ -1,0 +1,177 @@
+"""The plan: every choice the executor needs, and what the planner expects of it. JSON in and out; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from offload.errors import ConfigError
+from offload.planner.workload import Workload
+
+Outcome = Literal["device", "host", "storage", "recompute"]
+"""What becomes of a tensor that backward needs: kept on the device, swapped out to a tier, or computed again."""
+
+INPUT = "input"
+"""Name of a block's input among its tensors. It can be kept or swapped out, never recomputed."""
+
+
+class StateFormat(BaseModel):
+    """Bytes a trainable parameter costs. `update_*` is what its AdamW update reads and writes beside the parameter."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    param_nbytes: int = Field(gt=0)
+    """What forward and backward read, and the update writes."""
+    state_nbytes: int = Field(gt=0)
+    """The rest: master (or its low half), exp_avg, exp_avg_sq. Read and written once by each update."""
+    grad_nbytes: int = Field(gt=0)
+    """One gradient in its buffer and over the bus."""
+    update_reads_param: bool
+    """Whether the update needs the parameter itself (half of a split master). It then costs no read in backward mode,
+    the parameter being in memory, and serves forward as well in deferred mode."""
+
+    @property
+    def stored_nbytes(self) -> int:
+        """All of it, as it lies in the store."""
+        return self.param_nbytes + self.state_nbytes
+
+
+SPLIT_MASTER = StateFormat(
+    name="split master", param_nbytes=2, state_nbytes=10, grad_nbytes=4, update_reads_param=True
+)
+"""bf16 computing, DESIGN.md section 4: hi 2, lo 2, exp_avg 4, exp_avg_sq 4; gradients in fp32."""
+FULL_MASTER = StateFormat(
+    name="bf16 copy and fp32 master", param_nbytes=2, state_nbytes=12, grad_nbytes=2, update_reads_param=False
+)
+"""The usual mixed-precision AdamW (ZeRO, LoHan): 14 bytes stored, 16 read and 14 written a step."""
+FP32 = StateFormat(name="fp32", param_nbytes=4, state_nbytes=8, grad_nbytes=4, update_reads_param=True)
+"""fp32 computing: the parameter is the master."""
+
+
+def state_format_of(workload: Workload) -> StateFormat:
+    """The format this library uses for a model computed with `workload.param_nbytes` bytes a parameter."""
+    return FP32 if workload.param_nbytes == 4 else SPLIT_MASTER
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What a run may use. None means no limit of its own (storage: the drives' capacity where it is known).
+
+    `staging_nbytes` is host memory the update pipeline needs in any case. `clips_gradients` says that the update must
+    wait for the global gradient norm, which makes every update deferred.
+    """
+
+    device_memory_nbytes: int
+    host_memory_nbytes: int
+    storage_nbytes: int | None = None
+    written_nbytes_per_step: int | None = None
+    staging_nbytes: int = 4 * (1 << 18) * 14
+    clips_gradients: bool = False
+
+
+class Prediction(BaseModel):
+    """What the cost model expects of one steady step."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step_s: float
+    forward_s: float
+    backward_s: float
+    tail_s: float
+    """The end that nothing hides: the root's update, the last block's update, the machine's fixed overhead."""
+    lower_bound_s: float
+    """The busiest resource alone, over the whole step."""
+    tokens_per_s: float
+    model_flops: float
+    """Of one step: forward and twice forward, without recomputation."""
+    hardware_flops: float
+    """With recomputation."""
+    forward_seconds: dict[str, float]
+    """By resource, each as if it were alone: compute, bus, storage, dram, cpu."""
+    backward_seconds: dict[str, float]
+    bytes: dict[str, float]
+    """Of one step: read and written (storage), h2d and d2h (bus), dram."""
+    peak_nbytes: dict[str, int]
+    """By tier: device, host, storage."""
+    binding: str
+    """The resource that makes most of the step: compute, bus, storage, dram or cpu."""
+
+    @property
+    def model_tflops(self) -> float:
+        """Model FLOPs a second, in 10^12."""
+        return self.model_flops / self.step_s / 1e12
+
+    @property
+    def hardware_tflops(self) -> float:
+        """FLOPs a second with recomputation, in 10^12."""
+        return self.hardware_flops / self.step_s / 1e12
+
+
+class Plan(BaseModel):
+    """Placement, micro-batches, activation policy, window and update mode for one workload on one machine."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    hardware: str
+    policy: str = "offload"
+    batch_samples: int = Field(ge=1)
+    tokens_per_sample: int = Field(ge=1)
+    state_format: StateFormat
+    micro_batches: int = Field(ge=1)
+    n_slots: int = Field(ge=1)
+    """Blocks whose parameters are on the device at once; one computes, the others are the prefetch window."""
+    n_grad_buffers: int = Field(ge=1)
+    boundary_on_device: bool
+    """Whether what flows from block to block (all micro-batches of it) stays on the device between blocks."""
+    deferred_blocks: tuple[int, ...]
+    """Blocks whose update runs ahead of their next forward; the others are updated during backward."""
+    params_in_host: tuple[bool, ...]
+    grads_in_host: tuple[bool, ...]
+    """Where a deferred block's gradients wait: in host memory, else on storage."""
+    states_in_host: tuple[float, ...]
+    """Fraction of each block's optimizer state in host memory; the last entry is the root's."""
+    activations: tuple[dict[str, Outcome], ...]
+    """Per block: outcome by tensor name; `input` is the block's input."""
+    update_pieces: int = Field(default=16, ge=1)
+    """In how many pieces the simulator cuts a block's update. The real pipeline's chunks are finer still."""
+    update_buffers: int = Field(default=4, ge=1)
+    """Pieces in flight at once. 1: read, update and write of a piece follow each other."""
+    predicted: Prediction | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def update(self) -> str:
+        """`backward`, `deferred`, or `mixed` where some blocks do the one and some the other."""
+        if not self.deferred_blocks:
+            return "backward"
+        return "deferred" if len(self.deferred_blocks) == len(self.activations) else "mixed"
+
+    @property
+    def prefetch_blocks(self) -> int:
+        """Blocks fetched ahead of the one that computes."""
+        return self.n_slots - 1
+
+    def fraction_in_host(self, kind: Literal["params", "grads", "states"]) -> float:
+        """Share of the blocks' state of this kind that host memory holds (each block counts the same)."""
+        values: tuple[float, ...] = {
+            "params": self.params_in_host,
+            "grads": self.grads_in_host,
+            "states": self.states_in_host[:-1],
+        }[kind]
+        return sum(values) / len(values) if values else 0.0
+
+    def to_json(self) -> str:
+        """Text that `from_json` turns into an equal plan."""
+        return self.model_dump_json(indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a saved plan. Raises ConfigError when it is none."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise ConfigError(f"this is no saved plan: {error}") from error

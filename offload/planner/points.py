@@ -1,0 +1,120 @@
+"""The search itself: every point of the space, and the fastest that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from offload.errors import ConfigError
+from offload.planner.cost_model import CostModel
+from offload.planner.hardware import Hardware
+from offload.planner.memory import Shape
+from offload.planner.plan import Budgets, state_format_of
+from offload.planner.space import Space, space_of
+from offload.planner.tables import Needs, Tables
+from offload.planner.workload import Workload
+
+TIE = 1e-9
+"""Steps that differ by less than this fraction count as equally long: then the plan that writes less is taken."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One point of the space: a shape and an index into its tables."""
+
+    shape: Shape
+    index: tuple[int, ...]
+    step_s: float
+    rank: tuple[float, ...]
+    """Among equals the smallest: bytes written, micro-batches, buffers, distance from a window of three slots."""
+
+
+def shapes(space: Space) -> Iterator[Shape]:
+    """Every combination that sets the working memory."""
+    for micro_batches in space.micro_batches:
+        for n_slots in space.n_slots:
+            for n_grad_buffers in space.n_grad_buffers:
+                for boundary in space.boundary_on_device:
+                    yield Shape(micro_batches, n_slots, n_grad_buffers, boundary)
+
+
+class Search:
+    """One workload, machine, batch and set of fixed choices; budgets may vary from call to call."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        hardware: Hardware,
+        budgets: Budgets,
+        fixed: Mapping[str, Any],
+        batch_samples: int,
+    ) -> None:
+        if not workload.blocks:
+            raise ConfigError(f"model {workload.name} has no blocks: there is nothing to stream")
+        if batch_samples < 1:
+            raise ConfigError(f"batch_samples={batch_samples} must be 1 or more")
+        self.workload = workload
+        self.hardware = hardware
+        self._again = (budgets, fixed)
+        self.space = space_of(workload, budgets, fixed, batch_samples, hardware.shares_host)
+        self.model = CostModel(workload, hardware, state_format_of(workload), batch_samples)
+        self.tables = Tables(self.model, hardware, self.space)
+
+    def with_batch(self, batch_samples: int) -> Search:
+        """The same search for another batch. Raises ConfigError when a fixed choice forbids it."""
+        return Search(self.workload, self.hardware, *self._again, batch_samples)
+
+    def without_capacity(self) -> Search:
+        """The same search on drives of unlimited capacity."""
+        drives = tuple(d.model_copy(update={"capacity_nbytes": None}) for d in self.hardware.drives)
+        hardware = self.hardware.model_copy(update={"drives": drives})
+        return Search(self.workload, hardware, *self._again, self.model.batch)
+
+    def shapes_that_fit(self, budgets: Budgets) -> Iterator[Shape]:
+        """Shapes whose working memory the device can hold."""
+        for shape in shapes(self.space):
+            if self.tables.device_nbytes(shape) <= budgets.device_memory_nbytes:
+                yield shape
+
+    def fits(self, budgets: Budgets) -> bool:
+        """Whether any plan keeps to these budgets."""
+        return any(self.tables.needs(shape, budgets).fits.any() for shape in self.shapes_that_fit(budgets))
+
+    def best(self, budgets: Budgets) -> Chosen | None:
+        """The fastest point that fits, or None."""
+        best: Chosen | None = None
+        for shape in self.shapes_that_fit(budgets):
+            needs = self.tables.needs(shape, budgets)
+            if not needs.fits.any():
+                continue
+            found = self._best_of(shape, needs)
+            if best is None or _better(found, best):
+                best = found
+        return best
+
+    def _best_of(self, shape: Shape, needs: Needs) -> Chosen:
+        step_s = np.where(
+            needs.fits, np.broadcast_to(self.model.cost(needs.load).step_s, needs.fits.shape), np.inf
+        )
+        least = float(step_s.min())
+        written: Any = sum(t.written for t in self.model.traffic(needs.load))
+        written = np.where(step_s <= least * (1 + TIE), np.broadcast_to(written, needs.fits.shape), np.inf)
+        index = tuple(int(i) for i in np.unravel_index(int(written.argmin()), written.shape))
+        rank = (
+            float(written[index]),
+            shape.micro_batches,
+            -shape.n_grad_buffers,
+            abs(shape.n_slots - 3),
+            not shape.boundary_on_device,
+        )
+        return Chosen(shape, index, float(step_s[index]), rank)
+
+
+def _better(found: Chosen, best: Chosen) -> bool:
+    """Shorter, or as long and of better rank."""
+    if found.step_s < best.step_s * (1 - TIE):
+        return True
+    return found.step_s <= best.step_s * (1 + TIE) and found.rank < best.rank

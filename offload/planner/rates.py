@@ -1,0 +1,128 @@
+"""What a machine's figures say together: storage as one resource, the two directions of the bus, the shared DRAM."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from offload.errors import ConfigError
+from offload.planner.hardware import Drive, Hardware
+
+
+@dataclass(frozen=True)
+class StorageRates:
+    """All drives striped evenly, so the slowest sets the pace. Rates in bytes/s.
+
+    `drive_*` is what the drives do, `read`/`write` what a shared link lets through. `capacity` is how much drive time
+    there is in a second when reads and writes mix: 1 where their seconds add, up to 2 where both run at full rate.
+    """
+
+    drive_read: float
+    drive_write: float
+    read: float
+    write: float
+    capacity: float
+
+    def seconds(self, read_nbytes: Any, written_nbytes: Any) -> Any:
+        """Time to read and write so many bytes, overlapped as far as the drives allow."""
+        drive = read_nbytes / self.drive_read + written_nbytes / self.drive_write
+        alone = np.maximum(read_nbytes / self.read, written_nbytes / self.write)
+        return np.maximum(alone, drive / self.capacity)
+
+    def mixed(self) -> tuple[float, float]:
+        """Fractions of `read` and `write` that a read and a write get while both run: equal drive time each, and
+        what a slow link leaves unused goes to the other."""
+        half = self.capacity / 2
+        read_share = min(half, self.read / self.drive_read)
+        write_share = min(half, self.write / self.drive_write)
+        read_share = min(self.read / self.drive_read, max(read_share, self.capacity - write_share))
+        write_share = min(self.write / self.drive_write, max(write_share, self.capacity - read_share))
+        return read_share * self.drive_read / self.read, write_share * self.drive_write / self.write
+
+
+@dataclass(frozen=True)
+class BusRates:
+    """Bytes/s between host and device, alone and while the other direction is busy."""
+
+    h2d: float
+    d2h: float
+    h2d_duplex: float
+    d2h_duplex: float
+
+    def seconds(self, h2d_nbytes: Any, d2h_nbytes: Any) -> Any:
+        """Both directions started together: duplex rates until the shorter one is done, then the other alone."""
+        both = np.minimum(h2d_nbytes / self.h2d_duplex, d2h_nbytes / self.d2h_duplex)
+        return both + (
+            np.maximum(0.0, h2d_nbytes - both * self.h2d_duplex) / self.h2d
+            + np.maximum(0.0, d2h_nbytes - both * self.d2h_duplex) / self.d2h
+        )
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Everything the cost model and the simulator divide by."""
+
+    flops_per_s: float
+    bus: BusRates
+    storage: StorageRates | None
+    dram_bytes_per_s: float
+    adam_params_per_s: float
+    shares_host: bool
+    """The device tier is DRAM: nothing crosses a bus, and computing and updating share the cores."""
+
+
+def _capacity(drive: Drive) -> float:
+    """Drive seconds in a second of mixed traffic: equal parts of read and write at `mixed_bytes_per_s` altogether."""
+    if drive.mixed_bytes_per_s is None:
+        return 1.0
+    each = drive.mixed_bytes_per_s / 2
+    return min(2.0, each / drive.read_bytes_per_s + each / drive.write_bytes_per_s)
+
+
+def storage_rates(hardware: Hardware) -> StorageRates | None:
+    """The drives together; None without drives."""
+    drives = hardware.drives
+    if not drives:
+        return None
+    read = len(drives) * min(d.read_bytes_per_s for d in drives)
+    write = len(drives) * min(d.write_bytes_per_s for d in drives)
+    capacity = min(_capacity(d) for d in drives)
+    if hardware.storage_mixed_bytes_per_s is not None:
+        capacity = min(capacity, hardware.storage_mixed_bytes_per_s / 2 * (1 / read + 1 / write))
+    return StorageRates(
+        drive_read=read,
+        drive_write=write,
+        read=min(read, hardware.storage_read_bytes_per_s or read),
+        write=min(write, hardware.storage_write_bytes_per_s or write),
+        capacity=capacity,
+    )
+
+
+def rates_of(hardware: Hardware, param_nbytes: int) -> Rates:
+    """Rates for a model computed with parameters of `param_nbytes`. Raises ConfigError when the profile lacks one."""
+    dtype = "float32" if param_nbytes == 4 else "bfloat16"
+    if dtype not in hardware.matmul_flops_per_s:
+        raise ConfigError(
+            f"hardware profile {hardware.name} has no matmul rate for {dtype}, only for "
+            f"{', '.join(sorted(hardware.matmul_flops_per_s)) or 'nothing'}: add matmul_flops_per_s.{dtype}"
+        )
+    copy = hardware.dram_bytes_per_s / 2
+    h2d, d2h = hardware.h2d_bytes_per_s, hardware.d2h_bytes_per_s
+    if not hardware.shares_host and (h2d is None or d2h is None):
+        raise ConfigError(
+            f"hardware profile {hardware.name} has a device of its own but no bus: "
+            "give h2d_bytes_per_s and d2h_bytes_per_s"
+        )
+    h2d, d2h = h2d or copy, d2h or copy
+    return Rates(
+        flops_per_s=hardware.matmul_flops_per_s[dtype],
+        bus=BusRates(
+            h2d, d2h, hardware.h2d_duplex_bytes_per_s or h2d, hardware.d2h_duplex_bytes_per_s or d2h
+        ),
+        storage=storage_rates(hardware),
+        dram_bytes_per_s=hardware.dram_bytes_per_s,
+        adam_params_per_s=hardware.adam_params_per_s,
+        shares_host=hardware.shares_host,
+    )

@@ -1,0 +1,262 @@
+"""For one shape of working memory: every combination of the other choices as numpy arrays, with what each needs.
+
+Axes: update mode with the share of waiting gradients in host memory, saved set, share of swapped units in host memory,
+share of parameters in host memory. What host memory is left then goes to optimizer state. With all but the budget
+fixed, a larger budget leaves less to be moved in every phase, so it cannot make a step longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from offload.planner.activations import Candidates, candidates, spread, spread_order, unit_order
+from offload.planner.cost_model import CostModel, Load
+from offload.planner.hardware import Hardware
+from offload.planner.memory import Shape, device_need, host_need
+from offload.planner.plan import INPUT, Budgets
+from offload.planner.space import Space
+
+Floats = npt.NDArray[np.float64]
+STATE_CHUNKS_PER_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What each combination needs of each tier, in bytes, and what it leaves to be moved."""
+
+    device_nbytes: int
+    """Without what is kept there by choice."""
+    kept_nbytes: Floats
+    host_nbytes: Floats
+    """The least; parameters and state placed there by choice come on top."""
+    placed_nbytes: Floats
+    storage_nbytes: Floats
+    fits: npt.NDArray[np.bool_]
+    """Of the full shape of all axes."""
+    load: Load
+
+
+@dataclass(frozen=True)
+class Order:
+    """Units in the order in which they are kept; cumulative bytes of the whole batch for each saved set."""
+
+    units: list[tuple[int, str, int]]
+    to_host: npt.NDArray[np.bool_]
+    """[saved set, share, position]: swapped to host memory, the others to storage; evenly spread over the units, so
+    that neither tier is used in bursts."""
+    keepable: Floats
+    """[saved set, position]: what may stay on the device."""
+    keepable_to_host: Floats
+    """[saved set, share, position]: the part of it that goes to host memory if it does not stay."""
+    always_nbytes: float
+    """What must be swapped out: block inputs where the boundary is not on the device."""
+    always_to_host: Floats
+    """[saved set, share]: the part of that which goes to host memory."""
+
+
+class Tables:
+    """Precomputed sums of one workload, and `needs` for each shape."""
+
+    def __init__(self, model: CostModel, hardware: Hardware, space: Space) -> None:
+        self.model = model
+        self.hardware = hardware
+        self.space = space
+        workload = model.workload
+        found = candidates(workload)
+        if space.activations != "auto":
+            only = slice(0, 1) if space.activations == "recompute" else slice(-1, None)
+            found = Candidates(
+                found.classes, found.counts[only], found.saved_nbytes[only], found.recompute_flops[only]
+            )
+        self.candidates = found
+        self.saved = [found.members(c) for c in range(len(found.counts))]
+        params = [model.slot_nbytes[i] for i in spread_order(len(workload.blocks))]
+        self.params_cum = np.concatenate(([0], np.cumsum(params))).astype(np.float64)
+        rows = chunk_rows(model.state_nbytes, model.format.state_nbytes * workload.root_trainable_numel)
+        chunks = [chunk for row in rows for chunk in row]
+        self.states_cum = np.concatenate(([0], np.cumsum(chunks))).astype(np.float64)
+
+    def device_nbytes(self, shape: Shape) -> int:
+        """Device memory before anything is kept there by choice."""
+        return device_need(self.model.workload, self.model.format, self.model.batch, shape).total
+
+    def order(self, boundary_on_device: bool) -> Order:
+        """Cumulative bytes of units in the order in which they are kept."""
+        return self._order_on if boundary_on_device else self._order_off
+
+    @cached_property
+    def _order_on(self) -> Order:
+        return self._make_order(True)
+
+    @cached_property
+    def _order_off(self) -> Order:
+        return self._make_order(False)
+
+    def _make_order(self, boundary_on_device: bool) -> Order:
+        workload, batch = self.model.workload, self.model.batch
+        units = unit_order(workload)
+        sizes = np.array([batch * nbytes for _, _, nbytes in units], dtype=np.float64)
+        is_input = np.array([name == INPUT for _, name, _ in units], dtype=bool)
+        saved = np.zeros((len(self.saved), len(units)), dtype=bool)
+        position = {(block, name): i for i, (block, name, _) in enumerate(units)}
+        for row, members in enumerate(self.saved):
+            saved[row, [position[m] for m in members]] = True
+        if boundary_on_device:
+            saved |= is_input
+        always = np.where(is_input & (not boundary_on_device), sizes, 0.0)
+        swappable = saved | is_input
+        ranks = np.cumsum(swappable, axis=1)[:, None, :]
+        share = np.array(self.space.swapped_host_fractions)[None, :, None]
+        to_host = swappable[:, None, :] & (np.floor(ranks * share) > np.floor((ranks - 1) * share))
+        kept = np.where(saved, sizes, 0.0)
+        return Order(
+            units,
+            to_host,
+            _cumulative(kept),
+            _cumulative(np.where(to_host, kept[:, None, :], 0.0)),
+            float(always.sum()),
+            np.where(to_host, always, 0.0).sum(axis=2),
+        )
+
+    @cached_property
+    def waiting(self) -> list[tuple[int, float]]:
+        """The first axis: deferred blocks, and the share of them whose gradients wait in host memory."""
+        pairs = []
+        for count in self.space.deferred_blocks:
+            pairs += [(count, share) for share in (self.space.grads_host_fractions if count else (0.0,))]
+        return pairs
+
+    @cached_property
+    def waiting_grads(self) -> tuple[Floats, Floats]:
+        """[waiting]: bytes of waiting gradients in host memory and on storage."""
+        n_blocks = len(self.model.workload.blocks)
+        host, stored = [], []
+        for count, share in self.waiting:
+            deferred = spread(n_blocks, count)
+            inside = sum(self.model.grad_nbytes[i] for i in waiting_in_host(deferred, share))
+            host.append(inside)
+            stored.append(sum(self.model.grad_nbytes[i] for i in deferred) - inside)
+        return np.array(host, dtype=np.float64), np.array(stored, dtype=np.float64)
+
+    @cached_property
+    def params_host(self) -> Floats:
+        """[parameters]: bytes of parameters in host memory, by number of blocks."""
+        n_blocks = len(self.params_cum) - 1
+        counts = sorted({round(share * n_blocks) for share in self.space.params_host_fractions})
+        return self.params_cum[counts]
+
+    def kept_positions(self, order: Order, spare_nbytes: float) -> npt.NDArray[np.int64]:
+        """[saved set]: how many units, in order, stay on the device."""
+        if not self.space.keeps_on_device or spare_nbytes < 0:
+            return np.zeros(len(order.keepable), dtype=np.int64)
+        return (order.keepable <= spare_nbytes).sum(axis=1) - 1
+
+    def needs(self, shape: Shape, budgets: Budgets) -> Needs:
+        """Everything about every combination for one shape."""
+        model, order = self.model, self.order(shape.boundary_on_device)
+        device = self.device_nbytes(shape)
+        spare = budgets.device_memory_nbytes - device
+        kept_at = self.kept_positions(order, spare)
+        rows = np.arange(len(kept_at))
+        kept = order.keepable[rows, kept_at]
+        cumulative = order.keepable_to_host
+        in_host = cumulative[:, :, -1] - cumulative[rows, :, kept_at] + order.always_to_host
+        total = order.keepable[:, -1] + order.always_nbytes
+        on_storage = np.maximum(0.0, (total - kept)[:, None] - in_host)
+        grads_host, grads_stored = self.waiting_grads
+        first = (slice(None), None, None, None)
+        swapped_host, swapped_storage = in_host[None, :, :, None], on_storage[None, :, :, None]
+        has_storage = model.rates.storage is not None
+        fixed = host_need(
+            model.workload,
+            model.format,
+            model.batch,
+            shape,
+            staging_nbytes=budgets.staging_nbytes,
+            shares_host=model.rates.shares_host,
+            has_storage=has_storage,
+        )
+        least_host = fixed + grads_host[first] + swapped_host
+        rest = budgets.host_memory_nbytes - least_host
+        params, states, placed_fits = self._place(rest)
+        root_states = np.maximum(0.0, states - sum(model.state_nbytes))
+        load = Load(
+            deferred_fraction=np.array([count / len(model.slot_nbytes) for count, _ in self.waiting])[first],
+            params_host_nbytes=params,
+            states_host_nbytes=states - root_states,
+            root_states_host_nbytes=root_states,
+            grads_spilled_nbytes=grads_stored[first],
+            swapped_host_nbytes=swapped_host,
+            swapped_storage_nbytes=swapped_storage,
+            recompute_flops=(model.batch * self.candidates.recompute_flops)[None, :, None, None],
+            n_slots=shape.n_slots,
+            micro_batches=shape.micro_batches,
+            n_grad_buffers=shape.n_grad_buffers,
+            boundary_on_device=shape.boundary_on_device,
+        )
+        storage = (self.params_cum[-1] - params) + (self.states_cum[-1] - states)
+        storage = storage + grads_stored[first] + swapped_storage
+        fits = placed_fits & (storage <= storage_limit(self.hardware, budgets)) & (spare >= 0)
+        if budgets.written_nbytes_per_step is not None:
+            written: Any = sum(t.written for t in model.traffic(load))
+            fits = fits & (written <= budgets.written_nbytes_per_step)
+        return Needs(device, kept, least_host, params + states, storage, fits, load)
+
+    def _place(self, rest: Floats) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
+        """Bytes of parameters and of state in `rest` bytes of host memory, and whether they are to be had."""
+        params = np.broadcast_to(
+            self.params_host[None, None, None, :], (*rest.shape[:3], len(self.params_host))
+        )
+        left = rest - params
+        if self.space.states_host_fraction is None:
+            states = self.states_cum[np.maximum(0, np.searchsorted(self.states_cum, left, side="right") - 1)]
+        else:
+            wanted = self.space.states_host_fraction * self.states_cum[-1]
+            at = int(np.searchsorted(self.states_cum, wanted, side="right")) - 1
+            states = np.full_like(left, self.states_cum[at])
+        return params, states, params + states <= rest
+
+
+def waiting_in_host(deferred: list[int], fraction: float) -> list[int]:
+    """The deferred blocks whose gradients wait in host memory."""
+    return [deferred[i] for i in spread(len(deferred), int(fraction * len(deferred) + 1e-9))]
+
+
+def chunk_rows(block_nbytes: Sequence[int], root_nbytes: int) -> list[tuple[int, ...]]:
+    """Optimizer state as pieces that host memory takes or leaves, in that order: first piece of every block, second
+    piece of every block, ..., at last the root's. So every block's update moves the same share of its state."""
+    rows: list[tuple[int, ...]] = []
+    for number in range(STATE_CHUNKS_PER_BLOCK):
+        rows.append(tuple(_chunk(nbytes, number) for nbytes in block_nbytes))
+    rows.append(tuple(_chunk(root_nbytes, number) for number in range(STATE_CHUNKS_PER_BLOCK)))
+    return rows
+
+
+def _chunk(nbytes: int, number: int) -> int:
+    """Piece `number` of STATE_CHUNKS_PER_BLOCK."""
+    size = -(-nbytes // STATE_CHUNKS_PER_BLOCK)
+    return max(0, min(size, nbytes - number * size))
+
+
+def _cumulative(values: Floats) -> Floats:
+    """Sums of the first 0, 1, 2, ... along the last axis."""
+    sums = np.zeros((*values.shape[:-1], values.shape[-1] + 1))
+    np.cumsum(values, axis=-1, out=sums[..., 1:])
+    return sums
+
+
+def storage_limit(hardware: Hardware, budgets: Budgets) -> float:
+    """Bytes that may lie on storage: the user's limit and the capacity of evenly striped drives."""
+    if not hardware.drives:
+        return 0.0
+    limit = float("inf") if budgets.storage_nbytes is None else float(budgets.storage_nbytes)
+    for drive in hardware.drives:
+        if drive.capacity_nbytes is not None:
+            limit = min(limit, float(len(hardware.drives) * drive.capacity_nbytes))
+    return limit
