@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
+#include <thread>
 
 #include "common/aligned_buffer.h"
 
@@ -18,9 +20,15 @@ void Backend::fail(Piece& piece, int code, const std::string& what) const {
   std::string remedy;
   if (code == ENOSPC) remedy = "; free space on this drive or add a storage directory";
   if (code == EIO) remedy = "; check the drive (dmesg, smartctl)";
+  if (code == ENODEV || code == ENXIO || code == ESTALE) remedy = "; the drive is gone: check its connection (dmesg)";
+  if (code == EROFS) remedy = "; the drive has become read-only: check it (dmesg)";
   piece.ticket->settle_piece({code, verb + " of " + std::to_string(piece.nbytes) + " bytes at offset " +
                                         std::to_string(piece.offset) + " of " + options_.path + ": " + what + " (" +
                                         std::strerror(code) + ")" + remedy});
+}
+
+void Backend::count_in_flight(std::uint64_t in_flight) {
+  if (in_flight > counters_.in_flight_max.load(std::memory_order_relaxed)) counters_.in_flight_max = in_flight;
 }
 
 bool Backend::settle(Piece& piece, std::int64_t result) {
@@ -28,7 +36,9 @@ bool Backend::settle(Piece& piece, std::int64_t result) {
   const auto& faults = options_.faults;
   if (faults && (is_read ? faults->reads : faults->writes)) {
     const std::uint64_t nth = faults->seen.fetch_add(1) + 1;
-    if (faults->fail_nth != 0 && nth == faults->fail_nth) result = -faults->error;
+    if (faults->delay_ms != 0) std::this_thread::sleep_for(std::chrono::milliseconds(faults->delay_ms));
+    if (faults->fail_nth != 0 && nth >= faults->fail_nth && nth - faults->fail_nth < faults->fail_count)
+      result = -faults->error;
     if (faults->short_every != 0 && nth % faults->short_every == 0)
       result = std::min(result, static_cast<std::int64_t>(faults->short_nbytes));
   }
