@@ -56,11 +56,15 @@ def _preallocate(path: str, descriptor: int, file_nbytes: int) -> None:
                 f"{path}: cannot preallocate {file_nbytes} bytes: {error.strerror}: free some space, add another "
                 f"directory to storage=[...], or raise host_memory{_leftovers_hint(os.path.dirname(path))}"
             ) from error
-        logger.warning("%s: this file system cannot reserve space; a full disk will show during training", path)
+        logger.warning(
+            "%s: this file system cannot reserve space; a full disk will show during training", path
+        )
         os.ftruncate(descriptor, file_nbytes)
 
 
-def _remove(owner_pid: int, keep: bool, paths: list[str], descriptors: list[int], engines: list[Engine]) -> None:
+def _remove(
+    owner_pid: int, keep: bool, paths: list[str], descriptors: list[int], engines: list[Engine]
+) -> None:
     """Stop the engine, unlock and (unless kept) remove the files; at the latest when the process exits."""
     if os.getpid() != owner_pid:
         return  # a fork: threads, lock and files are the parent's
@@ -79,8 +83,9 @@ def _remove(owner_pid: int, keep: bool, paths: list[str], descriptors: list[int]
 class Store:
     """Files `offload-<run id>-<drive>.store`, striped by the engine, and a bump allocator of extents.
 
-    Each file is locked exclusively for as long as it is open, readable by its owner only, and removed by `close`
-    (or when the store is forgotten, or the interpreter exits) unless `keep` is set. Preallocated ranges read as zeros, so fresh optimizer states need not be written.
+    Each file is locked exclusively for as long as it is open, readable by its owner only, and removed by `close` (or
+    when the store is forgotten, or the interpreter exits) unless `keep` is set. Preallocated ranges read as zeros, so
+    fresh optimizer states need not be written.
     """
 
     def __init__(
@@ -174,7 +179,7 @@ class Store:
         self.capacity_nbytes = capacity_nbytes
 
     def cancel(self) -> None:
-        """Let every transfer that the kernel has not been given, and every later one, fail: the run has been stopped."""
+        """The run has been stopped: let all transfers fail that the kernel has not been given, and all later ones."""
         self.engine.cancel()
 
     def close(self) -> None:
