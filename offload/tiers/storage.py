@@ -112,11 +112,10 @@ class Store:
         self._stripe_nbytes = stripe_nbytes
         self.capacity_nbytes = capacity_nbytes
         self.closed = False
-        stripes = -(-max(capacity_nbytes, 1) // stripe_nbytes)
-        file_nbytes = -(-stripes // len(directories)) * stripe_nbytes
+        self._file_nbytes = self._file_nbytes_for(max(capacity_nbytes, 1), len(directories))
         try:
             for drive, directory in enumerate(directories):
-                self._create(directory, drive, file_nbytes)
+                self._create(directory, drive, self._file_nbytes)
             self.engine = Engine(
                 self.paths,
                 backend=backend,
@@ -129,6 +128,11 @@ class Store:
         except BaseException:
             self._finalizer()
             raise
+
+    def _file_nbytes_for(self, capacity_nbytes: int, n_drives: int) -> int:
+        """Bytes of each file: its stripes, and a page that stays unwritten (see `check_intact`)."""
+        stripes = -(-capacity_nbytes // self._stripe_nbytes)
+        return -(-stripes // n_drives) * self._stripe_nbytes + PAGE_NBYTES
 
     def _create(self, directory: str, drive: int, file_nbytes: int) -> None:
         try:
@@ -158,13 +162,26 @@ class Store:
 
     def allocate(self, nbytes: int) -> int:
         """Offset of a fresh page-aligned extent of `nbytes`. Raises StoreError when the store is full."""
-        offset = self._end_nbytes
-        self._end_nbytes += round_up(nbytes, PAGE_NBYTES)
-        if self._end_nbytes > self.capacity_nbytes:
+        offset, end_nbytes = self._end_nbytes, self._end_nbytes + round_up(nbytes, PAGE_NBYTES)
+        if end_nbytes > self.capacity_nbytes:
             raise StoreError(
-                f"store {self.paths[0]} is full: {self._end_nbytes} bytes wanted of {self.capacity_nbytes}"
+                f"store {self.paths[0]} is full: {end_nbytes} bytes wanted of {self.capacity_nbytes}"
             )
+        self._end_nbytes = end_nbytes
         return offset
+
+    def check_intact(self) -> None:
+        """Raise StoreError when a file has been cut short by somebody else: what was behind the cut reads as zeros.
+
+        The engine never writes a file's last page, so no write of ours makes a cut file as long as it was.
+        """
+        for path, descriptor in zip(self.paths, self._descriptors, strict=True):
+            found_nbytes = os.fstat(descriptor).st_size
+            if found_nbytes < self._file_nbytes:
+                raise StoreError(
+                    f"{path}: has been truncated to {found_nbytes} of {self._file_nbytes} bytes by another program; "
+                    "training state is lost: start again, with storage directories that nothing else cleans"
+                )
 
     def grow(self, nbytes: int) -> None:
         """Add `nbytes` of capacity to the files (activation checkpoints, once their size is known).
@@ -172,11 +189,10 @@ class Store:
         Raises StoreError, the capacity unchanged, when a drive has no room.
         """
         capacity_nbytes = self.capacity_nbytes + round_up(nbytes, PAGE_NBYTES)
-        stripes = -(-capacity_nbytes // self._stripe_nbytes)
-        file_nbytes = -(-stripes // len(self.paths)) * self._stripe_nbytes
+        file_nbytes = self._file_nbytes_for(capacity_nbytes, len(self.paths))
         for path, descriptor in zip(self.paths, self._descriptors, strict=True):
             _preallocate(path, descriptor, file_nbytes)
-        self.capacity_nbytes = capacity_nbytes
+        self.capacity_nbytes, self._file_nbytes = capacity_nbytes, file_nbytes
 
     def cancel(self) -> None:
         """The run has been stopped: let all transfers fail that the kernel has not been given, and all later ones."""
