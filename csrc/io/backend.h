@@ -24,6 +24,7 @@ struct Piece {
 };
 
 // Faults for tests: they change the kernel's result of a real transfer, so that the code under test is the real code.
+// What the changed result says has not been moved is overwritten with NaNs, in memory or in the file.
 struct Faults {
   std::uint64_t fail_nth = 0;    // 1-based count of transfers of the chosen kind; 0: never
   std::uint64_t fail_count = 1;  // so many in a row, from that one on
@@ -67,6 +68,7 @@ class Backend {
  protected:
   // Takes the kernel's result. True when the piece has to go again (interrupted, or the rest of a short transfer).
   bool settle(Piece& piece, std::int64_t result);
+  std::int64_t injected(const Piece& piece, std::int64_t result) const;
   void fail(Piece& piece, int code, const std::string& what) const;
   void count_in_flight(std::uint64_t in_flight);  // from one thread at a time
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
+import pytest
 import torch
 from torch import nn
 
 import offload
 from offload._C import Engine
 from offload.config import Config
-from offload.errors import OffloadError
+from offload.errors import BudgetError, OffloadError
 from offload.tiers import storage
 
 GIVEN_UP = (OffloadError, OSError)
@@ -56,15 +59,27 @@ def inject(monkeypatch, faults):
 
 
 def make_run(directory, layers=3, lr=1e-2, **settings):
-    """(model, optimizer) with everything but the root on storage."""
+    """(model, optimizer) with the smallest budgets that would do, as the refusal of less states them."""
     torch.manual_seed(0)
     model = Model(layers)
     made = torch.optim.AdamW(model.parameters(), lr=lr)
-    budgets = {"device_memory": "1MB", "host_memory": 2 * 2048 * 14 + 200_000, "chunk_elements": 2048}
-    return offload.wrap(
-        model, made, storage=[str(directory)], chunk_buffers=2, prefetch_blocks=1,
-        **{**budgets, **STREAMING, **settings},
-    )  # fmt: skip
+    settings = {
+        "storage": [str(directory)], "chunk_elements": 2048, "chunk_buffers": 2, "prefetch_blocks": 1, **STREAMING,
+        **settings,
+    }  # fmt: skip
+    with pytest.raises(BudgetError) as refused:
+        offload.wrap(model, made, device_memory=1, host_memory=1, **settings)
+    return offload.wrap(model, made, **smallest_budgets(str(refused.value)), **settings)
+
+
+def smallest_budgets(refusal):
+    """The budgets that a BudgetError names."""
+    return {name: int(re.search(rf"{name}='(\d+)'", refusal)[1]) for name in ("device_memory", "host_memory")}
+
+
+def parameters_of(model):
+    """All parameters by name."""
+    return {name: tensor.clone() for block in model.offload.iter_blocks() for name, tensor in block}
 
 
 def steps(model, optimizer, n_steps, seed=1):
@@ -74,4 +89,4 @@ def steps(model, optimizer, n_steps, seed=1):
         model(torch.randn(4, 8, generator=generator)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {name: tensor.clone() for block in model.offload.iter_blocks() for name, tensor in block}
+    return parameters_of(model)
