@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "bindings.h"
 #include "common/aligned_buffer.h"
 #include "io/engine.h"
@@ -19,6 +21,7 @@ namespace {
 
 // The last reference may go from Python or from a worker; closing waits, and never with the GIL held.
 void delete_engine(io::Engine* engine) {
+  if (engine->inherited()) return;  // after a fork its threads cannot be joined: the child leaves it alone
   if (PyGILState_Check() == 0) {
     delete engine;
     return;
@@ -52,6 +55,10 @@ std::shared_ptr<io::Faults> faults_from(const py::dict& settings) {
     const auto name = key.cast<std::string>();
     if (name == "fail_nth")
       faults->fail_nth = value.cast<std::uint64_t>();
+    else if (name == "fail_count")
+      faults->fail_count = value.cast<std::uint64_t>();
+    else if (name == "delay_ms")
+      faults->delay_ms = value.cast<std::uint64_t>();
     else if (name == "errno")
       faults->error = value.cast<int>();
     else if (name == "short_every")
@@ -69,7 +76,7 @@ std::shared_ptr<io::Faults> faults_from(const py::dict& settings) {
 }
 
 py::dict counters(const io::Engine& engine) {
-  std::uint64_t read = 0, written = 0, read_ops = 0, write_ops = 0;
+  std::uint64_t read = 0, written = 0, read_ops = 0, write_ops = 0, submit_calls = 0, in_flight_max = 0;
   py::list drives;
   for (std::size_t i = 0; i < engine.n_drives(); ++i) {
     const io::Counters& drive = engine.counters(i);
@@ -79,9 +86,12 @@ py::dict counters(const io::Engine& engine) {
     written += drive.written_nbytes;
     read_ops += drive.read_ops;
     write_ops += drive.write_ops;
+    submit_calls += drive.submit_calls;
+    in_flight_max = std::max(in_flight_max, drive.in_flight_max.load());
   }
   return py::dict(py::arg("read_bytes") = read, py::arg("written_bytes") = written, py::arg("read_ops") = read_ops,
-                  py::arg("write_ops") = write_ops, py::arg("drives") = drives);
+                  py::arg("write_ops") = write_ops, py::arg("submit_calls") = submit_calls,
+                  py::arg("in_flight_max") = in_flight_max, py::arg("drives") = drives);
 }
 
 }  // namespace
@@ -143,11 +153,14 @@ void bind_io(py::module_& module) {
                          : engine.submit(io::Op::write, from, nbytes, offset);
           },
           py::arg("address"), py::arg("nbytes"), py::arg("offset"), py::kw_only(), py::arg("after") = py::none())
-      .def("register_buffer",
-           [](io::Engine& engine, std::uintptr_t address, std::size_t nbytes) {
-             return engine.register_buffer(reinterpret_cast<void*>(address), nbytes);
-           })
+      .def(
+          "register_buffer",
+          [](io::Engine& engine, std::uintptr_t address, std::size_t nbytes) {
+            return engine.register_buffer(reinterpret_cast<void*>(address), nbytes);
+          },
+          py::call_guard<py::gil_scoped_release>())
       .def("counters", &counters)
+      .def("cancel", &io::Engine::cancel, py::call_guard<py::gil_scoped_release>())
       .def("close", &io::Engine::close, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("backend", &io::Engine::backend)
       .def_property_readonly("backend_reason", &io::Engine::backend_reason)

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <tuple>
 
 #include "bindings.h"
@@ -33,6 +34,16 @@ template <typename T>
 T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
+
+// Destruction waits for what is queued, and never with the GIL held.
+struct DeletePipeline {
+  void operator()(optim::UpdatePipeline* pipeline) const {
+    if (pipeline->inherited()) return;  // after a fork its threads cannot be joined: the child leaves it alone
+    py::gil_scoped_release release;
+    delete pipeline;
+  }
+};
+using PipelineHolder = std::unique_ptr<optim::UpdatePipeline, DeletePipeline>;
 
 optim::UpdateJob make_job(const std::string& param_codec, std::size_t n_elements, std::uintptr_t param_address,
                           std::int64_t param_offset, bool read_param, std::int64_t state_offset,
@@ -127,11 +138,11 @@ void bind_optim(py::module_& module) {
            py::arg("grad_dtype") = "float32", py::arg("grad_offset") = -1, py::arg("grad_gate") = py::none(),
            py::arg("segments"));
 
-  py::class_<optim::UpdatePipeline>(module, "UpdatePipeline")
+  py::class_<optim::UpdatePipeline, PipelineHolder>(module, "UpdatePipeline")
       .def(py::init([](std::shared_ptr<io::Engine> engine, std::size_t chunk_elements, std::size_t n_buffers,
                        std::size_t n_threads, std::uintptr_t buffer_address, std::size_t buffer_nbytes) {
-             return std::make_unique<optim::UpdatePipeline>(std::move(engine), chunk_elements, n_buffers, n_threads,
-                                                            at<char>(buffer_address), buffer_nbytes);
+             return PipelineHolder(new optim::UpdatePipeline(std::move(engine), chunk_elements, n_buffers, n_threads,
+                                                             at<char>(buffer_address), buffer_nbytes));
            }),
            py::arg("engine").none(true), py::arg("chunk_elements"), py::arg("n_buffers"), py::arg("n_threads"),
            py::arg("buffer_address"), py::arg("buffer_nbytes"))

@@ -1,9 +1,13 @@
 // What every backend does with a result: error, short, or done.
 #include "io/backend.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
+#include <thread>
 
 #include "common/aligned_buffer.h"
 
@@ -18,20 +22,45 @@ void Backend::fail(Piece& piece, int code, const std::string& what) const {
   std::string remedy;
   if (code == ENOSPC) remedy = "; free space on this drive or add a storage directory";
   if (code == EIO) remedy = "; check the drive (dmesg, smartctl)";
+  if (code == ENODEV || code == ENXIO || code == ESTALE) remedy = "; the drive is gone: check its connection (dmesg)";
+  if (code == EROFS) remedy = "; the drive has become read-only: check it (dmesg)";
   piece.ticket->settle_piece({code, verb + " of " + std::to_string(piece.nbytes) + " bytes at offset " +
                                         std::to_string(piece.offset) + " of " + options_.path + ": " + what + " (" +
                                         std::strerror(code) + ")" + remedy});
 }
 
+void Backend::count_in_flight(std::uint64_t in_flight) {
+  if (in_flight > counters_.in_flight_max.load(std::memory_order_relaxed)) counters_.in_flight_max = in_flight;
+}
+
+std::int64_t Backend::injected(const Piece& piece, std::int64_t result) const {
+  const auto& faults = options_.faults;
+  const bool is_read = piece.op == Op::read;
+  if (!(is_read ? faults->reads : faults->writes)) return result;
+  const std::uint64_t nth = faults->seen.fetch_add(1) + 1;
+  if (faults->delay_ms != 0) std::this_thread::sleep_for(std::chrono::milliseconds(faults->delay_ms));
+  const std::int64_t true_result = result;
+  if (faults->fail_nth != 0 && nth >= faults->fail_nth && nth - faults->fail_nth < faults->fail_count)
+    result = -faults->error;
+  if (faults->short_every != 0 && nth % faults->short_every == 0)
+    result = std::min(result, static_cast<std::int64_t>(faults->short_nbytes));
+  if (result == true_result) return result;
+  const std::size_t moved = result < 0 ? 0 : static_cast<std::size_t>(result) / kPageNbytes * kPageNbytes;
+  if (is_read) {
+    std::memset(piece.address + moved, 0xFF, piece.nbytes - moved);
+  } else {
+    const AlignedBuffer spoilt(piece.nbytes - moved);
+    std::memset(spoilt.address(), 0xFF, spoilt.nbytes());
+    if (::pwrite(options_.descriptor, spoilt.address(), piece.nbytes - moved,
+                 static_cast<off_t>(piece.offset + moved)) < 0)
+      return -errno;
+  }
+  return result;
+}
+
 bool Backend::settle(Piece& piece, std::int64_t result) {
   const bool is_read = piece.op == Op::read;
-  const auto& faults = options_.faults;
-  if (faults && (is_read ? faults->reads : faults->writes)) {
-    const std::uint64_t nth = faults->seen.fetch_add(1) + 1;
-    if (faults->fail_nth != 0 && nth == faults->fail_nth) result = -faults->error;
-    if (faults->short_every != 0 && nth % faults->short_every == 0)
-      result = std::min(result, static_cast<std::int64_t>(faults->short_nbytes));
-  }
+  if (options_.faults) result = injected(piece, result);
   if (result == -EINTR || result == -EAGAIN) {
     if (++piece.attempts <= kAttemptsMax) return true;
     fail(piece, static_cast<int>(-result), "still interrupted after " + std::to_string(kAttemptsMax) + " attempts");

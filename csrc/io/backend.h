@@ -24,9 +24,12 @@ struct Piece {
 };
 
 // Faults for tests: they change the kernel's result of a real transfer, so that the code under test is the real code.
+// What the changed result says has not been moved is overwritten with NaNs, in memory or in the file.
 struct Faults {
-  std::uint64_t fail_nth = 0;  // 1-based count of transfers of the chosen kind; 0: never
+  std::uint64_t fail_nth = 0;    // 1-based count of transfers of the chosen kind; 0: never
+  std::uint64_t fail_count = 1;  // so many in a row, from that one on
   int error = 5;
+  std::uint64_t delay_ms = 0;  // a slow drive: every result comes this late
   std::uint64_t short_every = 0;
   std::size_t short_nbytes = 4096;
   bool reads = true;
@@ -36,6 +39,8 @@ struct Faults {
 
 struct Counters {
   std::atomic<std::uint64_t> read_nbytes{0}, written_nbytes{0}, read_ops{0}, write_ops{0};
+  std::atomic<std::uint64_t> submit_calls{0};   // calls that handed the kernel one transfer or a batch of them
+  std::atomic<std::uint64_t> in_flight_max{0};  // the most transfers the kernel has had at once
 };
 
 struct BackendOptions {
@@ -53,6 +58,8 @@ class Backend {
 
   virtual void submit(std::vector<Piece> pieces) = 0;
   virtual bool register_buffer(char* address, std::size_t nbytes) = 0;
+  // Fails what the kernel has not been given yet, and every later submission, with ECANCELED. Does not wait.
+  virtual void cancel() = 0;
   // Finishes what was submitted, then stops the threads. Later submissions fail.
   virtual void close() = 0;
 
@@ -61,7 +68,9 @@ class Backend {
  protected:
   // Takes the kernel's result. True when the piece has to go again (interrupted, or the rest of a short transfer).
   bool settle(Piece& piece, std::int64_t result);
+  std::int64_t injected(const Piece& piece, std::int64_t result) const;
   void fail(Piece& piece, int code, const std::string& what) const;
+  void count_in_flight(std::uint64_t in_flight);  // from one thread at a time
 
   BackendOptions options_;
   Counters counters_;

@@ -12,7 +12,7 @@
 
 namespace offload::io {
 
-Engine::Engine(EngineOptions options) : options_(std::move(options)), direct_(options_.direct) {
+Engine::Engine(EngineOptions options) : options_(std::move(options)), direct_(options_.direct), owner_pid_(::getpid()) {
   OFFLOAD_CHECK(!options_.paths.empty(), "an engine needs at least one file");
   OFFLOAD_CHECK(options_.block_nbytes >= kPageNbytes && options_.block_nbytes % kPageNbytes == 0,
                 "block_nbytes must be a positive multiple of 4096");
@@ -138,7 +138,15 @@ bool Engine::register_buffer(void* address, std::size_t nbytes) {
   return all;
 }
 
+void Engine::cancel() {
+  if (inherited()) return;
+  for (const auto& backend : backends_) backend->cancel();
+}
+
+bool Engine::inherited() const { return ::getpid() != owner_pid_; }
+
 void Engine::close() {
+  if (inherited()) return;
   std::lock_guard<std::mutex> lock(close_mutex_);
   if (closed_) return;
   closed_ = true;

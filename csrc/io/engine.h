@@ -37,8 +37,14 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // False when the kernel refuses; transfers then go unregistered. The memory must stay mapped until close(): the
   // kernel keeps its pages, so another mapping at the same address would be transferred from and to the old ones.
   bool register_buffer(void* address, std::size_t nbytes);
+  // Gives up what the kernel has not been given yet: those tickets, and all later ones, fail with ECANCELED. For the
+  // end of a run that was stopped; close() then waits for little.
+  void cancel();
   // Finishes what is in flight and releases registered buffers. Any thread, any number of times.
   void close();
+
+  // True in a process that was forked from the engine's: threads and transfers are the parent's.
+  bool inherited() const;
 
   const std::string& backend() const { return backend_name_; }
   const std::string& backend_reason() const { return backend_reason_; }
@@ -55,6 +61,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   EngineOptions options_;
   std::string backend_name_, backend_reason_;
   bool direct_ = true;
+  const int owner_pid_;
   std::mutex close_mutex_;
   bool closed_ = false;
   struct File {

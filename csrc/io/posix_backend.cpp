@@ -35,6 +35,20 @@ class PosixBackend final : public Backend {
 
   bool register_buffer(char*, std::size_t) override { return false; }
 
+  void cancel() override {
+    std::deque<Piece> dropped;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      closing_ = true;
+      for (std::deque<Piece>* queue : {&urgent_, &normal_}) {
+        for (Piece& piece : *queue) dropped.push_back(std::move(piece));
+        queue->clear();
+      }
+    }
+    changed_.notify_all();
+    for (Piece& piece : dropped) fail(piece, ECANCELED, "cancelled");
+  }
+
   void close() override {
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -54,15 +68,18 @@ class PosixBackend final : public Backend {
       if (queue.empty()) return;
       Piece piece = std::move(queue.front());
       queue.pop_front();
+      count_in_flight(++in_flight_);
       lock.unlock();
       while (settle(piece, transfer(piece))) {
       }
       piece.ticket.reset();
       lock.lock();
+      --in_flight_;
     }
   }
 
-  std::int64_t transfer(const Piece& piece) const {
+  std::int64_t transfer(const Piece& piece) {
+    counters_.submit_calls.fetch_add(1, std::memory_order_relaxed);
     const auto offset = static_cast<off_t>(piece.offset);
     const ssize_t result = piece.op == Op::read ? ::pread(options_.descriptor, piece.address, piece.nbytes, offset)
                                                 : ::pwrite(options_.descriptor, piece.address, piece.nbytes, offset);
@@ -73,6 +90,7 @@ class PosixBackend final : public Backend {
   std::condition_variable changed_;
   std::deque<Piece> urgent_, normal_;
   bool closing_ = false;
+  std::uint64_t in_flight_ = 0;
   std::vector<std::thread> threads_;
 };
 

@@ -42,6 +42,11 @@ class UringBackend final : public Backend {
       reason = std::string("io_uring_setup: ") + std::strerror(-result);
       return;
     }
+    if (!moves_files()) {
+      reason = "the kernel's io_uring cannot read and write files: it needs Linux 5.6";
+      io_uring_queue_exit(&ring_);
+      return;
+    }
     file_registered_ = io_uring_register_files(&ring_, &options_.descriptor, 1) == 0;
     sparse_buffers_ = io_uring_register_buffers_sparse(&ring_, kRegisteredMax) == 0;
     in_flight_.resize(options.queue_depth);
@@ -87,6 +92,17 @@ class UringBackend final : public Backend {
     return true;
   }
 
+  void cancel() override {
+    std::deque<Piece> dropped;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      closing_ = true;
+      take_queued(dropped);
+    }
+    wake_thread();
+    for (Piece& piece : dropped) fail(piece, ECANCELED, "cancelled");
+  }
+
   void close() override {
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -103,6 +119,23 @@ class UringBackend final : public Backend {
   }
 
  private:
+  // Older kernels have rings, but not the operations.
+  bool moves_files() {
+    io_uring_probe* const probe = io_uring_get_probe_ring(&ring_);
+    const bool moves = probe != nullptr && io_uring_opcode_supported(probe, IORING_OP_READ) != 0 &&
+                       io_uring_opcode_supported(probe, IORING_OP_WRITE) != 0;
+    io_uring_free_probe(probe);
+    return moves;
+  }
+
+  // Called with the lock.
+  void take_queued(std::deque<Piece>& into) {
+    for (std::deque<Piece>* queue : {&urgent_, &normal_}) {
+      for (Piece& piece : *queue) into.push_back(std::move(piece));
+      queue->clear();
+    }
+  }
+
   void wake_thread() const {
     const std::uint64_t one = 1;
     while (::write(wake_descriptor_, &one, sizeof one) < 0 && errno == EINTR) {
@@ -153,6 +186,7 @@ class UringBackend final : public Backend {
       }
       if (closing_ && free_.size() == in_flight_.size()) return false;
     }
+    count_in_flight(in_flight_.size() - free_.size());
     for (const unsigned slot : filled) prepare(slot);
     return true;
   }
@@ -169,6 +203,7 @@ class UringBackend final : public Backend {
         wake_armed = true;
       }
       const int submitted = io_uring_submit_and_wait(&ring_, 1);
+      if (submitted > 0) counters_.submit_calls.fetch_add(1, std::memory_order_relaxed);
       if (submitted < 0 && submitted != -EINTR && submitted != -EAGAIN && submitted != -EBUSY) {
         abandon(-submitted);
         return;
@@ -214,8 +249,7 @@ class UringBackend final : public Backend {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       closing_ = true;
-      for (std::deque<Piece>* queue : {&urgent_, &normal_})
-        for (Piece& piece : *queue) rest.push_back(std::move(piece));
+      take_queued(rest);
     }
     for (Piece& piece : in_flight_)
       if (piece.ticket) fail(piece, code, "io_uring_enter failed");

@@ -1,5 +1,7 @@
 #include "optim/update_pipeline.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
@@ -41,7 +43,7 @@ std::size_t UpdatePipeline::buffer_nbytes_required(std::size_t chunk_elements, s
 
 UpdatePipeline::UpdatePipeline(std::shared_ptr<io::Engine> engine, std::size_t chunk_elements, std::size_t n_buffers,
                                std::size_t n_threads, char* buffer, std::size_t buffer_nbytes)
-    : engine_(std::move(engine)), chunk_elements_(chunk_elements) {
+    : engine_(std::move(engine)), chunk_elements_(chunk_elements), owner_pid_(::getpid()) {
   OFFLOAD_CHECK(chunk_elements > 0 && chunk_elements % kPlaneElements == 0,
                 "chunk_elements must be a multiple of 2048");
   OFFLOAD_CHECK(n_buffers > 0 && n_threads > 0, "an update pipeline needs a buffer and a thread");
@@ -99,7 +101,10 @@ std::shared_ptr<io::Ticket> UpdatePipeline::submit(UpdateJob job) {
   return state->ticket;
 }
 
+bool UpdatePipeline::inherited() const { return ::getpid() != owner_pid_; }
+
 void UpdatePipeline::close() {
+  if (inherited()) return;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     closing_ = true;

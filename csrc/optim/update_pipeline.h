@@ -58,6 +58,8 @@ class UpdatePipeline {
   std::shared_ptr<io::Ticket> submit(UpdateJob job);
   // Finishes what is queued and stops the threads.
   void close();
+  // True in a process that was forked from the pipeline's: the threads are the parent's.
+  bool inherited() const;
   // Seconds inside kernels, summed over the threads.
   double kernel_seconds() const { return static_cast<double>(kernel_ns_.load()) * 1e-9; }
   // Seconds that threads slept while reads were in flight, summed over the threads.
@@ -107,6 +109,7 @@ class UpdatePipeline {
 
   std::shared_ptr<io::Engine> engine_;
   std::size_t chunk_elements_;
+  const int owner_pid_;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<std::shared_ptr<JobState>> jobs_;  // jobs that still have chunks to take

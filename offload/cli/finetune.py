@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import signal
+import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +17,15 @@ from torch import nn
 from offload.checkpoint import export, load
 from offload.cli.data import TokenStream
 from offload.cli.output import Output, StepReport
+from offload.cli.stop import StopSignals
 from offload.errors import ConfigError, OffloadError
 from offload.model.causal_lm_loss import why_not_chunked
 from offload.model.loading import dtype_of, load_gguf
+from offload.planner.floor import FloorMeter, StorageRates
 from offload.runtime.engine import wrap
 from offload.runtime.optimizer import OffloadOptimizer
+from offload.runtime.shutdown import abandon, forget_frames
+from offload.tiers.rates import measure_rates
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -77,6 +80,18 @@ def _check(settings: Settings) -> None:
         raise ConfigError(f"--model {settings.model}: no such directory or file")
     if settings.output is not None and os.path.isdir(settings.output) and os.listdir(settings.output):
         raise ConfigError(f"--output {settings.output} is not empty: choose another directory")
+    if settings.output is not None and not _can_be_made(settings.output):
+        raise ConfigError(
+            f"--output {settings.output} cannot be written by this user: choose another directory"
+        )
+
+
+def _can_be_made(directory: str) -> bool:
+    """Whether `directory` exists or can be created, and be written to; nothing is created."""
+    place = os.path.abspath(directory)
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    return os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)
 
 
 def _optimizer(parameters: Iterable[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
@@ -122,22 +137,17 @@ def _wrap(settings: Settings, model: nn.Module | None) -> tuple[nn.Module, Offlo
     )
 
 
-@contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the run as Ctrl-C does, so that the store is removed."""
-
-    def interrupt(_signal: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
-
+def _measure_rates(settings: Settings, output: Output) -> StorageRates | None:
+    """Rates of the storage directories; None without storage, or where they cannot be measured (said in a note)."""
+    if not settings.storage:
+        return None
     try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not the main thread: the caller's business
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        read, written = measure_rates(settings.storage)
+    except (OffloadError, OSError) as error:
+        output.note(f"the drives' rates are not measured, the floor counts arithmetic alone: {error}")
+        return None
+    output.note(f"storage reads {read / 1e9:.2f} GB/s and writes {written / 1e9:.2f} GB/s")
+    return StorageRates(read, written)
 
 
 @dataclass
@@ -145,12 +155,25 @@ class _Totals:
     """Sums over the steps made."""
 
     step: int = 0
-    first_loss: float = math.nan
-    last_loss: float = math.nan
+    trainable_numel: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
     step_s: list[float] = field(default_factory=list)
+    floor_fractions: list[float] = field(default_factory=list)
     stall_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     read_bytes: int = 0
     written_bytes: int = 0
+
+    def add(self, report: StepReport) -> None:
+        """Count one step in."""
+        self.step, self.last_loss = report.step, report.loss
+        self.first_loss = report.loss if self.first_loss is None else self.first_loss
+        self.step_s.append(report.step_s)
+        self.floor_fractions.append(report.floor_fraction)
+        self.read_bytes += report.read_bytes
+        self.written_bytes += report.written_bytes
+        for cause, seconds in report.stall_s.items():
+            self.stall_s[cause] += seconds
 
 
 def _train(
@@ -160,6 +183,8 @@ def _train(
     settings: Settings,
     output: Output,
     totals: _Totals,
+    meter: FloorMeter,
+    signals: StopSignals,
 ) -> None:
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -182,42 +207,43 @@ def _train(
             )
         now_s, before = time.perf_counter(), counted
         counted = model.offload.counters()
+        step_s = now_s - start_s
+        stall_s = model.offload.last_step.get("stall_s", {})
+        moved = {name: counted[name] - before[name] for name in ("read_bytes", "written_bytes")}
+        floor = meter.step(step_s, sum(stall_s.values()), moved["read_bytes"], moved["written_bytes"])
         report = StepReport(
             step=step,
             steps=settings.steps,
             loss=value,
             learning_rate=learning_rate,
-            step_s=now_s - start_s,
-            tokens_per_s=settings.batch_size * settings.sequence_length / (now_s - start_s),
-            stall_s=model.offload.last_step.get("stall_s", {}),
-            read_bytes=counted["read_bytes"] - before["read_bytes"],
-            written_bytes=counted["written_bytes"] - before["written_bytes"],
+            step_s=step_s,
+            tokens_per_s=settings.batch_size * settings.sequence_length / step_s,
+            floor_s=floor.floor_s,
+            floor_fraction=floor.fraction,
+            stall_s=stall_s,
+            read_bytes=moved["read_bytes"],
+            written_bytes=moved["written_bytes"],
             grad_norm=None if optimizer.grad_norm is None else float(optimizer.grad_norm),
         )
         start_s = now_s
-        totals.step, totals.last_loss = step, value
-        totals.first_loss = value if step == 1 else totals.first_loss
-        totals.step_s.append(report.step_s)
-        totals.read_bytes += report.read_bytes
-        totals.written_bytes += report.written_bytes
-        for cause, seconds in report.stall_s.items():
-            totals.stall_s[cause] += seconds
+        totals.add(report)
         output.step(report)
+        signals.check()
 
 
-def _summary(model: Any, settings: Settings, totals: _Totals, status: str) -> dict[str, Any]:
-    n_parameters = model.offload.trainable_numel
-    ordered = sorted(totals.step_s)
-    median_s = ordered[len(ordered) // 2] if ordered else math.nan
-    per_step = n_parameters * max(1, totals.step)
+def _summary(settings: Settings, totals: _Totals, status: str) -> dict[str, Any]:
+    median_s = statistics.median(totals.step_s) if totals.step_s else None
+    fractions = totals.floor_fractions
+    per_step = max(1, totals.trainable_numel * totals.step)
     return {
         "status": status,
         "steps": totals.step,
         "first_loss": totals.first_loss,
         "last_loss": totals.last_loss,
-        "trainable_parameters": n_parameters,
+        "trainable_parameters": totals.trainable_numel,
         "median_step_s": median_s,
-        "tokens_per_s": settings.batch_size * settings.sequence_length / median_s,
+        "tokens_per_s": settings.batch_size * settings.sequence_length / median_s if median_s else None,
+        "median_floor_fraction": statistics.median(fractions) if fractions else None,
         "waited_for": dict(totals.stall_s),
         "read_gb": totals.read_bytes / 1e9,
         "written_gb": totals.written_bytes / 1e9,
@@ -227,45 +253,52 @@ def _summary(model: Any, settings: Settings, totals: _Totals, status: str) -> di
     }
 
 
+def _run(settings: Settings, output: Output, totals: _Totals, signals: StopSignals) -> dict[str, Any]:
+    """Load, train and export; the store is gone when it returns or raises."""
+    output.note(f"loading {settings.model}")
+    in_memory = None
+    if settings.model.endswith(".gguf"):
+        in_memory, tokenizer = load_gguf(settings.model)
+    else:
+        tokenizer = _tokenizer(settings)
+    stream = TokenStream(settings.data, tokenizer, settings.sequence_length)  # before anything is written
+    rates = _measure_rates(settings, output)
+    model, optimizer = _wrap(settings, in_memory)
+    engine: Any = model.offload
+    try:
+        totals.trainable_numel = engine.trainable_numel
+        output.note(
+            f"{engine.trainable_numel / 1e6:.1f} M trainable parameters; {stream.n_tokens:,} tokens in "
+            f"{settings.data}, {settings.steps * settings.batch_size / stream.n_sequences:.2f} epochs"
+        )
+        _train(model, optimizer, stream, settings, output, totals, FloorMeter(rates), signals)
+        engine.flush()
+        if settings.output is not None:
+            output.note(f"writing {settings.output}")
+            export(model, settings.output, tokenizer=tokenizer)
+        engine.close()
+    except BaseException:
+        signals.cleaning_up()
+        abandon(engine)  # the step was cut in the middle: only files matter now
+        raise
+    return _summary(settings, totals, "done")
+
+
 def finetune(settings: Settings, output: Output) -> dict[str, Any]:
     """Run the whole job. Returns the summary that was printed. Raises Interrupted after Ctrl-C, the store removed."""
     _check(settings)
     torch.manual_seed(settings.seed)
     totals = _Totals()
-    with _terminate_as_interrupt():
-        output.note(f"loading {settings.model}")
-        in_memory = None
-        if settings.model.endswith(".gguf"):
-            in_memory, tokenizer = load_gguf(settings.model)
-        else:
-            tokenizer = _tokenizer(settings)
-        stream = TokenStream(settings.data, tokenizer, settings.sequence_length)  # before anything is written
-        model, optimizer = _wrap(settings, in_memory)
-        engine: Any = model.offload
+    with StopSignals() as signals:
         try:
-            output.note(
-                f"{engine.trainable_numel / 1e6:.1f} M trainable parameters; {stream.n_tokens:,} tokens in "
-                f"{settings.data}, {settings.steps * settings.batch_size / stream.n_sequences:.2f} epochs"
-            )
-            _train(model, optimizer, stream, settings, output, totals)
-            engine.flush()
-            if settings.output is not None:
-                output.note(f"writing {settings.output}")
-                export(model, settings.output, tokenizer=tokenizer)
-            summary = _summary(model, settings, totals, "done")
-        except KeyboardInterrupt:
-            with contextlib.suppress(
-                OffloadError, OSError
-            ):  # the step was cut in the middle; only files matter now
-                engine.close()
-            output.summary(_summary(model, settings, totals, "interrupted"))
-            raise Interrupted(
-                f"after step {totals.step}; the store has been removed, nothing was exported"
-            ) from None
-        except BaseException:
-            with contextlib.suppress(OffloadError, OSError):  # the first error is the one to be told
-                engine.close()
-            raise
-        engine.close()
+            summary = _run(settings, output, totals, signals)
+        except BaseException as error:
+            signals.cleaning_up()
+            forget_frames(error)
+            if not isinstance(error, KeyboardInterrupt):
+                raise
+            output.summary(_summary(settings, totals, "interrupted"))
+            when = f"after step {totals.step}" if totals.step else "before the first step ended"
+            raise Interrupted(f"{when}; the store has been removed, nothing was exported") from None
     output.summary(summary)
     return summary

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TextIO
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step: loss, rates, seconds waited by cause, and bytes moved by this step."""
+    """One step: loss, rates, seconds waited by cause, bytes moved by this step, and its floor (`planner.floor`)."""
 
     step: int
     steps: int
@@ -18,6 +18,8 @@ class StepReport:
     learning_rate: float
     step_s: float
     tokens_per_s: float
+    floor_s: float
+    floor_fraction: float
     stall_s: dict[str, float]
     read_bytes: int
     written_bytes: int
@@ -77,7 +79,7 @@ class TextOutput:
         """The live line."""
         text = (
             f"step {report.step}/{report.steps}  loss {report.loss:.4f}  {report.tokens_per_s:,.0f} tokens/s  "
-            f"{report.step_s:.2f} s/step  waits for {report.main_stall}  "
+            f"{report.step_s:.2f} s/step  {report.floor_fraction:.0%} of the floor  waits for {report.main_stall}  "
             f"read {report.read_bytes / 1e9:.2f} GB  written {report.written_bytes / 1e9:.2f} GB"
         )
         if not self._in_place:
@@ -96,6 +98,8 @@ class TextOutput:
         self._end_line()
         for name, value in summary.items():
             shown = f"{value:,.4g}" if isinstance(value, float) else value
+            if value is None:
+                shown = "none"
             if isinstance(value, dict):
                 shown = ", ".join(f"{k} {v:.2f} s" for k, v in value.items()) or "nothing"
             print(f"{name.replace('_', ' '):<26} {shown}", file=self._out, flush=True)

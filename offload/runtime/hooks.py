@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -31,15 +32,23 @@ def restore_forward(module: nn.Module) -> None:
 def on_gradient(
     block: BlockRecord, receive: Callable[[BlockRecord, Any, int, nn.Parameter], None]
 ) -> list[torch.utils.hooks.RemovableHandle]:
-    """Call `receive(block, buffer, position, parameter)` whenever a trainable parameter has accumulated a gradient."""
+    """Call the method `receive(block, buffer, position, parameter)` when a trainable parameter has its gradient.
+
+    Hooks of a parameter are kept by C++, where Python's collector sees no cycle: they hold nothing strongly that leads
+    back to the parameter, or a model that is forgotten without `close` would stay for ever, with its store.
+    """
+    receive_ref, block_ref = weakref.WeakMethod(receive), weakref.ref(block)
     handles = []
-    for buffer in block.layout.buffers:
+    for index, buffer in enumerate(block.layout.buffers):
         if not buffer.trainable:
             continue
         for position, segment in enumerate(buffer.segments):
 
-            def hook(parameter: torch.Tensor, buffer: Any = buffer, position: int = position) -> None:
-                receive(block, buffer, position, parameter)  # type: ignore[arg-type]  # leaves are Parameters
+            def hook(parameter: torch.Tensor, index: int = index, position: int = position) -> None:
+                method, owner = receive_ref(), block_ref()
+                if method is not None and owner is not None:
+                    leaf = cast(nn.Parameter, parameter)
+                    method(owner, owner.layout.buffers[index], position, leaf)
 
             handles.append(segment.parameter.register_post_accumulate_grad_hook(hook))
     return handles

@@ -5,22 +5,87 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
+import logging
 import os
 import secrets
 import shutil
 import time
+import weakref
 from collections.abc import Sequence
 
 from offload._C import Engine
 from offload.errors import StoreError
 from offload.types import PAGE_NBYTES, round_up
 
+logger = logging.getLogger("offload")
+
+
+def leftover_stores(directory: str) -> list[tuple[str, int]]:
+    """Path and bytes of the store files in `directory` that no process has open: runs that were killed, or kept."""
+    found = []
+    for path in sorted(glob.glob(os.path.join(glob.escape(directory), "offload-*.store"))):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                found.append((path, os.fstat(descriptor).st_blocks * 512))
+            finally:
+                os.close(descriptor)
+    return found
+
+
+def _leftovers_hint(directory: str) -> str:
+    leftover = leftover_stores(directory)
+    if not leftover:
+        return ""
+    nbytes = sum(n for _, n in leftover)
+    return (
+        f". {len(leftover)} store files of runs that have ended take {nbytes / 1e9:.2f} GB there; if none was kept on "
+        f"purpose: rm {os.path.join(directory, 'offload-*.store')}"
+    )
+
+
+def _preallocate(path: str, descriptor: int, file_nbytes: int) -> None:
+    """Reserve the whole file, so that a full disk shows before training. Raises StoreError."""
+    try:
+        os.posix_fallocate(descriptor, 0, file_nbytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise StoreError(
+                f"{path}: cannot preallocate {file_nbytes} bytes: {error.strerror}: free some space, add another "
+                f"directory to storage=[...], or raise host_memory{_leftovers_hint(os.path.dirname(path))}"
+            ) from error
+        logger.warning(
+            "%s: this file system cannot reserve space; a full disk will show during training", path
+        )
+        os.ftruncate(descriptor, file_nbytes)
+
+
+def _remove(
+    owner_pid: int, keep: bool, paths: list[str], descriptors: list[int], engines: list[Engine]
+) -> None:
+    """Stop the engine, unlock and (unless kept) remove the files; at the latest when the process exits."""
+    if os.getpid() != owner_pid:
+        return  # a fork: threads, lock and files are the parent's
+    for engine in engines:
+        engine.cancel()
+        engine.close()
+    for descriptor in descriptors:
+        os.close(descriptor)
+    descriptors.clear()
+    if not keep:
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
 
 class Store:
     """Files `offload-<run id>-<drive>.store`, striped by the engine, and a bump allocator of extents.
 
-    Each file is locked exclusively for as long as it is open, readable by its owner only, and removed by `close`
-    unless `keep` is set. Preallocated ranges read as zeros, so fresh optimizer states need not be written.
+    Each file is locked exclusively for as long as it is open, readable by its owner only, and removed by `close` (or
+    when the store is forgotten, or the interpreter exits) unless `keep` is set. Preallocated ranges read as zeros, so
+    fresh optimizer states need not be written.
     """
 
     def __init__(
@@ -39,15 +104,18 @@ class Store:
         self.keep = keep
         self.paths: list[str] = []
         self._descriptors: list[int] = []
+        engines: list[Engine] = []
+        self._finalizer = weakref.finalize(
+            self, _remove, os.getpid(), keep, self.paths, self._descriptors, engines
+        )
         self._end_nbytes = 0
         self._stripe_nbytes = stripe_nbytes
         self.capacity_nbytes = capacity_nbytes
         self.closed = False
-        stripes = -(-max(capacity_nbytes, 1) // stripe_nbytes)
-        file_nbytes = -(-stripes // len(directories)) * stripe_nbytes
+        self._file_nbytes = self._file_nbytes_for(max(capacity_nbytes, 1), len(directories))
         try:
             for drive, directory in enumerate(directories):
-                self._create(directory, drive, file_nbytes)
+                self._create(directory, drive, self._file_nbytes)
             self.engine = Engine(
                 self.paths,
                 backend=backend,
@@ -56,66 +124,85 @@ class Store:
                 queue_depth=queue_depth,
                 stripe_nbytes=stripe_nbytes,
             )
+            engines.append(self.engine)
         except BaseException:
-            self._remove_files()
+            self._finalizer()
             raise
 
+    def _file_nbytes_for(self, capacity_nbytes: int, n_drives: int) -> int:
+        """Bytes of each file: its stripes, and a page that stays unwritten (see `check_intact`)."""
+        stripes = -(-capacity_nbytes // self._stripe_nbytes)
+        return -(-stripes // n_drives) * self._stripe_nbytes + PAGE_NBYTES
+
     def _create(self, directory: str, drive: int, file_nbytes: int) -> None:
-        os.makedirs(directory, exist_ok=True)
+        try:
+            os.makedirs(directory, exist_ok=True)
+        except OSError as error:
+            raise StoreError(
+                f"{directory}: cannot be made: {error.strerror}: name a directory that this user can write to"
+            ) from error
         free_nbytes = shutil.disk_usage(directory).free
         if free_nbytes < file_nbytes:
             raise StoreError(
                 f"{directory}: the store needs {file_nbytes / 1e9:.2f} GB here and {free_nbytes / 1e9:.2f} GB are "
                 "free: free some space, add another directory to storage=[...], or raise host_memory"
+                f"{_leftovers_hint(directory)}"
             )
         path = os.path.join(directory, f"offload-{self.run_id}-{drive}.store")
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StoreError(
+                f"{path}: cannot be created: {error.strerror}: name a directory that this user can write to"
+            ) from error
         self.paths.append(path)
         self._descriptors.append(descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        try:
-            os.posix_fallocate(descriptor, 0, file_nbytes)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise StoreError(
-                    f"{path}: cannot preallocate {file_nbytes} bytes: {error.strerror}"
-                ) from error
-            os.ftruncate(descriptor, file_nbytes)
+        _preallocate(path, descriptor, file_nbytes)
 
     def allocate(self, nbytes: int) -> int:
         """Offset of a fresh page-aligned extent of `nbytes`. Raises StoreError when the store is full."""
-        offset = self._end_nbytes
-        self._end_nbytes += round_up(nbytes, PAGE_NBYTES)
-        if self._end_nbytes > self.capacity_nbytes:
+        offset, end_nbytes = self._end_nbytes, self._end_nbytes + round_up(nbytes, PAGE_NBYTES)
+        if end_nbytes > self.capacity_nbytes:
             raise StoreError(
-                f"store {self.paths[0]} is full: {self._end_nbytes} bytes wanted of {self.capacity_nbytes}"
+                f"store {self.paths[0]} is full: {end_nbytes} bytes wanted of {self.capacity_nbytes}"
             )
+        self._end_nbytes = end_nbytes
         return offset
 
-    def grow(self, nbytes: int) -> None:
-        """Add `nbytes` of capacity to the files (activation checkpoints, once their size is known)."""
-        self.capacity_nbytes += round_up(nbytes, PAGE_NBYTES)
-        stripes = -(-self.capacity_nbytes // self._stripe_nbytes)
-        file_nbytes = -(-stripes // len(self.paths)) * self._stripe_nbytes
+    def check_intact(self) -> None:
+        """Raise StoreError when a file has been cut short by somebody else: what was behind the cut reads as zeros.
+
+        The engine never writes a file's last page, so no write of ours makes a cut file as long as it was.
+        """
         for path, descriptor in zip(self.paths, self._descriptors, strict=True):
-            try:
-                os.posix_fallocate(descriptor, 0, file_nbytes)
-            except OSError as error:
-                raise StoreError(f"{path}: cannot grow to {file_nbytes} bytes: {error.strerror}") from error
+            found_nbytes = os.fstat(descriptor).st_size
+            if found_nbytes < self._file_nbytes:
+                raise StoreError(
+                    f"{path}: has been truncated to {found_nbytes} of {self._file_nbytes} bytes by another program; "
+                    "training state is lost: start again, with storage directories that nothing else cleans"
+                )
+
+    def grow(self, nbytes: int) -> None:
+        """Add `nbytes` of capacity to the files (activation checkpoints, once their size is known).
+
+        Raises StoreError, the capacity unchanged, when a drive has no room.
+        """
+        capacity_nbytes = self.capacity_nbytes + round_up(nbytes, PAGE_NBYTES)
+        file_nbytes = self._file_nbytes_for(capacity_nbytes, len(self.paths))
+        for path, descriptor in zip(self.paths, self._descriptors, strict=True):
+            _preallocate(path, descriptor, file_nbytes)
+        self.capacity_nbytes, self._file_nbytes = capacity_nbytes, file_nbytes
+
+    def cancel(self) -> None:
+        """The run has been stopped: let all transfers fail that the kernel has not been given, and all later ones."""
+        self.engine.cancel()
 
     def close(self) -> None:
         """Wait for what is in flight, unlock and (unless kept) remove the files. Safe to call twice."""
         if self.closed:
             return
         self.closed = True
-        self.engine.close()
-        self._remove_files()
-
-    def _remove_files(self) -> None:
-        for descriptor in self._descriptors:
-            os.close(descriptor)
-        self._descriptors.clear()
-        if not self.keep:
-            for path in self.paths:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+        if self._finalizer.alive:
+            self.engine.close()  # finishes; the finalizer alone would cancel
+        self._finalizer()

@@ -1,0 +1,174 @@
+"""Drives that fill up, break or lose our file: an error that names the file, nothing left behind, no wrong number."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+from torch import nn
+
+import offload
+from offload.errors import StoreError
+from offload.tiers import storage
+from offload.tiers.host import HostArena
+from tests.fault.training import GIVEN_UP, make_run, steps
+from tests.unit.test_store import files_in, make_store
+
+pytestmark = pytest.mark.fault
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MiB of its own."""
+    yield from mounted(tmp_path, "8m")
+
+
+def mounted(tmp_path, size):
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)], capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(small_disk):
+    with pytest.raises(StoreError, match=f"{small_disk}: the store needs 0.02 GB here and 0.01 GB are free"):
+        make_store(small_disk, nbytes=16 * MIB)
+    assert files_in(small_disk) == []
+
+
+def test_a_disk_that_fills_in_the_middle_of_preallocation_is_named_and_left_empty(small_disk, monkeypatch):
+    """Another program takes the space between our look at it and our preallocation."""
+    look = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: look(path)._replace(free=1 << 40))
+    with pytest.raises(
+        StoreError, match=rf"{small_disk}/offload-.*: cannot preallocate \d+ bytes: No space left"
+    ):
+        make_store(small_disk, nbytes=16 * MIB)
+    assert files_in(small_disk) == []
+
+
+def test_a_disk_that_fills_while_the_store_grows_is_named_and_the_store_still_works(small_disk):
+    store = make_store(small_disk, nbytes=4 * MIB)
+    with pytest.raises(StoreError, match="cannot preallocate"):
+        store.grow(16 * MIB)
+    assert store.capacity_nbytes == 4 * MIB
+    with pytest.raises(StoreError, match="is full"):
+        store.allocate(5 * MIB)
+    arena = HostArena(MIB)
+    store.engine.write(arena.address, MIB, store.allocate(MIB)).wait(20)
+    store.close()
+    assert files_in(small_disk) == []
+
+
+@pytest.mark.parametrize("backend", ["uring", "posix"])
+def test_a_disk_that_fills_in_the_middle_of_a_write_is_named(small_disk, monkeypatch, backend):
+    """A real ENOSPC: the file system cannot reserve space, and the bytes find none."""
+
+    def refuse(*_):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    try:
+        store = make_store(small_disk, nbytes=6 * MIB, backend=backend)
+    except OSError as error:
+        pytest.skip(f"{backend} is refused here: {error}")
+    with open(small_disk / "others", "wb") as other:
+        other.write(bytes(5 * MIB))
+    arena = HostArena(6 * MIB)
+    arena.bytes_tensor.fill_(1)
+    with pytest.raises(OSError, match=f"of {store.paths[0]}") as caught:
+        store.engine.write(arena.address, 6 * MIB, 0).wait(20)
+    assert caught.value.errno == errno.ENOSPC
+    assert "add a storage directory" in str(caught.value)
+    store.close()
+    assert [os.path.basename(path) for path in files_in(small_disk)] == ["others"]
+
+
+@pytest.fixture
+def breakable_drive(tmp_path):
+    """A real file system on a loop device; `cut` takes the medium away under it."""
+    image, place = tmp_path / "image", tmp_path / "drive"
+    image.touch()
+    place.mkdir()
+    os.truncate(image, 64 * MIB)
+    for command in (["mkfs.ext4", "-q", "-F", str(image)], ["mount", "-o", "loop", str(image), str(place)]):
+        if shutil.which(command[0]) is None:
+            pytest.skip(f"{command[0]} is not installed")
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
+    try:
+        yield place, lambda: os.truncate(image, 0)
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@pytest.mark.parametrize("backend", ["uring", "posix"])
+def test_a_vanished_drive_is_reported_with_its_path_and_nobody_hangs(breakable_drive, backend):
+    place, cut = breakable_drive
+    try:
+        store = make_store(place, nbytes=16 * MIB, backend=backend)
+    except OSError as error:
+        pytest.skip(f"{backend} is refused here: {error}")
+    arena = HostArena(16 * MIB)
+    arena.bytes_tensor.fill_(7)
+    store.engine.write(arena.address, 16 * MIB, 0).wait(20)
+    cut()
+    with pytest.raises(OSError, match=f"of {store.paths[0]}: ") as caught:
+        store.engine.read(arena.address, 16 * MIB, 0).wait(20)
+    assert caught.value.errno == errno.EIO
+    assert "offset" in str(caught.value)
+    store.close()
+
+
+def test_a_store_file_truncated_behind_our_back_ends_training_with_its_name(tmp_path):
+    model, optimizer = make_run(tmp_path)
+    steps(model, optimizer, 1)
+    (path,) = glob.glob(f"{tmp_path}/*.store")
+    os.truncate(path, 0)
+    with pytest.raises(GIVEN_UP, match=path):
+        steps(model, optimizer, 1)
+    with contextlib.suppress(*GIVEN_UP):
+        model.offload.close()
+    assert files_in(tmp_path) == []
+
+
+def test_a_store_file_unlinked_behind_our_back_changes_no_number(tmp_path):
+    expected = steps(*make_run(tmp_path / "a"), 3)
+    model, optimizer = make_run(tmp_path / "b")
+    (path,) = glob.glob(f"{tmp_path}/b/*.store")
+    os.unlink(path)
+    got = steps(model, optimizer, 3)
+    model.offload.close()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_a_full_disk_leaves_the_users_model_alone(small_disk, monkeypatch):
+    """wrap fails; the model has its parameters, and fits elsewhere."""
+    look = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: look(path)._replace(free=1 << 40))
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(512, 512) for _ in range(6)])
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.AdamW(model.parameters())
+    budgets = {"device_memory": "4MB", "host_memory": "1MB", "chunk_elements": 4096}
+    with pytest.raises(StoreError, match="No space left"):
+        offload.wrap(model, optimizer, storage=[str(small_disk)], **budgets)
+    assert files_in(small_disk) == []
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert storage.leftover_stores(str(small_disk)) == []

@@ -1,0 +1,74 @@
+"""Runs in a row in one process: descriptors, threads, memory and files do not pile up."""
+
+from __future__ import annotations
+
+import gc
+import os
+
+import psutil
+import pytest
+
+from tests.fault.training import GIVEN_UP, inject, make_run, steps
+
+pytestmark = pytest.mark.fault
+
+
+def held():
+    """Descriptors and threads of this process."""
+    gc.collect()
+    process = psutil.Process()
+    return process.num_fds(), process.num_threads()
+
+
+@pytest.mark.parametrize("backend", ["uring", "posix"])
+def test_50_runs_in_a_row_leave_no_descriptor_no_thread_and_no_file(tmp_path, backend):
+    def run():
+        model, optimizer = make_run(tmp_path, layers=2, backend=backend)
+        steps(model, optimizer, 1)
+        model.offload.close()
+
+    for _ in range(3):  # torch starts its threads
+        run()
+    before = held()
+    for _ in range(50):
+        run()
+    assert held() == before
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.xfail(strict=True, reason="the engine's finalizer holds the blocks, and with them the model")
+def test_runs_that_are_forgotten_without_close_leave_nothing_either(tmp_path):
+    def run():
+        steps(*make_run(tmp_path, layers=2), 1)
+
+    run()
+    before = held()
+    for _ in range(10):
+        run()
+    assert held() == before
+    assert os.listdir(tmp_path) == []
+
+
+def test_runs_that_fail_leave_nothing_either(tmp_path, monkeypatch):
+    def run(nth):
+        with monkeypatch.context() as patch:
+            inject(patch, {"fail_nth": nth, "errno": 5})
+            try:
+                model, optimizer = make_run(tmp_path, layers=2)
+            except GIVEN_UP:
+                return
+            try:
+                steps(model, optimizer, 1)
+                model.offload.close()
+            except GIVEN_UP:
+                try:
+                    model.offload.close()
+                except GIVEN_UP:
+                    return
+
+    run(1), run(20)
+    before = held()
+    for nth in range(1, 21):
+        run(nth)
+    assert held() == before
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,92 @@
+"""A small run through the store with few transfers, and faults in them."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+import offload
+from offload._C import Engine
+from offload.config import Config
+from offload.errors import BudgetError, OffloadError
+from offload.tiers import storage
+
+GIVEN_UP = (OffloadError, OSError)
+"""What a run may end with when a drive fails."""
+
+STREAMING = {"step_aside": "never"} if "step_aside" in Config.model_fields else {}
+"""Small models, too, are to go through the store."""
+
+WIDTH = 64
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + torch.tanh(self.linear(x))
+
+
+class Model(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.embed = nn.Linear(8, WIDTH)
+        self.layers = nn.ModuleList(Block() for _ in range(layers))
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def inject(monkeypatch, faults):
+    """Give every store that is made from now on an engine with these faults. Returns the engines made."""
+    made = []
+
+    def make(paths, **options):
+        made.append(Engine(paths, inject=faults, **options))
+        return made[-1]
+
+    monkeypatch.setattr(storage, "Engine", make)
+    return made
+
+
+def make_run(directory, layers=3, lr=1e-2, **settings):
+    """(model, optimizer) with the smallest budgets that would do, as the refusal of less states them."""
+    torch.manual_seed(0)
+    model = Model(layers)
+    made = torch.optim.AdamW(model.parameters(), lr=lr)
+    settings = {
+        "storage": [str(directory)], "chunk_elements": 2048, "chunk_buffers": 2, "prefetch_blocks": 1, **STREAMING,
+        **settings,
+    }  # fmt: skip
+    with pytest.raises(BudgetError) as refused:
+        offload.wrap(model, made, device_memory=1, host_memory=1, **settings)
+    return offload.wrap(model, made, **smallest_budgets(str(refused.value)), **settings)
+
+
+def smallest_budgets(refusal):
+    """The budgets that a BudgetError names."""
+    return {name: int(re.search(rf"{name}='(\d+)'", refusal)[1]) for name in ("device_memory", "host_memory")}
+
+
+def parameters_of(model):
+    """All parameters by name."""
+    return {name: tensor.clone() for block in model.offload.iter_blocks() for name, tensor in block}
+
+
+def steps(model, optimizer, n_steps, seed=1):
+    """Train; give the parameters by name afterwards."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(n_steps):
+        model(torch.randn(4, 8, generator=generator)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return parameters_of(model)
