@@ -28,6 +28,25 @@ logger = logging.getLogger("offload")
 
 
 @dataclass
+class Resources:
+    """What has to be given back at the end. Holds no block, so that a forgotten model can go."""
+
+    store: Store | None
+    pipeline: UpdatePipeline
+    device: DeviceTier
+    copies: Copies
+    arenas: list[HostArena]
+
+    def close(self) -> None:
+        """End all threads, release the device and remove the store. Finishes what is in flight first."""
+        self.copies.close()
+        self.pipeline.close()
+        if self.store is not None:
+            self.store.close()
+        self.device.close()
+
+
+@dataclass
 class Assembly:
     """Everything the runtime runs on."""
 
@@ -39,23 +58,11 @@ class Assembly:
     device_slots: list[DeviceSlot]
     grad_buffers: list[GradBuffer]
     out_buffers: list[GradBuffer]
-    store: Store | None
-    pipeline: UpdatePipeline
-    device: DeviceTier
-    copies: Copies
-    arenas: list[HostArena]
+    resources: Resources
     activation_staging: torch.Tensor
     placement: Placement
     device_nbytes: int
     host_nbytes: int
-
-    def close(self) -> None:
-        """End all threads, release the device and remove the store. Finishes what is in flight first."""
-        self.copies.close()
-        self.pipeline.close()
-        if self.store is not None:
-            self.store.close()
-        self.device.close()
 
 
 def choose_device(model: nn.Module, config: Config) -> DeviceTier:
@@ -298,11 +305,9 @@ def assemble(cut: Cut, config: Config, compute_dtype: torch.dtype | None, device
         device_slots=device_slots,
         grad_buffers=grad_buffers,
         out_buffers=out_buffers,
-        store=store,
-        pipeline=pipeline,
-        device=device,
-        copies=Copies(device),
-        arenas=[builder.device_arena, builder.host_arena],
+        resources=Resources(
+            store, pipeline, device, Copies(device), [builder.device_arena, builder.host_arena]
+        ),
         activation_staging=activation_staging,
         placement=builder.placement,
         device_nbytes=builder.device_nbytes,

@@ -78,7 +78,7 @@ class OffloadEngine:
         _move_buffers(model, self.device)
         self._scheduler.hold_root()
         self._closed = False
-        self._finalizer = weakref.finalize(model, parts.close)
+        self._finalizer = weakref.finalize(model, parts.resources.close)
 
     # ---- called by blocks and hooks --------------------------------------------------------------------------
 
@@ -236,7 +236,7 @@ class OffloadEngine:
 
     def counters(self) -> dict[str, int]:
         """Bytes read from and written to storage so far."""
-        store = self._assembly.store
+        store = self._assembly.resources.store
         if store is None:
             return {"read_bytes": 0, "written_bytes": 0}
         counted = store.engine.counters()
@@ -285,24 +285,24 @@ class OffloadEngine:
 
 
 def _make_scheduler(parts: Assembly, stalls: Stalls) -> Scheduler:
-    residency: Residency = SharedResidency(parts.device.torch_device)
-    if not parts.device.shares_host:
-        residency = CopiedResidency(parts.device_slots, parts.device, parts.copies)
+    residency: Residency = SharedResidency(parts.resources.device.torch_device)
+    if not parts.resources.device.shares_host:
+        residency = CopiedResidency(parts.device_slots, parts.resources.device, parts.resources.copies)
     return Scheduler(
         parts.blocks,
         parts.root,
         parts.slots,
-        parts.store,
-        parts.pipeline,
+        parts.resources.store,
+        parts.resources.pipeline,
         residency,
         stalls,
         parts.in_device,
         lambda complete: Gradients(
             parts.grad_buffers,
             parts.out_buffers,
-            parts.device,
-            parts.copies,
-            parts.store,
+            parts.resources.device,
+            parts.resources.copies,
+            parts.resources.store,
             stalls,
             parts.host_nbytes - parts.placement.host_nbytes,
             complete,
@@ -312,17 +312,17 @@ def _make_scheduler(parts: Assembly, stalls: Stalls) -> Scheduler:
 
 def _make_activations(parts: Assembly, config: Config, stalls: Stalls) -> ActivationStore:
     """A device of its own leaves half of what is free to the block that is running."""
-    if config.activations == "storage" and parts.store is None:
+    if config.activations == "storage" and parts.resources.store is None:
         raise ConfigError("activations='storage' needs storage=[directory]")
     fixed: dict[str, Tier] = {"device": "device", "host": "host", "storage": "storage"}
     spare_nbytes = parts.device_nbytes - parts.placement.device_nbytes
     return ActivationStore(
-        parts.device,
-        parts.copies,
-        parts.store,
+        parts.resources.device,
+        parts.resources.copies,
+        parts.resources.store,
         stalls,
         tier=fixed.get(config.activations),
-        device_nbytes=spare_nbytes if parts.device.shares_host else spare_nbytes // 2,
+        device_nbytes=spare_nbytes if parts.resources.device.shares_host else spare_nbytes // 2,
         host_nbytes=parts.host_nbytes - parts.placement.host_nbytes,
         staging=parts.activation_staging,
         pin=config.pin,

@@ -66,10 +66,10 @@ class Scheduler:
             self._complete(block, "fetch")
 
     def _complete(self, block: BlockRecord, cause: str) -> None:
-        tickets, block.tickets = block.tickets, []
         with self._stalls.waiting(cause):
-            for ticket in tickets:
-                ticket.wait()
+            for ticket in block.tickets:
+                ticket.wait()  # a failed one stays, and fails every later use of the block too
+        block.tickets = []
         updated = block.state is BlockState.UPDATING
         if block.state is not BlockState.RESIDENT:
             block.move(BlockState.RESIDENT)

@@ -16,7 +16,7 @@ def abandon(engine: OffloadEngine) -> None:
     Waits only for the transfers the kernel has already been given, so that a stopped run ends soon on a slow drive.
     Errors of the transfers given up are not raised.
     """
-    store = engine._assembly.store
+    store = engine._assembly.resources.store
     if store is not None:
         store.cancel()
     with contextlib.suppress(OffloadError, OSError, ValueError):

@@ -18,7 +18,7 @@ from offload.planner.activations import candidates, spread
 from offload.planner.explain import explain, lower_bounds
 from offload.planner.hardware import Hardware
 from offload.planner.memory import Shape, device_need, host_need
-from offload.planner.plan import SPLIT_MASTER, Budgets, Plan
+from offload.planner.plan import INPUT, SPLIT_MASTER, Budgets, Plan
 from offload.planner.points import Search
 from offload.planner.report import plan_lines
 from offload.planner.search import make_plan
