@@ -125,7 +125,15 @@ void bind_io(py::module_& module) {
           },
           py::arg("failure") = "", py::call_guard<py::gil_scoped_release>())
       .def("wait", &wait_ticket, py::arg("timeout_s") = py::none())
-      .def("done", &io::Ticket::done);
+      .def("done", &io::Ticket::done)
+      .def("times", [](const io::Ticket& ticket) {
+        const auto seconds = [](io::Ticket::Clock::time_point at) {
+          return std::chrono::duration<double>(at.time_since_epoch()).count();
+        };
+        if (!ticket.done()) throw py::value_error("this ticket has not completed yet");
+        const auto [begun, ended] = ticket.times();
+        return std::make_pair(seconds(begun), seconds(ended));
+      });
 
   py::class_<io::Engine, std::shared_ptr<io::Engine>>(module, "Engine")
       .def(py::init([](std::vector<std::string> paths, std::string backend, bool direct, std::size_t block_nbytes,

@@ -49,7 +49,7 @@ optim::UpdateJob make_job(const std::string& param_codec, std::size_t n_elements
                           std::int64_t param_offset, bool read_param, std::int64_t state_offset,
                           std::uintptr_t state_host_address, std::size_t host_chunks, std::uintptr_t grad_address,
                           const std::string& grad_dtype, std::int64_t grad_offset,
-                          std::shared_ptr<io::Ticket> grad_gate,
+                          std::shared_ptr<io::Ticket> grad_gate, std::int64_t tag,
                           const std::vector<std::tuple<std::size_t, std::size_t, Hyper>>& segments) {
   optim::UpdateJob job;
   job.codec = codec_of(param_codec);
@@ -64,6 +64,7 @@ optim::UpdateJob make_job(const std::string& param_codec, std::size_t n_elements
   job.grad_dtype = grad_dtype_of(grad_dtype);
   job.grad_offset = grad_offset;
   job.grad_gate = std::move(grad_gate);
+  job.tag = tag;
   for (const auto& [start, n, hyper] : segments) job.segments.push_back({start, n, hyper});
   return job;
 }
@@ -136,7 +137,7 @@ void bind_optim(py::module_& module) {
            py::arg("param_offset") = -1, py::arg("read_param") = false, py::arg("state_offset") = -1,
            py::arg("state_host_address") = 0, py::arg("host_chunks") = 0, py::arg("grad_address") = 0,
            py::arg("grad_dtype") = "float32", py::arg("grad_offset") = -1, py::arg("grad_gate") = py::none(),
-           py::arg("segments"));
+           py::arg("tag") = -1, py::arg("segments"));
 
   py::class_<optim::UpdatePipeline, PipelineHolder>(module, "UpdatePipeline")
       .def(py::init([](std::shared_ptr<io::Engine> engine, std::size_t chunk_elements, std::size_t n_buffers,
@@ -159,6 +160,14 @@ void bind_optim(py::module_& module) {
              return py::dict(py::arg("kernel_s") = pipeline.kernel_seconds(),
                              py::arg("wait_read_s") = pipeline.wait_read_seconds(),
                              py::arg("chunks") = pipeline.chunks_updated());
+           })
+      .def("record_spans", &optim::UpdatePipeline::record_spans, py::arg("on"))
+      .def("take_spans",
+           [](optim::UpdatePipeline& pipeline) {
+             std::vector<std::tuple<std::string, std::int64_t, double, double>> spans;
+             for (const auto& span : pipeline.take_spans())
+               spans.emplace_back(std::string(1, span.kind), span.tag, span.start_s, span.end_s);
+             return spans;
            })
       .def("kernel_seconds", &optim::UpdatePipeline::kernel_seconds)
       .def("close", &optim::UpdatePipeline::close, py::call_guard<py::gil_scoped_release>());

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,52 @@ class Span:
     name: str
     start_s: float
     end_s: float
+
+
+Times = tuple[float, float]
+"""Start and end of something, in seconds of `time.perf_counter`."""
+
+
+class SpanLog:
+    """Spans of a run while it is recorded. While it is not, a call costs one comparison.
+
+    Work that is still going on hands in a function that says its times once it has ended.
+    """
+
+    def __init__(self) -> None:
+        self.recording = False
+        self._origin_s = 0.0
+        self._later: list[tuple[str, str, Callable[[], Times]]] = []
+
+    def start(self) -> None:
+        """Forget what was recorded, and record from now on."""
+        self._later.clear()
+        self._origin_s = time.perf_counter()
+        self.recording = True
+
+    def add(self, resource: str, name: str, times: Callable[[], Times]) -> None:
+        """Record one piece of work."""
+        if self.recording:
+            self._later.append((resource, name, times))
+
+    def stop(self) -> list[Span]:
+        """End the record. All work in it has to have ended. Overlapping spans of one name and resource become one."""
+        self.recording = False
+        found = [(resource, name, *times()) for resource, name, times in self._later]
+        self._later.clear()
+        merged: dict[tuple[str, str], list[list[float]]] = defaultdict(list)
+        for resource, name, start_s, end_s in sorted(found, key=lambda item: item[2]):
+            runs = merged[resource, name]
+            if runs and start_s <= runs[-1][1]:
+                runs[-1][1] = max(runs[-1][1], end_s)
+            else:
+                runs.append([start_s, end_s])
+        spans = [
+            Span(resource, name, max(0.0, start_s - self._origin_s), end_s - self._origin_s)
+            for (resource, name), runs in merged.items()
+            for start_s, end_s in runs
+        ]
+        return sorted(spans, key=lambda span: (span.start_s, span.resource))
 
 
 class Stalls:

@@ -19,8 +19,9 @@ struct Error {
 class Ticket {
  public:
   using Callback = std::function<void(const Error&)>;
+  using Clock = std::chrono::steady_clock;
 
-  explicit Ticket(std::size_t pieces) : pending_(pieces) {}
+  explicit Ticket(std::size_t pieces) : pending_(pieces), begun_(Clock::now()) {}
 
   // One piece has ended; the ticket completes with the last of them. Callbacks run here, outside the lock.
   void settle_piece(const Error& error) {
@@ -29,6 +30,7 @@ class Ticket {
       std::lock_guard<std::mutex> lock(mutex_);
       if (error.code != 0 && error_.code == 0) error_ = error;
       if (--pending_ != 0) return;
+      ended_ = Clock::now();
       callbacks.swap(callbacks_);
       // Notified under the lock: a waiter may drop the last reference as soon as it is released.
       changed_.notify_all();
@@ -59,6 +61,8 @@ class Ticket {
     return changed_.wait_for(lock, timeout, [this] { return pending_ == 0; });
   }
 
+  // When it was made, and when it completed. Only meaningful once complete.
+  std::pair<Clock::time_point, Clock::time_point> times() const { return {begun_, ended_}; }
   // Only meaningful once complete.
   const Error& error() const { return error_; }
 
@@ -67,6 +71,7 @@ class Ticket {
   mutable std::condition_variable changed_;
   std::size_t pending_;
   Error error_;
+  Clock::time_point begun_, ended_;
   std::vector<Callback> callbacks_;
 };
 

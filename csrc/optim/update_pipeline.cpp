@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <chrono>
 #include <system_error>
+#include <utility>
 
 #include "common/aligned_buffer.h"
 #include "common/check.h"
@@ -26,6 +27,8 @@ bool on_page(std::int64_t offset) { return offset % static_cast<std::int64_t>(kP
 std::int64_t nanoseconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin).count();
 }
+
+double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 io::Error error_of(const std::exception& thrown) {
   if (const auto* system = dynamic_cast<const std::system_error*>(&thrown))
@@ -178,10 +181,22 @@ bool UpdatePipeline::can_issue() const {
                       [this](const ChunkPtr& chunk) { return chunk->overlaps(*next_); });
 }
 
+void UpdatePipeline::note(char kind, const Chunk& chunk, double start_s) {
+  if (!recording_) return;
+  std::lock_guard<std::mutex> lock(spans_mutex_);
+  spans_.push_back({kind, chunk.job->job.tag, start_s, now_s()});
+}
+
+std::vector<ChunkSpan> UpdatePipeline::take_spans() {
+  std::lock_guard<std::mutex> lock(spans_mutex_);
+  return std::exchange(spans_, {});
+}
+
 void UpdatePipeline::settle_io(const ChunkPtr& chunk, const io::Error& error, bool was_read) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (error.code != 0 && chunk->error.code == 0) chunk->error = error;
   if (chunk->pending.fetch_sub(1) != 1) return;
+  if (chunk->io_start_s != 0) note(was_read ? 'r' : 'w', *chunk, chunk->io_start_s);
   if (was_read) --reading_;
   (was_read ? ready_ : written_).push_back(chunk);
   changed_.notify_one();  // under the lock: close() may destroy the pipeline as soon as it is released
@@ -223,6 +238,7 @@ void UpdatePipeline::start_reads(const ChunkPtr& chunk, bool skip) {
   } catch (const std::exception& error) {
     refused = error_of(error);
   }
+  chunk->io_start_s = recording_ && !tickets.empty() ? now_s() : 0;
   const bool gated = job.grad_gate && !skip && refused.code == 0;
   chunk->pending = tickets.size() + 1 + (gated ? 1 : 0);
   for (const auto& ticket : tickets)
@@ -285,6 +301,7 @@ void UpdatePipeline::start_writes(const ChunkPtr& chunk) {
   } catch (const std::exception& error) {
     refused = error_of(error);
   }
+  chunk->io_start_s = recording_ && !tickets.empty() ? now_s() : 0;
   chunk->pending = tickets.size() + 1;
   for (const auto& ticket : tickets)
     ticket->on_complete([this, chunk](const io::Error& error) { settle_io(chunk, error, false); });
@@ -333,7 +350,9 @@ void UpdatePipeline::work() {
         finish(chunk);
       } else {
         const auto begin = std::chrono::steady_clock::now();
+        const double start_s = now_s();
         compute(*chunk);
+        note('u', *chunk, start_s);
         kernel_ns_ += nanoseconds_since(begin);
         ++chunks_updated_;
         start_writes(chunk);

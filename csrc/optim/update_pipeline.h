@@ -38,6 +38,14 @@ struct UpdateJob {
   // The gradients may be read once this has completed (a copy from the device, or a write to grad_offset); null: now.
   std::shared_ptr<io::Ticket> grad_gate;
   std::vector<Segment> segments;
+  std::int64_t tag = -1;  // comes back in the spans of its chunks
+};
+
+// What a chunk did while spans were recorded: 'r'ead, 'u'pdate or 'w'rite, in seconds of the steady clock.
+struct ChunkSpan {
+  char kind;
+  std::int64_t tag;
+  double start_s, end_s;
 };
 
 std::size_t state_nbytes_per_element(Codec codec);
@@ -65,6 +73,9 @@ class UpdatePipeline {
   // Seconds that threads slept while reads were in flight, summed over the threads.
   double wait_read_seconds() const { return static_cast<double>(wait_read_ns_.load()) * 1e-9; }
   std::uint64_t chunks_updated() const { return chunks_updated_.load(); }
+  // Spans of the chunks that work from now on are kept, until they are taken; false stops it.
+  void record_spans(bool on) { recording_ = on; }
+  std::vector<ChunkSpan> take_spans();
 
  private:
   struct JobState {
@@ -87,6 +98,7 @@ class UpdatePipeline {
     io::Error error;               // guarded by the pipeline's mutex
     std::array<Range, 3> storage;  // extents of state, parameters and gradients; empty where not on storage
     std::array<Range, 2> memory;   // the parameter plane and a record that lives in host memory
+    double io_start_s = 0;         // of the reads or the writes in flight, while spans are recorded
     bool overlaps(const Chunk& other) const;
   };
   using ChunkPtr = std::shared_ptr<Chunk>;
@@ -102,6 +114,7 @@ class UpdatePipeline {
   void compute(const Chunk& chunk) const;
   void start_writes(const ChunkPtr& chunk);
   void finish(const ChunkPtr& chunk);
+  void note(char kind, const Chunk& chunk, double start_s);
   void settle_io(const ChunkPtr& chunk, const io::Error& error, bool was_read);
   std::int64_t record_offset(const Chunk& chunk) const;
   char* record(const Chunk& chunk) const;
@@ -122,6 +135,9 @@ class UpdatePipeline {
   bool issuing_ = false, closing_ = false;
   std::atomic<std::int64_t> kernel_ns_{0}, wait_read_ns_{0};
   std::atomic<std::uint64_t> chunks_updated_{0};
+  std::atomic<bool> recording_{false};
+  std::mutex spans_mutex_;
+  std::vector<ChunkSpan> spans_;
   std::vector<std::thread> threads_;
 };
 

@@ -16,6 +16,7 @@ from offload.planner.placement import BlockBytes, Placement, place
 from offload.runtime import in_device
 from offload.runtime.in_device import InDeviceState
 from offload.stores.block_store import BlockRecord, DeviceSlot, GradBuffer, Slot, StateExtents
+from offload.telemetry import SpanLog
 from offload.tiers.device import CudaDevice, DeviceTier, SharedDevice
 from offload.tiers.emulated_device import EmulatedDevice
 from offload.tiers.host import HostArena
@@ -283,7 +284,9 @@ class _Builder:
         return states
 
 
-def assemble(cut: Cut, config: Config, compute_dtype: torch.dtype | None, device: DeviceTier) -> Assembly:
+def assemble(
+    cut: Cut, config: Config, compute_dtype: torch.dtype | None, device: DeviceTier, spans: SpanLog
+) -> Assembly:
     """Place `cut` by budget, create the store, and move every parameter to where it belongs, block by block.
 
     Raises BudgetError before anything is written when it cannot fit.
@@ -306,7 +309,7 @@ def assemble(cut: Cut, config: Config, compute_dtype: torch.dtype | None, device
         grad_buffers=grad_buffers,
         out_buffers=out_buffers,
         resources=Resources(
-            store, pipeline, device, Copies(device), [builder.device_arena, builder.host_arena]
+            store, pipeline, device, Copies(device, spans), [builder.device_arena, builder.host_arena]
         ),
         activation_staging=activation_staging,
         placement=builder.placement,

@@ -32,6 +32,7 @@ class Runner(Protocol):
     def end_forward(self, block: BlockRecord) -> None: ...
     def begin_backward(self, block: BlockRecord) -> None: ...
     def end_backward(self, block: BlockRecord) -> None: ...
+    def computing(self, kind: str, block: BlockRecord) -> AbstractContextManager[None]: ...
     def tiers_of_saved(self, block: BlockRecord, recipe: Recipe) -> dict[int, Tier]: ...
     def given_tensors(self, block: BlockRecord) -> list[torch.Tensor]: ...
     @property
@@ -153,11 +154,12 @@ class _BlockFunction(torch.autograd.Function):
         try:
             for start, stop in call.ranges:
                 micro = microbatch.slice_leaves(leaves, call.n_samples, start, stop)
-                if runner.keeps_graph:
-                    outputs.append(_forward_keeping(call, micro))
-                else:
-                    call.random_states.append(_random_state(device))
-                    outputs.append(_forward_saving(call, micro))
+                with runner.computing("forward", block):
+                    if runner.keeps_graph:
+                        outputs.append(_forward_keeping(call, micro))
+                    else:
+                        call.random_states.append(_random_state(device))
+                        outputs.append(_forward_saving(call, micro))
         finally:
             runner.end_forward(block)
         block.awaiting_backward.add(call)
@@ -189,8 +191,10 @@ class _BlockFunction(torch.autograd.Function):
                     inputs, outputs = call.kept[number]
                 else:
                     micro = microbatch.slice_leaves(leaves, call.n_samples, start, stop)
-                    inputs, outputs = _recompute(call, micro, number, device)
-                _backward_micro(call, inputs, outputs, grad_outputs, number)
+                    with runner.computing("recompute", block):
+                        inputs, outputs = _recompute(call, micro, number, device)
+                with runner.computing("backward", block):
+                    _backward_micro(call, inputs, outputs, grad_outputs, number)
                 if call.kept:
                     call.kept[number] = ([], [])
                 for i, tensor in enumerate(inputs):
@@ -251,7 +255,9 @@ def _forward_saving(call: Call, micro: list[Any]) -> list[Any]:
         for op, tensors in keeper.kept.items():
             nbytes = sum(t.numel() * t.element_size() for t in tensors)
             if store.has_room(nbytes, tiers[op]):
-                call.saved[-1][op] = [store.swap_out(t.detach(), tiers[op]) for t in tensors]
+                call.saved[-1][op] = [
+                    store.swap_out(t.detach(), tiers[op], call.block.label) for t in tensors
+                ]
     return out_leaves
 
 
@@ -327,7 +333,11 @@ def _save_inputs(ctx: Any, call: Call, tensors: tuple[torch.Tensor, ...]) -> Non
     if tensors and not call.kept:
         largest = max(range(len(tensors)), key=lambda i: tensors[i].numel() * tensors[i].element_size())
         store = call.runner.activations
-        ctx.swapped = (largest, store, store.swap_out(tensors[largest].detach().contiguous()))
+        ctx.swapped = (
+            largest,
+            store,
+            store.swap_out(tensors[largest].detach().contiguous(), label=call.block.label),
+        )
         kept[largest] = tensors[largest].new_empty(0)
     elif call.kept:
         kept = [t.new_empty(0) if not microbatch.is_batched(t, call.n_samples) else t for t in tensors]

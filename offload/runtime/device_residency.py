@@ -92,7 +92,7 @@ class CopiedResidency:
             block.device_slot, slot.owner = slot, block
         nbytes = block.layout.slot_nbytes
         target, source = block.device_slot.bytes_tensor[:nbytes], block.slot.bytes_tensor[:nbytes]
-        block.loaded = self._copies.h2d(target, source, [block.device_slot.free_after])
+        block.loaded = self._copies.h2d(f"load {block.label}", target, source, [block.device_slot.free_after])
         block.device_stale = False
         block.bind()
         return True

@@ -28,7 +28,7 @@ from offload.runtime.recompute import Recipe
 from offload.runtime.scheduler import Scheduler
 from offload.stores.activations import ActivationStore, Tier
 from offload.stores.block_store import BlockRecord
-from offload.telemetry import Stalls
+from offload.telemetry import Span, SpanLog, Stalls
 
 logger = logging.getLogger("offload")
 
@@ -49,6 +49,7 @@ class OffloadEngine:
         self.micro_batches = config.micro_batches
         self.keeps_graph = config.activations == "keep"
         self.stalls = Stalls()
+        self.spans = SpanLog()
         self.last_step: dict[str, Any] = {}
         self.deferred = config.deferred
         cut = cut_model(model, blocks)
@@ -57,12 +58,12 @@ class OffloadEngine:
         self.aside = steps_aside(cut, config, device, dtype)
         if self.aside:
             cut = cut.all_root()
-        parts = self._assembly = assemble(cut, config, dtype, device)
+        parts = self._assembly = assemble(cut, config, dtype, device, self.spans)
         self.root, self.blocks, self.placement = parts.root, parts.blocks, parts.placement
         self._optimizer = weakref.ref(optimizer)
-        self._scheduler = _make_scheduler(parts, self.stalls)
+        self._scheduler = _make_scheduler(parts, self.stalls, self.spans)
         self._gradients = self._scheduler.gradients
-        self.activations = _make_activations(parts, config, self.stalls)
+        self.activations = _make_activations(parts, config, self.stalls, self.spans)
         self._sync = True
         self._backward_open = False
         self._step_start_s = time.perf_counter()
@@ -230,6 +231,45 @@ class OffloadEngine:
         finally:
             self._sync = before
 
+    @contextlib.contextmanager
+    def computing(self, kind: str, block: BlockRecord) -> Iterator[None]:
+        """Record what the device computes inside, while spans are recorded."""
+        if not self.spans.recording:
+            yield
+            return
+        device = self._assembly.resources.device
+        start = device.stamp()
+        yield
+        end = device.stamp()
+        self.spans.add("compute", f"{kind} {block.label}", lambda: (start(), end()))
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[list[Span]]:
+        """Record the steps made inside; the list that is given holds their spans afterwards.
+
+        Resources are those of the simulator (compute, h2d, d2h, read, write, cpu), so that
+        `offload.schedule.trace` draws both alike. Ends with a flush.
+        """
+        resources = self._assembly.resources
+        spans: list[Span] = []
+        self.flush()
+        resources.device.timing = True
+        resources.pipeline.record_spans(True)
+        self.spans.start()
+        try:
+            yield spans
+        finally:
+            resources.pipeline.record_spans(False)
+            resources.device.timing = False
+            self.flush()
+            resources.device.mark().wait()
+            lane_of = {"r": ("read", "state_in"), "u": ("cpu", "update"), "w": ("write", "state_out")}
+            labels = {block.index: block.label for block in [*self.blocks, self.root]}
+            for kind, index, start_s, end_s in resources.pipeline.take_spans():
+                lane, name = lane_of[kind]
+                self.spans.add(lane, f"{name} {labels[index]}", functools.partial(_times, start_s, end_s))
+            spans += self.spans.stop()
+
     def flush(self) -> None:
         """Finish every decided update; afterwards the store holds the parameters of the last step."""
         self._scheduler.flush()
@@ -284,7 +324,7 @@ class OffloadEngine:
             self._finalizer()
 
 
-def _make_scheduler(parts: Assembly, stalls: Stalls) -> Scheduler:
+def _make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog) -> Scheduler:
     residency: Residency = SharedResidency(parts.resources.device.torch_device)
     if not parts.resources.device.shares_host:
         residency = CopiedResidency(parts.device_slots, parts.resources.device, parts.resources.copies)
@@ -296,6 +336,7 @@ def _make_scheduler(parts: Assembly, stalls: Stalls) -> Scheduler:
         parts.resources.pipeline,
         residency,
         stalls,
+        spans,
         parts.in_device,
         lambda complete: Gradients(
             parts.grad_buffers,
@@ -304,13 +345,14 @@ def _make_scheduler(parts: Assembly, stalls: Stalls) -> Scheduler:
             parts.resources.copies,
             parts.resources.store,
             stalls,
+            spans,
             parts.host_nbytes - parts.placement.host_nbytes,
             complete,
         ),
     )
 
 
-def _make_activations(parts: Assembly, config: Config, stalls: Stalls) -> ActivationStore:
+def _make_activations(parts: Assembly, config: Config, stalls: Stalls, spans: SpanLog) -> ActivationStore:
     """A device of its own leaves half of what is free to the block that is running."""
     if config.activations == "storage" and parts.resources.store is None:
         raise ConfigError("activations='storage' needs storage=[directory]")
@@ -321,6 +363,7 @@ def _make_activations(parts: Assembly, config: Config, stalls: Stalls) -> Activa
         parts.resources.copies,
         parts.resources.store,
         stalls,
+        spans,
         tier=fixed.get(config.activations),
         device_nbytes=spare_nbytes if parts.resources.device.shares_host else spare_nbytes // 2,
         host_nbytes=parts.host_nbytes - parts.placement.host_nbytes,
@@ -335,6 +378,10 @@ def _move_buffers(model: nn.Module, torch_device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device != torch_device:
                 module._buffers[name] = buffer.to(torch_device)
+
+
+def _times(start_s: float, end_s: float) -> tuple[float, float]:
+    return start_s, end_s
 
 
 def wrap(

@@ -9,7 +9,7 @@ import torch
 from offload.errors import BudgetError, UsageError
 from offload.model.flat import FlatBuffer
 from offload.stores.block_store import BlockRecord, GradBuffer
-from offload.telemetry import Stalls
+from offload.telemetry import SpanLog, Stalls
 from offload.tiers.device import DeviceTier
 from offload.tiers.storage import Store
 from offload.transfer.copies import Copies
@@ -29,6 +29,7 @@ class Gradients:
         copies: Copies,
         store: Store | None,
         stalls: Stalls,
+        spans: SpanLog,
         spare_host_nbytes: int,
         complete: Callable[[BlockRecord, str], None],
     ) -> None:
@@ -38,6 +39,7 @@ class Gradients:
         self._copies = copies
         self._store = store
         self._stalls = stalls
+        self._spans = spans
         self._spare_host_nbytes = spare_host_nbytes
         self._complete = complete
 
@@ -121,6 +123,7 @@ class Gradients:
                 block.grad_offset,
                 after=block.grad_gate,
             )
+            self._spans.add("write", f"spill {block.label}", block.grad_gate.times)
         block.grad_buffer = None
 
     def drop(self, block: BlockRecord) -> None:
@@ -141,7 +144,7 @@ class Gradients:
         if self._device.shares_host:
             target[:n].copy_(buffer.plane[:n])
             return
-        copied = self._copies.d2h(target[:n], buffer.plane[:n])
+        copied = self._copies.d2h(f"grad_out {block.label}", target[:n], buffer.plane[:n])
         buffer.free_after = copied
         block.grad_gate = self._copies.gate(copied)
 
@@ -174,7 +177,7 @@ class Gradients:
             return
         if source is plane:
             return
-        arrived = self._copies.h2d(plane, source, [self._device.mark()])
+        arrived = self._copies.h2d(f"swap_in {block.label}", plane, source, [self._device.mark()])
         self._device.compute_waits(arrived)
         if lent is not None:
             arrived.wait()

@@ -22,7 +22,7 @@ from offload.runtime.gradients import Gradients
 from offload.runtime.in_device import InDeviceState
 from offload.schedule.operations import Phase, Use, UseCursor
 from offload.stores.block_store import BlockRecord, Slot
-from offload.telemetry import Stalls
+from offload.telemetry import SpanLog, Stalls
 from offload.tiers.storage import Store
 from offload.transfer.io_engine import Hyper, UpdateJob, UpdatePipeline
 from offload.types import BlockState
@@ -43,6 +43,7 @@ class Scheduler:
         pipeline: UpdatePipeline,
         residency: Residency,
         stalls: Stalls,
+        spans: SpanLog,
         in_device: InDeviceState | None,
         make_gradients: Callable[[Callable[[BlockRecord, str], None]], Gradients],
     ) -> None:
@@ -53,6 +54,7 @@ class Scheduler:
         self._pipeline = pipeline
         self._residency = residency
         self._stalls = stalls
+        self._spans = spans
         self._in_device = in_device
         self.gradients = make_gradients(self._complete)
         self._cursor = UseCursor(len(blocks))
@@ -144,7 +146,9 @@ class Scheduler:
         block.move(BlockState.FETCHING)
         address = block.slot.bytes_tensor.data_ptr()
         nbytes = block.layout.slot_nbytes
-        block.tickets = [self._store.engine.read(address, nbytes, block.param_offset, urgent=urgent)]
+        ticket = self._store.engine.read(address, nbytes, block.param_offset, urgent=urgent)
+        self._spans.add("read", f"fetch {block.label}", ticket.times)
+        block.tickets = [ticket]
 
     # ---- uses ------------------------------------------------------------------------------------------------
 
@@ -265,6 +269,7 @@ class Scheduler:
                 grad_address=grad_address,
                 grad_offset=grad_offset,
                 grad_gate=block.grad_gate,
+                tag=block.index,
                 segments=segments,
             )
             block.tickets.append(self._pipeline.submit(job))

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 
 from offload.errors import BudgetError, UsageError
-from offload.telemetry import Stalls
+from offload.telemetry import SpanLog, Stalls
 from offload.tiers.device import PAST, DeviceTier, Event, Pin
 from offload.tiers.host import HostArena, Lease, LeasePool
 from offload.tiers.storage import Store
@@ -33,6 +33,7 @@ class _Held:
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
+    label: str
     kept: torch.Tensor | None = None
     plane: Lease | None = None
     """Its host memory, for tier host on a device of its own."""
@@ -68,6 +69,7 @@ class ActivationStore:
         copies: Copies,
         store: Store | None,
         stalls: Stalls,
+        spans: SpanLog,
         *,
         tier: Tier | None,
         device_nbytes: int,
@@ -79,6 +81,7 @@ class ActivationStore:
         self._copies = copies
         self._store = store
         self._stalls = stalls
+        self._spans = spans
         self._tier = tier
         self._left_nbytes: dict[Tier, int] = {"device": device_nbytes, "host": host_nbytes}
         self._pin = pin
@@ -92,15 +95,21 @@ class ActivationStore:
 
     # ---- away ------------------------------------------------------------------------------------------------
 
-    def swap_out(self, tensor: torch.Tensor, tier: Tier | None = None) -> Activation:
+    def swap_out(self, tensor: torch.Tensor, tier: Tier | None = None, label: str = "") -> Activation:
         """Take `tensor` until `swap_in`; the caller drops it at once. It must be dense, with strides in any order.
 
-        `tier` is where this one goes; without it, the first that has room. Raises BudgetError when none has.
+        `tier` is where this one goes; without it, the first that has room. `label` is for its spans. Raises
+        BudgetError when none has.
         """
         self._let_go()
         nbytes = tensor.numel() * tensor.element_size()
         held = _Held(
-            self._tier_for(nbytes, tier or self._tier), nbytes, tensor.shape, tensor.stride(), tensor.dtype
+            self._tier_for(nbytes, tier or self._tier),
+            nbytes,
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+            label,
         )
         self.nbytes_by_tier[held.tier] += nbytes
         if held.tier == "storage":
@@ -142,7 +151,7 @@ class ActivationStore:
             arena = HostArena(held.nbytes)
             self._device.page_lock(arena.address, arena.nbytes, self._pin)
             held.plane = Lease(arena.take(held.nbytes), free.append)
-        held.copied = self._copies.d2h(held.plane.bytes_tensor, _as_bytes(tensor))
+        held.copied = self._copies.d2h(f"swap_out {held.label}", held.plane.bytes_tensor, _as_bytes(tensor))
         held.source = tensor
 
     def _write(self, held: _Held, tensor: torch.Tensor) -> None:
@@ -157,11 +166,14 @@ class ActivationStore:
             if self._device.shares_host:
                 lease.bytes_tensor[: part.numel()].copy_(part)
             else:
-                held.copied = self._copies.d2h(lease.bytes_tensor[: part.numel()], part)
+                held.copied = self._copies.d2h(
+                    f"swap_out {held.label}", lease.bytes_tensor[: part.numel()], part
+                )
                 gate = self._copies.gate(held.copied)
                 held.source = tensor
             address, nbytes = lease.bytes_tensor.data_ptr(), round_up(part.numel(), PAGE_NBYTES)
             ticket = store.engine.write(address, nbytes, held.offset + start, after=gate)
+            self._spans.add("write", f"spill {held.label}", ticket.times)
             held.written.append(ticket)
             lease.release_after(ticket.wait)
 
@@ -208,7 +220,9 @@ class ActivationStore:
         held.kept = torch.empty_strided(held.shape, held.stride, dtype=held.dtype, device=device)
         if held.plane is not None:
             after = [held.copied, self._device.mark()]
-            held.arrived = self._copies.h2d(_as_bytes(held.kept), held.plane.bytes_tensor, after)
+            held.arrived = self._copies.h2d(
+                f"swap_in {held.label}", _as_bytes(held.kept), held.plane.bytes_tensor, after
+            )
             return
         with self._stalls.waiting("activation"):
             for ticket in held.written:
@@ -223,6 +237,7 @@ class ActivationStore:
             lease = staging.lease()
             address, nbytes = lease.bytes_tensor.data_ptr(), round_up(part.numel(), PAGE_NBYTES)
             ticket = store.engine.read(address, nbytes, held.offset + held.read_nbytes, urgent=True)
+            self._spans.add("read", f"read_back {held.label}", ticket.times)
             held.pieces.append((lease, part, ticket))
             held.read_nbytes += part.numel()
 
@@ -231,7 +246,9 @@ class ActivationStore:
             lease, part, ticket = held.pieces.popleft()
             with self._stalls.waiting("activation"):
                 ticket.wait()
-            held.arrived = self._copies.h2d(part, lease.bytes_tensor[: part.numel()], [self._device.mark()])
+            held.arrived = self._copies.h2d(
+                f"swap_in {held.label}", part, lease.bytes_tensor[: part.numel()], [self._device.mark()]
+            )
             lease.release_after(held.arrived.wait)
             self._issue_reads(held)
 

@@ -114,6 +114,11 @@ class BlockRecord:
         """The block's module path."""
         return self.layout.name
 
+    @property
+    def label(self) -> str:
+        """How spans name it."""
+        return "root" if self.is_root else str(self.index)
+
     def move(self, new: BlockState) -> None:
         """Go to `new`, refusing an illegal move."""
         self.state = checked_move(self.name, self.state, new)

@@ -9,12 +9,14 @@ copy touches must stay as it is until the copy's event is done; who frees or rew
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
 
 from offload.errors import BudgetError, ConfigError
+from offload.telemetry import Times
 
 logger = logging.getLogger("offload")
 
@@ -35,6 +37,10 @@ class Event(Protocol):
         """Block the calling thread until it has."""
         ...
 
+    def times(self) -> Times:
+        """When the copy that this is the end of ran. Only for copies made while `DeviceTier.timing` was set."""
+        ...
+
 
 class Past:
     """An event that lies in the past."""
@@ -46,6 +52,10 @@ class Past:
     def wait(self) -> None:
         """Returns at once."""
 
+    def times(self) -> Times:
+        """Nothing was copied."""
+        return 0.0, 0.0
+
 
 PAST = Past()
 
@@ -56,6 +66,12 @@ class DeviceTier(Protocol):
     torch_device: torch.device
     shares_host: bool
     """The device computes on host memory itself: slots and gradients are never copied over."""
+    timing: bool
+    """Whether copies and stamps are to be timed."""
+
+    def stamp(self) -> Callable[[], float]:
+        """The moment when the compute given so far has ended: a function that gives its seconds once it has."""
+        ...
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Device memory as a 1-D uint8 tensor. Raises BudgetError when the device has less."""
@@ -90,9 +106,15 @@ class SharedDevice:
     """A machine without accelerator: the device tier is a bounded part of DRAM and nothing is copied to it."""
 
     shares_host = True
+    timing = False
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
+
+    def stamp(self) -> Callable[[], float]:
+        """Now: compute has happened when the call returns."""
+        now_s = time.perf_counter()
+        return lambda: now_s
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Plain memory; the arena of the runtime is used instead wherever pages matter."""
@@ -138,6 +160,24 @@ class CudaDevice:
         self._h2d = torch.cuda.Stream(self.torch_device)
         self._d2h = torch.cuda.Stream(self.torch_device)
         self._locked: list[int] = []
+        self.timing = False
+        self._clock: tuple[torch.cuda.Event, float] | None = None
+
+    def stamp(self) -> Callable[[], float]:
+        """By a timing event on the stream that the calling thread computes on."""
+        return self._stamp(torch.cuda.current_stream(self.torch_device))
+
+    def _stamp(self, stream: torch.cuda.Stream) -> Callable[[], float]:
+        if self._clock is None:
+            torch.cuda.synchronize(self.torch_device)
+            first = torch.cuda.Event(enable_timing=True)
+            first.record(stream)
+            first.synchronize()
+            self._clock = (first, time.perf_counter())
+        zero, zero_s = self._clock
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return lambda: zero_s + zero.elapsed_time(event) / 1e3
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """From torch's allocator, so that its figures count everything."""
@@ -165,15 +205,18 @@ class CudaDevice:
         """On the device-to-host stream."""
         return self._copy(self._d2h, target, source, after)
 
-    @staticmethod
     def _copy(
-        stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event]
+        self, stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event]
     ) -> Event:
         for event in after:
             _order(stream, event)
+        start = self._stamp(stream) if self.timing else None
         with torch.cuda.stream(stream):
             target.copy_(source, non_blocking=True)
-        return _record(stream)
+        done = _record(stream)
+        if start is not None:
+            done.stamps = (start, self._stamp(stream))
+        return done
 
     def page_lock(self, address: int, nbytes: int, pin: Pin) -> bool:
         """Register exactly these pages, in bounded pieces, and no power of two around them."""
@@ -206,6 +249,12 @@ class CudaDevice:
 class _CudaEvent:
     def __init__(self, event: torch.cuda.Event) -> None:
         self.event = event
+        self.stamps: tuple[Callable[[], float], Callable[[], float]] | None = None
+
+    def times(self) -> Times:
+        if self.stamps is None:
+            return 0.0, 0.0
+        return self.stamps[0](), self.stamps[1]()
 
     def done(self) -> bool:
         return bool(self.event.query())

@@ -14,12 +14,17 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from offload.telemetry import Times
 from offload.tiers.device import PAST, Event, Pin
 
 
 class _ThreadEvent:
     def __init__(self) -> None:
         self._happened = threading.Event()
+        self._times = (0.0, 0.0)
+
+    def times(self) -> Times:
+        return self._times
 
     def done(self) -> bool:
         return self._happened.is_set()
@@ -27,7 +32,8 @@ class _ThreadEvent:
     def wait(self) -> None:
         self._happened.wait()
 
-    def set(self) -> None:
+    def set(self, start_s: float) -> None:
+        self._times = (start_s, time.perf_counter())
         self._happened.set()
 
 
@@ -50,12 +56,13 @@ class _CopyStream:
         def work() -> None:
             for earlier in after:
                 earlier.wait()
+            start_s = time.perf_counter()
             if (
                 self._bytes_per_s is not None
             ):  # sleep first: what must not be touched meanwhile is touched last
                 time.sleep(source.numel() * source.element_size() / self._bytes_per_s)
             target.copy_(source)
-            event.set()
+            event.set(start_s)
 
         self._work.put(work)
         return event
@@ -69,11 +76,17 @@ class EmulatedDevice:
     """See the module. `bus_bytes_per_s` applies to each direction."""
 
     shares_host = False
+    timing = False
 
     def __init__(self, bus_bytes_per_s: float | None = None) -> None:
         self.torch_device = torch.device("cpu")
         self._h2d = _CopyStream("offload-emulated-h2d", bus_bytes_per_s)
         self._d2h = _CopyStream("offload-emulated-d2h", bus_bytes_per_s)
+
+    def stamp(self) -> Callable[[], float]:
+        """Now: compute has happened when the call returns."""
+        now_s = time.perf_counter()
+        return lambda: now_s
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Every float in it is NaN."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from offload.telemetry import SpanLog
 from offload.tiers.device import DeviceTier, Event
 from offload.transfer.io_engine import Ticket
 
@@ -15,22 +16,31 @@ from offload.transfer.io_engine import Ticket
 class Copies:
     """Issues H2D and D2H copies. Counts their bytes: `h2d_bytes`, `d2h_bytes`."""
 
-    def __init__(self, device: DeviceTier) -> None:
+    def __init__(self, device: DeviceTier, spans: SpanLog) -> None:
         self._device = device
+        self._spans = spans
         self.h2d_bytes = 0
         self.d2h_bytes = 0
         self._gates: queue.SimpleQueue[tuple[Event, Ticket] | None] = queue.SimpleQueue()
         self._keeper: threading.Thread | None = None
 
-    def h2d(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event] = ()) -> Event:
-        """Start a copy to the device."""
+    def h2d(
+        self, name: str, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event] = ()
+    ) -> Event:
+        """Start a copy to the device; `name` is its span's."""
         self.h2d_bytes += source.numel() * source.element_size()
-        return self._device.copy_in(target, source, after)
+        event = self._device.copy_in(target, source, after)
+        self._spans.add("h2d", name, event.times)
+        return event
 
-    def d2h(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event] = ()) -> Event:
+    def d2h(
+        self, name: str, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event] = ()
+    ) -> Event:
         """Start a copy to the host; `source` is complete at the compute given so far."""
         self.d2h_bytes += source.numel() * source.element_size()
-        return self._device.copy_out(target, source, [self._device.mark(), *after])
+        event = self._device.copy_out(target, source, [self._device.mark(), *after])
+        self._spans.add("d2h", name, event.times)
+        return event
 
     def gate(self, event: Event) -> Ticket:
         """A ticket that completes when `event` is done: the engine and the update pipeline start work after it.
