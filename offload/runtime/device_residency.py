@@ -82,7 +82,10 @@ class CopiedResidency:
         return phase == "backward"
 
     def load(self, block: BlockRecord, order: dict[int, int], *, must: bool) -> bool:
-        """Start copying the parameters from the host slot, which holds them. False when no slot can be spared."""
+        """Start copying the parameters from the host slot, once what is in flight for it has ended.
+
+        False when no slot can be spared.
+        """
         if self.holds(block) or block.slot is None:
             return self.holds(block)
         if block.device_slot is None:
@@ -92,7 +95,9 @@ class CopiedResidency:
             block.device_slot, slot.owner = slot, block
         nbytes = block.layout.slot_nbytes
         target, source = block.device_slot.bytes_tensor[:nbytes], block.slot.bytes_tensor[:nbytes]
-        block.loaded = self._copies.h2d(f"load {block.label}", target, source, [block.device_slot.free_after])
+        after = [block.device_slot.free_after]
+        block.loaded = self._copies.h2d_when(block.tickets, f"load {block.label}", target, source, after)
+        block.device_slot.free_after = block.loaded  # for when it is given up before it was used
         block.device_stale = False
         block.bind()
         return True

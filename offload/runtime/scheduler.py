@@ -159,10 +159,10 @@ class Scheduler:
         block.host_in_use += 1
         if not self._residency.holds(block):
             self.fetch(block, must=True)
+            self._residency.load(block, self._cursor.ranks(), must=True)
             if block.tickets:
                 self.prefetch()
-            self.wait_resident(block)
-            self._residency.load(block, self._cursor.ranks(), must=True)
+        self.wait_resident(block)  # what it was loaded after has ended, and lets go of its gradients
         block.host_in_use -= not self._residency.needs_host_slot(phase)
         with self._stalls.waiting("load"):
             self._residency.begin_use(block)
@@ -191,7 +191,7 @@ class Scheduler:
             if block.in_use or self._residency.holds(block):
                 continue
             self.settle(block)
-            if block.state is not BlockState.RESIDENT or block.pending_update:
+            if block.slot is None or block.pending_update:
                 return
             if not self._residency.load(block, order, must=False):
                 return
@@ -227,9 +227,9 @@ class Scheduler:
             block.touched.clear()
             return
         self._pending_segments[block.index] = segments_of
+        self.wait_resident(block)
         self.gradients.hand_over(block)
         self._residency.outdated(block)
-        self.wait_resident(block)
         read_param = block.state is BlockState.STORED
         if read_param:
             self._take_slot(block, must=True)

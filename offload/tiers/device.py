@@ -37,6 +37,10 @@ class Event(Protocol):
         """Block the calling thread until it has."""
         ...
 
+    def issued(self) -> Event:
+        """The event itself, as soon as its work has been given to the device; waits for that."""
+        ...
+
     def times(self) -> Times:
         """When the copy that this is the end of ran. Only for copies made while `DeviceTier.timing` was set."""
         ...
@@ -51,6 +55,10 @@ class Past:
 
     def wait(self) -> None:
         """Returns at once."""
+
+    def issued(self) -> Event:
+        """Itself."""
+        return self
 
     def times(self) -> Times:
         """Nothing was copied."""
@@ -251,6 +259,9 @@ class _CudaEvent:
         self.event = event
         self.stamps: tuple[Callable[[], float], Callable[[], float]] | None = None
 
+    def issued(self) -> Event:
+        return self
+
     def times(self) -> Times:
         if self.stamps is None:
             return 0.0, 0.0
@@ -270,6 +281,7 @@ def _record(stream: torch.cuda.Stream) -> _CudaEvent:
 
 
 def _order(stream: torch.cuda.Stream, event: Event) -> None:
+    event = event.issued()
     if isinstance(event, _CudaEvent):
         stream.wait_event(event.event)
     else:

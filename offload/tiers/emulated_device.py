@@ -23,6 +23,9 @@ class _ThreadEvent:
         self._happened = threading.Event()
         self._times = (0.0, 0.0)
 
+    def issued(self) -> Event:
+        return self
+
     def times(self) -> Times:
         return self._times
 

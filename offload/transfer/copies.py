@@ -2,15 +2,70 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from offload.telemetry import SpanLog
+from offload.errors import OffloadError
+from offload.telemetry import SpanLog, Times
 from offload.tiers.device import DeviceTier, Event
 from offload.transfer.io_engine import Ticket
+
+
+class _Promised:
+    """The event of a copy that will be issued when something else has happened."""
+
+    def __init__(self) -> None:
+        self._known = threading.Event()
+        self._event: Event | None = None
+        self._failure: BaseException | None = None
+
+    def keep(self, event: Event | None, failure: BaseException | None = None) -> None:
+        self._event, self._failure = event, failure
+        self._known.set()
+
+    def issued(self) -> Event:
+        self._known.wait()
+        if self._event is None:
+            raise self._failure or OffloadError("a copy has been given up")
+        return self._event
+
+    def done(self) -> bool:
+        return self._known.is_set() and self.issued().done()
+
+    def wait(self) -> None:
+        self.issued().wait()
+
+    def times(self) -> Times:
+        return self.issued().times()
+
+
+class _Keeper:
+    """One thread that works off what it is given, in order, so that the user's thread never has to wait for it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def give(self, work: Callable[[], None]) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
+        self._work.put(work)
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._work.put(None)
+            self._thread.join()
+            self._thread = None
 
 
 class Copies:
@@ -21,17 +76,46 @@ class Copies:
         self._spans = spans
         self.h2d_bytes = 0
         self.d2h_bytes = 0
-        self._gates: queue.SimpleQueue[tuple[Event, Ticket] | None] = queue.SimpleQueue()
-        self._keeper: threading.Thread | None = None
+        self._gates = _Keeper("offload-gates")
+        self._loads = _Keeper("offload-loads")
 
     def h2d(
         self, name: str, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event] = ()
     ) -> Event:
         """Start a copy to the device; `name` is its span's."""
         self.h2d_bytes += source.numel() * source.element_size()
-        event = self._device.copy_in(target, source, after)
+        event = self._device.copy_in(target, source, [earlier.issued() for earlier in after])
         self._spans.add("h2d", name, event.times)
         return event
+
+    def h2d_when(
+        self,
+        tickets: Sequence[Ticket],
+        name: str,
+        target: torch.Tensor,
+        source: torch.Tensor,
+        after: Sequence[Event] = (),
+    ) -> Event:
+        """The same, started when `tickets` have completed, by another thread where that is still to come.
+
+        A ticket's failure is raised by whoever waits for the event.
+        """
+        if all(ticket.done() for ticket in tickets):
+            for ticket in tickets:
+                ticket.wait()
+            return self.h2d(name, target, source, after)
+        promised, waiting = _Promised(), list(tickets)
+
+        def start() -> None:
+            try:
+                for ticket in waiting:
+                    ticket.wait()
+                promised.keep(self.h2d(name, target, source, after))
+            except BaseException as failure:  # handed to whoever waits
+                promised.keep(None, failure)
+
+        self._loads.give(start)
+        return promised
 
     def d2h(
         self, name: str, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event] = ()
@@ -51,25 +135,19 @@ class Copies:
         if event.done():
             gate.complete()
             return gate
-        if self._keeper is None:
-            self._keeper = threading.Thread(target=self._keep_gates, name="offload-gates", daemon=True)
-            self._keeper.start()
-        self._gates.put((event, gate))
+        self._gates.give(functools.partial(self._open, event, gate))
         return gate
 
-    def _keep_gates(self) -> None:
-        while (item := self._gates.get()) is not None:
-            event, gate = item
-            try:
-                event.wait()
-            except Exception as error:  # a device error: whoever waits for the bytes has to be told
-                gate.complete(f"copy from the device failed: {error}")
-            else:
-                gate.complete()
+    @staticmethod
+    def _open(event: Event, gate: Ticket) -> None:
+        try:
+            event.wait()
+        except Exception as error:  # a device error: whoever waits for the bytes has to be told
+            gate.complete(f"copy from the device failed: {error}")
+        else:
+            gate.complete()
 
     def close(self) -> None:
-        """Open every gate that is still shut, then end the thread."""
-        if self._keeper is not None:
-            self._gates.put(None)
-            self._keeper.join()
-            self._keeper = None
+        """Start every copy and open every gate that is still waiting, then end the threads."""
+        self._loads.close()
+        self._gates.close()
