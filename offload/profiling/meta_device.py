@@ -93,9 +93,8 @@ def run(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if _makes_integers(operator, args, kwargs):
             return _run_real(operator, args, {**kwargs, "device": torch.device("cpu")}, tensors)
     if "grouped_mm" in operator.name() and args[0].dim() == 2 and args[1].dim() == 3:
-        return _to_meta(args[0]).new_empty(
-            args[0].shape[0], args[1].shape[-1]
-        )  # torch's shape rule knows bf16 only
+        # torch's own shape rule knows bf16 only
+        return _to_meta(args[0]).new_empty(args[0].shape[0], args[1].shape[-1])
     try:
         result = operator(*_to_meta(args), **_to_meta(kwargs))
     except (NotImplementedError, RuntimeError) as error:
@@ -148,13 +147,15 @@ def _fused_attention(
 ) -> torch.Tensor:
     if attn_mask is not None and attn_mask.dtype == torch.bool:  # the kernels want it to be added
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
+    is_learned = attn_mask is not None and attn_mask.requires_grad
     if (
-        attn_mask is not None and attn_mask.requires_grad
-    ):  # a learned bias (T5): the kernel that has its gradient
-        bias = attn_mask.expand(*query.shape[:-1], key.shape[-2])
-        return aten._scaled_dot_product_efficient_attention(
+        is_learned or value.shape[-1] != query.shape[-1]
+    ):  # T5's bias, DeepSeek's values: the kernel that takes them
+        bias = None if attn_mask is None else attn_mask.expand(*query.shape[:-1], key.shape[-2])
+        outputs = aten._scaled_dot_product_efficient_attention(
             query, key, value, bias, True, 0.0, is_causal, scale=scale
-        )[0]
+        )
+        return outputs[0]
     outputs = aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, is_causal, attn_mask=attn_mask, scale=scale
     )

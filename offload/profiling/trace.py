@@ -82,7 +82,6 @@ class Trace(TorchDispatchMode):
         self._alive: dict[int, Any] = {}  # storages stay, so that no address is used twice
         self._given = {self._key(t) for t in (*model.parameters(), *model.buffers())}
         self._parameters = {self._key(p) for p in model.parameters()}
-        self._inputs: set[int] = set()
         self._seen_inputs: set[int] = set()
         self._kept: dict[int, int] = {}
 
@@ -132,7 +131,7 @@ class Trace(TorchDispatchMode):
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """A saved tensor, as autograd hands it over."""
         key = self._key(tensor)
-        if key not in self._given and key not in self._inputs and key not in self._seen_inputs:
+        if key not in self._given and key not in self._seen_inputs:
             self._node(tensor)
             self._kept.setdefault(key, self._position)
         return tensor
@@ -145,12 +144,10 @@ class Trace(TorchDispatchMode):
             return
         self._position = position
         part = self.parts[position]
-        self._inputs = set()
         for leaf in pytree.tree_leaves((args, kwargs)):
             if not isinstance(leaf, torch.Tensor):
                 continue
             key = self._key(leaf)
-            self._inputs.add(key)
             if leaf.is_floating_point() and key not in self._seen_inputs and key not in self._given:
                 part.input_nbytes += leaf.untyped_storage().nbytes()
             self._seen_inputs.add(key)
@@ -160,7 +157,6 @@ class Trace(TorchDispatchMode):
         self._modules.pop()
         if module in self._positions:
             self._position = ROOT
-            self._inputs = set()
 
     def ignore(self, tensors: Any) -> None:
         """Tensors that the caller holds: the batch."""
@@ -169,10 +165,9 @@ class Trace(TorchDispatchMode):
     def finish(self) -> dict[int, Part]:
         """The parts, with what each keeps, in the order in which it was made."""
         spent: set[int] = set()
-        kept_nodes = {self._nodes[key] for key in self._kept}
         for key in sorted(self._kept, key=lambda key: self._nodes[key].order):
             node, position = self._nodes[key], self._kept[key]
-            n_flops = _flops_to_make(node, position, kept_nodes, spent)
+            n_flops = _flops_to_make(node, position, spent)
             if node.nbytes:
                 source = node.operations[-1].source if node.operations else "input"
                 self.parts[position].kept.append(
@@ -192,8 +187,9 @@ class Trace(TorchDispatchMode):
         return f"{place}/{node.operations[-1].source}" if place else node.operations[-1].source
 
 
-def _flops_to_make(node: Node, position: int, kept: set[Node], spent: set[int]) -> int:
-    """FLOPs behind `node` in this part, back to what is kept; each operation is charged to the first that needs it."""
+def _flops_to_make(node: Node, position: int, spent: set[int]) -> int:
+    """FLOPs behind `node` in this part. Each operation is charged once, to the first kept node that needs it: called
+    in the order of their making, so what is kept before it has been charged already."""
     total, waiting = 0, [node]
     while waiting:
         for operation in waiting.pop().operations:
@@ -201,7 +197,7 @@ def _flops_to_make(node: Node, position: int, kept: set[Node], spent: set[int]) 
                 continue
             spent.add(id(operation))
             total += operation.flops
-            waiting += [parent for parent in operation.parents if parent not in kept]
+            waiting += operation.parents
     return total
 
 

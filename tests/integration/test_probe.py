@@ -43,7 +43,7 @@ def test_no_more_is_written_than_allowed_and_no_file_stays(tmp_path, monkeypatch
     close = Store.close
     monkeypatch.setattr(Store, "close", lambda store: (engines.append(store.engine.counters()), close(store)))
     before = written_by_this_process_nbytes()
-    limit_nbytes = 70_000_000
+    limit_nbytes = 126_000_000
     drives, together, _ = probe_drives(
         directories, written_nbytes_max=limit_nbytes, seconds=6, note=lambda text: None
     )

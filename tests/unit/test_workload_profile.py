@@ -252,6 +252,25 @@ def test_a_learned_bias_of_attention_counts_as_fused_attention_on_a_device():
     assert sum(s.nbytes_per_sample for s in fused.saved) < sum(s.nbytes_per_sample for s in written_out.saved)
 
 
+def test_values_narrower_than_keys_count_as_both_products_do():
+    """Latent attention, whose values are narrower, and group-limited routing."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    config = DeepseekV3Config(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+        vocab_size=256, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, n_group=2, topk_group=1,
+        q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16,
+        first_k_dense_replace=1,
+    )  # fmt: skip
+    model = DeepseekV3ForCausalLM(config)
+    meta, real = profile_model(model, TOKENS), trace_workload(model, TOKENS)
+    for ours, theirs in zip(meta.blocks, real.blocks, strict=True):
+        assert ours.forward_flops_per_sample["attention"] == 2 * 4 * (24 + 16) * TOKENS**2
+        assert ours.forward_flops_per_sample["linear"] == theirs.forward_flops_per_sample["linear"]
+        assert ours.flops_per_sample == theirs.flops_per_sample
+        assert ours.input_nbytes_per_sample == theirs.input_nbytes_per_sample
+
+
 def test_dropout_keeps_one_byte_an_element_as_on_a_gpu():
     without, with_dropout = (profile_model(build("gpt2", dropout=p), TOKENS).blocks[1] for p in (0.0, 0.1))
     extra = [s for s in with_dropout.saved if s.source == "native_dropout"]
