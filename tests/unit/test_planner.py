@@ -18,10 +18,11 @@ from offload.planner.activations import candidates, spread
 from offload.planner.explain import explain, lower_bounds
 from offload.planner.hardware import Hardware
 from offload.planner.memory import Shape, device_need, host_need
-from offload.planner.plan import SPLIT_MASTER, Budgets, Plan
+from offload.planner.plan import INPUT, SPLIT_MASTER, Budgets, Plan
 from offload.planner.points import Search
 from offload.planner.report import plan_lines
 from offload.planner.search import make_plan
+from offload.planner.space import OFF_DEVICE_MICRO_BATCHES_MIN
 from offload.planner.tables import STATE_CHUNKS_PER_BLOCK
 from offload.planner.workload import BlockWork, SavedTensor, Workload
 from offload.schedule.run import simulate_plan
@@ -196,6 +197,7 @@ def every_shape(work, batch, machine):
         for s in {min(2, len(work.blocks))}
         for g in (1,)
         for b in boundaries
+        if b or m >= OFF_DEVICE_MICRO_BATCHES_MIN
     ]
 
 
@@ -326,6 +328,8 @@ def exhaustive_step_s(work, machine, budgets, batch) -> float:
         shape = Shape(m, 2, g, boundary)
         spare = budgets.device_memory_nbytes - device_need(work, SPLIT_MASTER, batch, shape).total
         if spare < 0:
+            continue
+        if not boundary and m < OFF_DEVICE_MICRO_BATCHES_MIN:
             continue
         free = budgets.host_memory_nbytes - host_need(
             work, SPLIT_MASTER, batch, shape, staging_nbytes=STAGING, shares_host=False, has_storage=True
