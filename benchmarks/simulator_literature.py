@@ -36,7 +36,7 @@ def lohan(work: Workload, machine: Hardware, batch: int, host_gb: int | None = N
 
 
 def ours(work: Workload, machine: Hardware, batch: int) -> tuple[SimulatedStep, float]:
-    """This library's plan with 95 % of the device's memory and 90 % of the host's; and the step the planner expected."""
+    """This library's plan within 95 % of the device's memory and 90 % of the host's; the step that was predicted."""
     budgets = Budgets(int(0.95 * machine.device_memory_nbytes), int(0.9 * machine.host_memory_nbytes))
     plan = make_plan(work, machine, budgets, batch_samples=batch)
     if plan.predicted is None:
@@ -70,6 +70,7 @@ def published_rows(work: Workload) -> list[dict[str, Any]]:
                 "error_percent": 100 * (theirs.hardware_tflops / tflops - 1),
                 "step_s": theirs.step_s,
                 "stall": main_stall(theirs),
+                "device_peak_gb": theirs.peak_nbytes["device"] / 1e9,
                 "offload_step_s": own.step_s,
                 "offload_predicted_step_s": predicted_s,
                 "offload_model_tflops": own.model_tflops,
@@ -99,6 +100,7 @@ def larger_rows() -> list[dict[str, Any]]:
                 "hardware_tflops": theirs.hardware_tflops,
                 "step_s": theirs.step_s,
                 "stall": main_stall(theirs),
+                "device_peak_gb": theirs.peak_nbytes["device"] / 1e9,
                 "offload_step_s": own.step_s,
                 "offload_predicted_step_s": predicted_s,
                 "offload_model_tflops": own.model_tflops,

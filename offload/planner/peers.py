@@ -21,8 +21,8 @@ to infinitely many drives, 10 s more than forward remain."""
 
 
 def lohan_workload(workload: Workload) -> Workload:
-    """`workload` as LoHan cuts it: a block that is recomputed is recomputed whole. What no saved tensor accounts for, the
-    block's last product, becomes a unit as large as the block's output (fc2 in its paper, 4h FLOPs per byte)."""
+    """`workload` as LoHan cuts it: a block that is recomputed is recomputed whole. What no saved tensor accounts for,
+    the block's last product, becomes a unit as large as the block's output (fc2 in its paper, 4h FLOPs per byte)."""
     blocks = []
     for block in workload.blocks:
         rest = block.flops_per_sample - sum(t.recompute_flops_per_sample for t in block.saved)
@@ -42,10 +42,13 @@ def lohan_plan(
 ) -> Plan:
     """LoHan (Ratel, Fuyou; arXiv 2403.06504) as its paper describes it: 14 bytes of state a parameter, all of it on
     storage; the optimizer during backward, block by block; one micro-batch; block inputs swapped out, other tensors
-    where its cost model finds that worth the bytes (FLOPs per byte first, least bytes among equals), to host memory
-    first and then to storage; the rest recomputed. `workload` is one that `lohan_workload` has cut.
+    where its cost model (a phase takes as long as its busiest resource) finds that worth the bytes, FLOPs per byte
+    first and least bytes among equals, to host memory first and then to storage; the rest recomputed.
+
+    `workload` is one that `lohan_workload` has cut. The plan is not held to the device's memory: what its 24 GB
+    must hold at a batch is not published.
     """
-    model = CostModel(workload, hardware, FULL_MASTER, batch_samples)
+    model = CostModel(workload, hardware, FULL_MASTER, batch_samples, overlap_order=np.inf)
     host_nbytes = hardware.host_memory_nbytes if host_memory_nbytes is None else host_memory_nbytes
     shape = Shape(micro_batches=1, n_slots=3, n_grad_buffers=2, boundary_on_device=True)
     fixed_nbytes = host_need(

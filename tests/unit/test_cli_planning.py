@@ -16,7 +16,8 @@ RUN = ["--model", "13b", "--hardware", "rtx4090-2ssd", "--batch", "16", "--host-
 
 
 @pytest.fixture(autouse=True)
-def _formula(monkeypatch):
+def asked(monkeypatch):
+    """Models and machines come from formulas; what the command asked for."""
     asked = {}
 
     def workload(source, tokens):
@@ -77,9 +78,9 @@ def test_simulate_in_json_adds_up() -> None:
     assert theirs["hardware_tflops"] > theirs["model_tflops"]
 
 
-def test_settings_reach_the_sources(_formula) -> None:
+def test_settings_reach_the_sources(asked) -> None:
     run("plan", *RUN, "--sequence-length", "512", "--set", "dram_bytes_per_s=5e10")
-    assert _formula == {"tokens": 512, "overrides": ["dram_bytes_per_s=5e10"]}
+    assert asked == {"tokens": 512, "overrides": ["dram_bytes_per_s=5e10"]}
 
 
 def test_clipping_defers_the_updates() -> None:

@@ -240,7 +240,8 @@ def phase_s(machine, flops, h2d, d2h, read, written, updated, exposed) -> float:
     n = len(machine.drives)
     storage = read / (n * 6.5e8) + written / (n * 3.4e8)
     dram = (h2d + d2h + read + written + 28 * updated) / machine.dram_bytes_per_s
-    return max(flops / 1e12 + exposed, bus, storage, dram, updated / machine.adam_params_per_s)
+    busy = (flops / 1e12 + exposed, bus, storage, dram, updated / machine.adam_params_per_s)
+    return sum(seconds**8 for seconds in busy) ** (1 / 8)
 
 
 def oracle_step_s(
