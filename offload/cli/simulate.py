@@ -10,7 +10,7 @@ from offload.cli import sources
 from offload.cli.plan import load_plan
 from offload.errors import ConfigError
 from offload.planner.hardware import Hardware
-from offload.planner.peers import lohan_plan
+from offload.planner.peers import lohan_plan, lohan_workload
 from offload.planner.plan import Budgets, Plan
 from offload.planner.search import make_plan
 from offload.planner.workload import Workload
@@ -118,6 +118,8 @@ def run_simulate(settings: SimulateSettings, out: TextIO) -> SimulatedStep:
     """Plan (or load a plan), simulate, print, draw and write."""
     machine = sources.hardware(settings.hardware, settings.overrides)
     work = sources.workload(settings.model, settings.tokens)
+    if settings.policy == "lohan":
+        work = lohan_workload(work)
     plan = _plan(settings, work, machine, settings.budgets.of(machine))
     step = simulate_plan(plan, work, machine)
     if settings.plot:

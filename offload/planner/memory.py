@@ -57,7 +57,8 @@ def device_need(workload: Workload, state: StateFormat, batch_samples: int, shap
         root=state.param_nbytes * root_numel + state.grad_nbytes * workload.root_trainable_numel,
         slots=shape.n_slots * slot,
         grad_buffers=shape.n_grad_buffers * grad,
-        working=samples * (2 * tensors + 2 * largest),
+        working=samples * (2 * tensors + 2 * largest)
+        + 2 * max((b.saved_fixed_nbytes for b in blocks), default=0),
         boundary=2 * widest * (batch_samples if shape.boundary_on_device else samples),
         logits=2 * workload.logits_nbytes_per_sample,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from offload.planner.activations import candidates, unit_order
@@ -10,12 +12,25 @@ from offload.planner.hardware import Hardware
 from offload.planner.memory import Shape, host_need
 from offload.planner.plan import FULL_MASTER, INPUT, Budgets, Outcome, Plan
 from offload.planner.realise import predict
-from offload.planner.workload import Workload
+from offload.planner.workload import SavedTensor, Workload
 
 LOHAN_UPDATE_BUFFERS = 1
 """A block's states are read, updated and written back one after the other. With one block's state in flight at a time
 reads, arithmetic and writes do not overlap; the published step times over the number of drives say so: extrapolated
 to infinitely many drives, 10 s more than forward remain."""
+
+
+def lohan_workload(workload: Workload) -> Workload:
+    """`workload` as LoHan cuts it: a block that is recomputed is recomputed whole. What no saved tensor accounts for,
+    the block's last product, becomes a unit as large as the block's output (fc2 in its paper, 4h FLOPs per byte)."""
+    blocks = []
+    for block in workload.blocks:
+        rest = block.flops_per_sample - sum(t.recompute_flops_per_sample for t in block.saved)
+        saved = block.saved
+        if rest > 0.01 * block.flops_per_sample:
+            saved = (*saved, SavedTensor("output", "linear", block.input_nbytes_per_sample, rest))
+        blocks.append(replace(block, saved=saved))
+    return replace(workload, blocks=tuple(blocks))
 
 
 def lohan_plan(
@@ -27,10 +42,13 @@ def lohan_plan(
 ) -> Plan:
     """LoHan (Ratel, Fuyou; arXiv 2403.06504) as its paper describes it: 14 bytes of state a parameter, all of it on
     storage; the optimizer during backward, block by block; one micro-batch; block inputs swapped out, other tensors
-    where its cost model finds that worth the bytes (FLOPs per byte first, least bytes among equals), to host memory
-    first and then to storage; the rest recomputed.
+    where its cost model (a phase takes as long as its busiest resource) finds that worth the bytes, FLOPs per byte
+    first and least bytes among equals, to host memory first and then to storage; the rest recomputed.
+
+    `workload` is one that `lohan_workload` has cut. The plan is not held to the device's memory: what its 24 GB
+    must hold at a batch is not published.
     """
-    model = CostModel(workload, hardware, FULL_MASTER, batch_samples)
+    model = CostModel(workload, hardware, FULL_MASTER, batch_samples, overlap_order=np.inf)
     host_nbytes = hardware.host_memory_nbytes if host_memory_nbytes is None else host_memory_nbytes
     shape = Shape(micro_batches=1, n_slots=3, n_grad_buffers=2, boundary_on_device=True)
     fixed_nbytes = host_need(

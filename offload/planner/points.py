@@ -38,6 +38,8 @@ def shapes(space: Space) -> Iterator[Shape]:
         for n_slots in space.n_slots:
             for n_grad_buffers in space.n_grad_buffers:
                 for boundary in space.boundary_on_device:
+                    if not boundary and micro_batches < space.off_device_micro_batches_min:
+                        continue
                     yield Shape(micro_batches, n_slots, n_grad_buffers, boundary)
 
 

@@ -17,6 +17,9 @@ from offload.planner.workload import Workload
 EIGHTHS = tuple(i / 8 for i in range(9))
 QUARTERS = tuple(i / 4 for i in range(5))
 MICRO_BATCHES_MAX = 64
+OFF_DEVICE_MICRO_BATCHES_MIN = 4
+"""Where the boundary leaves the device, a micro-batch's way out and back hides behind the others' computing; with fewer
+of them it would be waited for. A user who fixes `boundary_on_device=False` may have it."""
 
 FIXABLE = {
     "micro_batches": "number of micro-batches, 1 or more",
@@ -42,6 +45,7 @@ class Space:
     n_slots: tuple[int, ...]
     n_grad_buffers: tuple[int, ...]
     boundary_on_device: tuple[bool, ...]
+    off_device_micro_batches_min: int
     deferred_blocks: tuple[int, ...]
     activations: str
     keeps_on_device: bool
@@ -133,6 +137,7 @@ def space_of(
         else (True, False)
         if boundary is None
         else (bool(boundary),),
+        off_device_micro_batches_min=OFF_DEVICE_MICRO_BATCHES_MIN if boundary is None else 1,
         deferred_blocks=_deferred(fixed, n_blocks, budgets.clips_gradients),
         activations=activations,
         keeps_on_device=bool(fixed.get("activations_on_device", True)),

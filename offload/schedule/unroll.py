@@ -200,7 +200,7 @@ class Unroller:
             buffer = self.pieces.popleft()
             got = self.emit("state_in", "read", (read + frozen) / n, buffer, *after, block=block)
             made = self.emit("update", "cpu", numel / n, got, *after, block=block, releases=freed)
-            last = self.emit("state_out", "write", (states + param) / n, made, block=block)
+            last = self.emit("state_out", "write", (states + param) / n, made, last, block=block)
             self.pieces.append(last)
             computed.append(made)
         self.updated[block] = last

@@ -22,6 +22,7 @@ from offload.planner.plan import INPUT, SPLIT_MASTER, Budgets, Plan
 from offload.planner.points import Search
 from offload.planner.report import plan_lines
 from offload.planner.search import make_plan
+from offload.planner.space import OFF_DEVICE_MICRO_BATCHES_MIN
 from offload.planner.tables import STATE_CHUNKS_PER_BLOCK
 from offload.planner.workload import BlockWork, SavedTensor, Workload
 from offload.schedule.run import simulate_plan
@@ -196,6 +197,7 @@ def every_shape(work, batch, machine):
         for s in {min(2, len(work.blocks))}
         for g in (1,)
         for b in boundaries
+        if b or m >= OFF_DEVICE_MICRO_BATCHES_MIN
     ]
 
 
@@ -238,7 +240,8 @@ def phase_s(machine, flops, h2d, d2h, read, written, updated, exposed) -> float:
     n = len(machine.drives)
     storage = read / (n * 6.5e8) + written / (n * 3.4e8)
     dram = (h2d + d2h + read + written + 28 * updated) / machine.dram_bytes_per_s
-    return max(flops / 1e12 + exposed, bus, storage, dram, updated / machine.adam_params_per_s)
+    busy = (flops / 1e12 + exposed, bus, storage, dram, updated / machine.adam_params_per_s)
+    return sum(seconds**8 for seconds in busy) ** (1 / 8)
 
 
 def oracle_step_s(
@@ -326,6 +329,8 @@ def exhaustive_step_s(work, machine, budgets, batch) -> float:
         shape = Shape(m, 2, g, boundary)
         spare = budgets.device_memory_nbytes - device_need(work, SPLIT_MASTER, batch, shape).total
         if spare < 0:
+            continue
+        if not boundary and m < OFF_DEVICE_MICRO_BATCHES_MIN:
             continue
         free = budgets.host_memory_nbytes - host_need(
             work, SPLIT_MASTER, batch, shape, staging_nbytes=STAGING, shares_host=False, has_storage=True

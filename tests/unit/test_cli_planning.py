@@ -1,0 +1,104 @@
+"""`offload plan` and `offload simulate`, on a model and a machine of formula."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from offload.cli import app, sources
+from offload.errors import BudgetError, ConfigError
+from offload.planner.plan import Plan
+from tests.planning import gpt, lohan_machine
+
+RUN = ["--model", "13b", "--hardware", "rtx4090-2ssd", "--batch", "16", "--host-memory", "64GB"]
+
+
+@pytest.fixture(autouse=True)
+def asked(monkeypatch):
+    """Models and machines come from formulas; what the command asked for."""
+    asked = {}
+
+    def workload(source, tokens):
+        asked["tokens"] = tokens
+        return gpt(source, 40, 5120, tokens=tokens)
+
+    def hardware(source, overrides):
+        asked["overrides"] = overrides
+        return lohan_machine(int(source.split("-")[1].removesuffix("ssd")))
+
+    monkeypatch.setattr(sources, "workload", workload)
+    monkeypatch.setattr(sources, "hardware", hardware)
+    return asked
+
+
+def run(*args: str) -> str:
+    result = CliRunner().invoke(app, list(args))
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def test_plan_says_step_limit_and_what_would_help() -> None:
+    text = run("plan", *RUN)
+    assert "The step is bound by the drives." in text
+    assert "One more drive like the first would bring" in text
+    assert "the drives' endurance lasts" in text
+    assert "hardware TFLOPS" in text
+
+
+def test_a_saved_plan_is_simulated_as_it_is(tmp_path) -> None:
+    path = str(tmp_path / "plan.json")
+    printed = json.loads(run("plan", *RUN, "--fix", "micro_batches=4", "--save", path, "--json"))
+    saved = Plan.from_json((tmp_path / "plan.json").read_text())
+    assert saved == Plan.model_validate(printed["plan"])
+    assert saved.micro_batches == 4
+    step = json.loads(run("simulate", *RUN, "--plan", path, "--json"))
+    assert step["micro_batches"] == 4
+    assert step["predicted_step_s"] == pytest.approx(saved.predicted.step_s)
+
+
+def test_simulate_draws_traces_and_prints(tmp_path) -> None:
+    picture, trace = tmp_path / "out.png", tmp_path / "out.json"
+    text = run("simulate", *RUN, "--plot", str(picture), "--trace", str(trace))
+    for word in ("tokens/s", "model TFLOPS", "device waits", "peak", "endurance"):
+        assert word in text
+    assert picture.stat().st_size > 10_000
+    assert any(e["ph"] == "X" for e in json.loads(trace.read_text())["traceEvents"])
+
+
+def test_simulate_in_json_adds_up() -> None:
+    step = json.loads(run("simulate", *RUN, "--json"))
+    assert step["tokens_per_s"] == pytest.approx(16 * 1024 / step["step_s"])
+    assert step["busy_s"]["compute"] + sum(step["stall_s"].values()) == pytest.approx(step["step_s"])
+    theirs = json.loads(run("simulate", *RUN, "--policy", "lohan", "--json"))
+    assert theirs["policy"] == "LoHan"
+    assert theirs["step_s"] > 1.2 * step["step_s"]
+    assert theirs["hardware_tflops"] > theirs["model_tflops"]
+
+
+def test_settings_reach_the_sources(asked) -> None:
+    run("plan", *RUN, "--sequence-length", "512", "--set", "dram_bytes_per_s=5e10")
+    assert asked == {"tokens": 512, "overrides": ["dram_bytes_per_s=5e10"]}
+
+
+def test_clipping_defers_the_updates() -> None:
+    assert "ahead of the block's next forward" in run("plan", *RUN, "--clip")
+
+
+def test_what_cannot_be_is_said(tmp_path) -> None:
+    with pytest.raises(BudgetError, match="device_memory="):
+        run("plan", *RUN, "--device-memory", "2GB")
+    with pytest.raises(ConfigError, match="write name=value"):
+        run("plan", *RUN, "--fix", "micro_batches")
+    with pytest.raises(ConfigError, match="policy 'deepspeed' is not known"):
+        run("simulate", *RUN, "--policy", "deepspeed")
+    (tmp_path / "no.json").write_text("{}")
+    with pytest.raises(ConfigError, match="no saved plan"):
+        run("simulate", *RUN, "--plan", str(tmp_path / "no.json"))
+
+
+def test_choices_are_read_as_numbers_truth_or_words() -> None:
+    found = sources.fixed_choices(["a=3", "b=0.5", "c=False", "d=save"])
+    assert found == {"a": 3, "b": 0.5, "c": False, "d": "save"}

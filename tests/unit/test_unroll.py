@@ -1,0 +1,94 @@
+"""The list of operations of a step: complete, ordered, and close to what the planner expects."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from offload.planner.plan import Budgets
+from offload.planner.search import make_plan
+from offload.schedule.run import simulate_plan
+from offload.schedule.unroll import unroll
+from tests.planning import gpt, lohan_machine
+
+WORK = gpt("13b", 40, 5120)
+
+
+def plan_of(batch=16, drives=2, host_gb=64, fixed=None, work=WORK, shares_host=False):
+    machine = lohan_machine(drives, host_gb).model_copy(update={"shares_host": shares_host})
+    budgets = Budgets(machine.device_memory_nbytes, machine.host_memory_nbytes)
+    return make_plan(work, machine, budgets, fixed, batch_samples=batch), machine
+
+
+@pytest.mark.parametrize("update", ["backward", "deferred", "mixed"])
+def test_a_step_computes_every_block_and_updates_it_once(update) -> None:
+    fixed = {"deferred_fraction": 0.5} if update == "mixed" else {"update": update}
+    plan, _ = plan_of(fixed=fixed)
+    operations, ends = unroll(plan, WORK, shares_host=False)
+    steady = [o for o in operations if o.step == 1]
+    counts = Counter((o.kind, o.block) for o in steady)
+    for block in range(40):
+        assert counts["forward", block] == counts["backward", block] == plan.micro_batches
+        assert counts["update", block] == plan.update_pieces
+        assert counts["grad_out", block] == 1
+    updated = sum(o.amount for o in steady if o.kind == "update")
+    assert updated == pytest.approx(WORK.numel)
+    assert len(ends) == 3
+
+
+@pytest.mark.parametrize("update", ["backward", "deferred"])
+@pytest.mark.parametrize("shares_host", [False, True])
+def test_forward_waits_for_the_update_of_its_own_block(update, shares_host) -> None:
+    """Through however many operations: no forward of step 1 can start before every piece of its block's last update."""
+    work = gpt("small", 4, 128, tokens=64, vocab=200)
+    plan, _ = plan_of(4, 1, 1, {"update": update}, work, shares_host)
+    operations, _ = unroll(plan, work, shares_host=shares_host)
+    before: list[set[int]] = []
+    for operation in operations:
+        before.append(set().union(*(before[a] | {a} for a in operation.after)))
+    for index, operation in enumerate(operations):
+        if operation.kind == "forward" and operation.step == 1:
+            pieces = {
+                i
+                for i, o in enumerate(operations[:index])
+                if o.kind == "update" and o.block == operation.block and i < index
+            }
+            assert pieces
+            assert pieces <= before[index]
+
+
+def test_no_deferred_update_starts_before_the_step_has_closed() -> None:
+    """The global norm is known only after the last backward."""
+    plan, _ = plan_of(fixed={"update": "deferred"})
+    operations, ends = unroll(plan, WORK, shares_host=False)
+    for operation in operations:
+        if operation.kind == "update" and operation.block is not None:
+            assert ends[operation.step - 1] in operation.after
+
+
+@pytest.mark.parametrize(
+    ("batch", "drives", "host_gb", "fixed"),
+    [
+        (8, 1, 64, {}),
+        (16, 2, 64, {}),
+        (32, 12, 128, {}),
+        (48, 3, 256, {}),
+        (48, 12, 768, {}),
+        (64, 12, 256, {"update": "deferred"}),
+    ],
+)
+def test_the_simulated_step_is_what_the_planner_expects_within_a_tenth(batch, drives, host_gb, fixed) -> None:
+    plan, machine = plan_of(batch, drives, host_gb, fixed)
+    step = simulate_plan(plan, WORK, machine)
+    assert step.step_s == pytest.approx(plan.predicted.step_s, rel=0.10)
+    assert step.step_s >= plan.predicted.lower_bound_s
+    busy = step.busy_s["compute"] + sum(step.stall_s.values())
+    assert busy == pytest.approx(step.step_s, rel=1e-6)
+
+
+def test_endurance_counts_written_bytes_over_all_drives() -> None:
+    plan, machine = plan_of(16, 4, 64)
+    step = simulate_plan(plan, WORK, machine)
+    assert step.endurance_steps == pytest.approx(4 * 7e15 / step.written_nbytes)
+    assert step.endurance_years == pytest.approx(step.endurance_steps * step.step_s / (365.25 * 86400))
