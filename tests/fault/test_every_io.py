@@ -133,9 +133,13 @@ def test_interruptions_of_every_transfer_change_no_number(tmp_path, monkeypatch,
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.xfail(strict=True, reason="Scheduler._complete forgets the tickets of a failed fetch before waiting")
+@pytest.mark.xfail(
+    strict=True, reason="Scheduler._complete forgets the tickets of a failed fetch before waiting"
+)
 @pytest.mark.parametrize("prefetch_blocks", [1, 3])
-def test_a_forward_after_a_failed_fetch_fails_or_gives_the_right_output(tmp_path, monkeypatch, prefetch_blocks):
+def test_a_forward_after_a_failed_fetch_fails_or_gives_the_right_output(
+    tmp_path, monkeypatch, prefetch_blocks
+):
     """Evaluation asks for no update, which would notice; three failures in a row reach a fetch ahead of use, too."""
     batch = torch.randn(4, 8, generator=torch.Generator().manual_seed(2))
     model, _ = make_run(tmp_path, prefetch_blocks=prefetch_blocks)
