@@ -115,8 +115,16 @@ def assert_ended_in_order(child, place, status, out, err):
     assert not (place / "out").exists()
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.parametrize("backend", ["uring", "posix"])
+@pytest.mark.parametrize(
+    ("backend", "signal_number"),
+    [
+        ("uring", signal.SIGINT),
+        ("posix", signal.SIGTERM),
+        pytest.param("uring", signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("uring", signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param("posix", signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_while_the_update_pipeline_runs_ends_finetune_in_order(
     model, tmp_path, backend, signal_number
 ):
@@ -136,8 +144,16 @@ def test_a_signal_while_the_update_pipeline_runs_ends_finetune_in_order(
     assert summary["steps"] >= 3
 
 
-@pytest.mark.parametrize("more", [[], ["--max-grad-norm", "1.0"]], ids=["during-backward", "deferred"])
-@pytest.mark.parametrize("backend", ["uring", "posix"])
+@pytest.mark.parametrize(
+    ("backend", "more"),
+    [
+        ("uring", ["--max-grad-norm", "1.0"]),
+        ("posix", []),
+        pytest.param("uring", [], marks=pytest.mark.slow),
+        pytest.param("posix", ["--max-grad-norm", "1.0"], marks=pytest.mark.slow),
+    ],
+    ids=["uring-deferred", "posix-during-backward", "uring-during-backward", "posix-deferred"],
+)
 def test_a_signal_while_blocked_in_a_wait_on_a_slow_drive_ends_finetune_in_order(
     model, tmp_path, backend, more
 ):
@@ -175,6 +191,7 @@ def test_a_signal_while_the_model_is_streamed_into_the_store_leaves_no_store(mod
     assert "before the first step ended" in err
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_does_not_cut_the_cleaning_short(model, tmp_path):
     child = start_finetune(model, tmp_path, "auto", faults={"delay_ms": 100})
     wait_until(lambda: "trainable parameters" in peek(child), child)
