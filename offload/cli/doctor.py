@@ -14,10 +14,11 @@ import psutil
 import torch
 
 from offload import _C
-from offload.config import host_total_nbytes
+from offload.config import Config, host_total_nbytes
 from offload.errors import ConfigError
 from offload.profiling.stored import profile_path, stored_hardware
 from offload.tiers.host import HostArena
+from offload.tiers.storage import leftover_stores
 
 
 def _mount(path: str) -> dict[str, str]:
@@ -56,6 +57,9 @@ def _examine_drive(directory: str) -> dict[str, Any]:
     found.update(_mount(directory))
     found["free_bytes"] = shutil.disk_usage(directory).free
     found["rotational"] = _rotational(directory)
+    found["leftover_stores"] = [
+        {"path": path, "bytes": nbytes} for path, nbytes in leftover_stores(directory)
+    ]
     try:
         with tempfile.NamedTemporaryFile(dir=directory, prefix="offload-doctor-") as file:
             os.truncate(file.fileno(), 1 << 20)
@@ -111,6 +115,7 @@ def examine(directories: list[str]) -> dict[str, Any]:
         "memlock_limit_bytes": None if locked_bytes == resource.RLIM_INFINITY else locked_bytes,
         "gpus": _examine_gpus(),
         "profile": _examine_profile(),
+        "update_threads": Config().update_threads,
         "drives": [_examine_drive(directory) for directory in directories],
     }
 
@@ -131,6 +136,12 @@ def _drive_lines(drive: dict[str, Any]) -> list[str]:
             None: "",
         }[drive["rotational"]]
         lines.append(f"             {_gb(drive['free_bytes'])} free{kind}")
+    if drive.get("leftover_stores"):
+        nbytes = sum(store["bytes"] for store in drive["leftover_stores"])
+        lines.append(
+            f"             {len(drive['leftover_stores'])} store files of runs that have ended take {_gb(nbytes)}; "
+            "if none was kept on purpose: rm offload-*.store there"
+        )
     if not drive["usable"]:
         return [*lines, f"             cannot be used: {drive['reason']}"]
     reason = f" ({drive['backend_reason']})" if drive["backend_reason"] else ""
@@ -152,6 +163,19 @@ def _profile_line(profile: dict[str, Any]) -> str:
     if profile["name"] is None:
         return f"profile      none in {profile['path']}: `offload probe --storage DIR` measures this machine"
     return f"profile      {profile['name']} ({profile['source']}), {profile['path']}"
+
+
+def _used(found: dict[str, Any]) -> str:
+    """What a run with these directories would use, in one line."""
+    usable = [drive for drive in found["drives"] if drive["usable"]]
+    backends = sorted({drive["backend"] for drive in usable})
+    direct = all(drive["o_direct"] for drive in usable)
+    storage = "no storage: everything must fit host memory"
+    if usable:
+        storage = f"{len(usable)} storage directories through {' and '.join(backends)}, "
+        storage += "past the page cache" if direct else "through the page cache where O_DIRECT is refused"
+    gpu = found["gpus"][0]["name"] if found["gpus"] else "DRAM as device tier"
+    return f"{gpu}; {storage}; {found['update_threads']} update threads with {found['simd_levels'][-1]}"
 
 
 def show(found: dict[str, Any], out: TextIO, *, as_json: bool) -> None:
@@ -181,4 +205,5 @@ def show(found: dict[str, Any], out: TextIO, *, as_json: bool) -> None:
     lines.append(_profile_line(found["profile"]))
     for drive in found["drives"]:
         lines += _drive_lines(drive)
+    lines.append(f"will be used {_used(found)}")
     print("\n".join(lines), file=out)

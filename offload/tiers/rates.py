@@ -10,7 +10,7 @@ from offload.tiers.host import HostArena
 from offload.tiers.storage import Store
 
 BLOCK_NBYTES = 1 << 20
-BLOCKS_IN_FLIGHT_PER_DRIVE = 32
+BLOCKS_IN_FLIGHT_PER_DRIVE = 16
 
 
 def _pass(

@@ -58,11 +58,11 @@ def inject(monkeypatch, faults):
     return made
 
 
-def make_run(directory, layers=3, lr=1e-2, **settings):
+def make_run(directory, layers=3, optimizer=None, **settings):
     """(model, optimizer) with the smallest budgets that would do, as the refusal of less states them."""
     torch.manual_seed(0)
     model = Model(layers)
-    made = torch.optim.AdamW(model.parameters(), lr=lr)
+    made = optimizer(model) if optimizer else torch.optim.AdamW(model.parameters(), lr=1e-2)
     settings = {
         "storage": [str(directory)], "chunk_elements": 2048, "chunk_buffers": 2, "prefetch_blocks": 1, **STREAMING,
         **settings,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import signal
@@ -9,6 +11,7 @@ import signal
 import pytest
 import torch
 
+from offload import _C
 from offload.cli import main
 from offload.cli.data import IGNORED, TokenStream
 from offload.cli.finetune import learning_rate_factor
@@ -58,6 +61,10 @@ def test_finetune_trains_exports_and_reports_as_json(workplace, capsys):
     summary = lines[-1]["summary"]
     assert summary["status"] == "done"
     assert summary["last_loss"] == lines[-2]["loss"] < summary["first_loss"]
+    for line in lines[:-1]:
+        assert 0 < line["floor_fraction"] <= 1
+        assert line["floor_s"] == pytest.approx(line["floor_fraction"] * line["step_s"])
+    assert 0 < summary["median_floor_fraction"] <= 1
     assert summary["written_bytes_per_parameter_and_step"] > 0
     assert {"read_bytes", "written_bytes", "stall_s", "tokens_per_s"} <= lines[0].keys()
     assert os.listdir(workplace / "store") == []
@@ -82,7 +89,7 @@ def test_people_get_a_line_a_step_and_a_table(workplace, capsys):
     assert finetune(workplace) == 0
     printed = capsys.readouterr()
     assert "step 4/4" in printed.err
-    for word in ("loss", "tokens/s", "s/step", "waits for", "read", "written"):
+    for word in ("loss", "tokens/s", "s/step", "% of the floor", "waits for", "GB  written", "read"):
         assert word in printed.err
     assert "written bytes per parameter and step" in printed.out
 
@@ -114,6 +121,7 @@ def test_a_stopped_run_removes_its_store(workplace, capsys, monkeypatch, signal_
         (["--data", "nowhere.txt"], 2, "cannot be read"),
         (["--sequence-length", "100000"], 2, "lower --sequence-length"),
         (["--schedule", "wavy"], 2, "constant, linear, cosine"),
+        (["--output", "/dev/null/out"], 2, "cannot be written"),
         (["--dtype", "int3"], 2, "auto, bfloat16 or float32"),
         (["--host-memory", "lots"], 2, "8GB"),
         (["--device-memory", "1KB"], 1, "Smallest that would do"),
@@ -164,7 +172,16 @@ def test_doctor_names_what_will_be_used(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["doctor", "--storage", str(tmp_path), "--storage", str(tmp_path / "nowhere")])
     text = capsys.readouterr().out
-    for word in ("I/O backend", "O_DIRECT", "free", "DRAM", "GPU", "scalar", "no such directory"):
+    for word in (
+        "I/O backend",
+        "O_DIRECT",
+        "free",
+        "DRAM",
+        "GPU",
+        "scalar",
+        "no such directory",
+        "will be used",
+    ):
         assert word in text
     with pytest.raises(SystemExit):
         main(["doctor", "--storage", str(tmp_path), "--json"])
@@ -173,7 +190,54 @@ def test_doctor_names_what_will_be_used(tmp_path, capsys):
     assert os.listdir(tmp_path) == []
 
 
+def test_doctor_says_why_io_uring_is_not_used(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_C, "Engine", functools.partial(_C.Engine, backend="posix"))
+    with pytest.raises(SystemExit):
+        main(["doctor", "--storage", str(tmp_path), "--json"])
+    assert json.loads(capsys.readouterr().out)["drives"][0]["backend"] == "posix"
+    with pytest.raises(SystemExit):
+        main(["doctor", "--storage", str(tmp_path)])
+    assert "I/O backend: posix" in capsys.readouterr().out
+
+
+def test_doctor_names_what_killed_runs_have_left(tmp_path, capsys):
+    (tmp_path / "offload-20200101-000000-abcdef-0.store").write_bytes(bytes(4096))
+    with pytest.raises(SystemExit):
+        main(["doctor", "--storage", str(tmp_path)])
+    assert "1 store files of runs that have ended" in capsys.readouterr().out
+
+
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
         main(["finetune", "--help"])
-    assert "--storage" in capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--storage" in text
+    assert "how near a step is to its floor" in text
+
+
+def test_a_run_stopped_before_its_first_step_reports_valid_json(workplace, capsys, monkeypatch):
+    def interrupted(self, closure=None):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(OffloadOptimizer, "step", interrupted)
+    assert finetune(workplace, "--json") == 130
+    printed = capsys.readouterr()
+    summary = json.loads(printed.out.splitlines()[-1], parse_constant=pytest.fail)["summary"]
+    assert summary["steps"] == 0
+    assert summary["median_step_s"] is None
+    assert "before the first step ended" in printed.err
+    assert os.listdir(workplace / "store") == []
+
+
+def test_a_signal_that_python_dropped_still_stops_the_run(workplace, capsys, monkeypatch):
+    """An exception raised inside a destructor is printed and forgotten."""
+    step = OffloadOptimizer.step
+
+    def swallowing(self, closure=None):
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, closure)
+
+    monkeypatch.setattr(OffloadOptimizer, "step", swallowing)
+    assert finetune(workplace) == 130
+    assert "after step 1" in capsys.readouterr().err
