@@ -61,8 +61,11 @@ class Config(BaseModel):
     Byte budgets follow `parse_budget`; `device_memory` counts parameter slots, gradient buffers, the root and waiting
     block inputs, `host_memory` counts chunk buffers and every state placed in DRAM. `device` is "auto" (the model's
     own, else a CUDA device where there is one, else the CPU), "cpu", "cuda", "cuda:1" or "emulated": a device in DRAM
-    behind a bus of `bus_bytes_per_s`, for trying the path of a GPU without one. `step_aside`: when all training state
-    takes at most half of `device_memory`, do not stream. `pin`: page-lock host memory for a CUDA device.
+    behind a bus of `bus_bytes_per_s`, for trying the path of a GPU without one. With `batch` (sequences a step, tokens
+    a sequence) the planner chooses placement, micro-batches, prefetch window and what is kept for backward, for the
+    machine that `hardware` names (a profile's name or file; default: what `offload probe` has stored); settings given
+    explicitly stay as given. `plan`: a saved plan's file, or its text, to be used as it is. `step_aside`: when all
+    training state takes at most half of `device_memory`, do not stream. `pin`: page-lock host memory for a CUDA device.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -86,6 +89,9 @@ class Config(BaseModel):
     chunk_buffers: int = Field(default=4, ge=2)
     update_threads: int = Field(default=max(1, min(4, (os.cpu_count() or 1) // 2)), ge=1)
     keep_store: bool = False
+    batch: tuple[int, int] | None = None
+    hardware: str | None = None
+    plan: str | None = None
     step_aside: Literal["auto", "always", "never"] = "auto"
     pin: Literal["auto", "always", "never"] = "auto"
     bus_bytes_per_s: float | None = Field(default=None, gt=0)

@@ -110,7 +110,7 @@ def place(
     if not shares_host and left >= second + (0 if has_storage else everything):
         n_host_grads, left = 2 * n_host_grads, left - grad * n_host_grads
         n_host_slots, left = n_host_slots + (n_host_slots > 0), left - slot * (n_host_slots > 0)
-    params_in_host, grads_in_host, host_chunks, left = _fill_host(blocks, root, left, deferred)
+    params_in_host, grads_in_host, host_chunks, left = fill_host(blocks, root, left, deferred)
     if not shares_host and all(params_in_host):
         left, n_host_slots = left + n_host_slots * slot, 0
     storage = 0
@@ -164,7 +164,7 @@ def _more_activation_staging_nbytes(left_nbytes: int) -> int:
     return wanted // (2 * PAGE_NBYTES) * (2 * PAGE_NBYTES)
 
 
-def _fill_host(
+def fill_host(
     blocks: list[BlockBytes], root: BlockBytes, left: int, deferred: bool
 ) -> tuple[list[bool], list[bool], list[int], int]:
     """(parameters in host, waiting gradients in host, state chunks in host, bytes left), most saving first."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from offload.planner.activations import spread, spread_order
 from offload.planner.cost_model import Cost, CostModel, Load
-from offload.planner.placement import BlockBytes, Placement, place
+from offload.planner.placement import BlockBytes, fill_host
 from offload.planner.plan import INPUT, Budgets, Outcome, Plan, Prediction
 from offload.planner.points import Chosen, Search
 from offload.planner.tables import Needs, chunk_rows, waiting_in_host
@@ -43,26 +43,27 @@ def plan_of(search: Search, chosen: Chosen, budgets: Budgets) -> Plan:
 
 
 def _placed(search: Search, load: Load) -> tuple[tuple[bool, ...], tuple[float, ...]]:
-    """Which block's parameters and how much of whose state: `placement.place` over the bytes set aside for them."""
+    """Which block's parameters and how much of whose state: `placement.fill_host` over the bytes set aside for them."""
     model = search.model
     nothing = BlockBytes(0, (), 0)
     order = spread_order(len(search.workload.blocks))
     root = model.format.state_nbytes * search.workload.root_trainable_numel
     rows = chunk_rows(model.state_nbytes, root)
-    params = _place(
-        [BlockBytes(model.slot_nbytes[i], (), 0) for i in order], nothing, load.params_host_nbytes
+    params, *_ = fill_host(
+        [BlockBytes(model.slot_nbytes[i], (), 0) for i in order], nothing, int(load.params_host_nbytes), False
     )
-    states = _place(
+    _, _, chunks, _ = fill_host(
         [BlockBytes(0, row, 0) for row in rows],
         nothing,
-        load.states_host_nbytes + load.root_states_host_nbytes,
+        int(load.states_host_nbytes + load.root_states_host_nbytes),
+        False,
     )
     params_in_host = [False] * len(order)
-    for block, inside in zip(order, params.params_in_host, strict=True):
+    for block, inside in zip(order, params, strict=True):
         params_in_host[block] = inside
     held = [0] * (len(order) + 1)
     for number, row in enumerate(rows):
-        count = states.host_chunks[number]
+        count = chunks[number]
         if number == len(rows) - 1:
             held[-1] = sum(row[:count])
             continue
@@ -105,20 +106,6 @@ def _prediction(search: Search, needs: Needs, load: Load, index: tuple[int, ...]
         "storage": float(np.broadcast_to(needs.storage_nbytes, shape)[index]),
     }
     return predict(search.model, load, {tier: int(nbytes) for tier, nbytes in peaks.items()})
-
-
-def _place(units: list[BlockBytes], root: BlockBytes, host_nbytes: float) -> Placement:
-    """`placement.place` over the host memory set aside for one kind of state."""
-    return place(
-        units,
-        root,
-        device_nbytes=8 * sum(u.slot_nbytes for u in units),
-        host_nbytes=int(host_nbytes),
-        staging_nbytes=0,
-        has_storage=True,
-        deferred=False,
-        prefetch_blocks=None,
-    )
 
 
 def predict(model: CostModel, load: Load, peak_nbytes: dict[str, int]) -> Prediction:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +14,10 @@ from offload.config import Config, host_total_nbytes, parse_budget
 from offload.model.blocks import Cut
 from offload.model.flat import STATE_NBYTES_PER_ELEMENT, BlockLayout, lay_out
 from offload.planner.placement import BlockBytes, Placement, place
+from offload.planner.plan import Plan
 from offload.runtime import in_device
 from offload.runtime.in_device import InDeviceState
+from offload.runtime.planning import placement_of
 from offload.stores.block_store import BlockRecord, DeviceSlot, GradBuffer, Slot, StateExtents
 from offload.telemetry import SpanLog
 from offload.tiers.device import CudaDevice, DeviceTier, SharedDevice
@@ -126,7 +129,12 @@ class _Builder:
     """Takes memory of every tier as the placement says, in one order, and hands out the pieces."""
 
     def __init__(
-        self, cut: Cut, config: Config, compute_dtype: torch.dtype | None, device: DeviceTier
+        self,
+        cut: Cut,
+        config: Config,
+        compute_dtype: torch.dtype | None,
+        device: DeviceTier,
+        plan: Plan | None,
     ) -> None:
         self.config, self.device = config, device
         self.layouts = [
@@ -144,23 +152,29 @@ class _Builder:
         if not self.streams:  # all state is in device memory: host memory is not what limits it
             self.host_nbytes = 2 * self.staging_nbytes + root_bytes.slot_nbytes + root_bytes.grad_nbytes
             self.host_nbytes += root_bytes.state_nbytes
-        self.placement = place(
-            self.bytes_of,
-            root_bytes,
-            device_nbytes=self.device_nbytes,
-            host_nbytes=self.host_nbytes,
-            staging_nbytes=self.staging_nbytes,
-            has_storage=self.has_storage,
-            deferred=config.deferred,
-            prefetch_blocks=config.prefetch_blocks,
-            shares_host=device.shares_host,
-        )
+        self.placement = self._place(root_bytes, plan)
         n_pieces = 4 * len(self.layouts) + 16
         on_device = self.placement.device_nbytes if device.shares_host else 0
         self.device_arena = HostArena(on_device + PAGE_NBYTES * n_pieces)
         in_host = self.staging_nbytes if self.all_in_device else self.placement.host_nbytes
         self.host_arena = HostArena(in_host + PAGE_NBYTES * n_pieces)
         device.page_lock(self.host_arena.address, self.host_arena.nbytes, config.pin)
+
+    def _place(self, root: BlockBytes, plan: Plan | None) -> Placement:
+        budgets: dict[str, Any] = {
+            "device_nbytes": self.device_nbytes,
+            "host_nbytes": self.host_nbytes,
+            "staging_nbytes": self.staging_nbytes,
+            "has_storage": self.has_storage,
+            "shares_host": self.device.shares_host,
+        }
+        if plan is not None and self.streams:
+            return placement_of(plan, self.bytes_of, root, **budgets)
+        choices: dict[str, Any] = {
+            "deferred": self.config.deferred,
+            "prefetch_blocks": self.config.prefetch_blocks,
+        }
+        return place(self.bytes_of, root, **budgets, **choices)
 
     @property
     def has_storage(self) -> bool:
@@ -285,13 +299,18 @@ class _Builder:
 
 
 def assemble(
-    cut: Cut, config: Config, compute_dtype: torch.dtype | None, device: DeviceTier, spans: SpanLog
+    cut: Cut,
+    config: Config,
+    compute_dtype: torch.dtype | None,
+    device: DeviceTier,
+    spans: SpanLog,
+    plan: Plan | None = None,
 ) -> Assembly:
     """Place `cut` by budget, create the store, and move every parameter to where it belongs, block by block.
 
     Raises BudgetError before anything is written when it cannot fit.
     """
-    builder = _Builder(cut, config, compute_dtype, device)
+    builder = _Builder(cut, config, compute_dtype, device, plan)
     store = builder.make_store()
     pipeline = builder.make_pipeline(store)
     slots, device_slots = builder.make_slots()

@@ -34,6 +34,7 @@ class Runner(Protocol):
     def end_backward(self, block: BlockRecord) -> None: ...
     def computing(self, kind: str, block: BlockRecord) -> AbstractContextManager[None]: ...
     def tiers_of_saved(self, block: BlockRecord, recipe: Recipe) -> dict[int, Tier]: ...
+    def input_tier(self, block: BlockRecord) -> Tier | None: ...
     def given_tensors(self, block: BlockRecord) -> list[torch.Tensor]: ...
     @property
     def activations(self) -> ActivationStore: ...
@@ -251,14 +252,22 @@ def _forward_saving(call: Call, micro: list[Any]) -> list[Any]:
     with Keeper(recipe, frozenset(tiers)) as keeper:
         out_leaves = _run_micro(call, micro)
     if keeper.matches:
-        store = call.runner.activations
         for op, tensors in keeper.kept.items():
-            nbytes = sum(t.numel() * t.element_size() for t in tensors)
-            if store.has_room(nbytes, tiers[op]):
-                call.saved[-1][op] = [
-                    store.swap_out(t.detach(), tiers[op], call.block.label) for t in tensors
-                ]
+            held = _put_away(call, tensors, tiers[op])
+            if held is not None:
+                call.saved[-1][op] = held
     return out_leaves
+
+
+def _put_away(call: Call, tensors: list[torch.Tensor], tier: Tier) -> list[Activation] | None:
+    """All results of one operation, or None where `tier` has no room for them: then they are recomputed."""
+    store = call.runner.activations
+    held = []
+    for tensor in tensors:
+        if not store.has_room(tensor.numel() * tensor.element_size(), tier):
+            return None
+        held.append(store.swap_out(tensor.detach(), tier, call.block.label))
+    return held
 
 
 def _recompute(
@@ -333,11 +342,11 @@ def _save_inputs(ctx: Any, call: Call, tensors: tuple[torch.Tensor, ...]) -> Non
     if tensors and not call.kept:
         largest = max(range(len(tensors)), key=lambda i: tensors[i].numel() * tensors[i].element_size())
         store = call.runner.activations
-        ctx.swapped = (
-            largest,
-            store,
-            store.swap_out(tensors[largest].detach().contiguous(), label=call.block.label),
-        )
+        tensor = tensors[largest].detach().contiguous()
+        tier = call.runner.input_tier(call.block)
+        if tier is not None and not store.has_room(tensor.numel() * tensor.element_size(), tier):
+            tier = None
+        ctx.swapped = (largest, store, store.swap_out(tensor, tier, call.block.label))
         kept[largest] = tensors[largest].new_empty(0)
     elif call.kept:
         kept = [t.new_empty(0) if not microbatch.is_batched(t, call.n_samples) else t for t in tensors]

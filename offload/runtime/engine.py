@@ -18,17 +18,21 @@ from offload.errors import ConfigError, UsageError
 from offload.model.blocks import cut as cut_model
 from offload.model.causal_lm_loss import chunk_loss, why_not_chunked
 from offload.model.flat import FlatBuffer
+from offload.planner.report import plan_lines
 from offload.runtime import hooks
-from offload.runtime.assembly import Assembly, assemble, choose_device, steps_aside
+from offload.runtime.assembly import Assembly, assemble, budgets, choose_device, steps_aside
 from offload.runtime.block_function import run_block
 from offload.runtime.device_residency import CopiedResidency, Residency, SharedResidency
 from offload.runtime.gradients import Gradients
 from offload.runtime.optimizer import OffloadOptimizer
+from offload.runtime.planning import RunPlan, plan_run
 from offload.runtime.recompute import Recipe
 from offload.runtime.scheduler import Scheduler
 from offload.stores.activations import ActivationStore, Tier
 from offload.stores.block_store import BlockRecord
 from offload.telemetry import Span, SpanLog, Stalls
+from offload.tiers.device import DeviceTier
+from offload.transfer.io_engine import UpdatePipeline
 
 logger = logging.getLogger("offload")
 
@@ -46,19 +50,20 @@ class OffloadEngine:
     ) -> None:
         self.model = model
         self.config = config
-        self.micro_batches = config.micro_batches
         self.keeps_graph = config.activations == "keep"
         self.stalls = Stalls()
         self.spans = SpanLog()
         self.last_step: dict[str, Any] = {}
-        self.deferred = config.deferred
         cut = cut_model(model, blocks)
         device = choose_device(model, config)
         self.device = device.torch_device
         self.aside = steps_aside(cut, config, device, dtype)
         if self.aside:
             cut = cut.all_root()
-        parts = self._assembly = assemble(cut, config, dtype, device, self.spans)
+        self._planned = None if self.aside else _plan(model, config, blocks, device)
+        self.plan = None if self._planned is None else self._planned.plan
+        self.micro_batches = config.micro_batches if self.plan is None else self.plan.micro_batches
+        parts = self._assembly = assemble(cut, config, dtype, device, self.spans, self.plan)
         self.root, self.blocks, self.placement = parts.root, parts.blocks, parts.placement
         self._optimizer = weakref.ref(optimizer)
         self._scheduler = _make_scheduler(parts, self.stalls, self.spans)
@@ -113,17 +118,29 @@ class OffloadEngine:
         self._dispatch_gradients(block)
         self._scheduler.end(block, "backward")
 
+    def _defers(self, block: BlockRecord) -> bool:
+        """Whether the block's update waits for `optimizer.step()`."""
+        if self.plan is None or self.config.deferred:
+            return self.config.deferred
+        if block.is_root:
+            return len(self.plan.deferred_blocks) == len(self.blocks)
+        return block.index in self.plan.deferred_blocks
+
     def _dispatch_gradients(self, block: BlockRecord) -> None:
         if not block.touched or block.grad_buffer is None:
             self._gradients.drop(block)
             return
-        if self._sync and not self.deferred and not block.awaiting_backward:
+        if self._sync and not self._defers(block) and not block.awaiting_backward:
             self._scheduler.update_now(block, self._hyper_of)
             block.updated_since_step = True
             return
         if self._sync and self.config.max_grad_norm is not None:
             block.grad_norms = self._norms(block)
         self._gradients.park(block)
+
+    def input_tier(self, block: BlockRecord) -> Tier | None:
+        """Where the block's input waits for backward; None: where there is room."""
+        return None if self._planned is None else self._planned.input_tier(block.index)
 
     def given_tensors(self, block: BlockRecord) -> list[torch.Tensor]:
         """What a block's operations may read besides its inputs: parameters (the root's too) and buffers."""
@@ -133,6 +150,8 @@ class OffloadEngine:
     def tiers_of_saved(self, block: BlockRecord, recipe: Recipe) -> dict[int, Tier]:
         """Which results of the block's operations are kept for backward, and where; all others are recomputed."""
         where = self.config.saved_activations
+        if self._planned is not None:
+            return self._planned.tiers_of_saved(block.index, recipe)
         if where == "recompute":
             return {}
         return {value.op: where for value in recipe.keepable()}
@@ -146,7 +165,7 @@ class OffloadEngine:
 
     def _backward_ended(self) -> None:
         self._backward_open = False
-        if self._sync and not self.deferred and self.root.touched:
+        if self._sync and not self._defers(self.root) and self.root.touched:
             if self.root.updated_since_step:
                 raise UsageError("backward ran again before optimizer.step(); use model.offload.no_sync()")
             self._scheduler.wait_resident(self.root)
@@ -370,6 +389,24 @@ def _make_activations(parts: Assembly, config: Config, stalls: Stalls, spans: Sp
         staging=parts.activation_staging,
         pin=config.pin,
     )
+
+
+def _plan(model: nn.Module, config: Config, blocks: object, device: DeviceTier) -> RunPlan | None:
+    device_nbytes, host_nbytes = budgets(device, config)
+    staging_nbytes = UpdatePipeline.buffer_nbytes_required(config.chunk_elements, config.chunk_buffers)
+    planned = plan_run(
+        model,
+        config,
+        blocks,
+        device_nbytes=device_nbytes,
+        host_nbytes=host_nbytes,
+        staging_nbytes=staging_nbytes,
+        shares_host=device.shares_host,
+    )
+    if planned is not None:
+        for line in plan_lines(planned.plan):
+            logger.info("%s", line)
+    return planned
 
 
 def _move_buffers(model: nn.Module, torch_device: torch.device) -> None:

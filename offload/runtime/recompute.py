@@ -48,6 +48,8 @@ class SavedValue:
     """A tensor that autograd saves, made by operation `op`; in the order in which they are made."""
 
     op: int
+    output: int
+    """Which of the operation's results it is."""
     nbytes: int
     writers: tuple[int, ...]
 
@@ -106,6 +108,7 @@ class Recorder(TorchDispatchMode):
         self._writers: dict[int, list[int]] = {}
         self._ops: list[RecordedOp] = []
         self._saved: dict[int, SavedValue] = {}
+        self._output: dict[int, int] = {}
         self._why_not = ""
 
     def _number(self, tensor: torch.Tensor) -> int:
@@ -130,6 +133,8 @@ class Recorder(TorchDispatchMode):
         outputs = [t for t in leaves if isinstance(t, torch.Tensor)]
         reads = tuple(dict.fromkeys(self._number(t) for t in inputs))
         mutates = bool(func._schema.is_mutable)
+        for position, tensor in enumerate(outputs):
+            self._output[self._number(tensor)] = position
         made = tuple(dict.fromkeys(self._number(t) for t in outputs))
         fresh = [number for number in made if number not in reads]
         writes = tuple(_mutated(func, args, kwargs, self._number) if mutates else fresh)
@@ -174,7 +179,8 @@ class Recorder(TorchDispatchMode):
         if not writers:
             self._why_not = self._why_not or "backward needs a tensor that no visible operation made"
             return tensor
-        self._saved[number] = SavedValue(writers[-1], tensor.untyped_storage().nbytes(), writers)
+        nbytes = tensor.untyped_storage().nbytes()
+        self._saved[number] = SavedValue(writers[-1], self._output.get(number, 0), nbytes, writers)
         return tensor
 
     def recipe(self) -> Recipe:
@@ -185,7 +191,7 @@ class Recorder(TorchDispatchMode):
             if len(writers) > 1:  # changed in place: the kept value would not be the one that is read later
                 for index in writers:
                     self._ops[index].may_keep = self._ops[index].may_skip = False
-        order = sorted(self._saved.values(), key=lambda value: value.op)
+        order = sorted(self._saved.values(), key=lambda value: (value.op, value.output))
         return Recipe(self._ops, order, self._why_not)
 
 

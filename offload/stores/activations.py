@@ -128,7 +128,10 @@ class ActivationStore:
         """Whether a tensor of `nbytes` may go to `tier` now."""
         if tier == "storage":
             return self._store is not None and self._staging is not None
-        return self._left_nbytes[tier] >= nbytes or (tier == "host" and bool(self._free_planes.get(nbytes)))
+        if tier == "host" and not self._device.shares_host:  # planes of whole pages, used again
+            fits = self._left_nbytes[tier] >= round_up(nbytes, PAGE_NBYTES)
+            return fits or bool(self._free_planes.get(nbytes))
+        return self._left_nbytes[tier] >= nbytes
 
     def _tier_for(self, nbytes: int, fixed: Tier | None) -> Tier:
         wanted: list[Tier] = [fixed] if fixed else ["device", "host", "storage"]

@@ -1,0 +1,232 @@
+"""Between the planner and the runtime: a model and its budgets become a plan, a plan becomes placement and policies."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from offload.config import Config
+from offload.errors import ConfigError
+from offload.planner.hardware import Hardware, load_hardware
+from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN, BlockBytes, Placement, place
+from offload.planner.plan import INPUT, Budgets, Plan
+from offload.planner.search import make_plan
+from offload.planner.workload import Workload
+from offload.profiling.stored import stored_hardware
+from offload.profiling.workload import profile_model
+from offload.runtime.recompute import Recipe
+from offload.stores.activations import Tier
+from offload.types import PAGE_NBYTES
+
+logger = logging.getLogger("offload")
+
+_TIERS: dict[str, Tier] = {"device": "device", "host": "host", "storage": "storage"}
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A plan with the workload it was made for."""
+
+    plan: Plan
+    workload: Workload
+
+    def input_tier(self, block: int) -> Tier | None:
+        """Where the block's input waits for backward."""
+        return _TIERS.get(self.plan.activations[block].get(INPUT, ""))
+
+    def tiers_of_saved(self, block: int, recipe: Recipe) -> dict[int, Tier]:
+        """Operations of `recipe` whose results are kept, by the plan's outcome for the tensors they make.
+
+        Both list saved tensors in the order in which forward makes them. Where the real forward saves other tensors
+        than the traced one, everything is recomputed.
+        """
+        outcomes = [o for name, o in self.plan.activations[block].items() if name != INPUT]
+        if len(outcomes) != len(recipe.saved):
+            return {}
+        tiers: dict[int, Tier] = {}
+        for outcome, value in zip(outcomes, recipe.saved, strict=True):
+            if outcome != "recompute" and recipe.ops[value.op].may_keep:
+                tiers[value.op] = _TIERS[outcome]
+        return tiers
+
+
+def hardware_for(config: Config, shares_host: bool) -> Hardware:
+    """The machine that `config.hardware` names, or this machine's own profile.
+
+    Raises ConfigError without one, or when its device is of another kind than the one that will compute.
+    """
+    hardware = load_hardware(config.hardware) if config.hardware else stored_hardware()
+    if hardware.shares_host != shares_host:
+        kinds = {True: "computes in host memory", False: "has a device with memory of its own"}
+        raise ConfigError(
+            f"the profile {hardware.name!r} is of a machine that {kinds[hardware.shares_host]}, this run "
+            f"{kinds[shares_host]}: name another profile with hardware=..., or run `offload probe` here"
+        )
+    return hardware
+
+
+def fixed_choices(config: Config) -> dict[str, Any]:
+    """What the user has chosen, as the planner names it. Fields left at their defaults are the planner's to choose."""
+    fixed: dict[str, Any] = {"boundary_on_device": True}
+    chosen = config.model_fields_set
+    if "micro_batches" in chosen:
+        fixed["micro_batches"] = config.micro_batches
+    if config.prefetch_blocks is not None:
+        fixed["prefetch_blocks"] = config.prefetch_blocks
+    if config.update != "auto":
+        fixed["update"] = config.update
+    if config.saved_activations == "recompute" and "saved_activations" in chosen:
+        fixed["activations"] = "recompute"
+    return fixed
+
+
+def plan_run(
+    model: nn.Module,
+    config: Config,
+    blocks: object,
+    *,
+    device_nbytes: int,
+    host_nbytes: int,
+    staging_nbytes: int,
+    shares_host: bool,
+    inputs: Callable[[int], Any] | None = None,
+) -> RunPlan | None:
+    """The plan for `config.batch`, made or as given; None where no batch is known and nothing is to be planned.
+
+    Raises BudgetError when nothing fits, and ConfigError for a plan of another model or a machine without profile.
+    """
+    if config.plan is None and config.batch is None:
+        return None
+    given = None if config.plan is None else _read_plan(config.plan)
+    tokens = given.tokens_per_sample if given is not None else (config.batch or (1, 1))[1]
+    workload = profile_model(model, tokens, blocks=blocks, inputs=inputs)
+    if given is not None:
+        if len(given.activations) != len(workload.blocks):
+            raise ConfigError(
+                f"the plan is for a model of {len(given.activations)} blocks, this one has {len(workload.blocks)}"
+            )
+        return RunPlan(given, workload)
+    budgets = Budgets(
+        device_memory_nbytes=device_nbytes,
+        host_memory_nbytes=host_nbytes,
+        storage_nbytes=None if config.storage else 0,
+        staging_nbytes=staging_nbytes,
+        clips_gradients=config.max_grad_norm is not None,
+    )
+    samples = (config.batch or (1, 1))[0]
+    plan = make_plan(
+        workload, hardware_for(config, shares_host), budgets, fixed_choices(config), batch_samples=samples
+    )
+    return RunPlan(plan, workload)
+
+
+def _read_plan(source: str) -> Plan:
+    if source.lstrip().startswith("{"):
+        return Plan.from_json(source)
+    try:
+        return Plan.from_json(pathlib.Path(source).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"plan {source}: cannot be read: {error.strerror}") from error
+
+
+def placement_of(
+    plan: Plan,
+    blocks: list[BlockBytes],
+    root: BlockBytes,
+    *,
+    device_nbytes: int,
+    host_nbytes: int,
+    staging_nbytes: int,
+    has_storage: bool,
+    shares_host: bool,
+) -> Placement:
+    """The plan's placement in whole pages and chunks, within the budgets.
+
+    What the plan puts into host memory and page padding leaves no room for stays on storage. Raises BudgetError when
+    the budgets cannot hold even the least.
+    """
+    slot = max((b.slot_nbytes for b in blocks), default=0)
+    grad = max((b.grad_nbytes for b in blocks), default=0)
+    least = place(
+        blocks,
+        root,
+        device_nbytes=device_nbytes,
+        host_nbytes=host_nbytes,
+        staging_nbytes=staging_nbytes,
+        has_storage=has_storage,
+        deferred=bool(plan.deferred_blocks),
+        prefetch_blocks=1,
+        shares_host=shares_host,
+    )
+    if not has_storage:
+        return replace(least, n_slots=max(least.n_slots, min(plan.n_slots, len(blocks))))
+    fixed = root.slot_nbytes + root.grad_nbytes
+    n_slots = max(2, plan.n_slots)
+    n_grads = plan.n_grad_buffers
+    while fixed + n_slots * slot + n_grads * grad > device_nbytes and n_slots > min(2, len(blocks)):
+        n_slots -= 1
+    host = _HostFill(host_nbytes - staging_nbytes - (0 if shares_host else fixed + 2 * (slot + grad)))
+    staging = _activation_staging_nbytes(plan, host.left)
+    host.take(staging)
+    params = [
+        wanted and host.take(b.slot_nbytes) for b, wanted in zip(blocks, plan.params_in_host, strict=True)
+    ]
+    grads = [
+        i in plan.deferred_blocks and wanted and host.take(b.grad_nbytes)
+        for i, (b, wanted) in enumerate(zip(blocks, plan.grads_in_host, strict=True))
+    ]
+    chunks = [
+        host.take_first(b.state_chunk_nbytes, fraction)
+        for b, fraction in zip([*blocks, root], plan.states_in_host, strict=True)
+    ]
+    stored = sum(sum(b.state_chunk_nbytes[n:]) for b, n in zip([*blocks, root], chunks, strict=True))
+    stored += sum(b.slot_nbytes for b, inside in zip(blocks, params, strict=True) if not inside)
+    return Placement(
+        n_slots=n_slots,
+        n_grad_buffers=n_grads,
+        n_host_slots=0 if shares_host or all(params) else 2,
+        n_host_grad_buffers=0 if shares_host else 2,
+        params_in_host=params,
+        grads_in_host=grads,
+        host_chunks=chunks,
+        device_nbytes=fixed + n_slots * slot + n_grads * grad,
+        host_nbytes=host_nbytes - host.left,
+        storage_nbytes=stored,
+        activation_staging_nbytes=staging,
+    )
+
+
+def _activation_staging_nbytes(plan: Plan, left_nbytes: int) -> int:
+    """Two pieces; as large as is worth it where activations go to storage, small otherwise."""
+    to_storage = any("storage" in outcomes.values() for outcomes in plan.activations)
+    wanted = min(64 << 20, left_nbytes // 8) if to_storage else ACTIVATION_STAGING_NBYTES_MIN
+    return max(ACTIVATION_STAGING_NBYTES_MIN, wanted // (2 * PAGE_NBYTES) * (2 * PAGE_NBYTES))
+
+
+class _HostFill:
+    """Host memory that is being given away."""
+
+    def __init__(self, left_nbytes: int) -> None:
+        self.left = left_nbytes
+
+    def take(self, nbytes: int) -> bool:
+        """Whether `nbytes` could be had."""
+        if nbytes > self.left:
+            return False
+        self.left -= nbytes
+        return True
+
+    def take_first(self, chunks: tuple[int, ...], fraction: float) -> int:
+        """How many of the first chunks are had, for `fraction` of all their bytes."""
+        wanted_nbytes, n = fraction * sum(chunks), 0
+        for chunk_nbytes in chunks:
+            wanted_nbytes -= chunk_nbytes
+            if wanted_nbytes < -chunk_nbytes / 2 or not self.take(chunk_nbytes):
+                break
+            n += 1
+        return n
