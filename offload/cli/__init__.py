@@ -190,7 +190,9 @@ _HardwareSource = Annotated[
 _Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="Change one figure of the profile, name=value; repeatable.", rich_help_panel=_MACHINE
+        "--override",
+        help="Change one figure of the profile, name=value; repeatable.",
+        rich_help_panel=_MACHINE,
     ),
 ]
 _Batch = Annotated[int, typer.Option(min=1, help="Sequences a step.", rich_help_panel=_TRAINING)]

@@ -81,6 +81,9 @@ class Cost:
     lower_bound_s: Any
     forward: dict[str, Any]
     backward: dict[str, Any]
+    exposed: dict[str, Any]
+    """Seconds that the device waits or works beside its FLOPs: `update` (one block's, at the turn to forward),
+    `gradient` (on their way out of the only buffer), `launch`."""
     traffic: tuple[Traffic, Traffic, Traffic]
     """Of forward, backward and tail."""
 
@@ -256,16 +259,17 @@ class CostModel:
         tail = self.seconds(tail_traffic)
         n_blocks = max(1, len(self.workload.blocks))
         one_update_s = self._one_update_s(load) if self.workload.blocks else 0.0
-        exposed_s: Any = (1 - load.deferred_fraction) * one_update_s
+        gradient_s: Any = 0.0
         if load.n_grad_buffers < 2:
-            exposed_s = exposed_s + (
+            gradient_s = (
                 np.maximum(backward["storage"], backward["cpu"])
                 if self.rates.shares_host
                 else sum(self.grad_nbytes) / self.rates.bus.d2h * (1 - 1 / n_blocks)
             )
         launches_s = n_blocks * load.micro_batches * self.hardware.launch_overhead_s
         forward_s = self._phase(forward, load, launches_s + load.deferred_fraction * one_update_s)
-        backward_s = self._phase(backward, load, exposed_s + launches_s)
+        early_update_s = (1 - load.deferred_fraction) * one_update_s
+        backward_s = self._phase(backward, load, early_update_s + gradient_s + launches_s)
         tail_s = (
             tail_traffic.d2h / self.rates.bus.d2h
             + np.maximum(tail["storage"], tail["cpu"])
@@ -284,6 +288,7 @@ class CostModel:
             lower_bound_s=lower_bound,
             forward=forward,
             backward=backward,
+            exposed={"update": one_update_s, "gradient": gradient_s, "launch": 2 * launches_s},
             traffic=(forward_traffic, backward_traffic, tail_traffic),
         )
 

@@ -37,6 +37,8 @@ class Explanation:
     """None without drives."""
     endurance_steps: float | None
     """Steps until the drives have taken all the writes their makers allow."""
+    second_grad_buffer_nbytes: int
+    """Device memory that a second gradient buffer would take."""
 
     def lines(self, plan: Plan) -> list[str]:
         """In words."""
@@ -50,6 +52,12 @@ class Explanation:
             gains["one more drive like the first"] = self.one_more_drive_s
         step_s = plan.predicted.step_s
         text = [f"The step is bound by {LIMITS[self.binding]}."]
+        waits_s = plan.predicted.exposed_seconds["gradient"]
+        if waits_s >= 0.01 * step_s:
+            text.append(
+                f"The device waits {waits_s:.2f} s a step ({waits_s / step_s:.1%}) for gradients to leave the only "
+                f"gradient buffer; a second one takes {_up(self.second_grad_buffer_nbytes)} of device memory."
+            )
         for what, gain_s in gains.items():
             brings = "nothing" if gain_s < 5e-4 * step_s else f"{gain_s:.2f} s a step ({gain_s / step_s:.1%})"
             text.append(f"{what[0].upper()}{what[1:]} would bring {brings}.")
@@ -94,6 +102,7 @@ def explain(
         one_more_gb_host_s=gain(replace(budgets, host_memory_nbytes=budgets.host_memory_nbytes + GB)),
         one_more_drive_s=drive_s,
         endurance_steps=min(known) * len(hardware.drives) / written if known and written else None,
+        second_grad_buffer_nbytes=max(search.model.grad_nbytes),
     )
 
 

@@ -92,6 +92,8 @@ class Prediction(BaseModel):
     forward_seconds: dict[str, float]
     """By resource, each as if it were alone: compute, bus, storage, dram, cpu."""
     backward_seconds: dict[str, float]
+    exposed_seconds: dict[str, float]
+    """What the device waits for or does beside its FLOPs: update, gradient, launch (`cost_model.Cost`)."""
     bytes: dict[str, float]
     """Of one step: read and written (storage), h2d and d2h (bus), dram."""
     peak_nbytes: dict[str, int]

@@ -129,6 +129,7 @@ def predict(model: CostModel, load: Load, peak_nbytes: dict[str, int]) -> Predic
         hardware_flops=float(model.forward_flops + model.backward_flops + load.recompute_flops),
         forward_seconds={name: float(value) for name, value in cost.forward.items()},
         backward_seconds={name: float(value) for name, value in cost.backward.items()},
+        exposed_seconds={name: float(value) for name, value in cost.exposed.items()},
         bytes={
             "read": float(sum(t.read for t in phases)),
             "written": float(sum(t.written for t in phases)),

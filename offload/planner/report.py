@@ -35,6 +35,10 @@ def activation_lines(plan: Plan) -> list[str]:
     return lines
 
 
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" + ("" if n == 1 else "es" if what.endswith("h") else "s")
+
+
 def rows(plan: Plan) -> list[tuple[str, str]]:
     """Name and value of everything worth a line."""
     n_blocks = len(plan.activations)
@@ -48,10 +52,13 @@ def rows(plan: Plan) -> list[tuple[str, str]]:
         ("machine", plan.hardware),
         (
             "batch",
-            f"{plan.batch_samples} x {plan.tokens_per_sample} tokens in {plan.micro_batches} micro-batches",
+            f"{plan.batch_samples} x {plan.tokens_per_sample} tokens in {_count(plan.micro_batches, 'micro-batch')}",
         ),
         ("update", update),
-        ("window", f"{plan.n_slots} block slots, {plan.n_grad_buffers} gradient buffers on the device"),
+        (
+            "window",
+            f"{_count(plan.n_slots, 'block slot')}, {_count(plan.n_grad_buffers, 'gradient buffer')} on the device",
+        ),
         (
             "in host memory",
             f"parameters {plan.fraction_in_host('params'):.0%}, optimizer state {plan.fraction_in_host('states'):.0%}"
@@ -87,6 +94,9 @@ def _prediction_rows(plan: Plan) -> list[tuple[str, str]]:
     for name, seconds in (("forward", p.forward_seconds), ("backward", p.backward_seconds)):
         text = ", ".join(f"{resource} {s:.2f}" for resource, s in seconds.items() if s >= 0.005)
         found.append((f"{name} alone", f"{text} s"))
+    beside = ", ".join(f"{cause} {s:.2f}" for cause, s in p.exposed_seconds.items() if s >= 0.005)
+    if beside:
+        found.append(("not overlapped", f"{beside} s"))
     if p.peak_nbytes:
         peaks = ", ".join(f"{tier} {nbytes / GB:.2f} GB" for tier, nbytes in p.peak_nbytes.items())
         found.append(("peak", peaks))

@@ -79,7 +79,7 @@ def test_simulate_in_json_adds_up() -> None:
 
 
 def test_settings_reach_the_sources(asked) -> None:
-    run("plan", *RUN, "--sequence-length", "512", "--set", "dram_bytes_per_s=5e10")
+    run("plan", *RUN, "--sequence-length", "512", "--override", "dram_bytes_per_s=5e10")
     assert asked == {"tokens": 512, "overrides": ["dram_bytes_per_s=5e10"]}
 
 

@@ -509,6 +509,18 @@ def test_what_one_more_brings_is_what_planning_again_gives() -> None:
     assert any(line.startswith("activations") for line in plan_lines(plan))
 
 
+def test_gradients_that_wait_for_their_only_buffer_are_named() -> None:
+    """175B on 24 GB: a second buffer of 7.25 GB does not fit, and the first is emptied over the bus 95 times."""
+    work, machine = gpt("175b", 96, 12288), lohan_machine()
+    budgets = Budgets(24 * 10**9, 256 * 10**9)
+    plan = make_plan(work, machine, budgets, batch_samples=16)
+    assert plan.n_grad_buffers == 1
+    grads = 4 * work.blocks[0].trainable_numel
+    assert plan.predicted.exposed_seconds["gradient"] == pytest.approx(95 * grads / 24.8e9)
+    why = explain(plan, work, machine, budgets)
+    assert any("a second one takes 7.25GB of device memory" in line for line in why.lines(plan))
+
+
 def test_spread_takes_what_it_is_asked_for_evenly() -> None:
     assert spread(10, 0) == []
     assert spread(10, 10) == list(range(10))
