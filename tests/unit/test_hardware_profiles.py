@@ -33,7 +33,8 @@ def test_every_shipped_figure_has_a_source(name):
 @pytest.mark.parametrize("name", shipped_profiles())
 def test_derived_figures_follow_the_rules_that_their_sources_state(name):
     profile = load_hardware(name)
-    assert profile.adam_params_per_s == pytest.approx(profile.dram_bytes_per_s / 28, rel=1e-6)
+    if "fitted" not in profile.sources["adam_params_per_s"]:
+        assert profile.adam_params_per_s == pytest.approx(profile.dram_bytes_per_s / 28, rel=1e-6)
     channels, _, rest = profile.sources["dram_bytes_per_s"].partition(" channels x 8 B x ")
     peak_bytes_per_s = int(channels.split()[-1]) * 8 * int(rest.split()[0]) * 1e6
     assert profile.dram_bytes_per_s == pytest.approx(0.8 * peak_bytes_per_s)
