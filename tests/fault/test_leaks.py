@@ -36,7 +36,6 @@ def test_50_runs_in_a_row_leave_no_descriptor_no_thread_and_no_file(tmp_path, ba
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.xfail(strict=True, reason="the engine's finalizer holds the blocks, and with them the model")
 def test_runs_that_are_forgotten_without_close_leave_nothing_either(tmp_path):
     def run():
         steps(*make_run(tmp_path, layers=2), 1)
