@@ -47,6 +47,27 @@ def about(directory: str, **more: Any) -> dict[str, Any]:
     }
 
 
+def backend(directory: str) -> str:
+    """Which I/O backend the engine chooses for files in `directory`."""
+    from offload._C import Engine
+
+    path = os.path.join(directory, "probe.bin")
+    pathlib.Path(path).write_bytes(bytes(4096))
+    engine = Engine([path])
+    name = engine.backend
+    engine.close()
+    os.unlink(path)
+    return str(name)
+
+
+def memory_available_nbytes() -> int:
+    """What the kernel says can be had without swapping."""
+    return (
+        next(int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemAvailable"))
+        * 1024
+    )
+
+
 def _output(*command: str) -> str:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip()
