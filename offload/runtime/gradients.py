@@ -49,8 +49,9 @@ class Gradients:
         """Give the block a gradient buffer, with what it has accumulated so far."""
         if block.updated_since_step:
             raise UsageError(
-                f"block {block.name}: backward ran again before optimizer.step(), and its update has been made "
-                "already; accumulate under `with model.offload.no_sync():`, or use update='deferred'"
+                f"block {block.name}: its update of this step has been made already, during a backward that ran before "
+                "without optimizer.step(), or failed midway. To accumulate, run all backwards but the last under "
+                "`with model.offload.no_sync():`; to be able to go on after a failed one, use update='deferred'"
             )
         if block.grad_buffer is not None or block.layout.grad_elements == 0:
             return
