@@ -78,7 +78,7 @@ class OffloadEngine:
         self._optimizer = weakref.ref(optimizer)
         self._scheduler = _make_scheduler(parts, self.stalls, self.spans)
         self._gradients = self._scheduler.gradients
-        self.activations = _make_activations(parts, config, self.stalls, self.spans)
+        self.activations = _make_activations(parts, config, self.stalls, self.spans, self.plan is not None)
         self._step_start_s = time.perf_counter()
         try:
             self._attach(cut)
@@ -305,10 +305,12 @@ class OffloadEngine:
         try:
             yield spans
         finally:
-            resources.pipeline.record_spans(False)
-            resources.device.timing = False
             self.flush()
             resources.device.mark().wait()
+            for block in [*self.blocks, self.root]:
+                block.loaded.wait()
+            resources.pipeline.record_spans(False)
+            resources.device.timing = False
             lane_of = {"r": ("read", "state_in"), "u": ("cpu", "update"), "w": ("write", "state_out")}
             labels = {block.index: block.label for block in [*self.blocks, self.root]}
             for kind, index, start_s, end_s in resources.pipeline.take_spans():
@@ -395,8 +397,10 @@ def _make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog) -> Schedule
     )
 
 
-def _make_activations(parts: Assembly, config: Config, stalls: Stalls, spans: SpanLog) -> ActivationStore:
-    """A device of its own leaves half of what is free to the block that is running."""
+def _make_activations(
+    parts: Assembly, config: Config, stalls: Stalls, spans: SpanLog, planned: bool
+) -> ActivationStore:
+    """A device of its own leaves half of what is free to the block that is running, unless a plan has counted that."""
     if config.activations == "storage" and parts.resources.store is None:
         raise ConfigError("activations='storage' needs storage=[directory]")
     fixed: dict[str, Tier] = {"device": "device", "host": "host", "storage": "storage"}
@@ -408,7 +412,7 @@ def _make_activations(parts: Assembly, config: Config, stalls: Stalls, spans: Sp
         stalls,
         spans,
         tier=fixed.get(config.activations),
-        device_nbytes=spare_nbytes if parts.resources.device.shares_host else spare_nbytes // 2,
+        device_nbytes=spare_nbytes if planned or parts.resources.device.shares_host else spare_nbytes // 2,
         host_nbytes=parts.host_nbytes - parts.placement.host_nbytes,
         staging=parts.activation_staging,
         pin=config.pin,
