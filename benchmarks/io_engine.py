@@ -1,7 +1,8 @@
 """The I/O engine against fio and other users of asynchronous I/O: same file, block size and queue depth, O_DIRECT.
 
-Three cases over one file: sequential read, sequential write, and mixed (blocks alternate between reading and
-writing). Rounds are interleaved, all sides in random order, so that a slow minute of the drive meets everyone. Peers:
+Three cases over one file: sequential read, sequential write, and mixed: reads and writes in turn, each sequential from
+the start of the file, half a file each, which is what fio's `rw` does. Rounds are interleaved, all sides in random
+order, so that a slow minute of the drive meets everyone. Peers:
 
 * `fio`: io_uring, registered buffers and file, buffers on huge pages (see common.py); `fio_small_pages`: the same
   without huge pages, which is what fio does unasked.
@@ -46,12 +47,20 @@ def timed(one_pass: Callable[[], object], nbytes: int, passes: int) -> Transfer:
     return Transfer(passes * nbytes, seconds, cpu_s)
 
 
+def file_offset(case: str, position: int, block: int) -> int:
+    """Where in the file the block at `position` of a pass goes: in the mixed case two passes run side by side."""
+    return position // (2 * block) * block if case == "mixed" else position
+
+
 class Offload:
     """Our engine, from Python, with registered arenas."""
 
     def __init__(self, path: str, arguments: argparse.Namespace) -> None:
         self.block, self.nbytes, self.passes = arguments.block_nbytes, arguments.nbytes, arguments.passes
         self.window = self.block * arguments.queue_depth
+        self.group = self.block * max(
+            1, arguments.queue_depth // 8
+        )  # one request of the mixed case, several blocks
         self.source, self.target = Arena(self.nbytes), Arena(self.nbytes)
         self.source_view = np.frombuffer(self.source, dtype=np.uint8)
         self.target_view = np.frombuffer(self.target, dtype=np.uint8)
@@ -83,10 +92,11 @@ class Offload:
     def transfer(self, case: str) -> None:
         """One pass through queue_depth blocks of memory, the footprint of the peers; contents are not looked at."""
         tickets = []
-        step = self.block if case == "mixed" else self.window
-        for i, offset in enumerate(range(0, self.nbytes, step)):
-            length = min(step, self.nbytes - offset)
-            within = offset % self.window
+        step = self.group if case == "mixed" else self.window
+        for i, position in enumerate(range(0, self.nbytes, step)):
+            length = min(step, self.nbytes - position)
+            within = position % self.window
+            offset = file_offset(case, position, step)
             if case == "sequential_read" or (case == "mixed" and i % 2 == 0):
                 tickets.append(self.engine.read(self.target.address + within, length, offset))
             else:
@@ -157,7 +167,7 @@ class PythonLiburing:
                 sqe = api.io_uring_get_sqe(ring)
                 reads = case == "sequential_read" or (case == "mixed" and offset // self.block % 2 == 0)
                 prepare = api.io_uring_prep_readv if reads else api.io_uring_prep_writev
-                prepare(sqe, self.descriptor, self.vectors[slot], offset)
+                prepare(sqe, self.descriptor, self.vectors[slot], file_offset(case, offset, self.block))
                 api.io_uring_sqe_set_data64(sqe, slot + 1)
                 offset += self.block
             api.io_uring_submit_and_wait(ring, 1)

@@ -5,9 +5,9 @@ each, as the median over interleaved rounds. The peers are torch's fused AdamW a
 DeepSpeedCPUAdam, both in fp32. An fp32 update moves 28 bytes a parameter (reads and writes p, m and v, reads g), a
 split-master one as many (2 + 2 for p). A bf16 gradient makes it 26.
 
-Out of core: `floor_s` is the time fio needs beside it for the bytes the engine counted, same block size and depth, in
-its fastest form (see common.py): mixed in the same proportion or reads and writes one after the other, whichever is
-faster; `floor_ratio` is step_s / floor_s, the median over interleaved rounds. GB is 10^9 bytes.
+Out of core: `floor_s` is the time fio needs beside it for the bytes the engine counted, at the same depth, in its
+fastest form (see common.py): in blocks of ours or of 1 MiB, mixed in the same proportion or reads and then writes,
+whichever is fastest; `floor_ratio` is step_s / floor_s, the median over interleaved rounds. GB is 10^9 bytes.
 Contents are compared with the in-memory kernel after timing.
 """
 
@@ -31,7 +31,9 @@ import torch
 from common import about, command_line, fio, median, need_fio, spread, write_rows
 
 from offload import _C
+from offload.config import Config
 
+FIO_BLOCK_NBYTES = 1 << 20
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 Step = Callable[[], object]
 
@@ -215,18 +217,24 @@ def moved(engine: _C.Engine) -> tuple[int, int]:
 def fio_floor_s(
     path: str, read_nbytes: int, written_nbytes: int, arguments: argparse.Namespace
 ) -> dict[str, float]:
-    """Seconds fio needs for as many bytes, mixed in the same proportion, and for reads and then writes."""
+    """Seconds fio needs for as many bytes: mixed in that proportion, or reads and then writes; by block size."""
     both = read_nbytes + written_nbytes
-    shape = {
-        "nbytes": arguments.fio_nbytes,
-        "block_nbytes": arguments.block_nbytes,
-        "queue_depth": arguments.queue_depth,
-        "passes": max(1, round(both * arguments.steps / arguments.fio_nbytes)),
-    }
-    mixed = fio(path, "rw", read_percent=round(100 * read_nbytes / both), **shape).bytes_per_s
-    shape["passes"] = max(1, shape["passes"] // 2)
-    read, write = (fio(path, mode, **shape).bytes_per_s for mode in ("read", "write"))
-    return {"mixed": both / mixed, "separate": read_nbytes / read + written_nbytes / write}
+    passes = max(1, round(both * arguments.steps / arguments.fio_nbytes))
+    seconds = {}
+    for block_nbytes in sorted({FIO_BLOCK_NBYTES, arguments.block_nbytes}):
+        shape = {
+            "nbytes": arguments.fio_nbytes,
+            "block_nbytes": block_nbytes,
+            "queue_depth": arguments.queue_depth,
+        }
+        mixed = fio(path, "rw", read_percent=round(100 * read_nbytes / both), passes=passes, **shape)
+        read, write = (fio(path, mode, passes=max(1, passes // 2), **shape) for mode in ("read", "write"))
+        blocks = f"blocks of {block_nbytes >> 10} KiB"
+        seconds[f"mixed, {blocks}"] = both / mixed.bytes_per_s
+        seconds[f"reads, then writes, {blocks}"] = (
+            read_nbytes / read.bytes_per_s + written_nbytes / write.bytes_per_s
+        )
+    return seconds
 
 
 def storage_row(directory: str, arguments: argparse.Namespace, read_param: bool) -> dict[str, Any]:
@@ -249,25 +257,27 @@ def storage_row(directory: str, arguments: argparse.Namespace, read_param: bool)
     backend = work.engine.backend
     work.verify()
     work.close()
-    way = min(("mixed", "separate"), key=lambda name: median([floor[name] for floor in floors]))
+    ways = {way: median([floor[way] for floor in floors]) for way in floors[0]}
+    way = min(ways, key=lambda name: ways[name])
     ratios = [seconds / floor[way] for seconds, floor in zip(step_s, floors, strict=True)]
     numel = work.n * work.n_jobs
     return {
         "name": "out_of_core_split_bf16" + ("_read_param" if read_param else ""),
         "step_s": round(median(step_s), 4),
         "step_s_spread": spread(step_s, 4),
-        "floor_s": round(median([floor[way] for floor in floors]), 4),
+        "floor_s": round(ways[way], 4),
         "floor_s_spread": spread([floor[way] for floor in floors], 4),
         "floor_ratio": round(median(ratios), 3),
         "floor_ratio_spread": spread(ratios),
-        "floor": f"fio io_uring on huge pages, the same bytes, {way}",
-        "fio_mixed_s": round(median([floor["mixed"] for floor in floors]), 4),
-        "fio_separate_s": round(median([floor["separate"] for floor in floors]), 4),
+        "floor": f"fio io_uring on huge pages, {way}",
+        "floors_s": {name: round(seconds, 4) for name, seconds in ways.items()},
         "kernel_s": round(median(kernel_s), 4),
         "read_bytes_per_param": round(read / numel, 3),
         "written_bytes_per_param": round(written / numel, 3),
         "gb_per_s": round((read + written) / median(step_s) / 1e9, 3),
         "elements": numel,
+        "block_nbytes": arguments.block_nbytes,
+        "queue_depth": arguments.queue_depth,
         "backend": backend,
         "registered": work.registered,
         "contents_verified": True,
@@ -284,11 +294,11 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--storage-elements", type=int, default=1 << 26, help="of the out-of-core rows")
     parser.add_argument("--steps", type=int, default=3, help="in one round of the out-of-core rows")
     parser.add_argument("--jobs", type=int, default=4, help="flat buffers updated in one step")
-    parser.add_argument("--chunk-elements", type=int, default=1 << 18)
+    parser.add_argument("--chunk-elements", type=int, default=Config().chunk_elements)
     parser.add_argument("--buffers", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--block-nbytes", type=int, default=1 << 20)
-    parser.add_argument("--queue-depth", type=int, default=32)
+    parser.add_argument("--block-nbytes", type=int, default=Config().io_block_nbytes)
+    parser.add_argument("--queue-depth", type=int, default=Config().io_queue_depth)
     parser.add_argument("--fio-nbytes", type=int, default=1 << 29, help="size of fio's file")
     parser.add_argument("--only", choices=["memory", "storage"])
     return parser.parse_args(argv)

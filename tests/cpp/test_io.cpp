@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <thread>
 #include <vector>
@@ -74,6 +75,38 @@ void round_trips(const std::string& backend, std::uint64_t short_every) {
   for (const std::string& path : paths) ::unlink(path.c_str());
 }
 
+// Registering goes through the thread that owns the ring, while it transfers, while others register, and after it
+// ended.
+void registers_beside_transfers(const std::string& backend) {
+  EngineOptions options;
+  options.paths = {make_file("drive-d")};
+  options.backend = backend;
+  options.block_nbytes = 64 << 10;
+  options.queue_depth = 32;
+  {
+    std::vector<std::unique_ptr<AlignedBuffer>> targets;  // mapped until the engine has closed
+    for (std::size_t t = 0; t < 4; ++t) targets.push_back(std::make_unique<AlignedBuffer>(kMib));
+    Engine engine(options);
+    std::vector<std::thread> threads;
+    for (std::size_t t = 0; t < 4; ++t)
+      threads.emplace_back([&, t] {
+        AlignedBuffer source(kMib), &target = *targets[t];
+        std::memset(source.address(), static_cast<int>(t + 1), kMib);
+        expect(wait(engine.submit(Op::write, source.address(), kMib, t * kMib)), "an unregistered write completes");
+        const bool registered = engine.register_buffer(target.address(), kMib);
+        expect(registered == (backend == "uring"), "io_uring registers, the other backend says that it does not");
+        expect(wait(engine.submit(Op::read, target.address(), kMib, t * kMib)), "a registered read completes");
+        expect(std::memcmp(source.address(), target.address(), kMib) == 0,
+               "a registered read returns what was written");
+      });
+    for (std::thread& thread : threads) thread.join();
+    engine.close();
+    AlignedBuffer late(kMib);
+    expect(!engine.register_buffer(late.address(), kMib), "a closed engine registers nothing");
+  }
+  ::unlink(options.paths[0].c_str());
+}
+
 void errors(const std::string& backend) {
   EngineOptions options;
   options.paths = {make_file("drive-c")};
@@ -109,6 +142,7 @@ int main() {
   for (const std::string& backend : backends) {
     round_trips(backend, 0);
     round_trips(backend, 3);
+    registers_beside_transfers(backend);
     errors(backend);
   }
   return failures == 0 ? 0 : 1;
