@@ -163,10 +163,21 @@ def fio(
     )
 
 
-def write_rows(path: str | None, rows: list[dict[str, Any]], command: str) -> None:
-    """Print each row; write `{"rows": [...], "command": ...}` to `path` when given."""
+def write_rows(
+    path: str | None, rows: list[dict[str, Any]], command: str, *, keep_others: bool = False
+) -> None:
+    """Print each row; write `{"rows": [...]}` to `path` when given, each row with the command that made it.
+
+    `keep_others` keeps the file's rows of other names, for benchmarks that can be run row by row.
+    """
+    rows = [row | {"command": command} for row in rows]
     for row in rows:
         print(json.dumps(row))
-    if path:
-        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        pathlib.Path(path).write_text(json.dumps({"rows": rows, "command": command}, indent=1) + "\n")
+    if path is None:
+        return
+    file = pathlib.Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if keep_others and file.exists():
+        made = {row["name"] for row in rows}
+        rows = [row for row in json.loads(file.read_text())["rows"] if row["name"] not in made] + rows
+    file.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

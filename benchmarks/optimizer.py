@@ -8,7 +8,7 @@ split-master one as many (2 + 2 for p). A bf16 gradient makes it 26.
 Out of core: `floor_s` is the time fio needs beside it for the bytes the engine counted, at the same depth, in its
 fastest form (see common.py): in blocks of ours or of 1 MiB, mixed in the same proportion or reads and then writes,
 whichever is fastest; `floor_ratio` is step_s / floor_s, the median over interleaved rounds. GB is 10^9 bytes.
-Contents are compared with the in-memory kernel after timing.
+Contents are compared with the in-memory kernel after the steps of every round.
 """
 
 from __future__ import annotations
@@ -156,11 +156,11 @@ class OutOfCore:
         generator = torch.Generator().manual_seed(0)
         self.master = torch.randn(self.n, generator=generator)
         self.grad = torch.randn(self.n, generator=generator)
-        self.steps_done = 0
         self.fill()
 
     def fill(self) -> None:
         """The same masters in every job; moments of zero."""
+        self.steps_done = 0
         arena = _C.Arena(self.n * 10)
         record = torch.from_numpy(np.frombuffer(arena, dtype=np.uint8))
         lo = torch.empty(self.n, dtype=torch.int16)
@@ -215,20 +215,22 @@ def moved(engine: _C.Engine) -> tuple[int, int]:
 
 
 def fio_floor_s(
-    path: str, read_nbytes: int, written_nbytes: int, arguments: argparse.Namespace
+    work: OutOfCore, read_nbytes: int, written_nbytes: int, arguments: argparse.Namespace
 ) -> dict[str, float]:
-    """Seconds fio needs for as many bytes: mixed in that proportion, or reads and then writes; by block size."""
+    """Seconds fio needs for as many bytes: mixed in that proportion, or reads and then writes; by block size.
+
+    It moves them over the state's own file, since some parts of a drive are faster than others.
+    """
     both = read_nbytes + written_nbytes
-    passes = max(1, round(both * arguments.steps / arguments.fio_nbytes))
+    nbytes = work.job_nbytes * work.n_jobs // (1 << 22) * (1 << 22)
+    passes = max(1, round(both * arguments.steps / nbytes))
     seconds = {}
     for block_nbytes in sorted({FIO_BLOCK_NBYTES, arguments.block_nbytes}):
-        shape = {
-            "nbytes": arguments.fio_nbytes,
-            "block_nbytes": block_nbytes,
-            "queue_depth": arguments.queue_depth,
-        }
-        mixed = fio(path, "rw", read_percent=round(100 * read_nbytes / both), passes=passes, **shape)
-        read, write = (fio(path, mode, passes=max(1, passes // 2), **shape) for mode in ("read", "write"))
+        shape = {"nbytes": nbytes, "block_nbytes": block_nbytes, "queue_depth": arguments.queue_depth}
+        mixed = fio(work.path, "rw", read_percent=round(100 * read_nbytes / both), passes=passes, **shape)
+        read, write = (
+            fio(work.path, mode, passes=max(1, passes // 2), **shape) for mode in ("read", "write")
+        )
         blocks = f"blocks of {block_nbytes >> 10} KiB"
         seconds[f"mixed, {blocks}"] = both / mixed.bytes_per_s
         seconds[f"reads, then writes, {blocks}"] = (
@@ -249,13 +251,14 @@ def storage_row(directory: str, arguments: argparse.Namespace, read_param: bool)
         read, written = (
             (now - then) // arguments.steps for now, then in zip(after, (read, written), strict=True)
         )
-        floor = fio_floor_s(work.path + ".fio", read, written, arguments)
-        if round_index > 0:  # the first round lays out fio's file and warms the drive
+        work.verify()
+        floor = fio_floor_s(work, read, written, arguments)
+        work.fill()
+        if round_index > 0:  # the first round warms the drive
             step_s.append(seconds)
             floors.append(floor)
             kernel_s.append(kernel)
     backend = work.engine.backend
-    work.verify()
     work.close()
     ways = {way: median([floor[way] for floor in floors]) for way in floors[0]}
     way = min(ways, key=lambda name: ways[name])
@@ -299,7 +302,6 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--block-nbytes", type=int, default=Config().io_block_nbytes)
     parser.add_argument("--queue-depth", type=int, default=Config().io_queue_depth)
-    parser.add_argument("--fio-nbytes", type=int, default=1 << 29, help="size of fio's file")
     parser.add_argument("--only", choices=["memory", "storage"])
     return parser.parse_args(argv)
 

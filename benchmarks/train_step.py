@@ -9,9 +9,9 @@ rate in the same run: fio's mixed rate, or its separate read and write rates, wh
     python benchmarks/train_step.py --storage DIR --peer deepspeed --peer-python VENV/bin/python --json FILE
 
 Rows: `storage` (no host memory but staging), `half` (host memory for half of the state) and `1b` (a 1 B-parameter
-model, floor only). The peer is run in every configuration of PEER_CONFIGURATIONS beside the first row; `peer_step_s` is
-the fastest of those with everything on storage, `peers` has them all. Its Python needs torch, deepspeed, ninja and the
-system's libaio; its operations compile at first use.
+model, floor only). The peer is run in the chosen PEER_CONFIGURATIONS beside the first row; `peer_step_s` is that of the
+fastest with everything on storage, `peers` has them all. Rows of other names stay in the file. The peer's Python needs
+torch, deepspeed, ninja and the system's libaio; its operations compile at first use.
 
 After timing, the parameters are compared, bit for bit, with as many steps of the same training in host memory.
 """
@@ -30,9 +30,10 @@ import time
 from typing import Any
 
 import common
-from train_side import DEVICE_MEMORY
+from train_side import DEVICE_MEMORY, STATE_NBYTES_PER_PARAM
 
 ROWS = ("storage", "half", "1b")
+REFERENCE_NBYTES_PER_PARAM = 17  # state, the model it starts from and the device tier, all in memory
 WORKER = pathlib.Path(__file__).with_name("train_side.py")
 # Prefetching is off and there are more buffers than by default: with either default it stops on an assertion.
 PEER_CONFIGURATIONS = {
@@ -55,6 +56,7 @@ class Side:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
             )
         self.answers: list[dict[str, Any]] = []
+        self.last: dict[str, Any] = {}
         self.steps_taken = 0
         self.numel = int(self._read()["numel"])
 
@@ -72,10 +74,10 @@ class Side:
 
     def run(self, n_steps: int, *, keep: bool = True) -> None:
         """Take `n_steps` steps; `keep=False` for warming up."""
-        answer = self._ask(str(n_steps))
+        self.last = self._ask(str(n_steps))
         self.steps_taken += n_steps
         if keep:
-            self.answers.append(answer)
+            self.answers.append(self.last)
 
     def digest(self) -> str:
         """Of the parameters it has now."""
@@ -110,7 +112,7 @@ class Row:
         self.name, self.options, self.directory = name, options, directory
         self.model = "1b" if name == "1b" else options.model
         self.share = 0.5 if name == "half" else 0.0
-        self.rates: dict[str, list[float]] = {"read": [], "write": [], "rw": []}
+        self.rates: dict[str, list[float]] = {"write": [], "read": [], "rw": []}
         self.peers: dict[str, Side] = {}
         self.stopped_peers: dict[str, str] = {}
         self.contents_verified: bool | None = None
@@ -176,20 +178,23 @@ class Row:
                 ]
 
     def _measure_drive(self, *, keep: bool) -> None:
-        before = self.ours.answers[-1] if self.ours.answers else {"read_bytes": 14.0, "written_bytes": 12.0}
-        both = before["read_bytes"] + before["written_bytes"]
-        read_percent = round(100 * before["read_bytes"] / both) if both else 50
+        """fio's rates over a file as large as the state, in the proportion of reads and writes that was counted."""
+        last = self.ours.last
+        both = last["read_bytes"] + last["written_bytes"]
+        read_percent = round(100 * last["read_bytes"] / both) if both else 50
+        path = os.path.join(self.directory, f"{self.name}-fio.bin")
+        nbytes = self.ours.numel * STATE_NBYTES_PER_PARAM // (1 << 20) * (1 << 20)
+        if not os.path.exists(path):
+            with open(path, "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, nbytes)
         for mode, measured in self.rates.items():
-            path = os.path.join(self.directory, "fio.bin")
-            rate = common.fio(
-                path, mode, read_percent=read_percent, passes=self.options.fio_passes
-            ).bytes_per_s
+            rate = common.fio(path, mode, nbytes=nbytes, read_percent=read_percent).bytes_per_s
             if keep:
                 measured.append(rate)
 
     def _verify(self, result: str) -> None:
         """The same steps with all state in host memory, where that fits, must give the same bits."""
-        if self.ours.numel * 24 > common.memory_available_nbytes():
+        if self.ours.numel * REFERENCE_NBYTES_PER_PARAM > common.memory_available_nbytes():
             return
         reference = self._side(sys.executable, "ours", storage="")
         try:
@@ -286,13 +291,12 @@ def parse() -> argparse.Namespace:
         "--row-budget-s", type=float, default=180, help="no round starts after it, once 3 are done"
     )
     parser.add_argument("--steps", type=int, default=3, help="steps a side takes in one round")
-    parser.add_argument("--fio-passes", type=int, default=3, help="over 512 MiB, per mode and round")
     parser.add_argument("--storage", help="directory on the drive to measure; default: the current one")
     parser.add_argument("--peer", choices=["deepspeed"])
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument(
         "--peer-configurations",
-        default=",".join(PEER_CONFIGURATIONS),
+        default="small_groups,default_groups",
         help=f"comma-separated, of {', '.join(PEER_CONFIGURATIONS)}",
     )
     parser.add_argument("--json")
@@ -317,7 +321,9 @@ def main() -> None:
     finally:
         shutil.rmtree(directory, ignore_errors=True)
         # Also when a later row has failed: the earlier ones took minutes.
-        common.write_rows(options.json, rows, common.command_line(sys.argv[0], sys.argv[1:]))
+        common.write_rows(
+            options.json, rows, common.command_line(sys.argv[0], sys.argv[1:]), keep_others=True
+        )
 
 
 if __name__ == "__main__":
