@@ -103,6 +103,7 @@ def make_ours(options: argparse.Namespace):
 
     import offload
     from offload.config import Config
+    from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
     from offload.transfer.io_engine import UpdatePipeline
 
     baseline_nbytes = baseline_nbytes_of()
@@ -110,6 +111,7 @@ def make_ours(options: argparse.Namespace):
     numel = sum(p.numel() for p in model.parameters())
     defaults = Config()
     staging_nbytes = UpdatePipeline.buffer_nbytes_required(defaults.chunk_elements, defaults.chunk_buffers)
+    staging_nbytes += ACTIVATION_STAGING_NBYTES_MIN
     in_dram = options.storage == ""
     share = 1.2 if in_dram else options.host_share
     model, optimizer = offload.wrap(
