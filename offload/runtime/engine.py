@@ -312,7 +312,7 @@ class OffloadEngine:
             resources.pipeline.record_spans(False)
             resources.device.timing = False
             lane_of = {"r": ("read", "state_in"), "u": ("cpu", "update"), "w": ("write", "state_out")}
-            labels = {block.index: block.label for block in [*self.blocks, self.root]}
+            labels = {-1: self.root.label, **{block.index: block.label for block in self.blocks}}
             for kind, index, start_s, end_s in resources.pipeline.take_spans():
                 lane, name = lane_of[kind]
                 self.spans.add(lane, f"{name} {labels[index]}", functools.partial(_times, start_s, end_s))

@@ -42,6 +42,7 @@ class Gradients:
         self._spans = spans
         self._spare_host_nbytes = spare_host_nbytes
         self._complete = complete
+        self._n_taken = 0
 
     # ---- in backward -----------------------------------------------------------------------------------------
 
@@ -185,19 +186,19 @@ class Gradients:
 
     def _take(self, buffers: list[GradBuffer]) -> GradBuffer:
         """A buffer without owner; waits for the first that an update or a write gives back."""
-        for buffer in buffers:
-            if buffer.owner is None:
-                return buffer
-        for buffer in buffers:
+        self._n_taken += 1
+        for buffer in sorted(buffers, key=lambda b: b.taken if b.owner is not None else -1):
             owner = buffer.owner
-            if owner is None or owner.in_use:
+            if owner is not None and owner.in_use:
                 continue
-            if owner.parking is buffer:
+            if owner is not None and owner.parking is buffer:
                 self._wait_parked(owner)
-                return buffer
-            if owner.tickets:
+            elif owner is not None and owner.tickets:
                 self._complete(owner, "gradient")
-                return buffer
+            elif owner is not None:
+                continue
+            buffer.taken = self._n_taken
+            return buffer
         raise BudgetError("every gradient buffer is in use at once; raise device_memory")
 
     def _take_host_plane(self, block: BlockRecord) -> None:
