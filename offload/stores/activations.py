@@ -1,7 +1,7 @@
 """Activation checkpoints (block inputs) between forward and backward: on the device, in host memory or on storage.
 
-Backward wants them in the reverse order of forward, so bringing some back starts bringing as many bytes of those before
-them. Those are two micro-batches of tensors on the device, one that computes and one in transfer, as the planner counts.
+Backward wants them in the reverse order of forward, so bringing some back starts bringing as many bytes of those
+before them: two micro-batches of tensors on the device, one that computes and one in transfer, as the planner counts.
 """
 
 from __future__ import annotations
