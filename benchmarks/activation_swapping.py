@@ -71,7 +71,7 @@ def measure_machine(workload: Workload, options: argparse.Namespace) -> Hardware
     hidden = options.hidden
     rows = options.batch // options.micro_batches * options.tokens
     shapes = ((hidden, hidden),) * 4 + ((hidden, 4 * hidden),) * 2 + ((4 * hidden, hidden),)
-    rate = compute_probe.matmul_flops_per_s(shapes, rows, torch.float32, torch.device("cpu"), 3.0)
+    rate = compute_probe.matmul_flops_per_s(shapes, rows, torch.float32, torch.device("cpu"), options.probe_s)
     return Hardware(
         name="this machine behind a throttled bus",
         source="measured in this run; bus as configured",
@@ -81,8 +81,8 @@ def measure_machine(workload: Workload, options: argparse.Namespace) -> Hardware
         matmul_flops_per_s={"float32": rate},
         h2d_bytes_per_s=options.bus_bytes_per_s or 1e9,
         d2h_bytes_per_s=options.bus_bytes_per_s or 1e9,
-        dram_bytes_per_s=compute_probe.dram_copy_bytes_per_s(0.5),
-        adam_params_per_s=compute_probe.adam_params_per_s(1.0),
+        dram_bytes_per_s=compute_probe.dram_copy_bytes_per_s(options.probe_s / 4),
+        adam_params_per_s=compute_probe.adam_params_per_s(options.probe_s / 4),
         launch_overhead_s=launch_overhead_s(workload, rate, options),
     )
 
@@ -230,6 +230,7 @@ def main() -> None:
     parser.add_argument("--bus-bytes-per-s", type=float)
     parser.add_argument("--device-memory", type=int)
     parser.add_argument("--host-memory", type=int, default=2_000_000_000)
+    parser.add_argument("--probe-s", type=float, default=4.0, help="seconds that measuring the machine takes")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=1, help="steps a side takes in one round")
     parser.add_argument(

@@ -10,9 +10,9 @@ from offload.cli.planned import endurance_lines
 from offload.planner.hardware import load_hardware, save_hardware
 from offload.planner.plan import INPUT, Plan
 from offload.schedule.run import endurance_steps
-from tests.integration.test_cli import finetune, workplace  # noqa: F401  # a fixture
+from tests.integration.command_line import finetune
 
-EMULATED = (
+EMULATED = [
     "--hardware",
     "laptop-8gb",
     "--device",
@@ -21,12 +21,7 @@ EMULATED = (
     "40MB",
     "--device-memory",
     "2MB",
-)
-
-
-@pytest.fixture(autouse=True)
-def _no_profile(monkeypatch, tmp_path):
-    monkeypatch.setenv("OFFLOAD_PROFILE", str(tmp_path / "profile.json"))
+]
 
 
 def run(place, capsys, *more):
@@ -37,7 +32,7 @@ def run(place, capsys, *more):
     return lines[:-1], lines[-1]["summary"], printed.err
 
 
-def test_the_plan_is_printed_first_and_its_seconds_stand_beside_the_measured(workplace, capsys):  # noqa: F811
+def test_the_plan_is_printed_first_and_its_seconds_stand_beside_the_measured(workplace, capsys):
     saved = workplace / "plan.json"
     steps, summary, notes = run(
         workplace, capsys, *EMULATED, "--micro-batches", "1", "--save-plan", str(saved)
@@ -55,7 +50,7 @@ def test_the_plan_is_printed_first_and_its_seconds_stand_beside_the_measured(wor
     assert summary["predicted_step_s"] == plan.predicted.step_s
 
 
-def test_a_plan_for_another_batch_runs_without_its_seconds(workplace, capsys):  # noqa: F811
+def test_a_plan_for_another_batch_runs_without_its_seconds(workplace, capsys):
     saved = workplace / "plan.json"
     run(workplace, capsys, *EMULATED, "--save-plan", str(saved))
     _, summary, notes = run(workplace, capsys, *EMULATED[2:], "--plan", str(saved), "--batch-size", "4")
@@ -63,14 +58,14 @@ def test_a_plan_for_another_batch_runs_without_its_seconds(workplace, capsys):  
     assert summary["predicted_step_s"] is None
 
 
-def test_without_a_profile_one_line_names_the_way_to_one_and_the_run_goes_on(workplace, capsys):  # noqa: F811
+def test_without_a_profile_one_line_names_the_way_to_one_and_the_run_goes_on(workplace, capsys):
     _, summary, notes = run(workplace, capsys)
     assert len([line for line in notes.splitlines() if "offload probe" in line]) == 1
     assert summary["predicted_step_s"] is None
     assert summary["endurance_steps"] is None
 
 
-def test_a_stored_profile_is_planned_with_unless_told_otherwise(workplace, capsys, tmp_path):  # noqa: F811
+def test_a_stored_profile_is_planned_with_unless_told_otherwise(workplace, capsys, tmp_path):
     save_hardware(load_hardware("laptop-8gb", ["shares_host=true"]), str(tmp_path / "profile.json"))
     memory = ("--host-memory", "40MB", "--device", "cpu", "--device-memory", "12MB")
     _, summary, _ = run(workplace, capsys, *memory)
@@ -87,7 +82,7 @@ def test_a_stored_profile_is_planned_with_unless_told_otherwise(workplace, capsy
         assert summary["predicted_step_s"] is None
 
 
-def test_endurance_is_what_the_maker_allows_over_what_a_step_writes(workplace, capsys, tmp_path):  # noqa: F811
+def test_endurance_is_what_the_maker_allows_over_what_a_step_writes(workplace, capsys, tmp_path):
     machine = load_hardware("laptop-8gb")
     _, summary, notes = run(
         workplace, capsys, *EMULATED, "--host-memory", "17MB", "--saved-activations", "storage"
@@ -103,7 +98,7 @@ def test_endurance_is_what_the_maker_allows_over_what_a_step_writes(workplace, c
 
 
 @pytest.mark.parametrize("tier", ["recompute", "host", "storage"])
-def test_options_that_are_given_stay_as_given(workplace, capsys, tier):  # noqa: F811
+def test_options_that_are_given_stay_as_given(workplace, capsys, tier):
     saved = workplace / "plan.json"
     options = ("--saved-activations", tier, "--micro-batches", "2", "--save-plan", str(saved))
     run(workplace, capsys, *EMULATED, *options)
@@ -112,7 +107,7 @@ def test_options_that_are_given_stay_as_given(workplace, capsys, tier):  # noqa:
     assert {o for block in plan.activations for name, o in block.items() if name != INPUT} == {tier}
 
 
-def test_a_measured_step_is_drawn_as_a_simulated_one_is(workplace, capsys):  # noqa: F811
+def test_a_measured_step_is_drawn_as_a_simulated_one_is(workplace, capsys):
     pytest.importorskip("matplotlib")
     trace, plot = workplace / "measured.json", workplace / "measured.png"
     run(workplace, capsys, *EMULATED, "--host-memory", "17MB", "--trace", str(trace), "--plot", str(plot))
@@ -158,7 +153,7 @@ def test_what_contradicts_itself_is_refused_before_anything_is_written(
     assert not (workplace / "store").exists() or os.listdir(workplace / "store") == []
 
 
-def test_load_passes_the_planners_settings_on(workplace):  # noqa: F811
+def test_load_passes_the_planners_settings_on(workplace):
     model, _ = offload.load(
         str(workplace / "model"), make_adamw, device="emulated", step_aside="never", device_memory="2MB",
         host_memory="40MB", storage=[str(workplace / "store")], batch=(2, 16), hardware="laptop-8gb",
