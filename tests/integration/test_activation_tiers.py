@@ -109,7 +109,7 @@ def test_inputs_larger_than_the_staging_pass_through_it_in_pieces(tmp_path, devi
     held = [store.swap_out(tensor.clone()) for tensor in tensors]
     assert tensors[0].numel() * 4 == 8 * ACTIVATION_STAGING_NBYTES_MIN
     for activation, tensor in zip(reversed(held), reversed(tensors), strict=True):
-        assert torch.equal(store.swap_in(activation), tensor)
+        assert torch.equal(store.swap_in([activation])[0], tensor)
     with pytest.raises(offload.UsageError, match="backward ran twice"):
-        store.swap_in(held[0])
+        store.swap_in([held[0]])
     model.offload.close()
