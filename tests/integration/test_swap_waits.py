@@ -204,34 +204,51 @@ def read_it_before_it_has_been_written(monkeypatch):
 
 
 class SlowDrive:
-    """An engine whose reads take 30 ms longer. Without `is_waited_for` its tickets are done at once."""
+    """An engine whose transfers take 30 ms longer. Reads that are not waited for have tickets that are done at once."""
 
-    def __init__(self, engine, is_waited_for, threads):
-        self._engine, self._is_waited_for, self._threads = engine, is_waited_for, threads
-        self.write = engine.write
+    def __init__(self, engine, reads_are_waited_for, threads):
+        self._engine, self._reads_are_waited_for, self._threads = engine, reads_are_waited_for, threads
 
-    def read(self, address, nbytes, offset, urgent=False):
-        ticket, done = Ticket(), Ticket()
-        done.complete()
+    def _later(self, transfer):
+        ticket = Ticket()
 
         def late():
-            time.sleep(0.03)
-            self._engine.read(address, nbytes, offset, urgent).wait()
+            transfer().wait()
             ticket.complete()
 
         thread = threading.Thread(target=late)
         thread.start()
         self._threads.append(thread)
-        return ticket if self._is_waited_for else done
+        return ticket
+
+    def read(self, address, nbytes, offset, urgent=False):
+        def transfer():
+            time.sleep(0.03)
+            return self._engine.read(address, nbytes, offset, urgent)
+
+        ticket, done = self._later(transfer), Ticket()
+        done.complete()
+        return ticket if self._reads_are_waited_for else done
+
+    def write(self, address, nbytes, offset, after=None):
+        def transfer():
+            if after is not None:
+                after.wait()
+            time.sleep(0.03)
+            return self._engine.write(address, nbytes, offset)
+
+        return self._later(transfer)
 
 
-def on_a_slow_drive(monkeypatch, is_waited_for=True):
+def on_a_slow_drive(monkeypatch, reads_are_waited_for=True):
     threads, storage, close = [], ActivationStore._storage, OffloadEngine.close
 
     def slowed(self):
         store, staging = storage(self)
         place = types.SimpleNamespace(
-            engine=SlowDrive(store.engine, is_waited_for, threads), grow=store.grow, allocate=store.allocate
+            engine=SlowDrive(store.engine, reads_are_waited_for, threads),
+            grow=store.grow,
+            allocate=store.allocate,
         )
         return place, staging
 
@@ -245,11 +262,28 @@ def on_a_slow_drive(monkeypatch, is_waited_for=True):
 
 
 def copy_it_before_it_has_been_read(monkeypatch):
-    on_a_slow_drive(monkeypatch, is_waited_for=False)
+    on_a_slow_drive(monkeypatch, reads_are_waited_for=False)
 
 
-def lend_the_staging_before_it_is_empty(monkeypatch):
-    monkeypatch.setattr(Lease, "release_after", lambda self, wait: self._give_back(self))
+def lends_without_waiting(monkeypatch, method):
+    """Inside `method` of the activation store."""
+    inside = getattr(ActivationStore, method)
+
+    def hurried(self, *arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Lease, "release_after", lambda self, wait: self._give_back(self))
+            return inside(self, *arguments)
+
+    monkeypatch.setattr(ActivationStore, method, hurried)
+
+
+def read_into_the_staging_before_it_has_been_copied(monkeypatch):
+    lends_without_waiting(monkeypatch, "_finish_reads")
+
+
+def fill_the_staging_before_it_has_been_written(monkeypatch):
+    on_a_slow_drive(monkeypatch)
+    lends_without_waiting(monkeypatch, "_write")
 
 
 def test_a_slow_drive_changes_no_number(tmp_path, kept_blocks, monkeypatch):
@@ -265,7 +299,8 @@ def test_a_slow_drive_changes_no_number(tmp_path, kept_blocks, monkeypatch):
         ("storage", compute_before_it_has_come_back),
         ("storage", write_it_before_it_has_left_the_device),
         ("storage", copy_it_before_it_has_been_read),
-        ("storage", lend_the_staging_before_it_is_empty),
+        ("storage", read_into_the_staging_before_it_has_been_copied),
+        ("storage", fill_the_staging_before_it_has_been_written),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
