@@ -123,17 +123,16 @@ class UpdateLoop:
     @contextlib.contextmanager
     def running(self) -> Iterator[Callable[[], int]]:
         """Update in the background; what is given says how many parameters have been updated so far."""
-        n_updated, stop = [0], threading.Event()
+        stop = threading.Event()
 
         def work() -> None:
             while not stop.is_set():
                 self.update()
-                n_updated[0] += self.numel
 
         thread = threading.Thread(target=work, name="offload-update-loop")
         thread.start()
         try:
-            yield lambda: n_updated[0]
+            yield lambda: int(self._pipeline.stats()["chunks"]) * (self.numel // self._n_chunks)
         finally:
             stop.set()
             thread.join()
