@@ -11,6 +11,7 @@ from offload.errors import ConfigError
 from offload.types import PAGE_NBYTES, PLANE_ELEMENTS, SEGMENT_ELEMENTS, round_up
 
 _CODECS = {torch.bfloat16: "split_bf16", torch.float32: "fp32"}
+TRAINABLE_DTYPES = frozenset(_CODECS)
 STATE_NBYTES_PER_ELEMENT = {"split_bf16": 10, "fp32": 8}
 """Optimizer-state bytes beside the parameter plane: lo + m + v, or m + v."""
 

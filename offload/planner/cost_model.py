@@ -27,6 +27,7 @@ class Traffic:
     """What a phase asks of each resource: FLOPs, bytes, updated parameters."""
 
     flops: Any
+    """In FLOPs of a matrix product: other work counts by how much longer it takes (`Rates.slowness`)."""
     h2d: Any
     d2h: Any
     read: Any
@@ -126,7 +127,7 @@ class CostModel:
     @cached_property
     def trainable(self) -> int:
         """Trainable parameters in blocks."""
-        return sum(b.trainable_numel for b in self.workload.blocks)
+        return sum(b.stored_numel for b in self.workload.blocks)
 
     @cached_property
     def frozen(self) -> int:
@@ -137,17 +138,17 @@ class CostModel:
     def slot_nbytes(self) -> tuple[int, ...]:
         """Parameters of each block."""
         width = self.format.param_nbytes
-        return tuple(width * (b.trainable_numel + b.frozen_numel) for b in self.workload.blocks)
+        return tuple(width * (b.stored_numel + b.frozen_numel) for b in self.workload.blocks)
 
     @cached_property
     def grad_nbytes(self) -> tuple[int, ...]:
         """Gradients of each block."""
-        return tuple(self.format.grad_nbytes * b.trainable_numel for b in self.workload.blocks)
+        return tuple(self.format.grad_nbytes * b.stored_numel for b in self.workload.blocks)
 
     @cached_property
     def state_nbytes(self) -> tuple[int, ...]:
         """Optimizer state of each block, without the parameter."""
-        return tuple(self.format.state_nbytes * b.trainable_numel for b in self.workload.blocks)
+        return tuple(self.format.state_nbytes * b.stored_numel for b in self.workload.blocks)
 
     @cached_property
     def input_nbytes(self) -> int:
@@ -176,6 +177,22 @@ class CostModel:
             total += block.flops_per_sample * (1 + (block.trainable_numel / numel if numel else 1))
         return self.batch * total
 
+    @cached_property
+    def forward_work(self) -> float:
+        """`forward_flops` in FLOPs of a matrix product."""
+        blocks = sum(b.flops_per_sample for b in self.workload.blocks)
+        root = self.workload.root_flops_per_sample
+        return self.batch * (
+            blocks * self.rates.slowness("forward") + root * self.rates.slowness("root_forward")
+        )
+
+    @cached_property
+    def backward_work(self) -> float:
+        """`backward_flops` in FLOPs of a matrix product."""
+        root = 2 * self.batch * self.workload.root_flops_per_sample
+        blocks = self.backward_flops - root
+        return blocks * self.rates.slowness("backward") + root * self.rates.slowness("root_backward")
+
     # ---- traffic ---------------------------------------------------------------------------------------------
 
     def traffic(self, load: Load) -> tuple[Traffic, Traffic, Traffic]:
@@ -187,8 +204,10 @@ class CostModel:
         stored = 1 - load.params_host_nbytes / max(1, params)
         trainable_params = f.param_nbytes * self.trainable
         states = sum(self.state_nbytes) - load.states_host_nbytes
-        fetched = 1 - min(1.0, load.n_slots / n_blocks)
-        """Blocks in slots at a turn are not fetched again."""
+        streamed = n_blocks * stored if self.rates.shares_host else n_blocks
+        fetched = 1 - np.minimum(1.0, load.n_slots / np.maximum(streamed, 1e-9))
+        """Blocks in slots at a turn are not fetched again. Where the device computes in host memory, those whose
+        parameters live there need no slot."""
         fetched_forward = fetched if self.rates.shares_host else 1.0
         separate = np.where((late > 0) & (late < 1), late, 0.0)
         """Where only some updates are deferred they run in the background, and the fetch reads their result."""
@@ -198,7 +217,7 @@ class CostModel:
         copied = load.swapped_storage_nbytes if self.rates.shares_host else swapped
         written_back = trainable_params * stored + states
         forward = Traffic(
-            flops=self.forward_flops,
+            flops=self.forward_work,
             h2d=on_bus * (params + boundary),
             d2h=copied,
             read=(early + separate) * stored * params * fetched_forward
@@ -208,14 +227,14 @@ class CostModel:
             updated=late * self.trainable,
         )
         backward = Traffic(
-            flops=self.backward_flops + load.recompute_flops,
+            flops=self.backward_work + load.recompute_flops * self.rates.slowness("recompute"),
             h2d=on_bus * (params * fetched + boundary) + copied,
             d2h=on_bus * (sum(self.grad_nbytes) + boundary),
             read=stored * params * fetched + load.swapped_storage_nbytes + early * states,
             written=early * written_back + load.grads_spilled_nbytes,
             updated=early * self.trainable,
         )
-        root = self.workload.root_trainable_numel
+        root = self.workload.root_stored_numel
         root_states = f.state_nbytes * root - load.root_states_host_nbytes
         tail = Traffic(
             flops=0.0,
@@ -244,7 +263,9 @@ class CostModel:
     def _phase(self, seconds: dict[str, Any], load: Load, exposed_s: Any) -> Any:
         """Duration of a phase: its busiest resource, with what this choice does not overlap added up. `exposed_s` is
         what the device waits for or does beside its FLOPs."""
-        compute = seconds["compute"] + (seconds["cpu"] if self.rates.shares_host else 0.0)
+        compute = seconds["compute"]
+        if self.rates.shares_host:
+            compute = self.rates.shared_cores_s(compute, seconds["cpu"], seconds["storage"])
         busy = [compute + exposed_s, seconds["bus"], seconds["dram"]]
         if load.serial_update:
             busy.append(seconds["storage"] + seconds["cpu"])

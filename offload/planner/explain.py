@@ -10,7 +10,7 @@ import numpy as np
 
 from offload.errors import ConfigError
 from offload.planner.hardware import Hardware
-from offload.planner.memory import Shape, device_need, host_need
+from offload.planner.memory import Shape, host_need
 from offload.planner.plan import Budgets, Plan
 from offload.planner.points import Search, shapes
 from offload.planner.tables import storage_limit
@@ -116,9 +116,8 @@ class LowerBounds:
 
 def lower_bounds(search: Search) -> LowerBounds:
     """Least device and least host memory over all shapes; without drives, host memory holds all state."""
-    model, space = search.model, search.space
-    everything = list(shapes(space))
-    device = min(device_need(model.workload, model.format, model.batch, shape).total for shape in everything)
+    everything = list(shapes(search.space))
+    device = min(search.tables.device_nbytes(shape) for shape in everything)
     host = min(_least_host(search, shape, 0) for shape in everything)
     return LowerBounds(device, host)
 

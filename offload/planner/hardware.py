@@ -43,6 +43,15 @@ class Hardware(BaseModel):
     host_memory_nbytes: int = Field(gt=0)
     matmul_flops_per_s: dict[str, float]
     """Achieved at a model's shapes, by dtype: `bfloat16`, `float32`."""
+    work_flops_per_s: dict[str, float] = Field(default_factory=dict)
+    """Achieved at one model's own shapes and micro-batch, everything beside the products included, by what is done:
+    `forward`, `recompute`, `backward` of a block, `root_forward`, `root_backward`. What is absent runs at the
+    matrix products' rate."""
+    compute_speed_beside_update: float = Field(default=0.5, gt=0, le=1)
+    """Where the device tier is DRAM: share of its speed that computing keeps while the update threads are busy."""
+    update_speed_beside_compute: float = Field(default=0.5, gt=0, le=1)
+    compute_speed_beside_storage: float = Field(default=1.0, gt=0, le=1)
+    """Where the device tier is DRAM: share of its speed that computing keeps while the drives are read or written."""
     launch_overhead_s: float = Field(default=2e-4, ge=0)
     """Device time of one micro-batch through one block in one direction that its FLOPs do not explain."""
     h2d_bytes_per_s: float | None = Field(default=None, gt=0)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from offload.planner.plan import StateFormat
-from offload.planner.workload import Workload
+from offload.planner.workload import Workload, peak_of
+
+KERNEL_SCRATCH_NBYTES = 1 << 20
+"""What kernels allocate for themselves, which no trace sees: attention on a CPU takes some 100 kB a thread."""
 
 
 @dataclass(frozen=True)
@@ -42,26 +45,62 @@ def samples_of_micro_batch(batch_samples: int, micro_batches: int) -> int:
     return -(-batch_samples // micro_batches)
 
 
-def device_need(workload: Workload, state: StateFormat, batch_samples: int, shape: Shape) -> DeviceNeed:
+def device_need(
+    workload: Workload, state: StateFormat, batch_samples: int, shape: Shape, *, shares_host: bool = False
+) -> DeviceNeed:
     """Root with its gradients, slots, gradient buffers, two micro-batches of the largest block's tensors (one
-    computing, one in transfer) with two temporaries, the boundary, and logits with their gradient for one sample."""
+    computing, one in transfer) with two temporaries, the boundary, and logits with their gradient for one sample.
+
+    Where the device shares the host's memory no micro-batch is in transfer: then it is what was traced to be alive
+    (`BlockWork.working`), of one micro-batch of a block and of the whole batch in the root.
+    """
     samples = samples_of_micro_batch(batch_samples, shape.micro_batches)
     blocks = workload.blocks
-    slot = max((state.param_nbytes * (b.trainable_numel + b.frozen_numel) for b in blocks), default=0)
-    grad = max((state.grad_nbytes * b.trainable_numel for b in blocks), default=0)
+    slot = max((state.param_nbytes * (b.stored_numel + b.frozen_numel) for b in blocks), default=0)
+    grad = max((state.grad_nbytes * b.stored_numel for b in blocks), default=0)
     tensors = max((micro_nbytes_per_sample(workload, i) for i in range(len(blocks))), default=0)
     largest = max((t.nbytes_per_sample for b in blocks for t in b.saved), default=0)
     widest = max((b.input_nbytes_per_sample for b in blocks), default=0)
-    root_numel = workload.root_trainable_numel + workload.root_frozen_numel
+    root_numel = workload.root_stored_numel + workload.root_frozen_numel
+    working = samples * (2 * tensors + 2 * largest) + 2 * max(
+        (b.saved_fixed_nbytes for b in blocks), default=0
+    )
+    boundary = 2 * widest * (batch_samples if shape.boundary_on_device else samples)
+    logits = 2 * workload.logits_nbytes_per_sample
+    if shares_host and is_traced(workload):
+        working = max(block_working_nbytes(workload, i, batch_samples, samples) for i in range(len(blocks)))
+        boundary = boundary_nbytes(workload, batch_samples, shape.micro_batches)
+        logits = max(0, root_working_nbytes(workload, batch_samples) - working - boundary)
     return DeviceNeed(
-        root=state.param_nbytes * root_numel + state.grad_nbytes * workload.root_trainable_numel,
+        root=state.param_nbytes * root_numel + state.grad_nbytes * workload.root_stored_numel,
         slots=shape.n_slots * slot,
         grad_buffers=shape.n_grad_buffers * grad,
-        working=samples * (2 * tensors + 2 * largest)
-        + 2 * max((b.saved_fixed_nbytes for b in blocks), default=0),
-        boundary=2 * widest * (batch_samples if shape.boundary_on_device else samples),
-        logits=2 * workload.logits_nbytes_per_sample,
+        working=working,
+        boundary=boundary,
+        logits=logits,
     )
+
+
+def is_traced(workload: Workload) -> bool:
+    """Whether it is known what is alive in backward, for every block and the root."""
+    return bool(workload.root_working) and all(b.working for b in workload.blocks)
+
+
+def block_working_nbytes(workload: Workload, index: int, batch_samples: int, samples: float) -> int:
+    """Bytes alive while a micro-batch of a block goes backward, with what the root holds meanwhile (traced ones)."""
+    own = workload.blocks[index].working_nbytes(samples) or 0
+    return own + (peak_of(workload.root_held, batch_samples) or 0) + KERNEL_SCRATCH_NBYTES
+
+
+def root_working_nbytes(workload: Workload, batch_samples: int) -> int:
+    """Bytes alive in the root's forward, loss and backward, which take the whole batch at once (traced ones)."""
+    return (peak_of(workload.root_working, batch_samples) or 0) + KERNEL_SCRATCH_NBYTES
+
+
+def boundary_nbytes(workload: Workload, batch_samples: int, micro_batches: int) -> int:
+    """The gradients of a block's output and input for the whole batch; with one micro-batch they are in `working`."""
+    widest = max((b.input_nbytes_per_sample for b in workload.blocks), default=0)
+    return 2 * widest * batch_samples if micro_batches > 1 else 0
 
 
 def micro_nbytes_per_sample(workload: Workload, index: int) -> int:
@@ -86,8 +125,8 @@ def host_need(
     samples = samples_of_micro_batch(batch_samples, shape.micro_batches)
     need = staging_nbytes
     if not shares_host:
-        slot = max((state.param_nbytes * (b.trainable_numel + b.frozen_numel) for b in blocks), default=0)
-        grad = max((state.grad_nbytes * b.trainable_numel for b in blocks), default=0)
+        slot = max((state.param_nbytes * (b.stored_numel + b.frozen_numel) for b in blocks), default=0)
+        grad = max((state.grad_nbytes * b.stored_numel for b in blocks), default=0)
         need += 2 * grad + (2 * slot if has_storage else 0)
     if has_storage:
         widest = max((micro_nbytes_per_sample(workload, i) for i in range(len(blocks))), default=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offload.errors import BudgetError
@@ -133,6 +134,24 @@ def place(
         storage_nbytes=storage,
         activation_staging_nbytes=activation_staging,
     )
+
+
+def first_chunks(chunk_nbytes: Sequence[int], fraction: float) -> int:
+    """How many of the first chunks come nearest to `fraction` of all their bytes."""
+    wanted_nbytes, n = fraction * sum(chunk_nbytes), 0
+    for nbytes in chunk_nbytes:
+        wanted_nbytes -= nbytes
+        if wanted_nbytes < -nbytes / 2:
+            break
+        n += 1
+    return n
+
+
+def state_nbytes_in_host(numel: int, state_nbytes: int, chunk_elements: int, fraction: float) -> int:
+    """Bytes of the state of `numel` parameters that whole chunks put into host memory for `fraction` of them."""
+    whole, rest = divmod(numel, chunk_elements)
+    chunks = [chunk_elements * state_nbytes] * whole + ([rest * state_nbytes] if rest else [])
+    return sum(chunks[: first_chunks(chunks, fraction)])
 
 
 def _refuse_what_cannot_fit(

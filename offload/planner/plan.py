@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from offload.errors import ConfigError
+from offload.planner.placement import state_nbytes_in_host
 from offload.planner.workload import Workload
 
 Outcome = Literal["device", "host", "storage", "recompute"]
@@ -139,7 +140,10 @@ class Plan(BaseModel):
     activations: tuple[dict[str, Outcome], ...]
     """Per block: outcome by tensor name; `input` is the block's input."""
     update_pieces: int = Field(default=16, ge=1)
-    """In how many pieces the simulator cuts a block's update. The real pipeline's chunks are finer still."""
+    """In how many pieces at most the simulator cuts a block's update. The real pipeline's chunks may be finer still."""
+    chunk_elements: int | None = Field(default=None, ge=2048)
+    """Parameters of one chunk of state, which is placed, read, updated and written as a whole; the runtime's setting of
+    that name. None: state can be cut anywhere."""
     update_buffers: int = Field(default=4, ge=1)
     """Pieces in flight at once. 1: read, update and write of a piece follow each other."""
     predicted: Prediction | None = None
@@ -151,6 +155,13 @@ class Plan(BaseModel):
         if not self.deferred_blocks:
             return "backward"
         return "deferred" if len(self.deferred_blocks) == len(self.activations) else "mixed"
+
+    def state_in_host_nbytes(self, block: int, numel: int) -> int:
+        """Bytes of a block's state (the last entry: the root's) in host memory."""
+        fraction, width = self.states_in_host[block], self.state_format.state_nbytes
+        if self.chunk_elements is None:
+            return round(width * numel * fraction)
+        return state_nbytes_in_host(numel, width, self.chunk_elements, fraction)
 
     @property
     def prefetch_blocks(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,30 @@ class Rates:
     adam_params_per_s: float
     shares_host: bool
     """The device tier is DRAM: nothing crosses a bus, and computing and updating share the cores."""
+    compute_beside_update: float = 0.5
+    """Share of its own speed that each keeps while both run, where they share the cores."""
+    update_beside_compute: float = 0.5
+    compute_beside_storage: float = 1.0
+    work_flops_per_s: Mapping[str, float] = field(default_factory=dict)
+    """By kind of work, where it is known better than `flops_per_s`: `Hardware.work_flops_per_s`."""
+
+    def slowness(self, work: str) -> float:
+        """Seconds a FLOP of this kind of work takes, in units of a FLOP of a matrix product."""
+        return self.flops_per_s / self.work_flops_per_s.get(work, self.flops_per_s)
+
+    def shared_cores_s(self, compute_s: Any, update_s: Any, storage_s: Any) -> Any:
+        """Time to compute `compute_s` on cores that also update for `update_s` and serve the drives for `storage_s`,
+        each as if it were alone: both until the shorter is done, then the other alone."""
+        with_update = np.minimum(
+            compute_s / self.compute_beside_update, update_s / self.update_beside_compute
+        )
+        both_s = (
+            with_update
+            + np.maximum(0.0, compute_s - with_update * self.compute_beside_update)
+            + np.maximum(0.0, update_s - with_update * self.update_beside_compute)
+        )
+        slowed_s = np.minimum(storage_s, both_s / self.compute_beside_storage)
+        return both_s + (1 - self.compute_beside_storage) * slowed_s
 
 
 def _capacity(drive: Drive) -> float:
@@ -125,4 +150,8 @@ def rates_of(hardware: Hardware, param_nbytes: int) -> Rates:
         dram_bytes_per_s=hardware.dram_bytes_per_s,
         adam_params_per_s=hardware.adam_params_per_s,
         shares_host=hardware.shares_host,
+        compute_beside_update=hardware.compute_speed_beside_update,
+        update_beside_compute=hardware.update_speed_beside_compute,
+        compute_beside_storage=hardware.compute_speed_beside_storage,
+        work_flops_per_s=hardware.work_flops_per_s,
     )

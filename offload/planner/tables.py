@@ -78,13 +78,15 @@ class Tables:
         self.saved = [found.members(c) for c in range(len(found.counts))]
         params = [model.slot_nbytes[i] for i in spread_order(len(workload.blocks))]
         self.params_cum = np.concatenate(([0], np.cumsum(params))).astype(np.float64)
-        rows = chunk_rows(model.state_nbytes, model.format.state_nbytes * workload.root_trainable_numel)
+        rows = chunk_rows(model.state_nbytes, model.format.state_nbytes * workload.root_stored_numel)
         chunks = [chunk for row in rows for chunk in row]
         self.states_cum = np.concatenate(([0], np.cumsum(chunks))).astype(np.float64)
 
     def device_nbytes(self, shape: Shape) -> int:
         """Device memory before anything is kept there by choice."""
-        return device_need(self.model.workload, self.model.format, self.model.batch, shape).total
+        model = self.model
+        shares_host = model.rates.shares_host
+        return device_need(model.workload, model.format, model.batch, shape, shares_host=shares_host).total
 
     def order(self, boundary_on_device: bool) -> Order:
         """Cumulative bytes of units in the order in which they are kept."""

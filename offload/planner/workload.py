@@ -34,6 +34,21 @@ class BlockWork:
     """In the order in which forward makes them."""
     saved_fixed_nbytes: int = 0
     """What backward needs besides, whatever the batch (a position bias, a mask)."""
+    working: tuple[tuple[int, int], ...] = ()
+    """(fixed bytes, bytes a sample) alive at the operations of recomputation and backward that may be the peak, without
+    parameters and the block's input; saved tensors are in them. Empty: not traced."""
+
+    padding_numel: int = 0
+    """Elements without a parameter between the trainable ones, where they lie end to end in planes of whole pages."""
+
+    @property
+    def stored_numel(self) -> int:
+        """Trainable parameters with their padding: what has state, gradients and a place in a slot."""
+        return self.trainable_numel + self.padding_numel
+
+    def working_nbytes(self, samples: float) -> int | None:
+        """Most bytes alive at once while a micro-batch of `samples` goes backward; None where it was not traced."""
+        return peak_of(self.working, samples)
 
     @property
     def flops_per_sample(self) -> float:
@@ -59,9 +74,25 @@ class Workload:
     """What backward needs of embedding, final norm, head and loss as the model computes them (logits not chunked)."""
     root_forward_flops_per_sample: dict[str, float] = field(default_factory=dict)
     """`root_flops_per_sample` by kind of operation."""
+    root_working: tuple[tuple[int, int], ...] = ()
+    """As `BlockWork.working`, for the root's forward and backward with the loss."""
+    root_padding_numel: int = 0
+    """As `BlockWork.padding_numel`."""
+    root_held: tuple[tuple[int, int], ...] = ()
+    """Of these bytes, what is alive while backward goes through the blocks."""
+
+    @property
+    def root_stored_numel(self) -> int:
+        """As `BlockWork.stored_numel`."""
+        return self.root_trainable_numel + self.root_padding_numel
 
     @property
     def numel(self) -> int:
         """All parameters, each once."""
         blocks = sum(b.trainable_numel + b.frozen_numel for b in self.blocks)
         return blocks + self.root_trainable_numel + self.root_frozen_numel
+
+
+def peak_of(lines: tuple[tuple[int, int], ...], samples: float) -> int | None:
+    """The largest of `fixed + samples * grown` over `lines`; None without any."""
+    return int(max(fixed + samples * grown for fixed, grown in lines)) if lines else None

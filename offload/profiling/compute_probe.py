@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import psutil
 import torch
@@ -79,43 +81,74 @@ def matmul_flops_per_s(
     return n_flops / spent_s
 
 
-def adam_params_per_s(seconds: float) -> float:
-    """Parameters a second of the fused AdamW on split masters in DRAM, with the update threads of a training run."""
-    settings = Config()
-    chunk_elements, n_buffers = settings.chunk_elements, settings.chunk_buffers
-    available_nbytes = psutil.virtual_memory().available // 8
-    n_chunks = max(1, min(_UPDATE_NUMEL, available_nbytes // 16) // chunk_elements)
-    numel = n_chunks * chunk_elements
-    buffer_nbytes = UpdatePipeline.buffer_nbytes_required(chunk_elements, n_buffers)
-    arena = HostArena(buffer_nbytes + numel * (2 + _STATE_NBYTES_PER_PARAM + 4) + 4 * 4096)
-    buffers, params, state, grads = (
-        arena.take(nbytes)
-        for nbytes in (buffer_nbytes, 2 * numel, _STATE_NBYTES_PER_PARAM * numel, 4 * numel)
-    )
-    grads.view(torch.float32).normal_()
-    params.zero_()
-    state.zero_()
-    pipeline = UpdatePipeline(
-        None, chunk_elements, n_buffers, settings.update_threads, buffers.data_ptr(), buffer_nbytes
-    )
-    hyper = Hyper(1e-3, 0.9, 0.999, 1e-8, 0.01, 10)
+class UpdateLoop:
+    """Fused AdamW on split masters in DRAM, with the chunks and the update threads of a training run, over and over."""
 
-    def update() -> None:
+    def __init__(self) -> None:
+        settings = Config()
+        chunk_elements, n_buffers = settings.chunk_elements, settings.chunk_buffers
+        available_nbytes = psutil.virtual_memory().available // 8
+        self._n_chunks = max(1, min(_UPDATE_NUMEL, available_nbytes // 16) // chunk_elements)
+        self.numel = numel = self._n_chunks * chunk_elements
+        buffer_nbytes = UpdatePipeline.buffer_nbytes_required(chunk_elements, n_buffers)
+        self._arena = HostArena(buffer_nbytes + numel * (2 + _STATE_NBYTES_PER_PARAM + 4) + 4 * 4096)
+        buffers, self._params, self._state, self._grads = (
+            self._arena.take(nbytes)
+            for nbytes in (buffer_nbytes, 2 * numel, _STATE_NBYTES_PER_PARAM * numel, 4 * numel)
+        )
+        self._grads.view(torch.float32).normal_()
+        self._params.zero_()
+        self._state.zero_()
+        self._pipeline = UpdatePipeline(
+            None, chunk_elements, n_buffers, settings.update_threads, buffers.data_ptr(), buffer_nbytes
+        )
+
+    def update(self) -> None:
+        """Update all parameters once."""
         job = UpdateJob(
             param_codec="split_bf16",
-            n_elements=numel,
-            param_address=params.data_ptr(),
-            state_host_address=state.data_ptr(),
-            host_chunks=n_chunks,
-            grad_address=grads.data_ptr(),
-            segments=[(0, numel, hyper)],
+            n_elements=self.numel,
+            param_address=self._params.data_ptr(),
+            state_host_address=self._state.data_ptr(),
+            host_chunks=self._n_chunks,
+            grad_address=self._grads.data_ptr(),
+            segments=[(0, self.numel, Hyper(1e-3, 0.9, 0.999, 1e-8, 0.01, 10))],
         )
-        pipeline.submit(job).wait()
+        self._pipeline.submit(job).wait()
 
+    def params_per_s(self, seconds: float) -> float:
+        """Parameters a second over about `seconds`."""
+        return self.numel / statistics.median(_repeat(self.update, seconds))
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[Callable[[], int]]:
+        """Update in the background; what is given says how many parameters have been updated so far."""
+        stop = threading.Event()
+
+        def work() -> None:
+            while not stop.is_set():
+                self.update()
+
+        thread = threading.Thread(target=work, name="offload-update-loop")
+        thread.start()
+        try:
+            yield lambda: int(self._pipeline.stats()["chunks"]) * (self.numel // self._n_chunks)
+        finally:
+            stop.set()
+            thread.join()
+
+    def close(self) -> None:
+        """End the update threads."""
+        self._pipeline.close()
+
+
+def adam_params_per_s(seconds: float) -> float:
+    """Parameters a second of the fused AdamW, as `UpdateLoop` makes it."""
+    loop = UpdateLoop()
     try:
-        return numel / statistics.median(_repeat(update, seconds))
+        return loop.params_per_s(seconds)
     finally:
-        pipeline.close()
+        loop.close()
 
 
 def bus_bytes_per_s(seconds: float) -> dict[str, float]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
+from offload.config import Config
 from offload.errors import ConfigError
 from offload.planner.hardware import Drive
 from offload.tiers.host import HostArena
@@ -89,13 +91,50 @@ def probe_drives(
 def _measure(directories: Sequence[str], file_nbytes: int, phase_s: float) -> Rates:
     """Rates of a store of `file_nbytes` in each of `directories`, each figure in about `phase_s`."""
     with _open(directories, file_nbytes) as store:
-        mover = _Mover(store, len(directories), file_nbytes * len(directories))
+        mover = _Mover(store, file_nbytes * len(directories), CHUNK_NBYTES * len(directories))
         filled = mover.run("w", phase_s, once=True)
         mover.limit(filled.written_nbytes)
         written = mover.run("w", phase_s, once=True)
         read = mover.run("r", phase_s, once=not store.engine.direct)
         mixed = mover.run("rw", phase_s, once=True)
         return Rates(read.bytes_per_s, written.bytes_per_s, mixed.bytes_per_s, store.engine.direct)
+
+
+class DriveLoop:
+    """A scratch store that is asked as a training run asks: requests of one chunk of optimizer state, as many in flight
+    as the update pipeline has buffers. For measuring again and again; writes `nbytes` once at the start."""
+
+    def __init__(self, directories: Sequence[str], nbytes: int = 256 << 20) -> None:
+        settings = Config()
+        request_nbytes = settings.chunk_elements * 10
+        self._nbytes = nbytes // request_nbytes * request_nbytes
+        self._open = _open(directories, -(-self._nbytes // len(directories)))
+        store = self._open.__enter__()
+        self._mover = _Mover(store, self._nbytes, request_nbytes, settings.chunk_buffers)
+        self._mover.run("w", 600.0, once=True)
+
+    def measure(self, seconds: float) -> Rates:
+        """Reading, writing and both at once, a third of `seconds` each."""
+        read, written, mixed = (self._mover.run(how, seconds / 3, once=False) for how in ("r", "w", "rw"))
+        return Rates(read.bytes_per_s, written.bytes_per_s, mixed.bytes_per_s, True)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Read and write in the background."""
+        stop = threading.Event()
+        thread = threading.Thread(
+            target=lambda: self._mover.run("rw", 600.0, once=False, stop=stop), name="offload-drive-loop"
+        )
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def close(self) -> None:
+        """Remove the files."""
+        self._open.__exit__(None, None, None)
 
 
 @contextlib.contextmanager
@@ -130,13 +169,14 @@ class _Moved:
 class _Mover:
     """Keeps `IN_FLIGHT` requests going over one store, from random bytes (drives may compress)."""
 
-    def __init__(self, store: Store, n_drives: int, nbytes: int) -> None:
+    def __init__(self, store: Store, nbytes: int, chunk_nbytes: int, in_flight: int = IN_FLIGHT) -> None:
         self._store = store
-        self._chunk_nbytes = CHUNK_NBYTES * n_drives
+        self._chunk_nbytes = chunk_nbytes
         self._nbytes = nbytes
-        arena = HostArena(IN_FLIGHT * self._chunk_nbytes)
+        self._in_flight = in_flight
+        arena = HostArena(in_flight * self._chunk_nbytes)
         arena.bytes_tensor.view(torch.int64).random_()
-        self._buffers = [arena.take(self._chunk_nbytes) for _ in range(IN_FLIGHT)]
+        self._buffers = [arena.take(self._chunk_nbytes) for _ in range(in_flight)]
         store.engine.register_buffer(arena.address, arena.nbytes)
 
     def limit(self, nbytes: int) -> None:
@@ -144,8 +184,11 @@ class _Mover:
         chunks = min(max(2, nbytes // self._chunk_nbytes), self._nbytes // self._chunk_nbytes)
         self._nbytes = chunks * self._chunk_nbytes
 
-    def run(self, directions: str, seconds: float, *, once: bool) -> _Moved:
-        """Move chunk after chunk, the directions in turn, until `seconds` are over or, if `once`, all bytes are moved.
+    def run(
+        self, directions: str, seconds: float, *, once: bool, stop: threading.Event | None = None
+    ) -> _Moved:
+        """Move chunk after chunk, the directions in turn, until `seconds` are over or, if `once`, all bytes are moved,
+        or until `stop` is set.
 
         Data are on the drives when it returns: writes are flushed inside the time.
         """
@@ -157,12 +200,14 @@ class _Mover:
         n_chunks = self._nbytes // self._chunk_nbytes
         try:
             for index in self._indices(n_chunks, once):
-                if time.perf_counter() - start > seconds and index >= 2:
+                if index >= 2 and (time.perf_counter() - start > seconds or (stop and stop.is_set())):
                     break
-                if len(waiting) == IN_FLIGHT:
+                if len(waiting) == self._in_flight:
                     waiting.popleft().wait()
                 direction = directions[index % len(directions)]
-                waiting.append(self._submit(direction, self._buffers[index % IN_FLIGHT], index % n_chunks))
+                waiting.append(
+                    self._submit(direction, self._buffers[index % self._in_flight], index % n_chunks)
+                )
                 moved[direction] += self._chunk_nbytes
         finally:
             for ticket in waiting:

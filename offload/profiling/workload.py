@@ -8,6 +8,7 @@ parameters takes seconds.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,9 +20,13 @@ from torch import nn
 
 from offload.errors import ConfigError
 from offload.model.blocks import Cut, cut
+from offload.model.flat import TRAINABLE_DTYPES, lay_out
 from offload.model.on_meta import model_on_meta
 from offload.planner.workload import BlockWork, SavedTensor, Workload
 from offload.profiling.trace import ROOT, Kept, Part, trace_forward
+from offload.profiling.working_set import HELD, envelope, trace_live_bytes
+
+logger = logging.getLogger("offload")
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of the model's forward."""
@@ -118,22 +123,43 @@ def trace_workload(
     root_flops = _per_sample_flops("the root", two[ROOT], three[ROOT])
     root_saved, _ = _per_sample_saved("the root", two[ROOT], three[ROOT])
     trainable, frozen = _numels(pieces.root)
+    working = _working_sets(model, pieces, make)
     largest = [parts[ROOT].largest_product_nbytes for parts in (two, three)]
     return Workload(
         name=name or type(model).__name__,
         tokens_per_sample=tokens_per_sample,
         param_nbytes=_param_nbytes(model),
-        blocks=tuple(_block(pieces, i, two[i], three[i]) for i in range(len(pieces.blocks))),
+        blocks=tuple(
+            _block(pieces, i, two[i], three[i], working.get(i, ())) for i in range(len(pieces.blocks))
+        ),
         root_trainable_numel=trainable,
         root_frozen_numel=frozen,
         root_flops_per_sample=sum(root_flops.values()),
         logits_nbytes_per_sample=max(0, largest[1] - largest[0]),
         root_saved=root_saved,
         root_forward_flops_per_sample=root_flops,
+        root_working=working.get(ROOT, ()),
+        root_padding_numel=_padding_numel(pieces.root),
+        root_held=working.get(HELD, ()),
     )
 
 
-def _block(pieces: Cut, index: int, two: Part, three: Part) -> BlockWork:
+def _working_sets(
+    model: nn.Module, pieces: Cut, make: Callable[[int], Inputs]
+) -> dict[int, tuple[tuple[int, int], ...]]:
+    """What is alive in backward, by position. Empty where backward cannot run without data: the planner then counts
+    all saved tensors twice instead."""
+    try:
+        two, three = (trace_live_bytes(model, pieces.blocks, *make(n)) for n in N_SAMPLES)
+    except (ConfigError, NotImplementedError, RuntimeError) as error:
+        logger.debug("backward of %s cannot be traced without data: %s", type(model).__name__, error)
+        return {}
+    return {position: envelope(two[position], three[position]) for position in two}
+
+
+def _block(
+    pieces: Cut, index: int, two: Part, three: Part, working: tuple[tuple[int, int], ...]
+) -> BlockWork:
     name = pieces.blocks[index][0]
     trainable, frozen = _numels(pieces.block_parameters[index])
     saved, fixed_nbytes = _per_sample_saved(name, two, three)
@@ -145,12 +171,21 @@ def _block(pieces: Cut, index: int, two: Part, three: Part) -> BlockWork:
         input_nbytes_per_sample=three.input_nbytes - two.input_nbytes,
         saved=saved,
         saved_fixed_nbytes=fixed_nbytes,
+        working=working,
+        padding_numel=_padding_numel(pieces.block_parameters[index]),
     )
 
 
 def _numels(parameters: list[tuple[str, nn.Parameter]]) -> tuple[int, int]:
     trainable = sum(p.numel() for _, p in parameters if p.requires_grad)
     return trainable, sum(p.numel() for _, p in parameters) - trainable
+
+
+def _padding_numel(parameters: list[tuple[str, nn.Parameter]]) -> int:
+    """What laying the trainable parameters end to end adds (`model.flat`)."""
+    trainable = [(name, p) for name, p in parameters if p.requires_grad and p.dtype in TRAINABLE_DTYPES]
+    padded = sum(buffer.n_elements for buffer in lay_out("", trainable, None).buffers)
+    return padded - sum(p.numel() for _, p in trainable)
 
 
 def _param_nbytes(model: nn.Module) -> int:

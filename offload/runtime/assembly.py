@@ -142,7 +142,7 @@ class _Builder:
         device: DeviceTier,
         plan: Plan | None,
     ) -> None:
-        self.config, self.device = config, device
+        self.config, self.device, self.plan = config, device, plan
         self.layouts = [
             lay_out(name, parameters, compute_dtype)
             for (name, _), parameters in zip(cut.blocks, cut.block_parameters, strict=True)
@@ -195,14 +195,20 @@ class _Builder:
         """Device memory; from the arena where storage is read into it."""
         return self.device_arena.take(nbytes) if self.device.shares_host else self.device.allocate(nbytes)
 
+    def gradients_wait(self, index: int) -> bool:
+        """Whether the block's gradients wait for the end of every step; others wait only under `no_sync`."""
+        if self.plan is None or self.config.deferred:
+            return self.config.deferred
+        return index in self.plan.deferred_blocks
+
     def make_store(self) -> Store | None:
         if not self.has_storage:
             return None
         config, placement = self.config, self.placement
         grads = sum(
             round_up(layout.grad_elements * 4, PAGE_NBYTES)
-            for layout, in_host in zip(self.layouts, placement.grads_in_host, strict=True)
-            if not in_host
+            for index, layout in enumerate(self.layouts)
+            if self.gradients_wait(index) and not placement.grads_in_host[index]
         )
         store = Store(
             config.storage,
@@ -269,7 +275,7 @@ class _Builder:
             record.slot = Slot(self.host_arena.take(layout.slot_nbytes), record)
         if placement.grads_in_host[index]:
             record.grad_host = self.host_arena.take(layout.grad_elements * 4).view(torch.float32)
-        elif store is not None and layout.grad_elements:
+        elif store is not None and layout.grad_elements and self.gradients_wait(index):
             record.grad_offset = store.allocate(layout.grad_elements * 4)
         _import(record, store, scratch, self.config.chunk_elements, self.device)
         return record

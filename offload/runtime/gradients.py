@@ -105,7 +105,7 @@ class Gradients:
         if buffer is None or block.is_root:
             return
         if block.grad_host is None and block.grad_offset < 0:
-            self._take_host_plane(block)
+            self._take_place(block)
         self._wait_parked(block)
         block.grads_waiting = True
         if block.grad_host is not None:
@@ -201,9 +201,14 @@ class Gradients:
             return buffer
         raise BudgetError("every gradient buffer is in use at once; raise device_memory")
 
-    def _take_host_plane(self, block: BlockRecord) -> None:
-        """Host memory for gradients that must wait, from what the budget has left (DRAM-only placement)."""
+    def _take_place(self, block: BlockRecord) -> None:
+        """Room for gradients that must wait though no step defers them: on storage, without one in host memory that
+        the budget has left."""
         nbytes = block.layout.grad_elements * 4
+        if self._store is not None:
+            self._store.grow(nbytes)
+            block.grad_offset = self._store.allocate(nbytes)
+            return
         if nbytes > self._spare_host_nbytes:
             raise UsageError(
                 f"block {block.name}: its gradients have to wait for more of them, which takes {nbytes} bytes, and "

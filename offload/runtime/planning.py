@@ -13,7 +13,13 @@ from torch import nn
 from offload.config import Config
 from offload.errors import ConfigError
 from offload.planner.hardware import Hardware, load_hardware
-from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN, BlockBytes, Placement, place
+from offload.planner.placement import (
+    ACTIVATION_STAGING_NBYTES_MIN,
+    BlockBytes,
+    Placement,
+    first_chunks,
+    place,
+)
 from offload.planner.plan import INPUT, Budgets, Plan
 from offload.planner.search import make_plan
 from offload.planner.workload import Workload
@@ -231,10 +237,9 @@ class _HostFill:
 
     def take_first(self, chunks: tuple[int, ...], fraction: float) -> int:
         """How many of the first chunks are had, for `fraction` of all their bytes."""
-        wanted_nbytes, n = fraction * sum(chunks), 0
-        for chunk_nbytes in chunks:
-            wanted_nbytes -= chunk_nbytes
-            if wanted_nbytes < -chunk_nbytes / 2 or not self.take(chunk_nbytes):
+        n = 0
+        for chunk_nbytes in chunks[: first_chunks(chunks, fraction)]:
+            if not self.take(chunk_nbytes):
                 break
             n += 1
         return n

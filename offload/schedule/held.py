@@ -2,35 +2,61 @@
 
 from __future__ import annotations
 
-from offload.planner.memory import Shape, device_need, host_need
+from offload.planner.memory import Shape, boundary_nbytes, device_need, host_need, is_traced
+from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from offload.planner.plan import Plan
 from offload.planner.workload import Workload
 
 
-def held_nbytes(plan: Plan, workload: Workload, *, shares_host: bool, staging_nbytes: int) -> dict[str, int]:
-    """What each tier holds throughout under `plan`: everything but activations and waiting gradients."""
+def held_nbytes(
+    plan: Plan, workload: Workload, *, shares_host: bool, staging_nbytes: int, has_storage: bool | None = None
+) -> dict[str, int]:
+    """What each tier holds throughout under `plan`: everything but activations and waiting gradients.
+
+    `has_storage` says that the run has storage even where the plan puts no state there.
+    """
     shape = Shape(plan.micro_batches, plan.n_slots, plan.n_grad_buffers, plan.boundary_on_device)
     state = plan.state_format
-    device = device_need(workload, state, plan.batch_samples, shape)
-    params = [state.param_nbytes * (b.trainable_numel + b.frozen_numel) for b in workload.blocks]
-    numels = [b.trainable_numel for b in workload.blocks] + [workload.root_trainable_numel]
-    states = [state.state_nbytes * numel for numel in numels]
+    params = [state.param_nbytes * (b.stored_numel + b.frozen_numel) for b in workload.blocks]
+    numels = [b.stored_numel for b in workload.blocks] + [workload.root_stored_numel]
+    states = sum(state.state_nbytes * numel for numel in numels)
     params_host = sum(n for n, inside in zip(params, plan.params_in_host, strict=True) if inside)
-    states_host = sum(round(n * share) for n, share in zip(states, plan.states_in_host, strict=True))
-    late = [i for i in plan.deferred_blocks if not plan.grads_in_host[i]]
-    grads_stored = sum(state.grad_nbytes * workload.blocks[i].trainable_numel for i in late)
+    states_host = sum(plan.state_in_host_nbytes(i, numel) for i, numel in enumerate(numels))
+    stored = sum(params) + states - params_host - states_host
+    late = {i: state.grad_nbytes * workload.blocks[i].stored_numel for i in plan.deferred_blocks}
+    grads_host = sum(nbytes for i, nbytes in late.items() if plan.grads_in_host[i])
+    if has_storage is None:
+        has_storage = stored > 0
+    need = _host_nbytes(plan, workload, shape, staging_nbytes, shares_host, has_storage)
     return {
-        "device": device.total - device.working,
-        "host": params_host
-        + states_host
-        + host_need(
-            workload,
-            state,
-            plan.batch_samples,
-            shape,
-            staging_nbytes=staging_nbytes,
-            shares_host=shares_host,
-            has_storage=params_host + states_host < sum(params) + sum(states),
-        ),
-        "storage": sum(params) + sum(states) - params_host - states_host + grads_stored,
+        "device": _device_nbytes(plan, workload, shape, shares_host),
+        "host": params_host + states_host + need + (grads_host if shares_host else 0),
+        "storage": stored + sum(late.values()) - grads_host,
     }
+
+
+def _device_nbytes(plan: Plan, workload: Workload, shape: Shape, shares_host: bool) -> int:
+    """Without what comes and goes with the operations: activations, and what is alive where that was traced."""
+    device = device_need(workload, plan.state_format, plan.batch_samples, shape, shares_host=shares_host)
+    if shares_host and is_traced(workload):
+        boundary = boundary_nbytes(workload, plan.batch_samples, plan.micro_batches)
+        return device.root + device.slots + device.grad_buffers + boundary
+    return device.total - device.working
+
+
+def _host_nbytes(
+    plan: Plan, workload: Workload, shape: Shape, staging_nbytes: int, shares_host: bool, has_storage: bool
+) -> int:
+    """Staging. Where the device shares the host's memory, only tensors on their way to storage need any."""
+    to_storage = any("storage" in outcomes.values() for outcomes in plan.activations)
+    if shares_host and not to_storage and shape.boundary_on_device:
+        return staging_nbytes + (ACTIVATION_STAGING_NBYTES_MIN if has_storage else 0)
+    return host_need(
+        workload,
+        plan.state_format,
+        plan.batch_samples,
+        shape,
+        staging_nbytes=staging_nbytes,
+        shares_host=shares_host,
+        has_storage=has_storage,
+    )

@@ -90,7 +90,13 @@ def simulate_plan(
     operations, ends = unroll(
         plan, workload, shares_host=hardware.shares_host, launch_overhead_s=hardware.launch_overhead_s
     )
-    held = held_nbytes(plan, workload, shares_host=hardware.shares_host, staging_nbytes=staging_nbytes)
+    held = held_nbytes(
+        plan,
+        workload,
+        shares_host=hardware.shares_host,
+        staging_nbytes=staging_nbytes,
+        has_storage=bool(hardware.drives),
+    )
     timeline = simulate(operations, rates_of(hardware, workload.param_nbytes), held_nbytes=held)
     start_s, end_s = timeline.end_s[ends[-2]], timeline.end_s[ends[-1]]
     step_s = end_s - start_s + hardware.step_overhead_s

@@ -63,6 +63,11 @@ class Timeline:
         ]
 
 
+def work_of(operation: Operation) -> str:
+    """The kind of computing, as `Hardware.work_flops_per_s` names it."""
+    return operation.kind if operation.block is not None else f"root_{operation.kind}"
+
+
 def duration_alone_s(operation: Operation, rates: Rates) -> float:
     """How long an operation takes when nothing else runs."""
     lane, amount = operation.lane, operation.amount
@@ -74,7 +79,7 @@ def duration_alone_s(operation: Operation, rates: Rates) -> float:
         alone = amount / (rates.storage.read if lane == "read" else rates.storage.write)
     else:
         rate = {
-            "compute": rates.flops_per_s,
+            "compute": rates.work_flops_per_s.get(work_of(operation), rates.flops_per_s),
             "h2d": rates.bus.h2d,
             "d2h": rates.bus.d2h,
             "cpu": rates.adam_params_per_s,
@@ -161,7 +166,9 @@ class _Simulation:
             speeds["h2d"] = rates.bus.h2d_duplex / rates.bus.h2d
             speeds["d2h"] = rates.bus.d2h_duplex / rates.bus.d2h
         if rates.shares_host and "compute" in running and "cpu" in running:
-            speeds["compute"] = speeds["cpu"] = 0.5
+            speeds["compute"], speeds["cpu"] = rates.compute_beside_update, rates.update_beside_compute
+        if rates.shares_host and "compute" in running and ("read" in running or "write" in running):
+            speeds["compute"] *= rates.compute_beside_storage
         wanted = {
             lane: speeds[lane] * self.operations[index].dram_nbytes / self.alone_s[index]
             for lane, index in running.items()

@@ -149,3 +149,33 @@ def draw_timeline(
     axes[-1].set_xlabel("seconds")
     axes[0].set_xlim(0, max(span.end_s for span in spans))
     figure.savefig(path, dpi=120)
+
+
+def shifted(spans: Sequence[Span], begin_s: float) -> list[Span]:
+    """The spans from `begin_s` on, which becomes zero; what began before is cut."""
+    return [
+        Span(s.resource, s.name, max(0.0, s.start_s - begin_s), s.end_s - begin_s)
+        for s in spans
+        if s.end_s > begin_s
+    ]
+
+
+def write_side_by_side(
+    path: str, measured: Sequence[Span], simulated: Sequence[Span], measured_begin_s: float = 0.0
+) -> None:
+    """Write `path` for Perfetto with a measured and a simulated step as two processes that begin together."""
+    events = trace_events(shifted(measured, measured_begin_s), process="measured", process_id=1)
+    events += trace_events(simulated, process="simulated", process_id=2)
+    pathlib.Path(path).write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+
+
+def draw_side_by_side(
+    path: str, measured: Sequence[Span], simulated: Sequence[Span], measured_begin_s: float = 0.0
+) -> None:
+    """Draw each lane of a measured step above the same lane of the simulated one."""
+    both = [
+        Span(f"{LANE_TITLES.get(s.resource, s.resource)}, {kind}", s.name, s.start_s, s.end_s)
+        for kind, spans in (("measured", shifted(measured, measured_begin_s)), ("simulated", simulated))
+        for s in spans
+    ]
+    draw_timeline(path, both, title="measured and simulated")

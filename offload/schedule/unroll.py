@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from offload.planner.memory import block_working_nbytes, is_traced, root_working_nbytes
 from offload.planner.plan import INPUT, Plan
 from offload.planner.workload import Workload
 from offload.schedule.operations import Kind, Lane, Operation
@@ -28,6 +29,8 @@ class Unroller:
         self.launch_overhead_s = launch_overhead_s
         self.operations: list[Operation] = []
         self.n_blocks = len(workload.blocks)
+        self.traced = shares_host and is_traced(workload)
+        """What is alive is known, and nothing of it waits for a bus."""
         self.samples = plan.batch_samples / plan.micro_batches
         self.deferred = set(plan.deferred_blocks)
         self.step = 0
@@ -50,6 +53,8 @@ class Unroller:
         self.in_window: deque[Index] = deque([None] * 2)
         self.fetch_ring: deque[Index] = deque([None] * 2)
         self.loaded: dict[int, tuple[Index, ...]] = {}
+        self.at_start: set[int] = set()
+        """Blocks whose parameters stay in their slots from backward to the next forward."""
         self.stored: dict[tuple[int, int], Index] = {}
         """Per block and micro-batch: its swap-out or spill."""
         self.boundary: dict[tuple[int, int], Index] = {}
@@ -124,11 +129,13 @@ class Unroller:
     def param_nbytes(self, block: int) -> int:
         """The block's parameters."""
         work = self.workload.blocks[block]
-        return self.plan.state_format.param_nbytes * (work.trainable_numel + work.frozen_numel)
+        return self.plan.state_format.param_nbytes * (work.stored_numel + work.frozen_numel)
 
     def fetch(self, block: int, step_closed: Index) -> None:
         """Bring parameters in, with the deferred update where there is one. Sets `loaded`."""
-        slot: Index = None if block in self.resident else self.free_slots.popleft()
+        slot: Index = None
+        if block not in self.resident and self.takes_slot(block):
+            slot = self.free_slots.popleft()
         source: tuple[Index, ...] = (self.updated.get(block),)
         in_host, resident = self.plan.params_in_host[block], block in self.resident
         staged = not (in_host or resident or self.shares_host)
@@ -150,6 +157,10 @@ class Unroller:
         self.resident.add(block)
         self.loaded[block] = ready
 
+    def takes_slot(self, block: int) -> bool:
+        """Where the device computes in host memory, a block that lives there needs no other place."""
+        return not (self.shares_host and self.plan.params_in_host[block])
+
     def late_update(self, block: int, wait: tuple[Index, ...]) -> tuple[Index, ...]:
         """A deferred update. With every update deferred it reads the parameters into their staging buffer and hands
         them on; where only some are, it runs in the background as soon as it may, and the fetch reads its result."""
@@ -169,7 +180,7 @@ class Unroller:
 
     def grad_nbytes(self, block: int) -> int:
         """The block's gradients."""
-        return self.plan.state_format.grad_nbytes * self.workload.blocks[block].trainable_numel
+        return self.plan.state_format.grad_nbytes * self.workload.blocks[block].stored_numel
 
     def update(
         self,
@@ -181,20 +192,18 @@ class Unroller:
     ) -> tuple[Index, ...]:
         """The pieces of one update. Returns what a use of the new parameters waits for in memory."""
         plan, state = self.plan, self.plan.state_format
-        numel = (
-            self.workload.root_trainable_numel
-            if block is None
-            else self.workload.blocks[block].trainable_numel
-        )
-        in_host = plan.states_in_host[-1 if block is None else block]
+        numel = self.workload.root_stored_numel if block is None else self.workload.blocks[block].stored_numel
         stored_param = block is not None and not plan.params_in_host[block]
-        states = state.state_nbytes * numel * (1 - in_host)
+        in_host = plan.state_in_host_nbytes(-1 if block is None else block, numel)
+        states = state.state_nbytes * numel - in_host
         param = state.param_nbytes * numel if stored_param else 0
         read = states + (param if reads_param and state.update_reads_param else 0)
         frozen = self.param_nbytes(block) - param if block is not None and reads_param and stored_param else 0
         computed: list[Index] = []
         last: Index = None
         n = plan.update_pieces
+        if plan.chunk_elements is not None:
+            n = max(1, min(n, -(-numel // plan.chunk_elements)))
         for piece in range(n):
             freed = releases if piece == n - 1 else ()
             buffer = self.pieces.popleft()
@@ -213,20 +222,27 @@ class Unroller:
         closed = self.last_compute
         root_ready = self.updated.get(None)
         micros = range(self.plan.micro_batches)
+        streamed = [block for block in range(self.n_blocks) if self.takes_slot(block)]
+        at_turn = set(streamed[max(0, len(streamed) - self.plan.n_slots) :])
+        self.at_start = set(streamed[: self.plan.n_slots])
         for block in range(self.n_blocks):
             self.fetch(block, closed)
             last = None
             for micro in micros:
                 last = self.forward(block, micro, root_ready)
-            if block < self.n_blocks - self.plan.n_slots:
-                self.resident.discard(block)
-                self.free_slots.append(last)
+            if block in at_turn or not self.takes_slot(block):
+                continue
+            self.resident.discard(block)
+            self.free_slots.append(last)
         self.in_window = deque([self.last_compute, self.out_window[-1]])
         flops = self.workload.root_flops_per_sample * self.samples
-        for _ in micros:
-            self.compute("forward", flops, root_ready)
-        for _ in micros:
-            self.compute("backward", 2 * flops)
+        alive = root_working_nbytes(self.workload, self.plan.batch_samples) if self.traced else 0
+        for micro in micros:
+            acquired = (("device", alive),) if micro == 0 else ()
+            self.compute("forward", flops, root_ready, acquires=acquired)
+        for micro in micros:
+            released = (("device", alive),) if micro == self.plan.micro_batches - 1 else ()
+            self.compute("backward", 2 * flops, releases=released)
         uses = list(reversed(range(self.n_blocks)))
         self.to_swap_in = deque((block, micro) for block in uses for micro in micros)
         self.n_backwards = self.n_swapped_in = fetched = 0
@@ -255,6 +271,8 @@ class Unroller:
             before.append(self.emit("swap_in", "h2d", transit, arrived, block=block, micro=micro))
         everything, kept = self.tensors(block, None), self.tensors(block, "device")
         host, storage = self.tensors(block, "host"), self.tensors(block, "storage")
+        if self.traced:
+            everything = kept + host + storage  # forward alone has less alive than backward
         index = self.compute(
             "forward",
             self.workload.blocks[block].flops_per_sample * self.samples,
@@ -293,7 +311,7 @@ class Unroller:
         last: Index = None
         for micro in range(self.plan.micro_batches):
             last = self.backward(block, micro, buffer if micro == 0 else None)
-        stays = self.shares_host and block < self.plan.n_slots
+        stays = self.shares_host and (block in self.at_start or not self.takes_slot(block))
         if not stays:
             self.resident.discard(block)
             if not self.shares_host:
@@ -304,6 +322,11 @@ class Unroller:
         host, storage = self.tensors(block, "host"), self.tensors(block, "storage")
         kept, again = self.tensors(block, "device"), self.tensors(block, "recompute")
         work = self.workload.blocks[block]
+        temporary = int(2 * self.samples * max((t.nbytes_per_sample for t in work.saved), default=0))
+        if self.traced:
+            inputs = int(self.samples * work.input_nbytes_per_sample)
+            alive = block_working_nbytes(self.workload, block, self.plan.batch_samples, self.samples)
+            again, temporary = max(0, alive - (kept + host + storage - inputs)), 0
         self.swap_in_ahead(done=self.n_backwards)
         arrived = [buffer, *self.loaded[block], self.arrived.pop((block, micro))]
         outcomes = self.plan.activations[block]
@@ -322,7 +345,6 @@ class Unroller:
         )
         numel = work.trainable_numel + work.frozen_numel
         factor = 1 + (work.trainable_numel / numel if numel else 1)
-        temporary = int(2 * self.samples * max((t.nbytes_per_sample for t in work.saved), default=0))
         index = self.compute(
             "backward",
             factor * work.flops_per_sample * self.samples,
@@ -412,7 +434,7 @@ class Unroller:
 
     def update_root(self) -> None:
         """The root's gradients are complete when backward ends, and forward needs its parameters first."""
-        numel = self.workload.root_trainable_numel
+        numel = self.workload.root_stored_numel
         if not numel:
             return
         out: Index = self.last_compute

@@ -8,7 +8,14 @@ import json
 import pytest
 
 from offload.errors import ConfigError
-from offload.schedule.trace import draw_timeline, lanes_of, trace_events, write_trace
+from offload.schedule.trace import (
+    draw_side_by_side,
+    draw_timeline,
+    lanes_of,
+    trace_events,
+    write_side_by_side,
+    write_trace,
+)
 from offload.telemetry import Span
 
 SPANS = [
@@ -72,3 +79,16 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path) -> None:
 def test_nothing_to_draw_is_said() -> None:
     with pytest.raises(ConfigError, match="no spans"):
         draw_timeline("unused.png", [])
+
+
+def test_a_measured_step_is_laid_beside_a_simulated_one_from_its_own_beginning(tmp_path) -> None:
+    path = tmp_path / "both.json"
+    write_side_by_side(str(path), SPANS, SPANS, measured_begin_s=0.25)
+    events = [e for e in json.loads(path.read_text())["traceEvents"] if e["ph"] == "X"]
+    starts = {(e["pid"], e["name"]): (e["ts"], e["dur"]) for e in events}
+    assert starts[1, "fetch 0"] == pytest.approx((0.0, 2.5e5))
+    assert starts[1, "forward 0.0"] == pytest.approx((2.5e5, 7.5e5))
+    assert starts[2, "forward 0.0"] == pytest.approx((5e5, 7.5e5))
+    picture = tmp_path / "both.png"
+    draw_side_by_side(str(picture), SPANS, SPANS, 0.25)
+    assert picture.read_bytes().startswith(b"\x89PNG")
