@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -268,8 +269,10 @@ def main() -> None:
         row["bus_bytes_per_s"] = options.bus_bytes_per_s
     for side in sides:
         side.model.offload.close()
-    about = {"settings": vars(options), "profile": machine.model_dump(mode="json")}
-    common.write_rows(options.json, rows, machine=common.machine("."), **about)
+    about = common.about(".", settings=vars(options), profile=machine.model_dump(mode="json"))
+    common.write_rows(
+        options.json, [row | about for row in rows], common.command_line(sys.argv[0], sys.argv[1:])
+    )
 
 
 if __name__ == "__main__":
