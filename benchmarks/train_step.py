@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import pathlib
+import random
 import shutil
 import subprocess
 import sys
@@ -130,18 +131,20 @@ class Row:
                 side.run(2, keep=False)
             if self.options.peer and self.name == "storage":
                 self._start_peers(sides)
-            self.ours.run(
-                1, keep=False
-            )  # for the proportion of fio's reads: the bytes of a step settle at once
             self._measure_drive(keep=False)
+            shuffler = random.Random(0)
             for done in range(self.options.rounds):
                 if done >= 3 and time.monotonic() > deadline_s:
                     break
-                for side in sides:
+                turns = [*sides, None]
+                shuffler.shuffle(turns)  # nobody always comes after the same other
+                for side in turns:
+                    if side is None:
+                        self._measure_drive(keep=True)
+                        continue
                     # Untimed: the step after another side's has the drive's and the machine's caches against it.
                     side.run(1, keep=False)
                     side.run(self.options.steps)
-                self._measure_drive(keep=True)
             result = self.ours.digest()
         finally:
             for side in sides:
