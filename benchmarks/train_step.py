@@ -22,6 +22,7 @@ import argparse
 import json
 import os
 import pathlib
+import random
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from train_side import DEVICE_MEMORY, STATE_NBYTES_PER_PARAM
 
 ROWS = ("storage", "half", "1b")
 REFERENCE_NBYTES_PER_PARAM = 17  # state, the model it starts from and the device tier, all in memory
+ROUNDS_MIN = 3
 WORKER = pathlib.Path(__file__).with_name("train_side.py")
 # Prefetching is off and there are more buffers than by default: with either default it stops on an assertion.
 PEER_CONFIGURATIONS = {
@@ -112,6 +114,7 @@ class Row:
         self.name, self.options, self.directory = name, options, directory
         self.model = "1b" if name == "1b" else options.model
         self.share = 0.5 if name == "half" else 0.0
+        self.steps = min(2, options.steps) if name == "1b" else options.steps
         self.rates: dict[str, list[float]] = {"write": [], "read": [], "rw": []}
         self.peers: dict[str, Side] = {}
         self.stopped_peers: dict[str, str] = {}
@@ -130,18 +133,20 @@ class Row:
                 side.run(2, keep=False)
             if self.options.peer and self.name == "storage":
                 self._start_peers(sides)
-            self.ours.run(
-                1, keep=False
-            )  # for the proportion of fio's reads: the bytes of a step settle at once
             self._measure_drive(keep=False)
+            shuffler = random.Random(0)
             for done in range(self.options.rounds):
-                if done >= 3 and time.monotonic() > deadline_s:
+                if done >= ROUNDS_MIN and time.monotonic() > deadline_s:
                     break
-                for side in sides:
+                turns = [*sides, None]
+                shuffler.shuffle(turns)  # nobody always comes after the same other
+                for side in turns:
+                    if side is None:
+                        self._measure_drive(keep=True)
+                        continue
                     # Untimed: the step after another side's has the drive's and the machine's caches against it.
                     side.run(1, keep=False)
-                    side.run(self.options.steps)
-                self._measure_drive(keep=True)
+                    side.run(self.steps)
             result = self.ours.digest()
         finally:
             for side in sides:
@@ -290,7 +295,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", default=",".join(ROWS), help=f"comma-separated, of {', '.join(ROWS)}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--row-budget-s", type=float, default=150, help="no round starts after it, once 3 are done"
+        "--row-budget-s",
+        type=float,
+        default=150,
+        help=f"no round starts after it, once {ROUNDS_MIN} are done",
     )
     parser.add_argument("--steps", type=int, default=4, help="timed steps a side takes in one round")
     parser.add_argument("--storage", help="directory on the drive to measure; default: the current one")
