@@ -53,8 +53,8 @@ def _run_ahead(spare: int, slot: int, grad: int, least_slots: int, wanted: int) 
     """(block slots, gradient buffers, bytes left) of `spare` bytes beyond the least.
 
     A block whose update is under way holds a slot and a gradient buffer, so that more of either alone leave backward
-    waiting for the other. Of what is left then, two thirds are for slots, which save reads at the turns, and the rest is for
-    activations.
+    waiting for the other. Of what is left then, two thirds are for slots, which save reads at the turns, and the rest
+    is for activations.
     """
     n_slots, n_grads = least_slots, 1 if least_slots else 0
     if grad and least_slots and spare >= grad:
