@@ -15,7 +15,7 @@ import sys
 import time
 
 BATCH, TOKENS = 1, 128
-DEVICE_MEMORY = {"tiny": "8MB", "151m": "500MB", "1b": "1500MB"}
+DEVICE_MEMORY = {"tiny": "8MB", "151m": "600MB", "1b": "1500MB"}
 STATE_NBYTES_PER_PARAM = 12
 
 

@@ -47,25 +47,36 @@ class Placement:
     storage_nbytes: int
     activation_staging_nbytes: int
     """Host memory through which activations go to storage; included in `host_nbytes`."""
+    params_on_device: bool = False
+    """Every block's parameters stay in device memory that storage's data can be read into: they are never stored."""
 
 
-def _run_ahead(spare: int, slot: int, grad: int, least_slots: int, wanted: int) -> tuple[int, int, int]:
-    """(block slots, gradient buffers, bytes left) of `spare` bytes beyond the least.
+def _run_ahead(
+    spare: int, slot: int, grad: int, least_slots: int, wanted: int, per_buffer: int, *, stays: bool
+) -> tuple[int, int]:
+    """(block slots, gradient buffers) that `spare` bytes beyond the least pay for.
 
-    A block whose update is under way holds a slot and a gradient buffer, so that more of either alone leave backward
-    waiting for the other. Of what is left then, two thirds are for slots, which save reads at the turns, and the rest
-    is for activations.
+    With a slot for every block no parameters move at all: that goes first where parameters `stays` is possible.
+    Otherwise a block whose update is under way holds a slot and its gradients, so that more of either alone leave
+    backward waiting for the other. Of what is left then, two thirds are for slots, which save reads at the turns, and
+    the rest is for activations. A gradient buffer holds the gradients of `per_buffer` blocks.
     """
-    n_slots, n_grads = least_slots, 1 if least_slots else 0
-    if grad and least_slots and spare >= grad:
+    n_slots, n_grads = least_slots, min(1, least_slots)
+    overlaps = 0 if per_buffer > 1 or not grad else grad
+    all_stay = (wanted - n_slots) * slot + overlaps + slot // 4
+    if stays and n_slots < wanted and spare >= all_stay:
+        n_slots, spare = wanted, spare - (wanted - n_slots) * slot
+    if grad and n_grads and n_grads * per_buffer < 2 and spare >= grad:
         n_grads, spare = 2, spare - grad
     if n_slots < wanted and spare >= 2 * slot:
         n_slots, spare = n_slots + 1, spare - slot
-    pair = grad + slot
-    while grad and n_slots < wanted and 2 <= n_grads < GRAD_BUFFERS_MAX and spare >= pair + slot:
-        n_slots, n_grads, spare = n_slots + 1, n_grads + 1, spare - pair
+    while grad and 2 <= n_grads * per_buffer < GRAD_BUFFERS_MAX:
+        slots = min(per_buffer, wanted - n_slots)
+        if spare < grad + slots * slot + slot or n_grads * per_buffer >= n_slots + slots:
+            break
+        n_slots, n_grads, spare = n_slots + slots, n_grads + 1, spare - grad - slots * slot
     more = max(0, min(wanted - n_slots, 2 * spare // (3 * slot) if slot else 0))
-    return n_slots + more, n_grads, spare - more * slot
+    return n_slots + more, n_grads
 
 
 def _gb(nbytes: int) -> str:
@@ -86,13 +97,14 @@ def place(
     deferred: bool,
     prefetch_blocks: int | None,
     shares_host: bool = True,
+    grads_per_buffer: int = 1,
 ) -> Placement:
     """Fill the tiers with what saves most traffic per byte of memory (DESIGN.md section 5).
 
     Traffic saved a step per byte held in DRAM: a parameter plane 3 (read twice, written once), a deferred gradient
     and optimizer state 2. The root's parameters stay on the device. A device that does not share the host's memory
-    needs a mirror of the root, host slots and host gradient buffers besides. Raises BudgetError with the smallest
-    budgets.
+    needs a mirror of the root, host slots and host gradient buffers besides. `grads_per_buffer` is how many blocks'
+    gradients a gradient buffer holds: 2 where they are not fp32. Raises BudgetError with the smallest budgets.
     """
     slot = max((b.slot_nbytes for b in blocks), default=0)
     grad = max((b.grad_nbytes for b in blocks), default=0)
@@ -116,7 +128,16 @@ def place(
     )
     spare = device_nbytes - least_device
     wanted = len(blocks) if prefetch_blocks is None else min(len(blocks), prefetch_blocks + 1)
-    n_slots, n_grad_buffers, spare = _run_ahead(spare, slot, grad, least_slots, wanted)
+    n_slots, n_grad_buffers = _run_ahead(
+        spare,
+        slot,
+        grad,
+        least_slots,
+        wanted,
+        grads_per_buffer,
+        stays=shares_host and has_storage and wanted == len(blocks),
+    )
+    params_on_device = shares_host and has_storage and n_slots == len(blocks) > 0
     left = host_nbytes - always
     if has_storage:
         more = _more_activation_staging_nbytes(left - n_host_slots * slot)
@@ -128,14 +149,16 @@ def place(
     if not shares_host and left >= second + (0 if has_storage else everything):
         n_host_grads, left = 2 * n_host_grads, left - grad * n_host_grads
         n_host_slots, left = n_host_slots + (n_host_slots > 0), left - slot * (n_host_slots > 0)
-    params_in_host, grads_in_host, host_chunks, left = fill_host(blocks, root, left, deferred)
+    params_in_host, grads_in_host, host_chunks, left = fill_host(
+        blocks, root, left, deferred, params_elsewhere=params_on_device
+    )
     if not shares_host and all(params_in_host):
         left, n_host_slots = left + n_host_slots * slot, 0
     storage = 0
     for i, block in enumerate([*blocks, root]):
         storage += sum(block.state_chunk_nbytes[host_chunks[i] :])
         if i < len(blocks):
-            storage += 0 if params_in_host[i] else block.slot_nbytes
+            storage += 0 if params_in_host[i] or params_on_device else block.slot_nbytes
     return Placement(
         n_slots=n_slots,
         n_grad_buffers=n_grad_buffers,
@@ -148,6 +171,7 @@ def place(
         host_nbytes=host_nbytes - left,
         storage_nbytes=storage,
         activation_staging_nbytes=activation_staging,
+        params_on_device=params_on_device,
     )
 
 
@@ -201,14 +225,14 @@ def _more_activation_staging_nbytes(left_nbytes: int) -> int:
 
 
 def fill_host(
-    blocks: list[BlockBytes], root: BlockBytes, left: int, deferred: bool
+    blocks: list[BlockBytes], root: BlockBytes, left: int, deferred: bool, *, params_elsewhere: bool = False
 ) -> tuple[list[bool], list[bool], list[int], int]:
     """(parameters in host, waiting gradients in host, state chunks in host, bytes left), most saving first."""
     params_in_host = [False] * len(blocks)
     grads_in_host = [False] * len(blocks)
     host_chunks = [0] * (len(blocks) + 1)
     for i, block in enumerate(blocks):
-        if block.slot_nbytes <= left:
+        if block.slot_nbytes <= left and not params_elsewhere:
             params_in_host[i] = True
             left -= block.slot_nbytes
     if deferred:

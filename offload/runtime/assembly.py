@@ -68,6 +68,7 @@ class Assembly:
     device_slots: list[DeviceSlot]
     grad_buffers: list[GradBuffer]
     out_buffers: list[GradBuffer]
+    one_gradient_each: bool
     resources: Resources
     activation_staging: torch.Tensor
     placement: Placement
@@ -179,6 +180,7 @@ class _Builder:
         choices: dict[str, Any] = {
             "deferred": self.config.deferred,
             "prefetch_blocks": self.config.prefetch_blocks,
+            "grads_per_buffer": 2 if self.one_gradient_each else 1,
         }
         return place(self.bytes_of, root, **budgets, **choices)
 
@@ -220,8 +222,6 @@ class _Builder:
             queue_depth=config.io_queue_depth,
             keep=config.keep_store,
         )
-        store.engine.register_buffer(self.device_arena.address, self.device_arena.nbytes)
-        store.engine.register_buffer(self.host_arena.address, self.host_arena.nbytes)
         return store
 
     def make_resources(self, spans: SpanLog) -> Resources:
@@ -250,6 +250,8 @@ class _Builder:
     def make_slots(self) -> tuple[list[Slot], list[DeviceSlot]]:
         nbytes = max((b.slot_nbytes for b in self.bytes_of), default=0)
         placement = self.placement
+        if placement.params_on_device:
+            return [], []
         if self.device.shares_host:
             return [Slot(self.on_device(nbytes)) for _ in range(placement.n_slots)], []
         host = [Slot(self.host_arena.take(nbytes)) for _ in range(placement.n_host_slots)]
@@ -265,14 +267,24 @@ class _Builder:
             [GradBuffer(self.host_arena.take(nbytes).view(torch.float32)) for _ in range(n_host)],
         )
 
+    @property
+    def one_gradient_each(self) -> bool:
+        """Whether a block's gradients come once a step, in bfloat16, and are used at once."""
+        micro_batches = self.config.micro_batches if self.plan is None else self.plan.micro_batches
+        dtypes = {b.dtype for layout in self.layouts for b in layout.buffers if b.trainable}
+        waits = any(self.gradients_wait(index) for index in range(len(self.layouts)))
+        return micro_batches == 1 and dtypes == {torch.bfloat16} and not waits
+
     def make_block(self, index: int, store: Store | None, scratch: Slot | None) -> BlockRecord:
         layout, placement = self.layouts[index], self.placement
         param_offset = -1
-        if not placement.params_in_host[index] and store is not None:
+        stays = placement.params_on_device or placement.params_in_host[index]
+        if not stays and store is not None:
             param_offset = store.allocate(layout.slot_nbytes)
         record = BlockRecord(index, layout, False, param_offset, self._states(index, layout, store))
         if param_offset < 0:
-            record.slot = Slot(self.host_arena.take(layout.slot_nbytes), record)
+            take = self.on_device if placement.params_on_device else self.host_arena.take
+            record.slot = Slot(take(layout.slot_nbytes), record)
         if placement.grads_in_host[index]:
             record.grad_host = self.host_arena.take(layout.grad_elements * 4).view(torch.float32)
         elif store is not None and layout.grad_elements and self.gradients_wait(index):
@@ -350,6 +362,9 @@ def _fill(builder: _Builder, resources: Resources) -> Assembly:
     scratch = slots[0] if slots else None
     blocks = [builder.make_block(index, store, scratch) for index in range(len(builder.layouts))]
     root = builder.make_root(store)
+    if store is not None:  # this makes the pages present: only now is the model that was imported gone
+        store.engine.register_buffer(builder.device_arena.address, builder.device_arena.nbytes)
+        store.engine.register_buffer(builder.host_arena.address, builder.host_arena.nbytes)
     return Assembly(
         blocks=blocks,
         root=root,
@@ -358,6 +373,7 @@ def _fill(builder: _Builder, resources: Resources) -> Assembly:
         device_slots=device_slots,
         grad_buffers=grad_buffers,
         out_buffers=out_buffers,
+        one_gradient_each=builder.one_gradient_each,
         resources=resources,
         activation_staging=activation_staging,
         placement=builder.placement,

@@ -77,7 +77,7 @@ class OffloadEngine:
             raise
         self.root, self.blocks, self.placement = parts.root, parts.blocks, parts.placement
         self._optimizer = weakref.ref(optimizer)
-        self._scheduler = _make_scheduler(parts, self.stalls, self.spans)
+        self._scheduler = _make_scheduler(parts, self.stalls, self.spans, holds=self.plan is None)
         self._gradients = self._scheduler.gradients
         self._early_root = EarlyRoot(self.root, config.chunk_elements)
         self.activations = _make_activations(parts, config, self.stalls, self.spans, self.plan is not None)
@@ -126,6 +126,8 @@ class OffloadEngine:
         """Before the block's forward."""
         if self._closed:
             raise UsageError("the offload engine is closed; wrap the model again")
+        if block.awaiting_backward:
+            self._gradients.will_accumulate()
         self._scheduler.begin(block, "forward")
 
     def end_forward(self, block: BlockRecord) -> None:
@@ -158,7 +160,8 @@ class OffloadEngine:
             self._gradients.drop(block)
             return
         if self._sync and not self._defers(block) and not block.awaiting_backward:
-            self._scheduler.update_now(block, self._hyper_of)
+            if not self._scheduler.hold(block):
+                self._scheduler.update_now(block, self._hyper_of)
             block.updated_since_step = True
             return
         if self._sync and self.config.max_grad_norm is not None:
@@ -208,6 +211,7 @@ class OffloadEngine:
 
     def _backward_ended(self) -> None:
         self._backward_open = False
+        self._scheduler.update_held(self._hyper_of)
         if self._sync and not self._defers(self.root) and self._scheduler.root_has_gradients():
             if not self._early_root.has_updated:
                 self._refuse_second_backward()
@@ -260,6 +264,7 @@ class OffloadEngine:
         store = self._assembly.resources.store
         if store is not None:
             store.check_intact()
+        self._scheduler.update_held(self._hyper_of)  # of a backward that failed midway
         waiting = [b for b in self.blocks if b.touched]
         if any(b.pending_update for b in [*waiting, self.root]):
             self._scheduler.flush()  # a block was skipped by this step's forward
@@ -282,7 +287,7 @@ class OffloadEngine:
     def discard_gradients(self) -> None:
         """Forget gradients that no step has consumed."""
         self._backward_open = False
-        self._scheduler.drop_rest_of_root()
+        self._scheduler.drop_undone()
         for block in [*self.blocks, self.root]:
             if block.pending_update or block.tickets:
                 continue
@@ -294,6 +299,7 @@ class OffloadEngine:
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Accumulate: gradients of backwards inside wait for the first backward outside (the DDP convention)."""
+        self._gradients.will_accumulate()
         before, self._sync = self._sync, False
         try:
             yield
@@ -392,7 +398,7 @@ class OffloadEngine:
             self._finalizer()
 
 
-def _make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog) -> Scheduler:
+def _make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog, *, holds: bool) -> Scheduler:
     residency: Residency = SharedResidency(parts.resources.device.torch_device)
     if not parts.resources.device.shares_host:
         residency = CopiedResidency(parts.device_slots, parts.resources.device, parts.resources.copies)
@@ -415,8 +421,10 @@ def _make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog) -> Schedule
             stalls,
             spans,
             parts.host_nbytes - parts.placement.host_nbytes,
+            parts.one_gradient_each,
             complete,
         ),
+        holds=holds,
     )
 
 

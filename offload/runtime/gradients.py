@@ -1,4 +1,10 @@
-"""Gradients on their way: from autograd into a block's plane, from there to the update or to where they wait."""
+"""Gradients on their way: from autograd into a block's plane, from there to the update or to where they wait.
+
+[Note: gradients that come once] A bf16 parameter's gradient is bf16. Where a step gives it once and its update is made
+at once, nothing is added up, and the plane holds it as it came: an fp32 buffer then serves two blocks, and half of the
+bytes leave the device. The first sign of accumulation (`no_sync`, a block that is called twice) makes them fp32 for
+good; micro-batches and updates that wait have fp32 from the start.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +25,7 @@ from offload.types import SEGMENT_ELEMENTS
 class Gradients:
     """Owns the gradient buffers. `buffers` are in device memory, `out_buffers` in host memory (none when shared).
 
+    `one_each`: every block's gradients come once a step, as long as nobody calls `will_accumulate`.
     `complete(block, cause)` waits for the block's update. `spare_host_nbytes` may be taken for waiting gradients.
     """
 
@@ -32,10 +39,14 @@ class Gradients:
         stalls: Stalls,
         spans: SpanLog,
         spare_host_nbytes: int,
+        one_each: bool,
         complete: Callable[[BlockRecord, str], None],
     ) -> None:
-        self._buffers = buffers
-        self._out_buffers = out_buffers
+        self._fp32 = buffers, out_buffers
+        self._buffers, self._out_buffers = buffers, out_buffers
+        self.one_each = one_each
+        if one_each:
+            self._buffers, self._out_buffers = _halves(buffers), _halves(out_buffers)
         self._device = device
         self._copies = copies
         self._store = store
@@ -44,6 +55,25 @@ class Gradients:
         self._spare_host_nbytes = spare_host_nbytes
         self._complete = complete
         self._n_taken = 0
+
+    def will_accumulate(self) -> None:
+        """More than one gradient of a parameter is about to come in a step. Waits for the updates under way."""
+        if not self.one_each:
+            return
+        self.one_each = False
+        for buffer in [*self._buffers, *self._out_buffers]:
+            owner = buffer.owner
+            if owner is not None and owner.tickets:
+                self._complete(owner, "gradient")
+            elif owner is not None and owner.grad_buffer is buffer and not owner.touched:
+                self.drop(owner)
+            if buffer.owner is not None:
+                raise UsageError(
+                    f"block {buffer.owner.name} is in the middle of a backward: begin to accumulate gradients "
+                    "(no_sync(), or a second forward) before it or after it"
+                )
+            buffer.free_after.wait()
+        self._buffers, self._out_buffers = self._fp32
 
     # ---- in backward -----------------------------------------------------------------------------------------
 
@@ -76,6 +106,11 @@ class Gradients:
             raise UsageError(f"block {block.name} received a gradient but has no trainable parameter")
         target = block.grad_view(buffer, buffer.segments[position], block.grad_buffer.plane)
         if id(parameter) in block.touched:
+            if target.dtype != torch.float32:
+                raise UsageError(
+                    f"block {block.name}: a second gradient of one parameter came in one step: run all backwards of a "
+                    "step but the last under `with model.offload.no_sync():`"
+                )
             target.add_(grad)
         else:
             target.copy_(grad)
@@ -131,6 +166,10 @@ class Gradients:
             )
             self._spans.add("write", f"spill {block.label}", block.grad_gate.times)
         block.grad_buffer = None
+
+    def can_hold(self) -> bool:
+        """Whether a block may keep its gradient buffer until backward has ended: two others go on without it."""
+        return len(self._buffers) > 2
 
     def drop(self, block: BlockRecord) -> None:
         """Free a gradient buffer that nothing was added to."""
@@ -229,6 +268,11 @@ class Gradients:
             )
         self._spare_host_nbytes -= nbytes
         block.grad_host = torch.empty(block.layout.grad_elements, dtype=torch.float32)
+
+
+def _halves(buffers: list[GradBuffer]) -> list[GradBuffer]:
+    """Two bf16 buffers of as many elements in the memory of each fp32 one."""
+    return [GradBuffer(half) for buffer in buffers for half in buffer.plane.view(torch.bfloat16).chunk(2)]
 
 
 def _ranges(

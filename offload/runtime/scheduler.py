@@ -36,7 +36,10 @@ HyperOf = Callable[[torch.nn.Parameter], "Hyper"]
 
 
 class Scheduler:
-    """The executor over real resources. `blocks` in order of use; `root` is always resident."""
+    """The executor over real resources. `blocks` in order of use; `root` is always resident.
+
+    `holds`: whether one update may be held until backward has ended (a plan's schedule holds none).
+    """
 
     def __init__(
         self,
@@ -50,6 +53,8 @@ class Scheduler:
         spans: SpanLog,
         in_device: InDeviceState | None,
         make_gradients: Callable[[Callable[[BlockRecord, str], None]], Gradients],
+        *,
+        holds: bool,
     ) -> None:
         self.blocks = blocks
         self.root = root
@@ -62,8 +67,10 @@ class Scheduler:
         self._in_device = in_device
         self.gradients = make_gradients(self._complete)
         self._cursor = UseCursor(len(blocks))
+        self._to_hold = _to_hold(blocks) if holds else None
         self._pending_segments: dict[int, Segments] = {}
         self._rest_of_root: Segments = []
+        self._held: BlockRecord | None = None
 
     # ---- host slots ------------------------------------------------------------------------------------------
 
@@ -271,9 +278,31 @@ class Scheduler:
         """Whether the root has some that no update has taken."""
         return bool(self.root.touched or any(self._rest_of_root))
 
-    def drop_rest_of_root(self) -> None:
-        """Forget what an early update has left for the last one."""
+    # [Note: one update is held] In forward each block waits for its own update, so that all have been made when the
+    # last blocks run, and storage stands idle until backward gives the first gradients. The last block but one can have
+    # its update in that time instead: it is held until backward has ended, where memory has room for its gradients
+    # beside those of a block in backward and one in an update. The last block's would leave the same gap a block later.
+
+    def hold(self, block: BlockRecord) -> bool:
+        """Whether the update of a block, whose backward has ended, is to wait for the end of backward."""
+        if block is not self._to_hold or self._held is not None or not self.gradients.can_hold():
+            return False
+        self._held = block
+        return True
+
+    def update_held(self, hyper_of: HyperOf) -> None:
+        """Start the update that was held. The root's, which comes next, puts those under way in the order of use."""
+        held, self._held = self._held, None
+        if held is not None:
+            self.update_now(held, hyper_of)
+
+    def drop_undone(self) -> None:
+        """Forget the gradients of updates that a failed backward has left undone."""
         self._rest_of_root = []
+        held, self._held = self._held, None
+        if held is not None:
+            held.touched.clear()
+            self.gradients.drop(held)
 
     def update_later(self, block: BlockRecord, hyper_of: HyperOf) -> None:
         """Decide the update now; it runs with the block's next fetch."""
@@ -296,7 +325,7 @@ class Scheduler:
                     )
                 continue
             extents = block.states[position]
-            grad_address, grad_offset = self._gradient_source(block, 4 * buffer.grad_start)
+            grad_dtype, grad_address, grad_offset = self._gradient_source(block, buffer.grad_start)
             job = UpdateJob(
                 param_codec=buffer.codec,
                 n_elements=buffer.n_elements,
@@ -306,6 +335,7 @@ class Scheduler:
                 state_offset=extents.offset,
                 state_host_address=0 if extents.host is None else extents.host.data_ptr(),
                 host_chunks=extents.host_chunks,
+                grad_dtype=grad_dtype,
                 grad_address=grad_address,
                 grad_offset=grad_offset,
                 grad_gate=block.grad_gate,
@@ -321,13 +351,14 @@ class Scheduler:
     # wanted first. The root's update comes last of a step, and puts those that have not begun in the order of use, so
     # that forward goes on while the updates of later blocks are still being made.
     @staticmethod
-    def _gradient_source(block: BlockRecord, skip_nbytes: int) -> tuple[int, int]:
-        """(address, -1) of gradients in host memory, or (0, offset) of gradients on storage."""
+    def _gradient_source(block: BlockRecord, start: int) -> tuple[str, int, int]:
+        """Of the gradients from element `start`: dtype, and (address, -1) in host memory or (0, offset) on storage."""
         if block.grad_out is not None:
-            return block.grad_out.plane.data_ptr() + skip_nbytes, -1
+            part = block.grad_out.plane[start:]
+            return str(part.dtype).removeprefix("torch."), part.data_ptr(), -1
         if block.grad_host is not None:
-            return block.grad_host.data_ptr() + skip_nbytes, -1
-        return 0, block.grad_offset + skip_nbytes
+            return "float32", block.grad_host[start:].data_ptr(), -1
+        return "float32", 0, block.grad_offset + 4 * start
 
     def flush(self) -> None:
         """Make every decided update and wait for everything in flight."""
@@ -342,3 +373,12 @@ class Scheduler:
     def rewind(self) -> None:
         """A step has ended: the next use is forward of the first block."""
         self._cursor.rewind()
+
+
+def _to_hold(blocks: list[BlockRecord]) -> BlockRecord | None:
+    """The last block but one, where its parameters have memory of their own and storage has its state."""
+    if len(blocks) < 4:
+        return None
+    block = blocks[-2]
+    on_storage = any(extents.offset >= 0 for extents in block.states.values())
+    return block if block.param_offset < 0 and on_storage else None

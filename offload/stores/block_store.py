@@ -36,7 +36,10 @@ class DeviceSlot:
 
 @dataclass
 class GradBuffer:
-    """fp32 gradient plane; `owner` is the block whose gradients it holds. A `permanent` one never changes hands."""
+    """Gradient plane, fp32 or, for gradients that come once, bf16; `owner` is the block whose gradients it holds.
+
+    A `permanent` one never changes hands.
+    """
 
     plane: torch.Tensor
     owner: BlockRecord | None = None
