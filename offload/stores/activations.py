@@ -245,15 +245,31 @@ class ActivationStore:
             held.read_nbytes += part.numel()
 
     def _finish_reads(self, held: _Held) -> None:
-        while held.pieces:
-            lease, part, ticket = held.pieces.popleft()
-            with self._stalls.waiting("activation"):
-                ticket.wait()
-            held.arrived = self._copies.h2d(
-                f"swap_in {held.label}", part, lease.bytes_tensor[: part.numel()], [self._device.mark()]
-            )
-            lease.release_after(held.arrived.wait)
+        """All of it, also where the staging is full of what has been read ahead for others."""
+        while held.tier == "storage" and (held.pieces or held.read_nbytes < held.nbytes):
+            if held.pieces:
+                self._land(held)
+            else:
+                self._empty_staging()
             self._issue_reads(held)
+            if not held.pieces and held.read_nbytes < held.nbytes:
+                raise UsageError("activation staging is lent to nobody that is known; please report this")
+
+    def _land(self, held: _Held) -> None:
+        """Bring the piece that was read first to the device, and give its staging back."""
+        lease, part, ticket = held.pieces.popleft()
+        with self._stalls.waiting("activation"):
+            ticket.wait()
+        held.arrived = self._copies.h2d(
+            f"swap_in {held.label}", part, lease.bytes_tensor[: part.numel()], [self._device.mark()]
+        )
+        lease.release_after(held.arrived.wait)
+
+    def _empty_staging(self) -> None:
+        """What was read ahead goes on to the device."""
+        for other in self._order:
+            while other.pieces:
+                self._land(other)
 
     # ---- letting go ------------------------------------------------------------------------------------------
 
