@@ -118,7 +118,7 @@ class Machine:
 
     def look(self, probe: BlockProbe, dtype: str) -> Hardware:
         """The machine as it is now, for one model and micro-batch."""
-        found = measure(probe, self.updates, self.drives)
+        found = measure(probe, self.updates, self.drives, n_steps=1)
         drive = self.drives.measure(0.6)
         return Hardware(
             name="this machine",
@@ -157,6 +157,13 @@ class Bench:
         self.loss = lambda model: loss(model, ids)
         self.workload: Workload = profile_model(model, TOKENS, name=kind)
         self.probe = BlockProbe(model, self.workload, batch, self.loss)
+        self._first: Hardware | None = None
+
+    def first_look(self, here: Machine) -> Hardware:
+        """What the plans are made for; their choices are fixed."""
+        if self._first is None:
+            self._first = here.look(self.probe, self.dtype)
+        return self._first
 
 
 def configuration(
@@ -164,8 +171,7 @@ def configuration(
 ) -> dict[str, Any]:
     """One row."""
     looks = Looks()
-    first = here.look(bench.probe, bench.dtype)
-    plan = fixed_plan(bench.workload, first, bench.batch, **fixed)
+    plan = fixed_plan(bench.workload, bench.first_look(here), bench.batch, **fixed)
     with MeasuredRun(bench.build(), plan, storage, bench.loss) as run:
         for _ in range(2):
             run.step()

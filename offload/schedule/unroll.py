@@ -271,8 +271,9 @@ class Unroller:
             before.append(self.emit("swap_in", "h2d", transit, arrived, block=block, micro=micro))
         everything, kept = self.tensors(block, None), self.tensors(block, "device")
         host, storage = self.tensors(block, "host"), self.tensors(block, "storage")
-        if self.traced:
-            everything = kept + host + storage  # forward alone has less alive than backward
+        leaves = host + storage
+        if self.traced:  # forward has less alive than backward; what is swapped goes as soon as it is made
+            everything, leaves = kept, 0
         index = self.compute(
             "forward",
             self.workload.blocks[block].flops_per_sample * self.samples,
@@ -280,7 +281,7 @@ class Unroller:
             block=block,
             micro=micro,
             acquires=(("device", everything),),
-            releases=(("device", everything - kept - host - storage),),
+            releases=(("device", everything - kept - leaves),),
         )
         out: Index = None
         if host + storage:
@@ -294,7 +295,7 @@ class Unroller:
                 block=block,
                 micro=micro,
                 acquires=(("host", host),),
-                releases=(("device", host + storage),),
+                releases=(("device", leaves),),
             )
         self.out_window.append(out)
         if storage:
@@ -326,7 +327,9 @@ class Unroller:
         if self.traced:
             inputs = int(self.samples * work.input_nbytes_per_sample)
             alive = block_working_nbytes(self.workload, block, self.plan.batch_samples, self.samples)
-            again, temporary = max(0, alive - (kept + host + storage - inputs)), 0
+            input_kept = self.plan.activations[block].get(INPUT) == "device"
+            again = max(0, alive - (kept - inputs * input_kept)) + inputs * (not input_kept)
+            host = storage = temporary = 0  # what comes back is among what is alive
         self.swap_in_ahead(done=self.n_backwards)
         arrived = [buffer, *self.loaded[block], self.arrived.pop((block, micro))]
         outcomes = self.plan.activations[block]
@@ -397,7 +400,7 @@ class Unroller:
             self.boundary.pop((block + 1, micro), None),
             block=block,
             micro=micro,
-            acquires=(("device", host + storage),),
+            acquires=(("device", 0 if self.traced else host + storage),),
             releases=(("host", host), ("storage", storage)),
         )
 
