@@ -128,7 +128,7 @@ def plan_run(
     plan = make_plan(
         workload, hardware_for(config, shares_host), budgets, fixed_choices(config), batch_samples=samples
     )
-    return RunPlan(plan, workload)
+    return RunPlan(plan.model_copy(update={"chunk_elements": config.chunk_elements}), workload)
 
 
 def _read_plan(source: str) -> Plan:
