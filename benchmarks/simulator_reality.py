@@ -11,6 +11,7 @@ compares medians. `--trace FILE` and `--plot FILE` lay one configuration's measu
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shutil
 import sys
@@ -216,6 +217,7 @@ def row_of(name: str, looks: Looks, step: SimulatedStep, moved: Any, held: dict[
         "compute_speed_beside_update",
         "update_speed_beside_compute",
         "compute_speed_beside_storage",
+        "storage_speed_beside_compute",
     ):
         row[rate] = median([getattr(hardware, rate) for hardware in looks.hardware])
     row["forward_flops_per_s"] = median([h.work_flops_per_s["forward"] for h in looks.hardware])
@@ -279,6 +281,7 @@ def main() -> None:
             if (kind, batch) not in benches:
                 benches = {(kind, batch): Bench(kind, batch)}
             rows.append(configuration(name, benches[kind, batch], PLACEMENTS[place], here, storage, options))
+            gc.collect()  # a model refers to itself, and holds its arenas
             print(name, rows[-1]["error_percent"], file=sys.stderr, flush=True)
         about = machine(storage)
     finally:

@@ -263,14 +263,15 @@ class CostModel:
     def _phase(self, seconds: dict[str, Any], load: Load, exposed_s: Any) -> Any:
         """Duration of a phase: its busiest resource, with what this choice does not overlap added up. `exposed_s` is
         what the device waits for or does beside its FLOPs."""
-        compute = seconds["compute"]
+        compute, storage = seconds["compute"], seconds["storage"]
         if self.rates.shares_host:
+            storage = self.rates.slowed_storage_s(storage, compute)
             compute = self.rates.shared_cores_s(compute, seconds["cpu"], seconds["storage"])
         busy = [compute + exposed_s, seconds["bus"], seconds["dram"]]
         if load.serial_update:
-            busy.append(seconds["storage"] + seconds["cpu"])
+            busy.append(storage + seconds["cpu"])
         else:
-            busy += [seconds["storage"], seconds["cpu"]]
+            busy += [storage, seconds["cpu"]]
         return overlapped(busy, self.overlap_order)
 
     def cost(self, load: Load) -> Cost:

@@ -76,6 +76,7 @@ class Rates:
     """Share of its own speed that each keeps while both run, where they share the cores."""
     update_beside_compute: float = 0.5
     compute_beside_storage: float = 1.0
+    storage_beside_compute: float = 1.0
     work_flops_per_s: Mapping[str, float] = field(default_factory=dict)
     """By kind of work, where it is known better than `flops_per_s`: `Hardware.work_flops_per_s`."""
 
@@ -96,6 +97,11 @@ class Rates:
         )
         slowed_s = np.minimum(storage_s, both_s / self.compute_beside_storage)
         return both_s + (1 - self.compute_beside_storage) * slowed_s
+
+    def slowed_storage_s(self, storage_s: Any, compute_s: Any) -> Any:
+        """Time of transfers that take `storage_s` alone beside `compute_s` of computing on the cores they need."""
+        slowed_s = np.minimum(storage_s / self.storage_beside_compute, compute_s)
+        return storage_s + (1 - self.storage_beside_compute) * slowed_s
 
 
 def _capacity(drive: Drive) -> float:
@@ -153,5 +159,6 @@ def rates_of(hardware: Hardware, param_nbytes: int) -> Rates:
         compute_beside_update=hardware.compute_speed_beside_update,
         update_beside_compute=hardware.update_speed_beside_compute,
         compute_beside_storage=hardware.compute_speed_beside_storage,
+        storage_beside_compute=hardware.storage_speed_beside_compute,
         work_flops_per_s=hardware.work_flops_per_s,
     )

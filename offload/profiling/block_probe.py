@@ -143,6 +143,7 @@ class Measured:
     compute_speed_beside_update: float
     update_speed_beside_compute: float
     compute_speed_beside_storage: float
+    storage_speed_beside_compute: float
 
 
 def measure(probe: BlockProbe, updates: UpdateLoop, drives: DriveLoop | None, n_steps: int = 2) -> Measured:
@@ -158,10 +159,13 @@ def measure(probe: BlockProbe, updates: UpdateLoop, drives: DriveLoop | None, n_
         start, first = time.perf_counter(), count()
         beside_update_s = sum(sum(probe.step_seconds().values()) for _ in range(n_steps))
         beside_per_s = (count() - first) / (time.perf_counter() - start)
-    beside_storage_s = alone_s
+    beside_storage_s, storage_share = alone_s, 1.0
     if drives is not None:
-        with drives.running():
+        alone_per_s = drives.mixed_bytes_per_s(min(0.5, alone_s))
+        with drives.running() as moved:
+            start, first = time.perf_counter(), moved()
             beside_storage_s = sum(sum(probe.step_seconds().values()) for _ in range(n_steps))
+            storage_share = (moved() - first) / (time.perf_counter() - start) / alone_per_s
     seconds = {work: statistics.median(step[work] for step in alone) for work in WORK}
     return Measured(
         work_flops_per_s=probe.flops_per_s(seconds),
@@ -169,4 +173,5 @@ def measure(probe: BlockProbe, updates: UpdateLoop, drives: DriveLoop | None, n_
         compute_speed_beside_update=min(1.0, alone_s / beside_update_s),
         update_speed_beside_compute=min(1.0, beside_per_s / adam_per_s),
         compute_speed_beside_storage=min(1.0, alone_s / beside_storage_s),
+        storage_speed_beside_compute=min(1.0, storage_share),
     )

@@ -102,9 +102,10 @@ def _measure(directories: Sequence[str], file_nbytes: int, phase_s: float) -> Ra
 
 class DriveLoop:
     """A scratch store that is asked as a training run asks: requests of one chunk of optimizer state, as many in flight
-    as the update pipeline has buffers. For measuring again and again; writes `nbytes` once at the start."""
+    as the update pipeline has buffers, over a file as large as a run's (a small one would stay in a cache of the
+    drive). For measuring again and again; writes `nbytes` once at the start."""
 
-    def __init__(self, directories: Sequence[str], nbytes: int = 256 << 20) -> None:
+    def __init__(self, directories: Sequence[str], nbytes: int = 1 << 30) -> None:
         settings = Config()
         request_nbytes = settings.chunk_elements * 10
         self._nbytes = nbytes // request_nbytes * request_nbytes
@@ -118,16 +119,20 @@ class DriveLoop:
         read, written, mixed = (self._mover.run(how, seconds / 3, once=False) for how in ("r", "w", "rw"))
         return Rates(read.bytes_per_s, written.bytes_per_s, mixed.bytes_per_s, True)
 
+    def mixed_bytes_per_s(self, seconds: float) -> float:
+        """Both directions added, while equal parts are read and written."""
+        return self._mover.run("rw", seconds, once=False).bytes_per_s
+
     @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Read and write in the background."""
+    def running(self) -> Iterator[Callable[[], int]]:
+        """Read and write in the background; what is given says how many bytes have been moved so far."""
         stop = threading.Event()
         thread = threading.Thread(
             target=lambda: self._mover.run("rw", 600.0, once=False, stop=stop), name="offload-drive-loop"
         )
         thread.start()
         try:
-            yield
+            yield lambda: self._mover.moved_nbytes
         finally:
             stop.set()
             thread.join()
@@ -174,6 +179,9 @@ class _Mover:
         self._chunk_nbytes = chunk_nbytes
         self._nbytes = nbytes
         self._in_flight = in_flight
+        self._cursor = 0
+        self.moved_nbytes = 0
+        """By all runs so far."""
         arena = HostArena(in_flight * self._chunk_nbytes)
         arena.bytes_tensor.view(torch.int64).random_()
         self._buffers = [arena.take(self._chunk_nbytes) for _ in range(in_flight)]
@@ -205,13 +213,15 @@ class _Mover:
                 if len(waiting) == self._in_flight:
                     waiting.popleft().wait()
                 direction = directions[index % len(directions)]
-                waiting.append(
-                    self._submit(direction, self._buffers[index % self._in_flight], index % n_chunks)
-                )
+                chunk = (self._cursor + index) % n_chunks
+                waiting.append(self._submit(direction, self._buffers[index % self._in_flight], chunk))
+                self.moved_nbytes += self._chunk_nbytes
                 moved[direction] += self._chunk_nbytes
         finally:
             for ticket in waiting:
                 ticket.wait()
+        if not once:
+            self._cursor = (self._cursor + sum(moved.values()) // self._chunk_nbytes) % n_chunks
         if "w" in directions:
             self._flush()
         return _Moved(moved["r"], moved["w"], time.perf_counter() - start)

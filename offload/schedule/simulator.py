@@ -169,6 +169,9 @@ class _Simulation:
             speeds["compute"], speeds["cpu"] = rates.compute_beside_update, rates.update_beside_compute
         if rates.shares_host and "compute" in running and ("read" in running or "write" in running):
             speeds["compute"] *= rates.compute_beside_storage
+            for lane in speeds:
+                if lane in ("read", "write"):
+                    speeds[lane] *= rates.storage_beside_compute
         wanted = {
             lane: speeds[lane] * self.operations[index].dram_nbytes / self.alone_s[index]
             for lane, index in running.items()
