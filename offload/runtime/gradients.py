@@ -183,11 +183,11 @@ class Gradients:
             arrived.wait()
 
     def _take(self, buffers: list[GradBuffer]) -> GradBuffer:
-        """A buffer without owner; waits for the first that an update or a write gives back."""
+        """A buffer without owner; waits for one that an update or a write gives back, one that is over first."""
         for buffer in buffers:
             if buffer.owner is None:
                 return buffer
-        for buffer in buffers:
+        for buffer in sorted(buffers, key=_is_busy):
             owner = buffer.owner
             if owner is None or owner.in_use:
                 continue
@@ -214,3 +214,13 @@ class Gradients:
             )
         self._spare_host_nbytes -= nbytes
         block.grad_host = torch.empty(block.layout.grad_elements, dtype=torch.float32)
+
+
+def _is_busy(buffer: GradBuffer) -> bool:
+    """Whether the write or the update that reads the buffer is still going on."""
+    owner = buffer.owner
+    if owner is None:
+        return False
+    if owner.parking is buffer:
+        return owner.grad_gate is not None and not owner.grad_gate.done()
+    return not all(ticket.done() for ticket in owner.tickets)
