@@ -30,7 +30,7 @@ from llama_shaped import LlamaShaped, Shape
 from measured_run import MeasuredRun, fixed_plan, staging_nbytes
 from torch import nn
 
-from offload.planner.hardware import Drive, Hardware
+from offload.planner.hardware import Hardware
 from offload.planner.workload import Workload
 from offload.profiling import compute_probe
 from offload.profiling.block_probe import BlockProbe, measure
@@ -119,8 +119,7 @@ class Machine:
 
     def look(self, probe: BlockProbe, dtype: str) -> Hardware:
         """The machine as it is now, for one model and micro-batch."""
-        found = measure(probe, self.updates, self.drives, n_steps=1)
-        drive = self.drives.measure(0.6)
+        found = measure(probe, self.updates, self.drives.stream)
         return Hardware(
             name="this machine",
             source="probe",
@@ -130,13 +129,7 @@ class Machine:
             matmul_flops_per_s={dtype: found.work_flops_per_s["forward"]},
             dram_bytes_per_s=self.dram_bytes_per_s,
             launch_overhead_s=0.0,  # it is in the rates
-            drives=(
-                Drive(
-                    read_bytes_per_s=drive.read_bytes_per_s,
-                    write_bytes_per_s=drive.write_bytes_per_s,
-                    mixed_bytes_per_s=drive.mixed_bytes_per_s,
-                ),
-            ),
+            drives=(self.drives.measure(0.8),),
             **asdict(found),
         )
 
