@@ -15,6 +15,7 @@ import argparse
 import gc
 import resource
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -163,7 +164,8 @@ def main() -> None:
                 row["ratio"] = in_device["step_s"] / row["step_s"]
             rows += [in_device, *streamed]
         name = torch.cuda.get_device_name() if device.is_cuda else device.name
-        common.write_rows(options.json, rows, machine=common.machine(storage), device=name)
+        rows = [{**row, **common.about(storage, device=name)} for row in rows]
+        common.write_rows(options.json, rows, common.command_line("gpu_train", sys.argv[1:]))
     finally:
         shutil.rmtree(storage, ignore_errors=True)
 

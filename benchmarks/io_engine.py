@@ -1,9 +1,13 @@
-"""The I/O engine against fio and other io_uring users: same file, same block size, same queue depth, O_DIRECT.
+"""The I/O engine against fio and other users of asynchronous I/O: same file, block size and queue depth, O_DIRECT.
 
-Three cases over one file: sequential read, sequential write, and mixed (blocks alternate between reading and
-writing, one pass). Rounds are interleaved, peers right beside ours in random order, so that a slow minute of the
-drive meets everyone. fio runs with io_uring, registered buffers and a registered file, its fastest form. DeepSpeed's
-`aio_handle` and the PyPI `liburing` bindings are measured too where they are installed.
+Three cases over one file: sequential read, sequential write, and mixed: reads and writes in turn, each sequential from
+the start of the file, half a file each, which is what fio's `rw` does. Rounds are interleaved, all sides in random
+order, so that a slow minute of the drive meets everyone. Peers:
+
+* `fio`: io_uring, registered buffers and file, buffers on huge pages (see common.py); `fio_small_pages`: the same
+  without huge pages, which is what fio does unasked.
+* `deepspeed`: its `aio_handle` with two threads; `liburing`: the PyPI bindings in a plain Python loop, on huge pages.
+  Both where they are installed; the aio_handle has no mixed transfers.
 
 `ratio` is the median over rounds of our rate over that of the best peer (the peer with the highest median rate).
 GB is 10^9 bytes. CPU seconds are user + system of the whole process during the transfer.
@@ -12,31 +16,27 @@ GB is 10^9 bytes. CPU seconds are user + system of the whole process during the 
 from __future__ import annotations
 
 import argparse
-import json
 import mmap
 import os
 import pathlib
 import random
 import resource
-import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 
 import numpy as np
+from common import Transfer, about, command_line, fio, median, need_fio, spread, write_rows
 
-from offload.transfer.io_engine import Arena, Engine
+from offload._C import Arena, Engine
 
 CASES = ("sequential_read", "sequential_write", "mixed")
 FIO_MODES = {"sequential_read": "read", "sequential_write": "write", "mixed": "rw"}
-Sample = tuple[float, float]  # GB/s, CPU seconds per GB
-Runner = Callable[[str], Sample]
+Runner = Callable[[str], Transfer]
 
 
-def timed(one_pass: Callable[[], object], nbytes: int, passes: int) -> Sample:
+def timed(one_pass: Callable[[], object], nbytes: int, passes: int) -> Transfer:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     start = time.perf_counter()
     for _ in range(passes):
@@ -44,7 +44,12 @@ def timed(one_pass: Callable[[], object], nbytes: int, passes: int) -> Sample:
     seconds = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_SELF)
     cpu_s = after.ru_utime + after.ru_stime - usage.ru_utime - usage.ru_stime
-    return passes * nbytes / seconds / 1e9, cpu_s / (passes * nbytes) * 1e9
+    return Transfer(passes * nbytes, seconds, cpu_s)
+
+
+def file_offset(case: str, position: int, block: int) -> int:
+    """Where in the file the block at `position` of a pass goes: in the mixed case two passes run side by side."""
+    return position // (2 * block) * block if case == "mixed" else position
 
 
 class Offload:
@@ -53,6 +58,9 @@ class Offload:
     def __init__(self, path: str, arguments: argparse.Namespace) -> None:
         self.block, self.nbytes, self.passes = arguments.block_nbytes, arguments.nbytes, arguments.passes
         self.window = self.block * arguments.queue_depth
+        self.group = self.block * max(
+            1, arguments.queue_depth // 8
+        )  # one request of the mixed case, several blocks
         self.source, self.target = Arena(self.nbytes), Arena(self.nbytes)
         self.source_view = np.frombuffer(self.source, dtype=np.uint8)
         self.target_view = np.frombuffer(self.target, dtype=np.uint8)
@@ -84,10 +92,11 @@ class Offload:
     def transfer(self, case: str) -> None:
         """One pass through queue_depth blocks of memory, the footprint of the peers; contents are not looked at."""
         tickets = []
-        step = self.block if case == "mixed" else self.window
-        for i, offset in enumerate(range(0, self.nbytes, step)):
-            length = min(step, self.nbytes - offset)
-            within = offset % self.window
+        step = self.group if case == "mixed" else self.window
+        for i, position in enumerate(range(0, self.nbytes, step)):
+            length = min(step, self.nbytes - position)
+            within = position % self.window
+            offset = file_offset(case, position, step)
             if case == "sequential_read" or (case == "mixed" and i % 2 == 0):
                 tickets.append(self.engine.read(self.target.address + within, length, offset))
             else:
@@ -95,7 +104,7 @@ class Offload:
         for ticket in tickets:
             ticket.wait()
 
-    def run(self, case: str) -> Sample:
+    def run(self, case: str) -> Transfer:
         return timed(lambda: self.transfer(case), self.nbytes, self.passes)
 
     def verify(self) -> None:
@@ -112,26 +121,21 @@ class Offload:
 
 
 class Fio:
-    def __init__(self, path: str, arguments: argparse.Namespace) -> None:
-        if shutil.which("fio") is None:
-            raise SystemExit("fio is not installed: run `apt-get install fio`")
-        self.command = [
-            *("fio", "--name=peer", f"--filename={path}", f"--size={arguments.nbytes}", "--overwrite=1"),
-            *(f"--bs={arguments.block_nbytes}", f"--iodepth={arguments.queue_depth}", "--ioengine=io_uring"),
-            *("--direct=1", "--fixedbufs=1", "--registerfiles=1", "--scramble_buffers=0", "--gtod_reduce=1"),
-            *(f"--loops={arguments.passes}", "--output-format=json"),
-        ]
+    """fio as a process of its own; its start is not counted."""
 
-    def run(self, case: str) -> Sample:
-        command = [*self.command, f"--rw={FIO_MODES[case]}"]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode != 0:
-            raise SystemExit(f"fio failed: {result.stderr.strip()}")
-        job = json.loads(result.stdout[result.stdout.index("{") :])["jobs"][0]
-        nbytes = job["read"]["io_bytes"] + job["write"]["io_bytes"]
-        seconds = max(job["read"]["runtime"], job["write"]["runtime"]) / 1e3
-        cpu_s = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1e3
-        return nbytes / seconds / 1e9, cpu_s / nbytes * 1e9
+    def __init__(self, path: str, arguments: argparse.Namespace, huge_pages: bool) -> None:
+        self.path, self.arguments, self.huge_pages = path, arguments, huge_pages
+
+    def run(self, case: str) -> Transfer:
+        return fio(
+            self.path,
+            FIO_MODES[case],
+            nbytes=self.arguments.nbytes,
+            block_nbytes=self.arguments.block_nbytes,
+            queue_depth=self.arguments.queue_depth,
+            passes=self.arguments.passes,
+            huge_pages=self.huge_pages,
+        )
 
 
 class PythonLiburing:
@@ -144,7 +148,8 @@ class PythonLiburing:
         self.block, self.nbytes, self.depth = arguments.block_nbytes, arguments.nbytes, arguments.queue_depth
         self.passes = arguments.passes
         self.descriptor = os.open(path, os.O_RDWR | os.O_DIRECT)
-        self.buffer = mmap.mmap(-1, self.depth * self.block)
+        self.buffer = mmap.mmap(-1, self.depth * self.block, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self.buffer.madvise(mmap.MADV_HUGEPAGE)
         view = memoryview(self.buffer)
         # Vectors, because only they take memory that is aligned for O_DIRECT; kept, because the kernel reads them.
         self.vectors = [
@@ -162,7 +167,7 @@ class PythonLiburing:
                 sqe = api.io_uring_get_sqe(ring)
                 reads = case == "sequential_read" or (case == "mixed" and offset // self.block % 2 == 0)
                 prepare = api.io_uring_prep_readv if reads else api.io_uring_prep_writev
-                prepare(sqe, self.descriptor, self.vectors[slot], offset)
+                prepare(sqe, self.descriptor, self.vectors[slot], file_offset(case, offset, self.block))
                 api.io_uring_sqe_set_data64(sqe, slot + 1)
                 offset += self.block
             api.io_uring_submit_and_wait(ring, 1)
@@ -175,7 +180,7 @@ class PythonLiburing:
                 api.io_uring_cq_advance(ring, 1)
         api.io_uring_queue_exit(ring)
 
-    def run(self, case: str) -> Sample:
+    def run(self, case: str) -> Transfer:
         return timed(lambda: self.transfer(case), self.nbytes, self.passes)
 
 
@@ -195,15 +200,16 @@ class DeepSpeedAio:
         self.tensor = self.handle.new_cpu_locked_tensor(self.nbytes, torch.empty(0, dtype=torch.uint8))
         self.tensor.zero_()
 
-    def run(self, case: str) -> Sample:
-        if case == "mixed":
-            raise NotImplementedError
+    def run(self, case: str) -> Transfer:
         transfer = self.handle.sync_pread if case == "sequential_read" else self.handle.sync_pwrite
         return timed(lambda: transfer(self.tensor, self.path, 0), self.nbytes, self.passes)
 
 
 def make_peers(path: str, arguments: argparse.Namespace) -> dict[str, Runner]:
-    peers: dict[str, Runner] = {"fio": Fio(path, arguments).run}
+    peers: dict[str, Runner] = {
+        "fio": Fio(path, arguments, huge_pages=True).run,
+        "fio_small_pages": Fio(path, arguments, huge_pages=False).run,
+    }
     for name, kind in (("liburing", PythonLiburing), ("deepspeed", DeepSpeedAio)):
         try:
             runner: Runner = kind(path, arguments).run
@@ -215,46 +221,42 @@ def make_peers(path: str, arguments: argparse.Namespace) -> dict[str, Runner]:
     return peers
 
 
-def measure(case: str, runners: dict[str, Runner], rounds: int) -> dict[str, list[Sample]]:
-    samples: dict[str, list[Sample]] = {name: [] for name in runners}
+def measure(case: str, runners: dict[str, Runner], rounds: int) -> dict[str, list[Transfer]]:
+    sides = [name for name in runners if (name, case) != ("deepspeed", "mixed")]
+    samples: dict[str, list[Transfer]] = {name: [] for name in sides}
     shuffler = random.Random(0)
     for round_index in range(rounds + 1):
-        order = list(runners)
-        shuffler.shuffle(order)
-        for name in order:
-            if name not in samples:
-                continue
-            try:
-                sample = runners[name](case)
-            except NotImplementedError:
-                del samples[name]
-                continue
+        shuffler.shuffle(sides)
+        for name in sides:
+            sample = runners[name](case)
             if round_index > 0:  # the first round warms the file, the drive and the processes
                 samples[name].append(sample)
     return samples
 
 
-def row(case: str, samples: dict[str, list[Sample]]) -> dict[str, object]:
-    rate = {name: statistics.median(s[0] for s in runs) for name, runs in samples.items()}
-    cpu = {name: statistics.median(s[1] for s in runs) for name, runs in samples.items()}
-    best = max((name for name in rate if name != "offload"), key=lambda name: rate[name])
-    ratios = [ours[0] / peer[0] for ours, peer in zip(samples["offload"], samples[best], strict=True)]
+def row(case: str, samples: dict[str, list[Transfer]]) -> dict[str, object]:
+    rate = {name: median([s.bytes_per_s / 1e9 for s in runs]) for name, runs in samples.items()}
+    cpu = {name: median([s.cpu_s_per_gb for s in runs]) for name, runs in samples.items()}
+    peers = {name: round(gb_per_s, 3) for name, gb_per_s in rate.items() if name != "offload"}
+    best = max(peers, key=lambda name: rate[name])
+    pairs = list(zip(samples["offload"], samples[best], strict=True))
+    ratios = [ours.bytes_per_s / peer.bytes_per_s for ours, peer in pairs]
     return {
         "name": case,
-        "ratio": round(statistics.median(ratios), 4),
-        "ratio_min": round(min(ratios), 4),
-        "ratio_max": round(max(ratios), 4),
+        "ratio": round(median(ratios), 4),
+        "ratio_spread": spread(ratios),
         "gb_per_s": round(rate["offload"], 3),
-        "gb_per_s_min": round(min(s[0] for s in samples["offload"]), 3),
-        "gb_per_s_max": round(max(s[0] for s in samples["offload"]), 3),
+        "gb_per_s_spread": spread([s.bytes_per_s / 1e9 for s in samples["offload"]]),
         "peer": best,
-        "peer_gb_per_s": round(rate[best], 3),
-        "peer_gb_per_s_min": round(min(s[0] for s in samples[best]), 3),
-        "peer_gb_per_s_max": round(max(s[0] for s in samples[best]), 3),
+        "peer_gb_per_s": peers[best],
+        "peer_gb_per_s_spread": spread([s.bytes_per_s / 1e9 for s in samples[best]]),
+        "peers_gb_per_s": peers,
         "cpu_s_per_gb": round(cpu["offload"], 5),
+        "cpu_s_per_gb_spread": spread([s.cpu_s_per_gb for s in samples["offload"]], 5),
         "fio_cpu_s_per_gb": round(cpu["fio"], 5),
+        "fio_cpu_s_per_gb_spread": spread([s.cpu_s_per_gb for s in samples["fio"]], 5),
         "cpu_ratio": round(cpu["offload"] / cpu["fio"], 3) if cpu["fio"] > 0 else None,
-        "all_gb_per_s": {name: round(value, 3) for name, value in rate.items()},
+        "peers_cpu_s_per_gb": {name: round(cpu[name], 5) for name in peers},
     }
 
 
@@ -278,6 +280,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
+    need_fio()
     with tempfile.TemporaryDirectory(prefix="offload-bench-", dir=arguments.directory) as directory:
         path = str(pathlib.Path(directory, "file"))
         with open(path, "wb") as file:
@@ -285,32 +288,24 @@ def main() -> None:
         ours = Offload(path, arguments)
         ours.write_all()
         runners = {"offload": ours.run, **make_peers(path, arguments)}
+        facts = about(directory, backend=ours.engine.backend, direct=ours.engine.direct)
+        facts |= {"registered": ours.registered, "rounds": arguments.rounds}
+        facts |= {"block_nbytes": arguments.block_nbytes, "queue_depth": arguments.queue_depth}
         rows = []
         for case in CASES:
-            rows.append(row(case, measure(case, runners, arguments.rounds)))
+            rows.append(row(case, measure(case, runners, arguments.rounds)) | facts)
             print(
-                "{name:17} {gb_per_s:6.2f} GB/s ({gb_per_s_min:.2f} to {gb_per_s_max:.2f}), {peer} {peer_gb_per_s:.2f} "
-                "({peer_gb_per_s_min:.2f} to {peer_gb_per_s_max:.2f}), ratio {ratio:.3f} ({ratio_min:.2f} to "
-                "{ratio_max:.2f}); CPU s/GB {cpu_s_per_gb:.4f}, fio {fio_cpu_s_per_gb:.4f}".format(
+                "{name:17} {gb_per_s:6.2f} GB/s {gb_per_s_spread}, {peer} {peer_gb_per_s:.2f} {peer_gb_per_s_spread}, "
+                "ratio {ratio:.3f} {ratio_spread}; CPU s/GB {cpu_s_per_gb:.4f}, fio {fio_cpu_s_per_gb:.4f}".format(
                     **rows[-1]
                 ),
                 flush=True,
             )
         ours.verify()
-        backend, registered = ours.engine.backend, ours.registered
         ours.engine.close()
-    print(
-        f"backend {backend}, registered buffers: {registered}, direct: {ours.engine.direct}; contents verified"
-    )
-    if arguments.json:
-        report = {
-            "command": " ".join(sys.argv),
-            "backend": backend,
-            "registered": registered,
-            "rounds": arguments.rounds,
-            "rows": rows,
-        }
-        pathlib.Path(arguments.json).write_text(json.dumps(report, indent=2) + "\n")
+    for each in rows:
+        each["contents_verified"] = True
+    write_rows(arguments.json, rows, command_line(sys.argv[0], sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,25 @@
-"""The optimizer against its two limits: the kernel beside torch's fused AdamW, the out-of-core update beside fio.
+"""The optimizer against its two limits: the kernel beside other fused AdamWs, the out-of-core update beside fio.
 
-In memory: `ratio` is bytes moved per second by our kernel over bytes moved per second by torch's fused AdamW, one
-thread each, as the median over interleaved rounds. An fp32 update moves 28 bytes a parameter (reads and writes p, m
-and v, reads g), a split-master one as many (2 + 2 for p). A bf16 gradient makes it 26.
+In memory: `ratio` is bytes moved per second by our kernel over bytes moved per second by the best peer, one thread
+each, as the median over interleaved rounds. The peers are torch's fused AdamW and, where it is installed,
+DeepSpeedCPUAdam, both in fp32. An fp32 update moves 28 bytes a parameter (reads and writes p, m and v, reads g), a
+split-master one as many (2 + 2 for p). A bf16 gradient makes it 26.
 
-Out of core: `floor_s` is the time fio needs beside it to move the same number of bytes in the same mix of reads and
-writes, same block size and depth, registered buffers; `floor_ratio` is step_s / floor_s. The engine counts the bytes.
-fio is a peer, not a proof of the limit: on a busy or shared drive look at the spread before the median.
-GB is 10^9 bytes. Contents are compared with the in-memory kernel after timing.
+Out of core: `floor_s` is the time fio needs beside it for the bytes the engine counted, at the same depth, in its
+fastest form (see common.py): in blocks of ours or of 1 MiB, mixed in the same proportion or reads and then writes,
+whichever is fastest; `floor_ratio` is step_s / floor_s, the median over interleaved rounds. GB is 10^9 bytes.
+Contents are compared with the in-memory kernel after the steps of every round.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import statistics
-import subprocess
+
+# One thread on every side; DeepSpeed's extension has an OpenMP runtime of its own that only listens to this.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import argparse
+import random
 import sys
 import tempfile
 import time
@@ -25,31 +28,52 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import machine, need_fio, write_rows
+from common import about, command_line, fio, median, need_fio, spread, write_rows
 
 from offload import _C
+from offload.config import Config
 
+FIO_BLOCK_NBYTES = 1 << 20
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
+Step = Callable[[], object]
 
 
-def seconds_of(work: Callable[[], object]) -> float:
+def seconds_of(work: Step) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
-def spread(values: list[float]) -> list[float]:
-    return [round(min(values), 3), round(max(values), 3)]
-
-
-def torch_fused(n: int) -> Callable[[], object]:
+def fp32_parameter(n: int) -> torch.nn.Parameter:
     parameter = torch.nn.Parameter(torch.randn(n))
     parameter.grad = torch.randn(n)
+    return parameter
+
+
+def torch_fused(n: int) -> Step:
     settings = {name: HYPER[name] for name in ("lr", "eps", "weight_decay")}
-    return torch.optim.AdamW([parameter], betas=(0.9, 0.999), fused=True, **settings).step
+    return torch.optim.AdamW([fp32_parameter(n)], betas=(0.9, 0.999), fused=True, **settings).step
 
 
-def our_kernel(n: int, codec: str, grad_dtype: str, level: str) -> Callable[[], object]:
+def deepspeed_cpu_adam(n: int) -> Step:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam  # type: ignore[import-not-found, unused-ignore]
+
+    settings = {name: HYPER[name] for name in ("lr", "eps", "weight_decay")}
+    return DeepSpeedCPUAdam([fp32_parameter(n)], betas=(0.9, 0.999), adamw_mode=True, **settings).step
+
+
+def make_peers(n: int) -> dict[str, Step]:
+    peers = {"torch.optim.AdamW(fused=True)": torch_fused(n)}
+    try:
+        peers["DeepSpeedCPUAdam"] = deepspeed_cpu_adam(n)
+    except Exception as error:
+        print(
+            f"peer DeepSpeedCPUAdam is not measured: {type(error).__name__}: {error}"[:200], file=sys.stderr
+        )
+    return peers
+
+
+def our_kernel(n: int, codec: str, grad_dtype: str, level: str) -> Step:
     master, exp_avg, exp_avg_sq = torch.randn(n), torch.zeros(n), torch.zeros(n)
     grad = torch.randn(n).to(getattr(torch, grad_dtype))
     param, lo = master, torch.empty(n, dtype=torch.int16)
@@ -69,30 +93,41 @@ def our_kernel(n: int, codec: str, grad_dtype: str, level: str) -> Callable[[], 
 
 def in_memory_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     n = arguments.elements
+    levels = _C.simd_levels() if arguments.all_levels else _C.simd_levels()[-1:]
     cases = [("fp32", "float32"), ("split_bf16", "float32"), ("split_bf16", "bfloat16")]
-    rows = []
-    for codec, grad_dtype in cases:
-        for level in _C.simd_levels():
-            # Fresh memory on both sides; ours before and after the peer, so that a drift meets both.
-            ours, theirs = our_kernel(n, codec, grad_dtype, level), torch_fused(n)
-            ours(), theirs()
-            nbytes = n * (28 if grad_dtype == "float32" else 26)
-            times = [(seconds_of(ours), seconds_of(theirs)) for _ in range(arguments.rounds)]
-            ratios = [(nbytes / our_s) / (n * 28 / their_s) for our_s, their_s in times]
-            rows.append(
-                {
-                    "name": f"kernel_{codec}_grad_{grad_dtype}_{level}",
-                    "ratio": round(statistics.median(ratios), 3),
-                    "ratio_spread": spread(ratios),
-                    "peer": "torch.optim.AdamW(fused=True), fp32, one thread",
-                    "GB_per_s": round(nbytes / statistics.median(our_s for our_s, _ in times) / 1e9, 2),
-                    "peer_GB_per_s": round(
-                        28 * n / statistics.median(peer_s for _, peer_s in times) / 1e9, 2
-                    ),
-                    "elements": n,
-                }
-            )
-    return rows
+    peers = make_peers(n)
+    return [in_memory_row(n, *case, level, peers, arguments.rounds) for case in cases for level in levels]
+
+
+def in_memory_row(
+    n: int, codec: str, grad_dtype: str, level: str, peers: dict[str, Step], rounds: int
+) -> dict[str, Any]:
+    sides = {"offload": our_kernel(n, codec, grad_dtype, level), **peers}
+    nbytes = dict.fromkeys(peers, 28 * n) | {"offload": n * (28 if grad_dtype == "float32" else 26)}
+    samples: dict[str, list[float]] = {name: [] for name in sides}
+    order, shuffler = list(sides), random.Random(0)
+    for round_index in range(4 * rounds + 1):
+        shuffler.shuffle(order)
+        for name in order:
+            gb_per_s = nbytes[name] / seconds_of(sides[name]) / 1e9
+            if round_index > 0:  # the first round allocates the peers' states
+                samples[name].append(gb_per_s)
+    rate = {name: median(values) for name, values in samples.items()}
+    best = max(peers, key=lambda name: rate[name])
+    ratios = [ours / peer for ours, peer in zip(samples["offload"], samples[best], strict=True)]
+    return {
+        "name": f"kernel_{codec}_grad_{grad_dtype}_{level}",
+        "ratio": round(median(ratios), 3),
+        "ratio_spread": spread(ratios),
+        "gb_per_s": round(rate["offload"], 2),
+        "gb_per_s_spread": spread(samples["offload"], 2),
+        "peer": f"{best}, fp32",
+        "peer_gb_per_s": round(rate[best], 2),
+        "peer_gb_per_s_spread": spread(samples[best], 2),
+        "peers_gb_per_s": {name: round(rate[name], 2) for name in peers},
+        "threads": 1,
+        "elements": n,
+    }
 
 
 class OutOfCore:
@@ -121,11 +156,11 @@ class OutOfCore:
         generator = torch.Generator().manual_seed(0)
         self.master = torch.randn(self.n, generator=generator)
         self.grad = torch.randn(self.n, generator=generator)
-        self.steps_done = 0
         self.fill()
 
     def fill(self) -> None:
         """The same masters in every job; moments of zero."""
+        self.steps_done = 0
         arena = _C.Arena(self.n * 10)
         record = torch.from_numpy(np.frombuffer(arena, dtype=np.uint8))
         lo = torch.empty(self.n, dtype=torch.int16)
@@ -179,54 +214,76 @@ def moved(engine: _C.Engine) -> tuple[int, int]:
     return counters["read_bytes"], counters["written_bytes"]
 
 
-def fio_floor_s(path: str, read_nbytes: int, written_nbytes: int, arguments: argparse.Namespace) -> float:
-    """Seconds fio needs for as many bytes in the same mix, in its fastest form: registered buffers and file."""
-    command = [
-        *("fio", "--name=floor", f"--filename={path}", f"--size={read_nbytes + written_nbytes}", "--rw=rw"),
-        *("--overwrite=1", f"--rwmixread={round(100 * read_nbytes / (read_nbytes + written_nbytes))}"),
-        *(f"--bs={arguments.block_nbytes}", f"--iodepth={arguments.queue_depth}", "--ioengine=io_uring"),
-        *("--direct=1", "--fixedbufs=1", "--registerfiles=1", "--scramble_buffers=0", "--output-format=json"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"fio failed: {done.stderr or done.stdout}")
-    job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
-    nbytes = job["read"]["io_bytes"] + job["write"]["io_bytes"]
-    runtime_s = max(job["read"]["runtime"], job["write"]["runtime"]) / 1e3
-    return runtime_s * (read_nbytes + written_nbytes) / nbytes
+def fio_floor_s(
+    work: OutOfCore, read_nbytes: int, written_nbytes: int, arguments: argparse.Namespace
+) -> dict[str, float]:
+    """Seconds fio needs for as many bytes: mixed in that proportion, or reads and then writes; by block size.
+
+    It moves them over the state's own file, since some parts of a drive are faster than others.
+    """
+    both = read_nbytes + written_nbytes
+    nbytes = work.job_nbytes * work.n_jobs // (1 << 22) * (1 << 22)
+    passes = max(1, round(both * arguments.steps / nbytes))
+    seconds = {}
+    for block_nbytes in sorted({FIO_BLOCK_NBYTES, arguments.block_nbytes}):
+        shape = {"nbytes": nbytes, "block_nbytes": block_nbytes, "queue_depth": arguments.queue_depth}
+        mixed = fio(work.path, "rw", read_percent=round(100 * read_nbytes / both), passes=passes, **shape)
+        read, write = (
+            fio(work.path, mode, passes=max(1, passes // 2), **shape) for mode in ("read", "write")
+        )
+        blocks = f"blocks of {block_nbytes >> 10} KiB"
+        seconds[f"mixed, {blocks}"] = both / mixed.bytes_per_s
+        seconds[f"reads, then writes, {blocks}"] = (
+            read_nbytes / read.bytes_per_s + written_nbytes / write.bytes_per_s
+        )
+    return seconds
 
 
 def storage_row(directory: str, arguments: argparse.Namespace, read_param: bool) -> dict[str, Any]:
     work = OutOfCore(directory, arguments, read_param)
-    work.step()
-    work_s, floor_s, kernel_s, wait_s = [], [], [], []
-    for _ in range(arguments.rounds):
+    step_s, floors, kernel_s = [], [], []
+    for round_index in range(arguments.rounds + 1):
         read, written = moved(work.engine)
-        before = work.pipeline.stats()
-        work_s.append(seconds_of(work.step))
-        after = work.pipeline.stats()
-        kernel_s.append(after["kernel_s"] - before["kernel_s"])
-        wait_s.append(after["wait_read_s"] - before["wait_read_s"])
-        read, written = (now - then for now, then in zip(moved(work.engine), (read, written), strict=True))
-        floor_s.append(fio_floor_s(work.path + ".fio", read, written, arguments))
+        before = work.pipeline.stats()["kernel_s"]
+        seconds = sum(seconds_of(work.step) for _ in range(arguments.steps)) / arguments.steps
+        kernel = (work.pipeline.stats()["kernel_s"] - before) / arguments.steps
+        after = moved(work.engine)
+        read, written = (
+            (now - then) // arguments.steps for now, then in zip(after, (read, written), strict=True)
+        )
+        work.verify()
+        floor = fio_floor_s(work, read, written, arguments)
+        work.fill()
+        if round_index > 0:  # the first round warms the drive
+            step_s.append(seconds)
+            floors.append(floor)
+            kernel_s.append(kernel)
     backend = work.engine.backend
-    work.verify()
     work.close()
-    ratios = [step / floor for step, floor in zip(work_s, floor_s, strict=True)]
+    ways = {way: median([floor[way] for floor in floors]) for way in floors[0]}
+    way = min(ways, key=lambda name: ways[name])
+    ratios = [seconds / floor[way] for seconds, floor in zip(step_s, floors, strict=True)]
+    numel = work.n * work.n_jobs
     return {
         "name": "out_of_core_split_bf16" + ("_read_param" if read_param else ""),
-        "step_s": round(statistics.median(work_s), 3),
-        "floor_s": round(statistics.median(floor_s), 3),
-        "floor_ratio": round(statistics.median(ratios), 3),
+        "step_s": round(median(step_s), 4),
+        "step_s_spread": spread(step_s, 4),
+        "floor_s": round(ways[way], 4),
+        "floor_s_spread": spread([floor[way] for floor in floors], 4),
+        "floor_ratio": round(median(ratios), 3),
         "floor_ratio_spread": spread(ratios),
-        "kernel_s": round(statistics.median(kernel_s), 3),
-        "wait_read_s": round(statistics.median(wait_s), 3),
-        "read_bytes": read,
-        "written_bytes": written,
-        "elements": work.n * work.n_jobs,
+        "floor": f"fio io_uring on huge pages, {way}",
+        "floors_s": {name: round(seconds, 4) for name, seconds in ways.items()},
+        "kernel_s": round(median(kernel_s), 4),
+        "read_bytes_per_param": round(read / numel, 3),
+        "written_bytes_per_param": round(written / numel, 3),
+        "gb_per_s": round((read + written) / median(step_s) / 1e9, 3),
+        "elements": numel,
+        "block_nbytes": arguments.block_nbytes,
+        "queue_depth": arguments.queue_depth,
         "backend": backend,
         "registered": work.registered,
-        "peer": "fio io_uring, same bytes, same mix",
+        "contents_verified": True,
     }
 
 
@@ -236,13 +293,15 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--directory", default=".", help="on the drive to measure")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--elements", type=int, default=1 << 24, help="of the in-memory rows")
-    parser.add_argument("--storage-elements", type=int, default=1 << 25, help="of the out-of-core rows")
+    parser.add_argument("--all-levels", action="store_true", help="in-memory rows of every instruction set")
+    parser.add_argument("--storage-elements", type=int, default=1 << 26, help="of the out-of-core rows")
+    parser.add_argument("--steps", type=int, default=3, help="in one round of the out-of-core rows")
     parser.add_argument("--jobs", type=int, default=4, help="flat buffers updated in one step")
-    parser.add_argument("--chunk-elements", type=int, default=1 << 18)
+    parser.add_argument("--chunk-elements", type=int, default=Config().chunk_elements)
     parser.add_argument("--buffers", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--block-nbytes", type=int, default=1 << 20)
-    parser.add_argument("--queue-depth", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--block-nbytes", type=int, default=Config().io_block_nbytes)
+    parser.add_argument("--queue-depth", type=int, default=Config().io_queue_depth)
     parser.add_argument("--only", choices=["memory", "storage"])
     return parser.parse_args(argv)
 
@@ -257,10 +316,8 @@ def main(argv: list[str]) -> None:
         need_fio()
         with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
             rows += [storage_row(directory, arguments, read_param) for read_param in (False, True)]
-    command = subprocess.list2cmdline(["python", "benchmarks/optimizer.py", *argv])
-    write_rows(
-        arguments.json, rows, command=command, machine=machine(arguments.directory), torch=torch.__version__
-    )
+    facts = about(arguments.directory, backend="none", rounds=arguments.rounds)
+    write_rows(arguments.json, [facts | row for row in rows], command_line(sys.argv[0], argv))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from common import ROOT, machine, median, write_rows
+from common import ROOT, about, median, write_rows
 
 sys.path.insert(0, str(ROOT))
 
@@ -276,12 +276,12 @@ def main() -> None:
             rows.append(configuration(name, benches[kind, batch], PLACEMENTS[place], here, storage, options))
             gc.collect()  # a model refers to itself, and holds its arenas
             print(name, rows[-1]["error_percent"], file=sys.stderr, flush=True)
-        about = machine(storage)
+        facts = about(storage)
     finally:
         here.close()
         shutil.rmtree(storage, ignore_errors=True)
     command = "python benchmarks/simulator_reality.py --storage DIR --json FILE"
-    write_rows(options.json, [*rows, summary(rows)], command=command, machine=about)
+    write_rows(options.json, [row | facts for row in [*rows, summary(rows)]], command)
 
 
 if __name__ == "__main__":

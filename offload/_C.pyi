@@ -76,6 +76,7 @@ class UpdateJob:
         grad_offset: int = -1,
         grad_gate: Ticket | None = None,
         tag: int = -1,
+        reorders: bool = False,
         segments: Sequence[tuple[int, int, Hyper]],
     ) -> None: ...
 

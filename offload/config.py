@@ -82,7 +82,7 @@ class Config(BaseModel):
     prefetch_blocks: int | None = Field(default=None, ge=0)
     backend: Literal["auto", "uring", "posix"] = "auto"
     direct_io: bool = True
-    io_block_nbytes: int = Field(default=1 << 20, ge=4096)
+    io_block_nbytes: int = Field(default=1 << 22, ge=4096)
     io_queue_depth: int = Field(default=32, ge=1, le=4096)
     stripe_nbytes: int = Field(default=1 << 20, ge=4096)
     chunk_elements: int = Field(default=1 << 18, ge=2048)

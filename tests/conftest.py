@@ -97,6 +97,12 @@ def batches(n_steps, batch=4, length=16, vocab=256, seed=1):
 
 
 @pytest.fixture(autouse=True)
+def _no_profile_of_this_machine(monkeypatch):
+    """What a test plans with is what it names."""
+    monkeypatch.setenv("OFFLOAD_PROFILE", "/nonexistent/hardware.json")
+
+
+@pytest.fixture(autouse=True)
 def _deterministic():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

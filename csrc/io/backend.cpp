@@ -46,6 +46,7 @@ std::int64_t Backend::injected(const Piece& piece, std::int64_t result) const {
     result = std::min(result, static_cast<std::int64_t>(faults->short_nbytes));
   if (result == true_result) return result;
   const std::size_t moved = result < 0 ? 0 : static_cast<std::size_t>(result) / kPageNbytes * kPageNbytes;
+  if (true_result <= 0) return result;
   if (is_read) {
     std::memset(piece.address + moved, 0xFF, piece.nbytes - moved);
   } else {

@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cerrno>
 #include <system_error>
+#include <thread>
+#include <utility>
 
 #include "common/aligned_buffer.h"
 #include "common/check.h"
@@ -86,7 +88,7 @@ std::shared_ptr<Ticket> Engine::submit_after(const std::shared_ptr<Ticket>& gate
   auto ticket = std::make_shared<Ticket>(1);
   const std::weak_ptr<Engine> weak = weak_from_this();
   gate->on_complete([weak, ticket, op, address, nbytes, offset, urgent](const Error& error) {
-    const auto engine = weak.lock();
+    auto engine = weak.lock();
     if (error.code != 0 || engine == nullptr) {
       ticket->settle_piece(error.code != 0 ? error : Error{ECANCELED, "the engine is closed"});
       return;
@@ -98,6 +100,8 @@ std::shared_ptr<Ticket> Engine::submit_after(const std::shared_ptr<Ticket>& gate
     } catch (const std::exception& thrown) {  // out of memory: nobody may be left waiting
       ticket->settle_piece({ENOMEM, thrown.what()});
     }
+    // The last reference must not go here: the engine would wait for this very thread.
+    if (engine.use_count() == 1) std::thread([last = std::move(engine)]() mutable { last.reset(); }).detach();
   });
   return ticket;
 }

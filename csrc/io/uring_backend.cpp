@@ -11,6 +11,8 @@
 #include <cerrno>
 #include <cstring>
 #include <deque>
+#include <future>
+#include <memory>
 #include <mutex>
 #include <thread>
 
@@ -22,12 +24,30 @@ constexpr std::uint64_t kWake = ~std::uint64_t{0};
 constexpr unsigned kRegisteredMax = 256;
 constexpr unsigned kBusyRetriesMax = 1000;                            // a millisecond apart
 constexpr std::size_t kRegisteredPieceNbytes = std::size_t{1} << 30;  // the kernel's limit for one registered buffer
+constexpr unsigned kCompletionBatchMax = 4;
 
-struct Registered {
-  char* address;
-  std::size_t nbytes;
+// The cheapest completions first: run by the one thread that owns the ring, when it asks for them (Linux 6.1).
+constexpr unsigned kSetups[] = {
+#if defined(IORING_SETUP_DEFER_TASKRUN) && defined(IORING_SETUP_SINGLE_ISSUER)
+    IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
+#endif
+    IORING_SETUP_COOP_TASKRUN,
+    0,
 };
 
+struct Registered {
+  char* address = nullptr;
+  std::size_t nbytes = 0;
+};
+
+// A buffer to register: the kernel takes it from the ring's own thread only.
+struct Registration {
+  Registered buffer;
+  std::promise<bool> done;
+};
+
+// [Note: one thread owns the ring] It sets the ring up, registers, submits and reaps; others hand it work through the
+// queues under `mutex_` and wake it through an eventfd that the ring reads.
 class UringBackend final : public Backend {
  public:
   UringBackend(const BackendOptions& options, std::string& reason) : Backend(options) {
@@ -36,23 +56,20 @@ class UringBackend final : public Backend {
       reason = std::string("eventfd: ") + std::strerror(errno);
       return;
     }
-    int result = io_uring_queue_init(options.queue_depth + 2, &ring_, IORING_SETUP_COOP_TASKRUN);
-    if (result == -EINVAL) result = io_uring_queue_init(options.queue_depth + 2, &ring_, 0);
-    if (result < 0) {
-      reason = std::string("io_uring_setup: ") + std::strerror(-result);
-      return;
-    }
-    if (!moves_files()) {
-      reason = "the kernel's io_uring cannot read and write files: it needs Linux 5.6";
-      io_uring_queue_exit(&ring_);
-      return;
-    }
-    file_registered_ = io_uring_register_files(&ring_, &options_.descriptor, 1) == 0;
-    sparse_buffers_ = io_uring_register_buffers_sparse(&ring_, kRegisteredMax) == 0;
     in_flight_.resize(options.queue_depth);
     for (unsigned i = options.queue_depth; i-- > 0;) free_.push_back(i);
-    thread_ = std::thread([this] { loop(); });
-    usable_ = true;
+    const auto set_up = std::make_shared<std::promise<int>>();
+    thread_ = std::thread([this, set_up] {
+      const int result = set_up_ring();
+      set_up->set_value(result);
+      if (result == 0) loop();
+    });
+    const int result = set_up->get_future().get();
+    usable_ = result == 0;
+    if (usable_) return;
+    thread_.join();
+    reason = result == -EOPNOTSUPP ? "the kernel's io_uring cannot read and write files: it needs Linux 5.6"
+                                   : std::string("io_uring_setup: ") + std::strerror(-result);
   }
 
   ~UringBackend() override {
@@ -77,19 +94,15 @@ class UringBackend final : public Backend {
   }
 
   bool register_buffer(char* address, std::size_t nbytes) override {
-    std::lock_guard<std::mutex> lock(registered_mutex_);
-    if (!usable_ || !sparse_buffers_) return false;
-    for (std::size_t start = 0; start < nbytes; start += kRegisteredPieceNbytes) {
-      const std::size_t piece_nbytes = std::min(kRegisteredPieceNbytes, nbytes - start);
-      if (registered_.size() == kRegisteredMax) return false;
-      const iovec vector{address + start, piece_nbytes};
-      const __u64 tag = 0;
-      const int result =
-          io_uring_register_buffers_update_tag(&ring_, static_cast<unsigned>(registered_.size()), &vector, &tag, 1);
-      if (result < 0) return false;
-      registered_.push_back({address + start, piece_nbytes});
+    const auto registration = std::make_shared<Registration>();
+    registration->buffer = {address, nbytes};
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (closing_) return false;
+      registrations_.push_back(registration);
     }
-    return true;
+    wake_thread();
+    return registration->done.get_future().get();
   }
 
   void cancel() override {
@@ -108,12 +121,12 @@ class UringBackend final : public Backend {
       std::lock_guard<std::mutex> lock(mutex_);
       closing_ = true;
     }
+    std::lock_guard<std::mutex> lock(close_mutex_);
     if (thread_.joinable()) {
       wake_thread();
       thread_.join();
     }
     // The ring goes now, not with the object: it pins every registered buffer.
-    std::lock_guard<std::mutex> lock(registered_mutex_);
     if (usable_) io_uring_queue_exit(&ring_);
     usable_ = false;
   }
@@ -136,14 +149,44 @@ class UringBackend final : public Backend {
     }
   }
 
+  int set_up_ring() {
+    int result = -EINVAL;
+    for (const unsigned setup : kSetups) {
+      result = io_uring_queue_init(options_.queue_depth + 2, &ring_, setup);
+      if (result != -EINVAL) break;
+    }
+    if (result < 0) return result;
+    if (!moves_files()) {
+      io_uring_queue_exit(&ring_);
+      return -EOPNOTSUPP;
+    }
+    file_registered_ = io_uring_register_files(&ring_, &options_.descriptor, 1) == 0;
+    sparse_buffers_ = io_uring_register_buffers_sparse(&ring_, kRegisteredMax) == 0;
+    return 0;
+  }
+
   void wake_thread() const {
     const std::uint64_t one = 1;
     while (::write(wake_descriptor_, &one, sizeof one) < 0 && errno == EINTR) {
     }
   }
 
-  int registered_index(const char* address, std::size_t nbytes) {
-    std::lock_guard<std::mutex> lock(registered_mutex_);
+  bool register_with_kernel(const Registered& buffer) {
+    if (!sparse_buffers_) return false;
+    for (std::size_t start = 0; start < buffer.nbytes; start += kRegisteredPieceNbytes) {
+      const std::size_t piece_nbytes = std::min(kRegisteredPieceNbytes, buffer.nbytes - start);
+      if (registered_.size() == kRegisteredMax) return false;
+      const iovec vector{buffer.address + start, piece_nbytes};
+      const __u64 tag = 0;
+      const int result =
+          io_uring_register_buffers_update_tag(&ring_, static_cast<unsigned>(registered_.size()), &vector, &tag, 1);
+      if (result < 0) return false;
+      registered_.push_back({buffer.address + start, piece_nbytes});
+    }
+    return true;
+  }
+
+  int registered_index(const char* address, std::size_t nbytes) const {
     for (std::size_t i = 0; i < registered_.size(); ++i)
       if (address >= registered_[i].address && address + nbytes <= registered_[i].address + registered_[i].nbytes)
         return static_cast<int>(i);
@@ -171,24 +214,36 @@ class UringBackend final : public Backend {
     io_uring_sqe_set_data64(sqe, slot);  // after prep, which clears it
   }
 
-  // Moves queued pieces into free slots, urgent ones first. False when nothing is left and the backend closes.
+  // Registers what waits for it and moves queued pieces into free slots, urgent ones first. False when nothing is left
+  // and the backend closes.
   bool fill() {
-    std::vector<unsigned> filled;
+    filled_.clear();
+    std::vector<std::shared_ptr<Registration>> registrations;
+    bool finished = false;
     {
       std::lock_guard<std::mutex> lock(mutex_);
+      registrations.swap(registrations_);
       while (!free_.empty() && (!urgent_.empty() || !normal_.empty())) {
         std::deque<Piece>& queue = urgent_.empty() ? normal_ : urgent_;
         const unsigned slot = free_.back();
         free_.pop_back();
         in_flight_[slot] = std::move(queue.front());
         queue.pop_front();
-        filled.push_back(slot);
+        filled_.push_back(slot);
       }
-      if (closing_ && free_.size() == in_flight_.size()) return false;
+      finished = closing_ && free_.size() == in_flight_.size();
     }
     count_in_flight(in_flight_.size() - free_.size());
-    for (const unsigned slot : filled) prepare(slot);
-    return true;
+    for (const auto& registration : registrations)
+      registration->done.set_value(register_with_kernel(registration->buffer));
+    for (const unsigned slot : filled_) prepare(slot);
+    return !finished;
+  }
+
+  // While every slot is taken nothing new can start, so a few completions are worth one wake.
+  unsigned completions_wanted() const {
+    if (!free_.empty()) return 1;
+    return std::clamp(static_cast<unsigned>(in_flight_.size()) / 8, 1u, kCompletionBatchMax);
   }
 
   void loop() {
@@ -202,7 +257,7 @@ class UringBackend final : public Backend {
         io_uring_sqe_set_data64(sqe, kWake);
         wake_armed = true;
       }
-      const int submitted = io_uring_submit_and_wait(&ring_, 1);
+      const int submitted = io_uring_submit_and_wait(&ring_, completions_wanted());
       if (submitted > 0) counters_.submit_calls.fetch_add(1, std::memory_order_relaxed);
       if (submitted < 0 && submitted != -EINTR && submitted != -EAGAIN && submitted != -EBUSY) {
         abandon(-submitted);
@@ -246,26 +301,32 @@ class UringBackend final : public Backend {
   // The ring itself is broken: nobody may be left waiting.
   void abandon(int code) {
     std::deque<Piece> rest;
+    std::vector<std::shared_ptr<Registration>> registrations;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       closing_ = true;
+      registrations.swap(registrations_);
       take_queued(rest);
     }
     for (Piece& piece : in_flight_)
       if (piece.ticket) fail(piece, code, "io_uring_enter failed");
     for (Piece& piece : rest) fail(piece, code, "io_uring_enter failed");
+    for (const auto& registration : registrations) registration->done.set_value(false);
   }
 
   io_uring ring_{};
-  bool usable_ = false, file_registered_ = false, sparse_buffers_ = false;
+  bool usable_ = false;  // guarded by close_mutex_ once constructed
   int wake_descriptor_ = -1;
   std::uint64_t wake_value_ = 0;  // the kernel writes here, also after the loop has ended
-  std::mutex mutex_;              // guards the two queues and closing_
+  std::mutex close_mutex_;
+  std::mutex mutex_;  // guards the queues and closing_
   std::deque<Piece> urgent_, normal_;
+  std::vector<std::shared_ptr<Registration>> registrations_;
   bool closing_ = false;
-  std::vector<Piece> in_flight_;  // I/O thread only
-  std::vector<unsigned> free_;    // I/O thread only
-  std::mutex registered_mutex_;
+  // The I/O thread's own:
+  bool file_registered_ = false, sparse_buffers_ = false;
+  std::vector<Piece> in_flight_;
+  std::vector<unsigned> free_, filled_;
   std::vector<Registered> registered_;
   std::thread thread_;
 };

@@ -98,6 +98,9 @@ std::shared_ptr<io::Ticket> UpdatePipeline::submit(UpdateJob job) {
     std::lock_guard<std::mutex> lock(mutex_);
     OFFLOAD_CHECK(!closing_, "the update pipeline is closed");
     jobs_.push_back(state);
+    if (state->job.reorders)
+      std::stable_sort(jobs_.begin() + (next_index_ > 0 ? 1 : 0), jobs_.end(),
+                       [](const auto& one, const auto& other) { return one->job.tag < other->job.tag; });
     if (next_ == nullptr) take_next_chunk();
   }
   changed_.notify_one();

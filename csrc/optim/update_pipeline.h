@@ -39,6 +39,8 @@ struct UpdateJob {
   std::shared_ptr<io::Ticket> grad_gate;
   std::vector<Segment> segments;
   std::int64_t tag = -1;  // comes back in the spans of its chunks
+  // The turn to the next forward: jobs that have not begun are put in the order of their tags, which is that of use.
+  bool reorders = false;
 };
 
 // What a chunk did while spans were recorded: 'r'ead, 'u'pdate or 'w'rite, in seconds of the steady clock.

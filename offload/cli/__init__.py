@@ -74,13 +74,42 @@ def finetune_command(
         ),
     ] = "50%",
     activations: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Where block inputs wait for backward: auto (where there is room), device, host or storage. "
-            "keep: recompute nothing, keep everything on the device.",
+            "keep: recompute nothing, keep everything on the device. Any but auto leaves no plan.",
             rich_help_panel=_MEMORY,
         ),
+    ] = None,
+    saved_activations: Annotated[
+        str | None,
+        typer.Option(
+            help="What becomes of tensors inside a block that backward needs: recompute, or keep them on device, "
+            "host or storage. Default: as planned, else recompute.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="auto (CUDA where there is one), cpu, cuda, cuda:1, or emulated: memory of its own in DRAM, behind "
+            "a bus as fast as the profile's.",
+            rich_help_panel=_MACHINE,
+        ),
     ] = "auto",
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            help="Machine to plan for: a profile's name or file. Default: what `offload probe` has stored.",
+            rich_help_panel=_MACHINE,
+        ),
+    ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            help="Run this saved plan. none: no plan, placement by budget alone.", rich_help_panel=_MACHINE
+        ),
+    ] = None,
     step_aside: Annotated[
         str,
         typer.Option(
@@ -101,14 +130,14 @@ def finetune_command(
         int, typer.Option(min=2, help="Tokens a sequence.", rich_help_panel=_TRAINING)
     ] = 512,
     micro_batches: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=1,
             help="Cut the batch into so many parts inside each block: less memory for activations, "
-            "same numbers, no byte more to read.",
+            "same numbers, no byte more to read. Default: as planned, else 1.",
             rich_help_panel=_TRAINING,
         ),
-    ] = 1,
+    ] = None,
     lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.", rich_help_panel=_TRAINING)] = 1e-5,
     schedule: Annotated[
         str,
@@ -138,6 +167,20 @@ def finetune_command(
             rich_help_panel=_RESULT,
         ),
     ] = None,
+    save_plan: Annotated[
+        str | None, typer.Option(help="Write the plan here, as JSON.", rich_help_panel=_RESULT)
+    ] = None,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            help="Record the third step and write it for ui.perfetto.dev, as `offload simulate` does.",
+            rich_help_panel=_RESULT,
+        ),
+    ] = None,
+    plot: Annotated[
+        str | None,
+        typer.Option(help="Record the third step and draw it (.png, .svg).", rich_help_panel=_RESULT),
+    ] = None,
     json_lines: Annotated[
         bool,
         typer.Option(
@@ -159,14 +202,19 @@ def finetune_command(
     over the drives' rates. 100% means that no better order of work could save time. The rates are measured before
     training by moving 64 MiB a drive (half a second at most for each pass), and raised when the run shows more.
 
+    With a profile of the machine (`offload probe`, or --hardware) it plans: micro-batches, placement, prefetch window
+    and what is kept for backward. Options that are given stay as given. The plan is printed first; the summary has its
+    seconds beside the measured ones, and how many steps the drives' endurance lasts.
+
     Ctrl-C and SIGTERM end the run with a summary and remove the store.
     """  # fmt: skip
     settings = Settings(
         model=model, data=data, storage=storage or [], host_memory=host_memory, device_memory=device_memory,
-        activations=activations, step_aside=step_aside, dtype=dtype,
+        activations=activations, saved_activations=saved_activations, step_aside=step_aside, dtype=dtype,
+        device=device, hardware=hardware, plan=plan, save_plan=save_plan,
         steps=steps, batch_size=batch_size, sequence_length=sequence_length,
         micro_batches=micro_batches, lr=lr, schedule=schedule, warmup_steps=warmup_steps, weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm, seed=seed, output=output,
+        max_grad_norm=max_grad_norm, seed=seed, output=output, trace=trace, plot=plot,
     )  # fmt: skip
     finetune(settings, JsonOutput(sys.stdout) if json_lines else TextOutput(sys.stderr, sys.stdout))
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,17 +19,23 @@ from torch import nn
 from offload.checkpoint import export, load
 from offload.cli.data import TokenStream
 from offload.cli.output import Output, StepReport
+from offload.cli.planned import Planning, Request, planning_of
 from offload.cli.stop import StopSignals
 from offload.errors import ConfigError, OffloadError
 from offload.model.causal_lm_loss import why_not_chunked
 from offload.model.loading import dtype_of, load_gguf
 from offload.planner.floor import FloorMeter, StorageRates
+from offload.planner.hardware import Hardware
 from offload.runtime.engine import wrap
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.shutdown import abandon, forget_frames
+from offload.schedule.run import endurance_steps
+from offload.schedule.trace import draw_timeline, write_trace
 from offload.tiers.rates import measure_rates
 
 SCHEDULES = ("constant", "linear", "cosine")
+RECORDED_STEP = 3
+"""Steady: the first writes what later ones follow, the second fills what they find."""
 
 
 class Interrupted(Exception):
@@ -36,20 +44,25 @@ class Interrupted(Exception):
 
 @dataclass
 class Settings:
-    """What `offload finetune` was told; the meanings are in its --help."""
+    """What `offload finetune` was told; the meanings are in its --help. None: not told."""
 
     model: str
     data: str
     storage: list[str] = field(default_factory=list)
     host_memory: str = "50%"
     device_memory: str = "50%"
-    activations: str = "auto"
+    activations: str | None = None
+    saved_activations: str | None = None
     step_aside: str = "auto"
+    device: str = "auto"
+    hardware: str | None = None
+    plan: str | None = None
+    save_plan: str | None = None
     dtype: str = "auto"
     steps: int = 100
     batch_size: int = 8
     sequence_length: int = 512
-    micro_batches: int = 1
+    micro_batches: int | None = None
     lr: float = 1e-5
     schedule: str = "constant"
     warmup_steps: int = 0
@@ -57,6 +70,8 @@ class Settings:
     max_grad_norm: float | None = None
     seed: int = 0
     output: str | None = None
+    trace: str | None = None
+    plot: str | None = None
 
 
 def learning_rate_factor(step: int, schedule: str, warmup_steps: int, steps: int) -> float:
@@ -84,6 +99,14 @@ def _check(settings: Settings) -> None:
         raise ConfigError(
             f"--output {settings.output} cannot be written by this user: choose another directory"
         )
+    for option in ("trace", "plot", "save_plan"):
+        path = getattr(settings, option)
+        if path is not None and not _can_be_made(os.path.dirname(os.path.abspath(path))):
+            raise ConfigError(
+                f"--{option.replace('_', '-')} {path} cannot be written by this user: choose another file"
+            )
+    if settings.plot is not None and find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib; run: pip install 'offload[plot]'")
 
 
 def _can_be_made(directory: str) -> bool:
@@ -114,16 +137,33 @@ def _tokenizer(settings: Settings) -> Any:
         raise ConfigError(f"--model {settings.model}: no usable tokenizer: {error}") from error
 
 
-def _wrap(settings: Settings, model: nn.Module | None) -> tuple[nn.Module, OffloadOptimizer]:
+def _planning(settings: Settings, output: Output) -> Planning:
+    request = Request(
+        batch_samples=settings.batch_size,
+        tokens_per_sample=settings.sequence_length,
+        storage=settings.storage,
+        device=settings.device,
+        hardware=settings.hardware,
+        plan=settings.plan,
+        save_plan=settings.save_plan,
+        activations=settings.activations,
+        saved_activations=settings.saved_activations,
+        micro_batches=settings.micro_batches,
+    )
+    return planning_of(request, output.note)
+
+
+def _wrap(
+    settings: Settings, planning: Planning, model: nn.Module | None
+) -> tuple[nn.Module, OffloadOptimizer]:
     """Stream the directory into the store; or wrap `model`, fp32 and in memory already."""
     budgets: dict[str, Any] = {
         "storage": settings.storage,
         "host_memory": settings.host_memory,
         "device_memory": settings.device_memory,
-        "activations": settings.activations,
         "step_aside": settings.step_aside,
-        "micro_batches": settings.micro_batches,
         "max_grad_norm": settings.max_grad_norm,
+        **planning.settings,
     }
     if model is None:
         return load(settings.model, lambda p: _optimizer(p, settings), dtype=settings.dtype, **budgets)
@@ -159,6 +199,8 @@ class _Totals:
     first_loss: float | None = None
     last_loss: float | None = None
     step_s: list[float] = field(default_factory=list)
+    expected_step_s: float | None = None
+    hardware: Hardware | None = None
     floor_fractions: list[float] = field(default_factory=list)
     stall_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     read_bytes: int = 0
@@ -174,6 +216,22 @@ class _Totals:
         self.written_bytes += report.written_bytes
         for cause, seconds in report.stall_s.items():
             self.stall_s[cause] += seconds
+
+
+@contextlib.contextmanager
+def _recorded(engine: Any, settings: Settings, step: int, output: Output) -> Iterator[None]:
+    """Record the step inside when it is the one to draw: the third, or the last of fewer."""
+    if step != min(RECORDED_STEP, settings.steps) or not (settings.trace or settings.plot):
+        yield
+        return
+    with engine.record() as spans:
+        yield
+    title = f"measured {settings.model}, batch {settings.batch_size}, step {step}"
+    if settings.trace is not None:
+        write_trace(settings.trace, spans, process=title)
+    if settings.plot is not None:
+        draw_timeline(settings.plot, spans, title=title)
+    output.note(f"step {step} is drawn in {' and '.join(p for p in (settings.trace, settings.plot) if p)}")
 
 
 def _train(
@@ -194,11 +252,13 @@ def _train(
     counted = model.offload.counters()
     start_s = time.perf_counter()
     for step in range(1, settings.steps + 1):
-        loss = model(**next(batches)).loss
-        loss.backward()
-        learning_rate = float(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        optimizer.zero_grad()
+        batch = {name: tensor.to(model.offload.device) for name, tensor in next(batches).items()}
+        with _recorded(model.offload, settings, step, output):
+            loss = model(**batch).loss
+            loss.backward()
+            learning_rate = float(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            optimizer.zero_grad()
         scheduler.step()
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -235,6 +295,7 @@ def _summary(settings: Settings, totals: _Totals, status: str) -> dict[str, Any]
     median_s = statistics.median(totals.step_s) if totals.step_s else None
     fractions = totals.floor_fractions
     per_step = max(1, totals.trainable_numel * totals.step)
+    written_a_step = totals.written_bytes / max(1, totals.step)
     return {
         "status": status,
         "steps": totals.step,
@@ -242,11 +303,14 @@ def _summary(settings: Settings, totals: _Totals, status: str) -> dict[str, Any]
         "last_loss": totals.last_loss,
         "trainable_parameters": totals.trainable_numel,
         "median_step_s": median_s,
+        "predicted_step_s": totals.expected_step_s,
         "tokens_per_s": settings.batch_size * settings.sequence_length / median_s if median_s else None,
         "median_floor_fraction": statistics.median(fractions) if fractions else None,
         "waited_for": dict(totals.stall_s),
         "read_gb": totals.read_bytes / 1e9,
         "written_gb": totals.written_bytes / 1e9,
+        "written_bytes_per_step": written_a_step,
+        "endurance_steps": endurance_steps(totals.hardware, written_a_step) if totals.hardware else None,
         "read_bytes_per_parameter_and_step": totals.read_bytes / per_step,
         "written_bytes_per_parameter_and_step": totals.written_bytes / per_step,
         "output": settings.output if status == "done" else None,
@@ -255,6 +319,8 @@ def _summary(settings: Settings, totals: _Totals, status: str) -> dict[str, Any]
 
 def _run(settings: Settings, output: Output, totals: _Totals, signals: StopSignals) -> dict[str, Any]:
     """Load, train and export; the store is gone when it returns or raises."""
+    planning = _planning(settings, output)
+    totals.hardware = planning.hardware
     output.note(f"loading {settings.model}")
     in_memory = None
     if settings.model.endswith(".gguf"):
@@ -263,9 +329,11 @@ def _run(settings: Settings, output: Output, totals: _Totals, signals: StopSigna
         tokenizer = _tokenizer(settings)
     stream = TokenStream(settings.data, tokenizer, settings.sequence_length)  # before anything is written
     rates = _measure_rates(settings, output)
-    model, optimizer = _wrap(settings, in_memory)
+    model, optimizer = _wrap(settings, planning, in_memory)
     engine: Any = model.offload
     try:
+        planning.report(engine.plan, output.note)
+        totals.expected_step_s = planning.expected_step_s(engine.plan)
         totals.trainable_numel = engine.trainable_numel
         output.note(
             f"{engine.trainable_numel / 1e6:.1f} M trainable parameters; {stream.n_tokens:,} tokens in "

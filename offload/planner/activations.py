@@ -72,6 +72,12 @@ def unit_classes(workload: Workload) -> tuple[UnitClass, ...]:
     return tuple(sorted(classes, key=lambda c: (-c.flops / max(1, c.nbytes), c.nbytes)))
 
 
+def everything(workload: Workload) -> Candidates:
+    """The one set that saves every unit, those that cost no FLOPs to recompute among them."""
+    classes = unit_classes(workload)
+    return _measured(classes, np.array([[len(c.members) for c in classes]], dtype=np.int64))
+
+
 def candidates(workload: Workload) -> Candidates:
     """Sets of saved units, each the most FLOPs that its bytes can save."""
     classes = unit_classes(workload)

@@ -11,6 +11,8 @@ from offload.types import PAGE_NBYTES
 ACTIVATION_STAGING_NBYTES_MAX = 64 << 20
 ACTIVATION_STAGING_NBYTES_MIN = 128 << 10
 ACTIVATION_STAGING_SHARE = 0.04
+GRAD_BUFFERS_MAX = 4
+"""Blocks whose updates may be under way while backward goes on; more let updates run further into forward."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ def place(
     )
     spare = device_nbytes - least_device
     n_grad_buffers = min(1, len(blocks))
-    if spare >= grad and grad:
-        n_grad_buffers, spare = 2, spare - grad
+    while grad and n_grad_buffers < GRAD_BUFFERS_MAX and spare >= grad * (1 if n_grad_buffers == 1 else 1.5):
+        n_grad_buffers, spare = n_grad_buffers + 1, spare - grad
     wanted = len(blocks) if prefetch_blocks is None else min(len(blocks), prefetch_blocks + 1)
     affordable = least_slots + (spare // 2 // slot if slot else 0)
     n_slots = max(least_slots, min(wanted, affordable))

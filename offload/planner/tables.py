@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from offload.planner.activations import Candidates, candidates, spread, spread_order, unit_order
+from offload.planner.activations import Candidates, candidates, everything, spread, spread_order, unit_order
 from offload.planner.cost_model import CostModel, Load
 from offload.planner.hardware import Hardware
 from offload.planner.memory import Shape, device_need, host_need
@@ -68,9 +68,9 @@ class Tables:
         self.hardware = hardware
         self.space = space
         workload = model.workload
-        found = candidates(workload)
-        if space.activations != "auto":
-            only = slice(0, 1) if space.activations == "recompute" else slice(-1, None)
+        found = everything(workload) if space.activations == "save" else candidates(workload)
+        if space.activations == "recompute":
+            only = slice(0, 1)
             found = Candidates(
                 found.classes, found.counts[only], found.saved_nbytes[only], found.recompute_flops[only]
             )

@@ -49,6 +49,12 @@ class Resources:
             self.store.close()
         self.device.close()
 
+    def abandon(self) -> None:
+        """The same, without the transfers that are still queued."""
+        if self.store is not None:
+            self.store.cancel()
+        self.close()
+
 
 @dataclass
 class Assembly:
@@ -218,6 +224,17 @@ class _Builder:
         store.engine.register_buffer(self.host_arena.address, self.host_arena.nbytes)
         return store
 
+    def make_resources(self, spans: SpanLog) -> Resources:
+        store = self.make_store()
+        try:
+            pipeline = self.make_pipeline(store)
+        except BaseException:
+            if store is not None:
+                store.close()
+            raise
+        arenas = [self.device_arena, self.host_arena]
+        return Resources(store, pipeline, self.device, Copies(self.device, spans), arenas)
+
     def make_pipeline(self, store: Store | None) -> UpdatePipeline:
         staging = self.host_arena.take(self.staging_nbytes)
         n_threads = self.config.update_threads if self.streams else (os.cpu_count() or 1)
@@ -317,8 +334,16 @@ def assemble(
     Raises BudgetError before anything is written when it cannot fit.
     """
     builder = _Builder(cut, config, compute_dtype, device, plan)
-    store = builder.make_store()
-    pipeline = builder.make_pipeline(store)
+    resources = builder.make_resources(spans)
+    try:
+        return _fill(builder, resources)
+    except BaseException:
+        resources.abandon()
+        raise
+
+
+def _fill(builder: _Builder, resources: Resources) -> Assembly:
+    store, device = resources.store, resources.device
     slots, device_slots = builder.make_slots()
     grad_buffers, out_buffers = builder.make_grad_buffers()
     activation_staging = builder.host_arena.take(builder.placement.activation_staging_nbytes)
@@ -333,9 +358,7 @@ def assemble(
         device_slots=device_slots,
         grad_buffers=grad_buffers,
         out_buffers=out_buffers,
-        resources=Resources(
-            store, pipeline, device, Copies(device, spans), [builder.device_arena, builder.host_arena]
-        ),
+        resources=resources,
         activation_staging=activation_staging,
         placement=builder.placement,
         device_nbytes=builder.device_nbytes,

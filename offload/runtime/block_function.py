@@ -187,7 +187,9 @@ class _BlockFunction(torch.autograd.Function):
         runner.begin_backward(block)
         try:
             outside = _random_state(device)
-            for number, (start, stop) in enumerate(call.ranges):
+            for number, (start, stop) in reversed(
+                list(enumerate(call.ranges))
+            ):  # the last is still the nearest
                 if call.kept:
                     inputs, outputs = call.kept[number]
                 else:
@@ -252,6 +254,7 @@ def _forward_saving(call: Call, micro: list[Any]) -> list[Any]:
     with Keeper(recipe, frozenset(tiers)) as keeper:
         out_leaves = _run_micro(call, micro)
     if keeper.matches:
+        call.runner.activations.wait_until_left()
         for op, tensors in keeper.kept.items():
             held = _put_away(call, tensors, tiers[op])
             if held is not None:
@@ -277,7 +280,9 @@ def _recompute(
     signature = _signature(call, micro)
     recipe = call.block.recipes.get(signature)
     store = call.runner.activations
-    saved = {op: [store.swap_in(a) for a in held] for op, held in call.saved[number].items()}
+    held = call.saved[number]
+    tensors = iter(store.swap_in([a for activations in held.values() for a in activations]) if held else [])
+    saved = {op: [next(tensors) for _ in activations] for op, activations in held.items()}
     call.saved[number] = {}
     recorder = None
     with torch.enable_grad(), ExitStack() as stack:
@@ -358,7 +363,7 @@ def _restore_inputs(ctx: Any) -> list[torch.Tensor]:
     tensors = list(ctx.saved_tensors)
     if ctx.swapped is not None:
         largest, store, activation = ctx.swapped
-        tensors[largest] = store.swap_in(activation)
+        (tensors[largest],) = store.swap_in([activation])
     return [t.detach().requires_grad_(r) for t, r in zip(tensors, ctx.requires, strict=True)]
 
 

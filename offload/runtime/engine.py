@@ -15,6 +15,7 @@ from torch import nn
 
 from offload.config import Config
 from offload.errors import ConfigError, UsageError
+from offload.model.blocks import Cut
 from offload.model.blocks import cut as cut_model
 from offload.model.causal_lm_loss import chunk_loss, why_not_chunked
 from offload.model.flat import FlatBuffer
@@ -54,37 +55,58 @@ class OffloadEngine:
         self.stalls = Stalls()
         self.spans = SpanLog()
         self.last_step: dict[str, Any] = {}
+        self._closed = False
+        self._sync = True
+        self._backward_open = False
+        self._handles: list[Any] = []
+        self._modules: list[nn.Module] = []
         cut = cut_model(model, blocks)
         device = choose_device(model, config)
         self.device = device.torch_device
-        self.aside = steps_aside(cut, config, device, dtype)
-        if self.aside:
-            cut = cut.all_root()
-        self._planned = None if self.aside else _plan(model, config, blocks, device)
-        self.plan = None if self._planned is None else self._planned.plan
-        self.micro_batches = config.micro_batches if self.plan is None else self.plan.micro_batches
-        parts = self._assembly = assemble(cut, config, dtype, device, self.spans, self.plan)
+        try:
+            self.aside = steps_aside(cut, config, device, dtype)
+            if self.aside:
+                cut = cut.all_root()
+            self._planned = None if self.aside else _plan(model, config, blocks, device)
+            self.plan = None if self._planned is None else self._planned.plan
+            self.micro_batches = config.micro_batches if self.plan is None else self.plan.micro_batches
+            parts = self._assembly = assemble(cut, config, dtype, device, self.spans, self.plan)
+        except BaseException:
+            device.close()
+            raise
         self.root, self.blocks, self.placement = parts.root, parts.blocks, parts.placement
         self._optimizer = weakref.ref(optimizer)
         self._scheduler = _make_scheduler(parts, self.stalls, self.spans)
         self._gradients = self._scheduler.gradients
-        self.activations = _make_activations(parts, config, self.stalls, self.spans)
-        self._sync = True
-        self._backward_open = False
+        self.activations = _make_activations(parts, config, self.stalls, self.spans, self.plan is not None)
         self._step_start_s = time.perf_counter()
-        self._handles = []
+        try:
+            self._attach(cut)
+        except BaseException:
+            self._detach()
+            parts.resources.abandon()
+            raise
+        self._finalizer = weakref.finalize(model, parts.resources.close)
+
+    def _attach(self, cut: Cut) -> None:
+        """Take over the model: its blocks' forward, its gradients, its buffers."""
         self._modules = [module for _, module in cut.blocks]
         for block, module in zip(self.blocks, self._modules, strict=True):
             hooks.replace_forward(module, functools.partial(run_block, block, self))
             self._handles += hooks.on_gradient(block, self._gradients.accumulate)
         self._handles += hooks.on_gradient(self.root, self._receive_root_gradient)
         owners = {name.rpartition(".")[0] for name, _ in cut.root}
-        modules = dict(model.named_modules())
-        self._handles += hooks.before_forward([model, *(modules[name] for name in owners)], self._root_needed)
-        _move_buffers(model, self.device)
+        modules = dict(self.model.named_modules())
+        owning = [self.model, *(modules[name] for name in owners)]
+        self._handles += hooks.before_forward(owning, self._root_needed)
+        _move_buffers(self.model, self.device)
         self._scheduler.hold_root()
-        self._closed = False
-        self._finalizer = weakref.finalize(model, parts.resources.close)
+
+    def _detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for module in self._modules:
+            hooks.restore_forward(module)
 
     # ---- called by blocks and hooks --------------------------------------------------------------------------
 
@@ -212,6 +234,10 @@ class OffloadEngine:
         optimizer = self._optimizer()
         if optimizer is None:
             raise UsageError("the optimizer returned by offload.wrap has been deleted")
+        self._backward_open = False  # a backward that failed midway leaves it open
+        store = self._assembly.resources.store
+        if store is not None:
+            store.check_intact()
         waiting = [b for b in self.blocks if b.touched]
         if any(b.pending_update for b in [*waiting, self.root]):
             self._scheduler.flush()  # a block was skipped by this step's forward
@@ -233,6 +259,7 @@ class OffloadEngine:
 
     def discard_gradients(self) -> None:
         """Forget gradients that no step has consumed."""
+        self._backward_open = False
         for block in [*self.blocks, self.root]:
             if block.pending_update or block.tickets:
                 continue
@@ -278,12 +305,14 @@ class OffloadEngine:
         try:
             yield spans
         finally:
-            resources.pipeline.record_spans(False)
-            resources.device.timing = False
             self.flush()
             resources.device.mark().wait()
+            for block in [*self.blocks, self.root]:
+                block.loaded.wait()
+            resources.pipeline.record_spans(False)
+            resources.device.timing = False
             lane_of = {"r": ("read", "state_in"), "u": ("cpu", "update"), "w": ("write", "state_out")}
-            labels = {block.index: block.label for block in [*self.blocks, self.root]}
+            labels = {-1: self.root.label, **{block.index: block.label for block in self.blocks}}
             for kind, index, start_s, end_s in resources.pipeline.take_spans():
                 lane, name = lane_of[kind]
                 self.spans.add(lane, f"{name} {labels[index]}", functools.partial(_times, start_s, end_s))
@@ -336,10 +365,7 @@ class OffloadEngine:
         try:
             self.flush()
         finally:
-            for handle in self._handles:
-                handle.remove()
-            for module in self._modules:
-                hooks.restore_forward(module)
+            self._detach()
             self._finalizer()
 
 
@@ -371,8 +397,10 @@ def _make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog) -> Schedule
     )
 
 
-def _make_activations(parts: Assembly, config: Config, stalls: Stalls, spans: SpanLog) -> ActivationStore:
-    """A device of its own leaves half of what is free to the block that is running."""
+def _make_activations(
+    parts: Assembly, config: Config, stalls: Stalls, spans: SpanLog, planned: bool
+) -> ActivationStore:
+    """A device of its own leaves half of what is free to the block that is running, unless a plan has counted that."""
     if config.activations == "storage" and parts.resources.store is None:
         raise ConfigError("activations='storage' needs storage=[directory]")
     fixed: dict[str, Tier] = {"device": "device", "host": "host", "storage": "storage"}
@@ -384,7 +412,7 @@ def _make_activations(parts: Assembly, config: Config, stalls: Stalls, spans: Sp
         stalls,
         spans,
         tier=fixed.get(config.activations),
-        device_nbytes=spare_nbytes if parts.resources.device.shares_host else spare_nbytes // 2,
+        device_nbytes=spare_nbytes if planned or parts.resources.device.shares_host else spare_nbytes // 2,
         host_nbytes=parts.host_nbytes - parts.placement.host_nbytes,
         staging=parts.activation_staging,
         pin=config.pin,

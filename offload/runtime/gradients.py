@@ -42,6 +42,7 @@ class Gradients:
         self._spans = spans
         self._spare_host_nbytes = spare_host_nbytes
         self._complete = complete
+        self._n_taken = 0
 
     # ---- in backward -----------------------------------------------------------------------------------------
 
@@ -49,8 +50,9 @@ class Gradients:
         """Give the block a gradient buffer, with what it has accumulated so far."""
         if block.updated_since_step:
             raise UsageError(
-                f"block {block.name}: backward ran again before optimizer.step(), and its update has been made "
-                "already; accumulate under `with model.offload.no_sync():`, or use update='deferred'"
+                f"block {block.name}: its update of this step has been made already, during a backward that ran before "
+                "without optimizer.step(), or failed midway. To accumulate, run all backwards but the last under "
+                "`with model.offload.no_sync():`; to be able to go on after a failed one, use update='deferred'"
             )
         if block.grad_buffer is not None or block.layout.grad_elements == 0:
             return
@@ -183,20 +185,20 @@ class Gradients:
             arrived.wait()
 
     def _take(self, buffers: list[GradBuffer]) -> GradBuffer:
-        """A buffer without owner; waits for one that an update or a write gives back, one that is over first."""
-        for buffer in buffers:
-            if buffer.owner is None:
-                return buffer
-        for buffer in sorted(buffers, key=_is_busy):
+        """A buffer without owner; waits for the first that an update or a write gives back."""
+        self._n_taken += 1
+        for buffer in sorted(buffers, key=lambda b: b.taken if b.owner is not None else -1):
             owner = buffer.owner
-            if owner is None or owner.in_use:
+            if owner is not None and owner.in_use:
                 continue
-            if owner.parking is buffer:
+            if owner is not None and owner.parking is buffer:
                 self._wait_parked(owner)
-                return buffer
-            if owner.tickets:
+            elif owner is not None and owner.tickets:
                 self._complete(owner, "gradient")
-                return buffer
+            elif owner is not None:
+                continue
+            buffer.taken = self._n_taken
+            return buffer
         raise BudgetError("every gradient buffer is in use at once; raise device_memory")
 
     def _take_place(self, block: BlockRecord) -> None:
@@ -214,13 +216,3 @@ class Gradients:
             )
         self._spare_host_nbytes -= nbytes
         block.grad_host = torch.empty(block.layout.grad_elements, dtype=torch.float32)
-
-
-def _is_busy(buffer: GradBuffer) -> bool:
-    """Whether the write or the update that reads the buffer is still going on."""
-    owner = buffer.owner
-    if owner is None:
-        return False
-    if owner.parking is buffer:
-        return owner.grad_gate is not None and not owner.grad_gate.done()
-    return not all(ticket.done() for ticket in owner.tickets)

@@ -33,6 +33,14 @@ logger = logging.getLogger("offload")
 
 _TIERS: dict[str, Tier] = {"device": "device", "host": "host", "storage": "storage"}
 
+_SAVED_IN: dict[str, dict[str, Any]] = {
+    "recompute": {"activations": "recompute"},
+    "device": {"activations": "save"},
+    "host": {"activations": "save", "activations_on_device": False, "activations_host_fraction": 1.0},
+    "storage": {"activations": "save", "activations_on_device": False, "activations_host_fraction": 0.0},
+}
+"""What `saved_activations` fixes. What finds no room on the device is swapped out."""
+
 
 @dataclass(frozen=True)
 class RunPlan:
@@ -86,8 +94,8 @@ def fixed_choices(config: Config) -> dict[str, Any]:
         fixed["prefetch_blocks"] = config.prefetch_blocks
     if config.update != "auto":
         fixed["update"] = config.update
-    if config.saved_activations == "recompute" and "saved_activations" in chosen:
-        fixed["activations"] = "recompute"
+    if "saved_activations" in chosen:
+        fixed |= _SAVED_IN[config.saved_activations]
     return fixed
 
 

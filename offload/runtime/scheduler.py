@@ -269,13 +269,17 @@ class Scheduler:
                 grad_address=grad_address,
                 grad_offset=grad_offset,
                 grad_gate=block.grad_gate,
-                tag=block.index,
+                tag=-1 if block.is_root else block.index,
+                reorders=block.is_root,
                 segments=segments,
             )
             block.tickets.append(self._pipeline.submit(job))
         block.touched.clear()
         block.grads_waiting = False
 
+    # [Note: the turn] Backward ends at block 0, forward begins with the root and block 0: what was handed over last is
+    # wanted first. The root's update comes last of a step, and puts those that have not begun in the order of use, so
+    # that forward goes on while the updates of later blocks are still being made.
     @staticmethod
     def _gradient_source(block: BlockRecord, skip_nbytes: int) -> tuple[int, int]:
         """(address, -1) of gradients in host memory, or (0, offset) of gradients on storage."""

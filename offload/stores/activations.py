@@ -1,12 +1,14 @@
 """Activation checkpoints (block inputs) between forward and backward: on the device, in host memory or on storage.
 
-Backward wants them in the reverse order of forward, so bringing one back starts bringing the one before it.
+Backward wants them in the reverse order of forward, so bringing some back starts bringing as many bytes of those
+before them: two micro-batches of tensors on the device, one that computes and one in transfer, as the planner counts.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -88,6 +90,10 @@ class ActivationStore:
         piece_nbytes = staging.numel() // 2 // PAGE_NBYTES * PAGE_NBYTES
         self._staging = LeasePool(staging, piece_nbytes) if piece_nbytes else None
         self._order: list[_Held] = []
+        self._reading: list[_Held] = []
+        """Those that are being read from storage, in the order in which they get staging."""
+        self._ahead_nbytes = 0
+        """The most that one `swap_in` has asked for."""
         self._free_extents: dict[int, list[int]] = {}
         self._free_planes: dict[int, list[Lease]] = {}
         self.nbytes_by_tier: dict[Tier, int] = {"device": 0, "host": 0, "storage": 0}
@@ -123,6 +129,14 @@ class ActivationStore:
         activation = Activation(held)
         weakref.finalize(activation, self._forget, held)
         return activation
+
+    def wait_until_left(self) -> None:
+        """Wait until all that is on its way out has left the device, so that no more than the next is in transfer."""
+        with self._stalls.waiting("activation"):
+            for held in self._order:
+                if held.source is not None:
+                    held.copied.wait()
+        self._let_go()
 
     def has_room(self, nbytes: int, tier: Tier) -> bool:
         """Whether a tensor of `nbytes` may go to `tier` now."""
@@ -194,26 +208,47 @@ class ActivationStore:
 
     # ---- back ------------------------------------------------------------------------------------------------
 
-    def swap_in(self, activation: Activation) -> torch.Tensor:
-        """The tensor again, on the device; the one that forward gave before it starts to come back too."""
-        held = activation.held
-        if held not in self._order:
+    def swap_in(self, activations: Sequence[Activation]) -> list[torch.Tensor]:
+        """The tensors again, on the device. Those that forward gave before them start to come back too."""
+        wanted = [activation.held for activation in activations]
+        if any(held not in self._order for held in wanted):
             raise UsageError("backward ran twice through a block whose input was swapped out")
         self._let_go()
-        position = self._order.index(held)
-        before = self._order[position - 1] if position else None
-        del self._order[position]
-        self._start(held)
-        self._finish_reads(held)
-        with self._stalls.waiting("activation"):
-            self._device.compute_waits(held.arrived)
-        tensor = held.kept
-        self._release(held)
-        if before is not None and all(ticket.done() for ticket in before.written):
-            self._start(before)
-        if tensor is None:
-            raise UsageError("an activation has been lost; please report this")
-        return tensor
+        for held in wanted:
+            self._order.remove(held)
+            self._start(held)
+        tensors = []
+        for held in wanted:
+            self._finish_reads(held)
+            with self._stalls.waiting("activation"):
+                self._device.compute_waits(held.arrived)
+            if held.kept is None:
+                raise UsageError("an activation has been lost; please report this")
+            tensors.append(held.kept)
+            self._release(held)
+        asked_nbytes = sum(held.nbytes for held in wanted if self._moves(held))
+        self._ahead_nbytes = max(self._ahead_nbytes, asked_nbytes)
+        self._start_ahead(self._ahead_nbytes)
+        return tensors
+
+    def _moves(self, held: _Held) -> bool:
+        """Whether it leaves the device tier's memory."""
+        return held.tier == "storage" or (held.tier == "host" and not self._device.shares_host)
+
+    def _start_ahead(self, nbytes: int) -> None:
+        """Begin to bring back what backward will want next, until `nbytes` are on their way."""
+        for held in reversed(self._order):
+            if nbytes <= 0:
+                return
+            if not self._moves(held):
+                continue
+            if held.kept is None:
+                is_written = all(ticket.done() for ticket in held.written)
+                has_staging = self._staging is not None and not self._staging.all_leased
+                if held.tier == "storage" and not (is_written and has_staging):
+                    return
+                self._start(held)
+            nbytes -= held.nbytes
 
     def _start(self, held: _Held) -> None:
         """Begin to bring it back to the device; does nothing when begun."""
@@ -230,50 +265,43 @@ class ActivationStore:
         with self._stalls.waiting("activation"):
             for ticket in held.written:
                 ticket.wait()  # a read may not overtake the write of the same extent
-        self._issue_reads(held)
+        self._reading.append(held)
+        self._issue_reads()
 
-    def _issue_reads(self, held: _Held) -> None:
-        """As many pieces as there is staging for."""
+    def _issue_reads(self) -> None:
+        """As many pieces as there is staging for, in the order in which they were begun."""
         store, staging = self._storage()
-        while held.kept is not None and held.read_nbytes < held.nbytes and not staging.all_leased:
-            part = _as_bytes(held.kept)[held.read_nbytes : held.read_nbytes + staging.piece_nbytes]
-            lease = staging.lease()
-            address, nbytes = lease.bytes_tensor.data_ptr(), round_up(part.numel(), PAGE_NBYTES)
-            ticket = store.engine.read(address, nbytes, held.offset + held.read_nbytes, urgent=True)
-            self._spans.add("read", f"read_back {held.label}", ticket.times)
-            held.pieces.append((lease, part, ticket))
-            held.read_nbytes += part.numel()
+        for held in self._reading:
+            while held.kept is not None and held.read_nbytes < held.nbytes and not staging.all_leased:
+                part = _as_bytes(held.kept)[held.read_nbytes : held.read_nbytes + staging.piece_nbytes]
+                lease = staging.lease()
+                address, nbytes = lease.bytes_tensor.data_ptr(), round_up(part.numel(), PAGE_NBYTES)
+                ticket = store.engine.read(address, nbytes, held.offset + held.read_nbytes, urgent=True)
+                self._spans.add("read", f"read_back {held.label}", ticket.times)
+                held.pieces.append((lease, part, ticket))
+                held.read_nbytes += part.numel()
 
     def _finish_reads(self, held: _Held) -> None:
-        """All of it, also where the staging is full of what has been read ahead for others."""
-        while held.tier == "storage" and (held.pieces or held.read_nbytes < held.nbytes):
-            if held.pieces:
-                self._land(held)
-            else:
-                self._empty_staging()
-            self._issue_reads(held)
-            if not held.pieces and held.read_nbytes < held.nbytes:
-                raise UsageError("activation staging is lent to nobody that is known; please report this")
-
-    def _land(self, held: _Held) -> None:
-        """Bring the piece that was read first to the device, and give its staging back."""
-        lease, part, ticket = held.pieces.popleft()
-        with self._stalls.waiting("activation"):
-            ticket.wait()
-        held.arrived = self._copies.h2d(
-            f"swap_in {held.label}", part, lease.bytes_tensor[: part.numel()], [self._device.mark()]
-        )
-        lease.release_after(held.arrived.wait)
-
-    def _empty_staging(self) -> None:
-        """What was read ahead goes on to the device."""
-        for other in self._order:
-            while other.pieces:
-                self._land(other)
+        while held in self._reading:
+            self._issue_reads()
+            first = next(h for h in self._reading if h.pieces)  # whoever has the staging; not always `held`
+            lease, part, ticket = first.pieces.popleft()
+            with self._stalls.waiting("activation"):
+                ticket.wait()
+            first.arrived = self._copies.h2d(
+                f"swap_in {first.label}", part, lease.bytes_tensor[: part.numel()], [self._device.mark()]
+            )
+            lease.release_after(first.arrived.wait)
+            if not first.pieces and first.read_nbytes == first.nbytes:
+                self._reading.remove(first)
+        if self._reading:
+            self._issue_reads()
 
     # ---- letting go ------------------------------------------------------------------------------------------
 
     def _release(self, held: _Held) -> None:
+        if held in self._reading:
+            self._reading.remove(held)
         for lease, _, ticket in held.pieces:
             lease.release_after(ticket.wait)
         if held.tier == "storage":

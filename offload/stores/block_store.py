@@ -41,6 +41,8 @@ class GradBuffer:
     plane: torch.Tensor
     owner: BlockRecord | None = None
     permanent: bool = False
+    taken: int = 0
+    """The how many-th taking this is: the one taken first comes back first."""
     free_after: Event = PAST
 
     def release(self) -> None:

@@ -8,6 +8,7 @@ copy touches must stay as it is until the copy's event is done; who frees or rew
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -228,21 +229,14 @@ class CudaDevice:
 
     def page_lock(self, address: int, nbytes: int, pin: Pin) -> bool:
         """Register exactly these pages, in bounded pieces, and no power of two around them."""
-        if pin == "never":
-            return False
-        cudart = torch.cuda.cudart()
-        for start in range(address, address + nbytes, PAGE_LOCK_PIECE_NBYTES):
-            piece_nbytes = min(PAGE_LOCK_PIECE_NBYTES, address + nbytes - start)
-            code = int(cudart.cudaHostRegister(start, piece_nbytes, 0))
-            if code != 0:
-                cudart.cudaGetLastError()  # a refused registration is no error of what comes after
-                what = f"page-locking {nbytes} bytes of host memory failed (CUDA error {code})"
-                if pin == "always":
-                    raise BudgetError(f"{what}: raise the limit of locked memory, or use pin='auto'")
-                logger.warning("%s: copies go through pageable memory, which is several times slower", what)
-                return False
-            self._locked.append(start)
-        return True
+        locked, code = register_pages(torch.cuda.cudart().cudaHostRegister, address, nbytes, pin)
+        self._locked += locked
+        if code:
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the next launch would report the refusal as its own failure
+                torch.zeros(1, device=self.torch_device)
+        return bool(locked) and not code
 
     def close(self) -> None:
         """Also gives the allocator its whole device back."""
@@ -252,6 +246,29 @@ class CudaDevice:
             cudart.cudaHostUnregister(start)
         self._locked.clear()
         torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device.index)
+
+
+def register_pages(
+    register: Callable[[int, int, int], object], address: int, nbytes: int, pin: Pin
+) -> tuple[list[int], int]:
+    """Page-lock host memory in pieces with `register(address, nbytes, flags)`: (starts of the pieces, CUDA error or 0).
+
+    Raises BudgetError where `pin` is "always" and the driver refuses; "auto" says it once and goes without the rest.
+    """
+    locked: list[int] = []
+    if pin == "never":
+        return locked, 0
+    for start in range(address, address + nbytes, PAGE_LOCK_PIECE_NBYTES):
+        piece_nbytes = min(PAGE_LOCK_PIECE_NBYTES, address + nbytes - start)
+        code = int(register(start, piece_nbytes, 0))  # type: ignore[call-overload]  # an enum of the driver
+        if code != 0:
+            what = f"page-locking {nbytes} bytes of host memory failed (CUDA error {code})"
+            if pin == "always":
+                raise BudgetError(f"{what}: raise the limit of locked memory, or use pin='auto'")
+            logger.warning("%s: copies go through pageable memory, which is several times slower", what)
+            return locked, code
+        locked.append(start)
+    return locked, 0
 
 
 class _CudaEvent:

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <thread>
 #include <vector>
@@ -53,8 +54,8 @@ void round_trips(const std::string& backend, std::uint64_t short_every) {
   }
   const auto paths = options.paths;
   {
+    AlignedBuffer source(8 * kMib), target(8 * kMib);  // mapped until the engine has closed
     Engine engine(options);
-    AlignedBuffer source(8 * kMib), target(8 * kMib);
     engine.register_buffer(source.address(), source.nbytes());
     auto* bytes = static_cast<unsigned char*>(source.address());
     for (std::size_t i = 0; i < source.nbytes(); ++i) bytes[i] = static_cast<unsigned char>(i * 2654435761u >> 13);
@@ -74,6 +75,63 @@ void round_trips(const std::string& backend, std::uint64_t short_every) {
   for (const std::string& path : paths) ::unlink(path.c_str());
 }
 
+void cancelling(const std::string& backend) {
+  EngineOptions options;
+  options.paths = {make_file("drive-d")};
+  options.backend = backend;
+  options.block_nbytes = 4096;
+  options.queue_depth = 2;
+  options.faults = std::make_shared<Faults>();
+  options.faults->delay_ms = 1;
+  {
+    AlignedBuffer buffer(8 * kMib);
+    Engine engine(options);
+    std::vector<std::shared_ptr<Ticket>> tickets;
+    for (std::size_t t = 0; t < 4; ++t)
+      tickets.push_back(engine.submit(Op::write, static_cast<char*>(buffer.address()) + t * kMib, kMib, t * kMib));
+    std::thread other([&] { tickets[0]->wait_for(std::chrono::milliseconds(20)); });
+    std::thread stopper([&] { engine.cancel(); });
+    other.join();
+    stopper.join();
+    for (const auto& ticket : tickets) expect(wait(ticket), "a cancelled ticket completes");
+    expect(tickets[3]->error().code != 0, "what was queued is cancelled");
+    engine.close();
+  }
+  ::unlink(options.paths[0].c_str());
+}
+
+// Registering goes through the thread that owns the ring, while it transfers, while others register, and after it
+// ended.
+void registers_beside_transfers(const std::string& backend) {
+  EngineOptions options;
+  options.paths = {make_file("drive-d")};
+  options.backend = backend;
+  options.block_nbytes = 64 << 10;
+  options.queue_depth = 32;
+  {
+    std::vector<std::unique_ptr<AlignedBuffer>> targets;  // mapped until the engine has closed
+    for (std::size_t t = 0; t < 4; ++t) targets.push_back(std::make_unique<AlignedBuffer>(kMib));
+    Engine engine(options);
+    std::vector<std::thread> threads;
+    for (std::size_t t = 0; t < 4; ++t)
+      threads.emplace_back([&, t] {
+        AlignedBuffer source(kMib), &target = *targets[t];
+        std::memset(source.address(), static_cast<int>(t + 1), kMib);
+        expect(wait(engine.submit(Op::write, source.address(), kMib, t * kMib)), "an unregistered write completes");
+        const bool registered = engine.register_buffer(target.address(), kMib);
+        expect(registered == (backend == "uring"), "io_uring registers, the other backend says that it does not");
+        expect(wait(engine.submit(Op::read, target.address(), kMib, t * kMib)), "a registered read completes");
+        expect(std::memcmp(source.address(), target.address(), kMib) == 0,
+               "a registered read returns what was written");
+      });
+    for (std::thread& thread : threads) thread.join();
+    engine.close();
+    AlignedBuffer late(kMib);
+    expect(!engine.register_buffer(late.address(), kMib), "a closed engine registers nothing");
+  }
+  ::unlink(options.paths[0].c_str());
+}
+
 void errors(const std::string& backend) {
   EngineOptions options;
   options.paths = {make_file("drive-c")};
@@ -81,8 +139,8 @@ void errors(const std::string& backend) {
   options.faults = std::make_shared<Faults>();
   options.faults->fail_nth = 3;
   {
-    Engine engine(options);
     AlignedBuffer buffer(8 * kMib);
+    Engine engine(options);
     auto ticket = engine.submit(Op::write, buffer.address(), 8 * kMib, 0);
     expect(wait(ticket) && ticket->error().code == 5, "a failing block fails its ticket");
     engine.close();
@@ -109,7 +167,9 @@ int main() {
   for (const std::string& backend : backends) {
     round_trips(backend, 0);
     round_trips(backend, 3);
+    registers_beside_transfers(backend);
     errors(backend);
+    cancelling(backend);
   }
   return failures == 0 ? 0 : 1;
 }

@@ -15,7 +15,7 @@ from tests.child import end, start, wait_until
 transformers = pytest.importorskip("transformers")
 
 from tests.fault.training import STREAMING  # noqa: E402
-from tests.integration.test_cli import TEXT, make_tokenizer  # noqa: E402  # needs transformers
+from tests.integration.command_line import TEXT, make_tokenizer  # noqa: E402  # needs transformers
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(200)]
 

@@ -10,14 +10,13 @@ from torch import nn
 
 import offload
 from offload._C import Engine
-from offload.config import Config
 from offload.errors import BudgetError, OffloadError
 from offload.tiers import storage
 
 GIVEN_UP = (OffloadError, OSError)
 """What a run may end with when a drive fails."""
 
-STREAMING = {"step_aside": "never"} if "step_aside" in Config.model_fields else {}
+STREAMING = {"step_aside": "never"}
 """Small models, too, are to go through the store."""
 
 WIDTH = 64

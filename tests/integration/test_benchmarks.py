@@ -22,3 +22,18 @@ def test_the_gpu_benchmark_trains_on_an_emulated_device_with_the_same_losses_eve
     for row in rows.values():
         assert row["tokens_per_s"] > 0
         assert row["hardware_tflops"] > row["model_tflops"] > 0
+
+
+def test_the_swapping_benchmark_runs_all_three_policies_with_the_same_bits(tmp_path):
+    report = tmp_path / "rows.json"
+    command = [
+        sys.executable, str(BENCHMARKS / "activation_swapping.py"), "--hidden", "64", "--layers", "3", "--tokens", "16",
+        "--batch", "4", "--micro-batches", "2", "--rounds", "1", "--probe-s", "0.2", "--host-memory", "100000000",
+        "--json", str(report),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=100, cwd=BENCHMARKS.parent)
+    rows = {row["name"]: row for row in json.loads(report.read_text())["rows"]}
+    assert all(row["same_bits"] for row in rows.values())
+    assert rows["recompute_all"]["swapped_bytes_per_step"] == 0
+    assert rows["swap_all"]["planned_bytes"]["recompute"] == 0
+    assert rows["swap_all"]["swapped_bytes_per_step"] > rows["planned"]["swapped_bytes_per_step"]

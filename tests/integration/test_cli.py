@@ -17,41 +17,9 @@ from offload.cli.data import IGNORED, TokenStream
 from offload.cli.finetune import learning_rate_factor
 from offload.errors import ConfigError
 from offload.runtime.optimizer import OffloadOptimizer
-from tests.conftest import build
+from tests.integration.command_line import TEXT, finetune, make_tokenizer
 
 transformers = pytest.importorskip("transformers")
-
-TEXT = "to be or not to be that is the question\n" * 60
-
-
-def make_tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["<end>", "<unknown>", *sorted(set(TEXT.split()))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unknown>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unknown>"
-    )
-
-
-@pytest.fixture
-def workplace(tmp_path):
-    build("llama", layers=3).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(TEXT)
-    return tmp_path
-
-
-def finetune(place, *more):
-    arguments = [
-        "finetune", "--model", f"{place}/model", "--data", f"{place}/text.txt", "--storage", f"{place}/store",
-        "--host-memory", "14900KB", "--device-memory", "12MB", "--step-aside", "never",
-        "--steps", "4", "--batch-size", "2", "--sequence-length", "16", "--lr", "1e-2", *more,
-    ]  # fmt: skip
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    return stopped.value.code or 0
 
 
 def test_finetune_trains_exports_and_reports_as_json(workplace, capsys):

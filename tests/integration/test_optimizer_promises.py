@@ -51,7 +51,7 @@ def constant(optimizer):
 
 
 def worst(got, expected):
-    return max(float((got[name] - expected[name]).abs().max()) for name in expected)
+    return max(float((got[name].detach() - expected[name]).abs().max()) for name in expected)
 
 
 # A first Adam step moves a parameter by about lr whatever the gradient, so a last bit of a tiny gradient shows as a

@@ -68,6 +68,10 @@ def test_the_plan_is_printed_saved_and_runs_again_from_its_file(tmp_path, caplog
         again.offload.close()
 
 
+def outcomes_of(plan):
+    return {outcome for block in plan.activations for name, outcome in block.items() if name != "input"}
+
+
 @pytest.mark.parametrize(
     ("choice", "holds"),
     [
@@ -75,9 +79,13 @@ def test_the_plan_is_printed_saved_and_runs_again_from_its_file(tmp_path, caplog
         ({"prefetch_blocks": 3}, lambda e: e.placement.n_slots == 4),
         ({"update": "deferred"}, lambda e: e.plan.update == "deferred"),
         ({"update": "backward"}, lambda e: e.plan.update == "backward"),
+        *(
+            ({"saved_activations": tier}, lambda e, tier=tier: outcomes_of(e.plan) == {tier})
+            for tier in ("recompute", "host", "storage")
+        ),
         (
-            {"saved_activations": "recompute"},
-            lambda e: all(o == "recompute" for b in e.plan.activations for n, o in b.items() if n != "input"),
+            {"saved_activations": "device", "device_memory": "10MB"},
+            lambda e: outcomes_of(e.plan) == {"device"},
         ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

@@ -69,10 +69,11 @@ def test_the_extension_works_without_torch_and_contains_liburing(tmp_path):
 
 FIRST_USE = """
 import json, os, sys
+import torch  # builds for CUDA call ldconfig when imported
 started = []
 sys.addaudithook(lambda event, _: started.append(event) if event in
                  ("subprocess.Popen", "os.posix_spawn", "os.exec", "os.fork", "os.system") else None)
-import torch, offload
+import offload
 model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(3)])
 model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), storage=[sys.argv[1]],
                                 device_memory="1GB", host_memory="100MB", chunk_elements=4096)

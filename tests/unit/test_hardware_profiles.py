@@ -86,7 +86,7 @@ def test_any_figure_can_be_overridden_and_says_so():
 
 @pytest.mark.parametrize("field", [f for f in Hardware.model_fields if f.endswith(("_s", "_nbytes"))])
 def test_every_number_of_a_profile_has_its_override(field):
-    value = {"bfloat16": 3.0} if field == "matmul_flops_per_s" else 3
+    value = {"bfloat16": 3.0} if field in ("matmul_flops_per_s", "work_flops_per_s") else 3
     assert getattr(load_hardware("h100", [f"{field}={json.dumps(value)}"]), field) == value
 
 

@@ -1,0 +1,32 @@
+"""A text, a tokenizer for it, and `offload finetune` with small budgets, for tests of the command line."""
+
+from __future__ import annotations
+
+import pytest
+
+from offload.cli import main
+
+TEXT = "to be or not to be that is the question\n" * 60
+
+
+def make_tokenizer():
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<end>", "<unknown>", *sorted(set(TEXT.split()))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unknown>"
+    )
+
+
+def finetune(place, *more):
+    arguments = [
+        "finetune", "--model", f"{place}/model", "--data", f"{place}/text.txt", "--storage", f"{place}/store",
+        "--host-memory", "14900KB", "--device-memory", "12MB", "--step-aside", "never",
+        "--steps", "4", "--batch-size", "2", "--sequence-length", "16", "--lr", "1e-2", *more,
+    ]  # fmt: skip
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    return stopped.value.code or 0

@@ -1,0 +1,92 @@
+"""A real step does what its plan's schedule lists: the same operations on the same blocks, in the same order."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+import offload
+from offload.schedule.unroll import unroll
+from tests.conftest import batches, build, two_groups
+
+PLANS = {
+    "during backward": {"update": "backward"},
+    "ahead of forward": {"update": "deferred"},
+    "all recomputed, all state on storage": {"saved_activations": "recompute", "host_memory": "2500KB"},
+    # Roomy: pages and chunks are large beside this model, and what they leave no room for is recomputed.
+    "micro-batches and clipping": {
+        "micro_batches": 2,
+        "max_grad_norm": 0.5,
+        "device_memory": "4MB",
+        "host_memory": "12MB",
+    },
+    "roomy": {"device_memory": "4MB", "host_memory": "9MB"},
+}
+IN_ORDER = ("forward", "recompute", "backward", "grad_out", "update")
+
+
+def kind_and_block(name):
+    kind, _, place = name.partition(" ")
+    return kind, place.partition(".")[0]
+
+
+def steady(plan, workload):
+    """(kind, block) of the operations of the third of four steps, in the order of the list."""
+    operations, _ = unroll(plan, workload, shares_host=False, n_steps=4)
+    return [kind_and_block(o.name) for o in operations if o.step == 2]
+
+
+def real_step(settings, tmp_path):
+    model = build("llama", torch.float32, layers=6)
+    model, optimizer = offload.wrap(
+        model, two_groups(model), device="emulated", storage=[str(tmp_path)], batch=(4, 16), hardware="laptop-8gb",
+        step_aside="never", chunk_elements=4096, **{"device_memory": "2MB", "host_memory": "4MB", **settings},
+    )  # fmt: skip
+    for batch in batches(3):
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    batch = batches(1)[0]
+    with model.offload.record() as spans:
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    planned = model.offload._planned
+    model.offload.close()
+    return [kind_and_block(span.name) for span in spans], planned
+
+
+def firsts(pairs, kind):
+    """Blocks in the order in which they first do `kind`; the root is not a block."""
+    return list(dict.fromkeys(block for k, block in pairs if k == kind and block != "root"))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_operations_and_their_order_are_those_of_the_schedule(tmp_path, name):
+    done, planned = real_step(PLANS[name], tmp_path)
+    listed = steady(planned.plan, planned.workload)
+    for kind in IN_ORDER:
+        if kind == "recompute" and ("recompute", "0") not in listed:
+            continue  # the schedule leaves out what costs no FLOPs; the run goes through it all the same
+        assert firsts(done, kind) == firsts(listed, kind), kind
+    for kind in ("swap_out", "swap_in"):
+        assert set(firsts(done, kind)) == set(firsts(listed, kind)), kind
+
+
+def test_spans_lie_within_the_record_and_lanes_do_one_thing_at_a_time_where_they_must(tmp_path):
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(4)])
+    model, optimizer = offload.wrap(
+        model, torch.optim.AdamW(model.parameters()), device="emulated", bus_bytes_per_s=1e8, step_aside="never",
+        device_memory="1MB", host_memory="20MB", storage=[str(tmp_path)],
+    )  # fmt: skip
+    with model.offload.record() as spans:
+        model(torch.randn(8, 64)).sum().backward()
+        optimizer.step()
+    model.offload.close()
+    assert [span for span in spans if not 0 <= span.start_s <= span.end_s] == []
+    for lane in ("compute", "h2d", "d2h"):
+        mine = sorted((s for s in spans if s.resource == lane), key=lambda s: s.start_s)
+        assert mine
+        for before, after in pairwise(mine):
+            assert before.end_s <= after.start_s + 1e-4

@@ -1,0 +1,125 @@
+"""Page-locking is exact and in bounded pieces; copies and gates keep their order and pass failures on."""
+
+import logging
+import threading
+
+import pytest
+import torch
+
+import offload
+from offload._C import Ticket
+from offload.telemetry import SpanLog
+from offload.tiers.device import PAGE_LOCK_PIECE_NBYTES, PAST, register_pages
+from offload.tiers.emulated_device import EmulatedDevice
+from offload.transfer.copies import Copies
+
+
+class Driver:
+    def __init__(self, refuse_at=None):
+        self.calls, self.refuse_at = [], refuse_at
+
+    def register(self, address, nbytes, flags):
+        self.calls.append((address, nbytes, flags))
+        return 2 if len(self.calls) == self.refuse_at else 0
+
+
+@pytest.mark.parametrize("nbytes", [4096, PAGE_LOCK_PIECE_NBYTES, 3 * PAGE_LOCK_PIECE_NBYTES + 8192])
+def test_exactly_the_bytes_asked_for_are_locked_in_bounded_pieces(nbytes):
+    driver = Driver()
+    locked, code = register_pages(driver.register, 4096, nbytes, "always")
+    assert code == 0
+    assert locked == [start for start, _, _ in driver.calls]
+    assert sum(n for _, n, _ in driver.calls) == nbytes
+    assert all(n <= PAGE_LOCK_PIECE_NBYTES for _, n, _ in driver.calls)
+    ends = [start + n for start, n, _ in driver.calls]
+    assert [start for start, _, _ in driver.calls] == [4096, *ends[:-1]]
+
+
+def test_pin_auto_goes_without_what_is_refused_and_says_so_once(caplog):
+    driver = Driver(refuse_at=2)
+    with caplog.at_level(logging.WARNING, logger="offload"):
+        locked, code = register_pages(driver.register, 0, 4 * PAGE_LOCK_PIECE_NBYTES, "auto")
+    assert (locked, code) == ([0], 2)
+    assert len(driver.calls) == 2
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+
+
+def test_pin_always_refuses_and_pin_never_asks_for_nothing():
+    with pytest.raises(offload.BudgetError, match="pin='auto'"):
+        register_pages(Driver(refuse_at=1).register, 0, 4096, "always")
+    driver = Driver()
+    assert register_pages(driver.register, 0, 4096, "never") == ([], 0)
+    assert driver.calls == []
+
+
+@pytest.fixture
+def bus():
+    device = EmulatedDevice(bus_bytes_per_s=1e8)
+    copies = Copies(device, SpanLog())
+    yield device, copies
+    copies.close()
+    device.close()
+
+
+def test_a_copy_out_is_done_only_when_its_bytes_are_there_and_the_gate_opens_then(bus):
+    _, copies = bus
+    source, target = torch.arange(1_000_000, dtype=torch.float32), torch.zeros(1_000_000)
+    event = copies.d2h("x", target, source)
+    gate = copies.gate(event)
+    assert not gate.done()
+    gate.wait()
+    assert event.done()
+    assert torch.equal(source, target)
+    assert copies.d2h_bytes == 4_000_000
+
+
+def test_a_copy_in_waits_for_its_tickets_without_the_caller_waiting(bus):
+    device, copies = bus
+    ticket, source, target = Ticket(), torch.zeros(10), torch.full((10,), -1.0)
+    event = copies.h2d_when([ticket], "x", target, source)
+    assert not event.done()
+    source.fill_(7.0)  # storage has written it meanwhile
+    ticket.complete()
+    device.compute_waits(event)
+    assert torch.equal(target, torch.full((10,), 7.0))
+
+
+def test_a_failed_ticket_fails_whoever_waits_for_the_copy(bus):
+    device, copies = bus
+    ticket = Ticket()
+    event = copies.h2d_when([ticket], "x", torch.zeros(4), torch.zeros(4))
+    ticket.complete("the drive is gone")
+    with pytest.raises(OSError, match="the drive is gone"):
+        device.compute_waits(event)
+
+
+def test_a_failed_copy_fails_whoever_waits_at_its_gate(bus):
+    _, copies = bus
+
+    class Broken:
+        def done(self):
+            return False
+
+        def wait(self):
+            raise RuntimeError("illegal address")
+
+    with pytest.raises(OSError, match="illegal address"):
+        copies.gate(Broken()).wait()
+
+
+def test_closing_ends_every_thread_and_opens_every_gate():
+    before = threading.active_count()
+    device = EmulatedDevice(bus_bytes_per_s=1e7)
+    copies = Copies(device, SpanLog())
+    gates = [copies.gate(copies.d2h("x", torch.zeros(10_000), torch.ones(10_000))) for _ in range(5)]
+    copies.close()
+    device.close()
+    assert all(gate.done() for gate in gates)
+    assert threading.active_count() == before
+
+
+def test_what_lies_in_the_past_needs_no_thread():
+    copies = Copies(EmulatedDevice(), SpanLog())
+    before = threading.active_count()
+    assert copies.gate(PAST).done()
+    assert threading.active_count() == before
