@@ -123,7 +123,7 @@ class UpdateLoop:
             buffers.data_ptr(),
             buffer_nbytes,
         )
-        for _ in self._regions:  # what has been written once is a file's own afterwards
+        for _ in range(len(self._regions)):  # what has been written once is a file's own afterwards
             self.update()
 
     def update(self) -> None:
