@@ -40,17 +40,17 @@ from offload.profiling.workload import profile_model
 from offload.schedule.run import SimulatedStep, simulate_plan
 from offload.schedule.trace import draw_side_by_side, write_side_by_side
 
-TOKENS = 128
+TOKENS = 64
 TIERS = ("device", "host", "storage")
 ALWAYS = {"micro_batches": 1, "prefetch_blocks": 2, "grad_buffers": 2, "activations": "recompute"}
 
 
 def llama() -> nn.Module:
-    """69 M parameters in bf16: six layers of 9.4 M, an untied head."""
+    """34 M parameters in bf16: six layers of 4.2 M, an untied head."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = LlamaShaped(Shape(hidden=768, layers=6, intermediate=3072, heads=12, vocab=8192))
+        model = LlamaShaped(Shape(hidden=512, layers=6, intermediate=2048, heads=8, vocab=8192))
     finally:
         torch.set_default_dtype(torch.float32)
     for parameter in model.parameters():
@@ -60,7 +60,7 @@ def llama() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    """30 M parameters in fp32: eight layers of 3.2 M, a tied head."""
+    """29 M parameters in fp32: eight layers of 3.2 M, a tied head."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -248,6 +248,16 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def say(row: dict[str, Any], seconds: float) -> None:
+    """Progress."""
+    print(
+        f"{row['name']}: {row['step_s']:.3f} s a step ({row['fastest_step_s']:.3f} to {row['slowest_step_s']:.3f}), "
+        f"predicted {row['predicted_step_s']:.3f} ({row['error_percent']:+.1f} %); {seconds:.0f} s for this row",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 def main() -> None:
     """Print and write all rows."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -271,11 +281,12 @@ def main() -> None:
         for name, kind, batch, place in chosen:
             if name not in wanted:
                 continue
+            start_s = time.perf_counter()
             if (kind, batch) not in benches:
                 benches = {(kind, batch): Bench(kind, batch)}
             rows.append(configuration(name, benches[kind, batch], PLACEMENTS[place], here, storage, options))
             gc.collect()  # a model refers to itself, and holds its arenas
-            print(name, rows[-1]["error_percent"], file=sys.stderr, flush=True)
+            say(rows[-1], time.perf_counter() - start_s)
         facts = about(storage)
     finally:
         here.close()
