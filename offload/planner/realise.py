@@ -38,6 +38,7 @@ def plan_of(search: Search, chosen: Chosen, budgets: Budgets) -> Plan:
         grads_in_host=tuple(i in grads_in_host for i in range(n_blocks)),
         states_in_host=states_in_host,
         activations=_activations(search, chosen, needs, at_saved, at_host, budgets),
+        activations_host_nbytes=int(load.swapped_host_nbytes),
         predicted=_prediction(search, needs, load, chosen.index),
     )
 
@@ -89,6 +90,9 @@ def _activations(
     for position, (block, name, _) in enumerate(order.units):
         if name != INPUT and (block, name) not in saved:
             outcomes[block][name] = "recompute"
+            continue
+        if name == INPUT and search.space.inputs != "auto":
+            outcomes[block][name] = search.space.inputs  # type: ignore[assignment]  # checked by space_of
             continue
         may_stay = name != INPUT or chosen.shape.boundary_on_device
         if position < kept_at and may_stay:

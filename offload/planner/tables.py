@@ -68,7 +68,7 @@ class Tables:
         self.hardware = hardware
         self.space = space
         workload = model.workload
-        found = everything(workload) if space.activations == "save" else candidates(workload)
+        found = everything(workload) if space.activations in ("save", "keep") else candidates(workload)
         if space.activations == "recompute":
             only = slice(0, 1)
             found = Candidates(
@@ -86,7 +86,8 @@ class Tables:
         """Device memory before anything is kept there by choice."""
         model = self.model
         shares_host = model.rates.shares_host
-        return device_need(model.workload, model.format, model.batch, shape, shares_host=shares_host).total
+        need = device_need(model.workload, model.format, model.batch, shape, shares_host=shares_host).total
+        return need + (model.input_nbytes if self.space.inputs == "device" else 0)
 
     def order(self, boundary_on_device: bool) -> Order:
         """Cumulative bytes of units in the order in which they are kept."""
@@ -109,13 +110,17 @@ class Tables:
         position = {(block, name): i for i, (block, name, _) in enumerate(units)}
         for row, members in enumerate(self.saved):
             saved[row, [position[m] for m in members]] = True
-        if boundary_on_device:
+        fixed_to = self.space.inputs
+        if boundary_on_device and fixed_to == "auto":
             saved |= is_input
-        always = np.where(is_input & (not boundary_on_device), sizes, 0.0)
-        swappable = saved | is_input
+        leaves = fixed_to in ("host", "storage") or not boundary_on_device
+        always = np.where(is_input & leaves, sizes, 0.0)
+        swappable = saved | (is_input & leaves)
         ranks = np.cumsum(swappable, axis=1)[:, None, :]
         share = np.array(self.space.swapped_host_fractions)[None, :, None]
         to_host = swappable[:, None, :] & (np.floor(ranks * share) > np.floor((ranks - 1) * share))
+        if fixed_to in ("host", "storage"):
+            to_host = np.where(is_input, fixed_to == "host", to_host)
         kept = np.where(saved, sizes, 0.0)
         return Order(
             units,
@@ -205,6 +210,8 @@ class Tables:
         storage = (self.params_cum[-1] - params) + (self.states_cum[-1] - states)
         storage = storage + grads_stored[first] + swapped_storage
         fits = placed_fits & (storage <= storage_limit(self.hardware, budgets)) & (spare >= 0)
+        if self.space.activations == "keep":
+            fits = fits & (kept >= order.keepable[:, -1])[None, :, None, None]
         if budgets.written_nbytes_per_step is not None:
             written: Any = sum(t.written for t in model.traffic(load))
             fits = fits & (written <= budgets.written_nbytes_per_step)
