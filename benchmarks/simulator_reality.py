@@ -42,6 +42,7 @@ from offload.schedule.trace import draw_side_by_side, write_side_by_side
 
 TOKENS = 64
 TIERS = ("device", "host", "storage")
+SWAPPED = {"activations": "save", "activations_on_device": False, "activations_host_fraction": 0.0}
 ALWAYS = {"micro_batches": 1, "prefetch_blocks": 2, "grad_buffers": 2, "activations": "recompute"}
 
 
@@ -91,12 +92,15 @@ PLACEMENTS = {
     "storage": placed("backward", 0.0, 0.0),
     "storage-deferred": placed("deferred", 0.0, 0.0),
     "storage-saved": placed("backward", 0.0, 0.0, activations="save"),
+    "all-at-once": placed("deferred", 0.5, 0.0, micro_batches=2, inputs="storage", **SWAPPED),
 }
+"""`all-at-once`: micro-batches, activations swapped to storage, clipping, updates in the next forward."""
+MAX_GRAD_NORM = {"all-at-once": 0.1}
 CONFIGURATIONS = [
     ("llama", 2, "host"), ("llama", 2, "half"), ("llama", 2, "storage"), ("llama", 2, "storage-deferred"),
-    ("llama", 6, "host"), ("llama", 6, "storage"), ("llama", 6, "storage-saved"),
-    ("gpt2", 2, "host"), ("gpt2", 2, "storage"), ("gpt2", 6, "half"), ("gpt2", 6, "storage"),
-    ("gpt2", 6, "storage-deferred"),
+    ("llama", 6, "host"), ("llama", 6, "storage"), ("llama", 6, "storage-saved"), ("llama", 6, "all-at-once"),
+    ("gpt2", 2, "host"), ("gpt2", 2, "storage"), ("gpt2", 4, "half"), ("gpt2", 4, "storage-deferred"),
+    ("gpt2", 4, "all-at-once"),
 ]  # fmt: skip
 
 
@@ -140,17 +144,18 @@ class Machine:
 
 
 class Bench:
-    """One model and batch with its probe; the configurations share them."""
+    """One model, batch and micro-batch with its probe; the configurations share them."""
 
-    def __init__(self, kind: str, batch: int) -> None:
+    def __init__(self, kind: str, batch: int, micro_batches: int) -> None:
         build, loss = MODELS[kind]
         model = build()
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         ids = torch.randint(0, 8192, (batch, TOKENS))
         self.build, self.batch = build, batch
+        micro = ids[: batch // micro_batches]
         self.loss = lambda model: loss(model, ids)
         self.workload: Workload = profile_model(model, TOKENS, name=kind)
-        self.probe = BlockProbe(model, self.workload, batch, self.loss)
+        self.probe = BlockProbe(model, self.workload, len(micro), lambda model: loss(model, micro))
         self._first: Hardware | None = None
 
     def first_look(self, here: Machine) -> Hardware:
@@ -165,8 +170,9 @@ def configuration(
 ) -> dict[str, Any]:
     """One row."""
     looks = Looks()
+    limit = MAX_GRAD_NORM.get(name.split("-", 2)[2])
     plan = fixed_plan(bench.workload, bench.first_look(here), bench.batch, **fixed)
-    with MeasuredRun(bench.build(), plan, storage, bench.loss) as run:
+    with MeasuredRun(bench.build(), plan, storage, bench.loss, limit) as run:
         for _ in range(2):
             run.step()
         for _ in range(options.rounds):
@@ -274,7 +280,7 @@ def main() -> None:
     storage = tempfile.mkdtemp(prefix="offload-bench-", dir=options.storage)
     chosen = [(f"{kind}-{batch}-{place}", kind, batch, place) for kind, batch, place in CONFIGURATIONS]
     wanted = options.only.split(",") if options.only else [name for name, *_ in chosen]
-    benches: dict[tuple[str, int], Bench] = {}
+    benches: dict[tuple[str, int, int], Bench] = {}
     rows: list[dict[str, Any]] = []
     here = Machine(storage)
     try:
@@ -282,9 +288,10 @@ def main() -> None:
             if name not in wanted:
                 continue
             start_s = time.perf_counter()
-            if (kind, batch) not in benches:
-                benches = {(kind, batch): Bench(kind, batch)}
-            rows.append(configuration(name, benches[kind, batch], PLACEMENTS[place], here, storage, options))
+            key = (kind, batch, PLACEMENTS[place]["micro_batches"])
+            if key not in benches:
+                benches = {key: Bench(*key)}
+            rows.append(configuration(name, benches[key], PLACEMENTS[place], here, storage, options))
             gc.collect()  # a model refers to itself, and holds its arenas
             say(rows[-1], time.perf_counter() - start_s)
         facts = about(storage)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from offload.errors import ConfigError
+from offload.planner.placement import GRAD_BUFFERS_MAX
 from offload.planner.plan import Budgets
 from offload.planner.workload import Workload
 
@@ -109,6 +110,11 @@ def _deferred(fixed: Mapping[str, Any], n_blocks: int, clips: bool) -> tuple[int
     return _of(n_blocks, EIGHTHS if update == "mixed" else (0.0, 1.0))
 
 
+def _grad_buffers(shares_host: bool) -> tuple[int, ...]:
+    """Over a bus a buffer is free again when its gradients have left; in host memory only when they have been used."""
+    return tuple(range(1, (GRAD_BUFFERS_MAX if shares_host else 2) + 1))
+
+
 def space_of(
     workload: Workload, budgets: Budgets, fixed: Mapping[str, Any], batch_samples: int, shares_host: bool
 ) -> Space:
@@ -139,7 +145,7 @@ def space_of(
     return Space(
         micro_batches=_micro_batches(batch_samples) if micro is None else (micro,),
         n_slots=slots if prefetch is None else (min(max(2, prefetch + 1), n_blocks),),
-        n_grad_buffers=(1, 2) if grad_buffers is None else (grad_buffers,),
+        n_grad_buffers=_grad_buffers(shares_host) if grad_buffers is None else (grad_buffers,),
         boundary_on_device=(True,)
         if shares_host or inputs == "device"
         else (True, False)
