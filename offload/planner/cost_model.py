@@ -193,6 +193,12 @@ class CostModel:
         blocks = self.backward_flops - root
         return blocks * self.rates.slowness("backward") + root * self.rates.slowness("root_backward")
 
+    @cached_property
+    def replayed_work(self) -> float:
+        """What recomputing takes besides products, in FLOPs of them, however few of these are made again."""
+        blocks = self.batch * sum(b.flops_per_sample for b in self.workload.blocks)
+        return self.rates.flops_per_s * float(self.rates.seconds_beside_products("recompute", blocks))
+
     # ---- traffic ---------------------------------------------------------------------------------------------
 
     def traffic(self, load: Load) -> tuple[Traffic, Traffic, Traffic]:
@@ -215,6 +221,7 @@ class CostModel:
         boundary = 0 if load.boundary_on_device else self.input_nbytes
         swapped = load.swapped_host_nbytes + load.swapped_storage_nbytes
         copied = load.swapped_storage_nbytes if self.rates.shares_host else swapped
+        waiting = late * sum(self.grad_nbytes) - load.grads_spilled_nbytes if self.rates.shares_host else 0
         written_back = trainable_params * stored + states
         forward = Traffic(
             flops=self.forward_work,
@@ -227,9 +234,9 @@ class CostModel:
             updated=late * self.trainable,
         )
         backward = Traffic(
-            flops=self.backward_work + load.recompute_flops * self.rates.slowness("recompute"),
+            flops=self.backward_work + load.recompute_flops + self.replayed_work,
             h2d=on_bus * (params * fetched + boundary) + copied,
-            d2h=on_bus * (sum(self.grad_nbytes) + boundary),
+            d2h=on_bus * (sum(self.grad_nbytes) + boundary) + waiting,
             read=stored * params * fetched + load.swapped_storage_nbytes + early * states,
             written=early * written_back + load.grads_spilled_nbytes,
             updated=early * self.trainable,
@@ -263,11 +270,12 @@ class CostModel:
     def _phase(self, seconds: dict[str, Any], load: Load, exposed_s: Any) -> Any:
         """Duration of a phase: its busiest resource, with what this choice does not overlap added up. `exposed_s` is
         what the device waits for or does beside its FLOPs."""
-        compute, storage = seconds["compute"], seconds["storage"]
+        compute, storage, bus = seconds["compute"], seconds["storage"], seconds["bus"]
         if self.rates.shares_host:
+            exposed_s, bus = exposed_s + bus, 0.0  # the thread that computes makes the copies
             storage = self.rates.slowed_storage_s(storage, compute)
             compute = self.rates.shared_cores_s(compute, seconds["cpu"], seconds["storage"])
-        busy = [compute + exposed_s, seconds["bus"], seconds["dram"]]
+        busy = [compute + exposed_s, bus, seconds["dram"]]
         if load.serial_update:
             busy.append(storage + seconds["cpu"])
         else:

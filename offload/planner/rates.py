@@ -84,6 +84,11 @@ class Rates:
         """Seconds a FLOP of this kind of work takes, in units of a FLOP of a matrix product."""
         return self.flops_per_s / self.work_flops_per_s.get(work, self.flops_per_s)
 
+    def seconds_beside_products(self, work: str, flops: Any) -> Any:
+        """What this kind of work takes for so many FLOPs beyond the matrix products: element-wise operations and what
+        else the rate of the whole has in it. 0 where that rate is not known, or is no lower than the products'."""
+        return flops * max(0.0, self.slowness(work) - 1) / self.flops_per_s
+
     def shared_cores_s(self, compute_s: Any, update_s: Any, storage_s: Any) -> Any:
         """Time to compute `compute_s` on cores that also update for `update_s` and serve the drives for `storage_s`,
         each as if it were alone: both until the shorter is done, then the other alone."""

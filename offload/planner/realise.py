@@ -6,6 +6,7 @@ import numpy as np
 
 from offload.planner.activations import spread, spread_order
 from offload.planner.cost_model import Cost, CostModel, Load
+from offload.planner.memory import activation_staging_nbytes, samples_of_micro_batch
 from offload.planner.placement import BlockBytes, fill_host
 from offload.planner.plan import INPUT, Budgets, Outcome, Plan, Prediction
 from offload.planner.points import Chosen, Search
@@ -23,6 +24,7 @@ def plan_of(search: Search, chosen: Chosen, budgets: Budgets) -> Plan:
     grads_in_host = set(waiting_in_host(deferred, grads_share))
     load = needs.load.at(chosen.index, needs.fits.shape)
     params_in_host, states_in_host = _placed(search, load)
+    activations = _activations(search, chosen, needs, at_saved, at_host, budgets)
     return Plan(
         model=search.workload.name,
         hardware=search.hardware.name,
@@ -37,7 +39,8 @@ def plan_of(search: Search, chosen: Chosen, budgets: Budgets) -> Plan:
         params_in_host=params_in_host,
         grads_in_host=tuple(i in grads_in_host for i in range(n_blocks)),
         states_in_host=states_in_host,
-        activations=_activations(search, chosen, needs, at_saved, at_host, budgets),
+        activations=activations,
+        activation_staging_nbytes=_staging_nbytes(search, chosen, activations),
         activations_host_nbytes=int(load.swapped_host_nbytes),
         predicted=_prediction(search, needs, load, chosen.index),
     )
@@ -100,6 +103,18 @@ def _activations(
         else:
             outcomes[block][name] = "host" if to_host[position] else "storage"
     return tuple(outcomes)
+
+
+def _staging_nbytes(search: Search, chosen: Chosen, activations: tuple[dict[str, Outcome], ...]) -> int:
+    """For what a micro-batch of one block sends to storage."""
+    samples = samples_of_micro_batch(search.model.batch, chosen.shape.micro_batches)
+    return activation_staging_nbytes(
+        samples
+        * max(
+            sum(nbytes for name, nbytes in block.nbytes_by_tensor().items() if outcomes[name] == "storage")
+            for block, outcomes in zip(search.workload.blocks, activations, strict=True)
+        )
+    )
 
 
 def _prediction(search: Search, needs: Needs, load: Load, index: tuple[int, ...]) -> Prediction:

@@ -21,6 +21,7 @@ from offload.planner.hardware import Hardware
 from offload.planner.memory import Shape, device_need, host_need
 from offload.planner.plan import INPUT, Budgets
 from offload.planner.space import Space
+from offload.types import PAGE_NBYTES
 
 Floats = npt.NDArray[np.float64]
 STATE_CHUNKS_PER_BLOCK = 64
@@ -208,7 +209,7 @@ class Tables:
             boundary_on_device=shape.boundary_on_device,
         )
         storage = (self.params_cum[-1] - params) + (self.states_cum[-1] - states)
-        storage = storage + grads_stored[first] + swapped_storage
+        storage = storage + grads_stored[first] + swapped_storage + self._page_padding(shape, swapped_storage)
         fits = placed_fits & (storage <= storage_limit(self.hardware, budgets)) & (spare >= 0)
         if self.space.activations == "keep":
             fits = fits & (kept >= order.keepable[:, -1])[None, :, None, None]
@@ -216,6 +217,12 @@ class Tables:
             written: Any = sum(t.written for t in model.traffic(load))
             fits = fits & (written <= budgets.written_nbytes_per_step)
         return Needs(device, kept, least_host, params + states, storage, fits, load)
+
+    def _page_padding(self, shape: Shape, swapped_storage: Floats) -> Floats:
+        """At most so many bytes more, since every tensor of a micro-batch lies on storage in whole pages."""
+        n_tensors = np.array([len(members) for members in self.saved]) + len(self.model.workload.blocks)
+        padding: Floats = n_tensors[None, :, None, None] * float(shape.micro_batches * PAGE_NBYTES)
+        return np.where(swapped_storage > 0, padding, 0.0)
 
     def _place(self, rest: Floats) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
         """Bytes of parameters and of state in `rest` bytes of host memory, and whether they are to be had."""

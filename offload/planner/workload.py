@@ -50,6 +50,10 @@ class BlockWork:
         """Most bytes alive at once while a micro-batch of `samples` goes backward; None where it was not traced."""
         return peak_of(self.working, samples)
 
+    def nbytes_by_tensor(self) -> dict[str, int]:
+        """Bytes a sample of everything that backward needs, the block's input (`input`) included."""
+        return {"input": self.input_nbytes_per_sample} | {t.name: t.nbytes_per_sample for t in self.saved}
+
     @property
     def flops_per_sample(self) -> float:
         """Forward FLOPs of one sample."""

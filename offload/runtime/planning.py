@@ -268,9 +268,8 @@ def _swapped_to_host_nbytes(plan: Plan, shares_host: bool) -> int:
 
 
 def _activation_staging_nbytes(plan: Plan, left_nbytes: int) -> int:
-    """Two pieces; as large as is worth it where activations go to storage, small otherwise."""
-    to_storage = any("storage" in outcomes.values() for outcomes in plan.activations)
-    wanted = min(64 << 20, left_nbytes // 8) if to_storage else ACTIVATION_STAGING_NBYTES_MIN
+    """As planned, where there is so much."""
+    wanted = min(plan.activation_staging_nbytes or 0, left_nbytes)
     return max(ACTIVATION_STAGING_NBYTES_MIN, wanted // (2 * PAGE_NBYTES) * (2 * PAGE_NBYTES))
 
 

@@ -71,6 +71,9 @@ def work_of(operation: Operation) -> str:
 def duration_alone_s(operation: Operation, rates: Rates) -> float:
     """How long an operation takes when nothing else runs."""
     lane, amount = operation.lane, operation.amount
+    if operation.kind == "recompute":
+        beside_s = rates.seconds_beside_products("recompute", operation.whole_flops)
+        return float(amount / rates.flops_per_s + beside_s + operation.fixed_s)
     if amount <= 0:
         return operation.fixed_s
     if lane in ("read", "write"):

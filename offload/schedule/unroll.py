@@ -13,6 +13,7 @@ from offload.planner.memory import block_working_nbytes, is_traced, root_working
 from offload.planner.plan import INPUT, Plan
 from offload.planner.workload import Workload
 from offload.schedule.operations import Kind, Lane, Operation
+from offload.types import PAGE_NBYTES, round_up
 
 Index = int | None
 
@@ -77,6 +78,7 @@ class Unroller:
         micro: int | None = None,
         acquires: tuple[tuple[str, int], ...] = (),
         releases: tuple[tuple[str, int], ...] = (),
+        whole_flops: float = 0.0,
     ) -> int:
         """Append one operation; None among `after` waits for nothing."""
         dram = 0.0
@@ -95,6 +97,7 @@ class Unroller:
                 float(amount),
                 tuple(sorted({a for a in after if a is not None})),
                 dram,
+                whole_flops,
                 self.launch_overhead_s if kind in ("forward", "backward") and block is not None else 0.0,
                 tuple(a for a in acquires if a[1]),
                 tuple(r for r in releases if r[1]),
@@ -123,6 +126,13 @@ class Unroller:
                 if outcome is None or outcomes.get(name, "recompute") == outcome
             )
         )
+
+    def extents(self, block: int) -> int:
+        """Bytes on storage of a micro-batch's tensors that are swapped to it: whole pages each."""
+        outcomes = self.plan.activations[block]
+        sizes = self.workload.blocks[block].nbytes_by_tensor()
+        stored = [nbytes for name, nbytes in sizes.items() if outcomes.get(name) == "storage"]
+        return sum(round_up(int(self.samples * nbytes), PAGE_NBYTES) for nbytes in stored)
 
     # ---- parameters and updates ------------------------------------------------------------------------------
 
@@ -297,10 +307,18 @@ class Unroller:
                 acquires=(("host", host),),
                 releases=(("device", leaves),),
             )
+            if self.shares_host:  # a copy by the thread that computes
+                self.last_compute = out
         self.out_window.append(out)
         if storage:
             out = self.emit(
-                "spill", "write", storage, out, block=block, micro=micro, acquires=(("storage", storage),)
+                "spill",
+                "write",
+                storage,
+                out,
+                block=block,
+                micro=micro,
+                acquires=(("storage", self.extents(block)),),
             )
             self.spill_window.append(out)
         self.stored[block, micro] = out
@@ -332,6 +350,10 @@ class Unroller:
             host = storage = temporary = 0  # what comes back is among what is alive
         self.swap_in_ahead(done=self.n_backwards)
         arrived = [buffer, *self.loaded[block], self.arrived.pop((block, micro))]
+        if self.shares_host and self.tensors(block, "storage"):  # a copy by the thread that computes
+            back = self.tensors(block, "storage")
+            arrived.append(self.last_compute)
+            self.last_compute = self.emit("swap_in", "h2d", back, *arrived, block=block, micro=micro)
         outcomes = self.plan.activations[block]
         flops = sum(
             t.recompute_flops_per_sample
@@ -345,6 +367,7 @@ class Unroller:
             block=block,
             micro=micro,
             acquires=(("device", again),),
+            whole_flops=work.flops_per_sample * self.samples,
         )
         numel = work.trainable_numel + work.frozen_numel
         factor = 1 + (work.trainable_numel / numel if numel else 1)
@@ -388,20 +411,25 @@ class Unroller:
         room = self.in_window.popleft()
         source = self.stored[block, micro]
         if storage:
-            source = self.emit("read_back", "read", storage, source, room, block=block, micro=micro)
+            left = (("storage", self.extents(block)),)
+            source = self.emit(
+                "read_back", "read", storage, source, room, block=block, micro=micro, releases=left
+            )
         if not host + storage + boundary:
             return room
+        if self.shares_host and not host:
+            return source
         return self.emit(
             "swap_in",
             "h2d",
-            storage if self.shares_host else host + storage + boundary,
+            0 if self.shares_host else host + storage + boundary,
             source,
             room,
             self.boundary.pop((block + 1, micro), None),
             block=block,
             micro=micro,
             acquires=(("device", 0 if self.traced else host + storage),),
-            releases=(("host", host), ("storage", storage)),
+            releases=(("host", host),),
         )
 
     def grads_leave(self, block: int) -> None:
@@ -421,6 +449,8 @@ class Unroller:
             out = self.emit(
                 "grad_out", "d2h", self.grad_nbytes(block), out, landing, block=block, acquires=waiting
             )
+        elif waits_in_host:  # a copy by the thread that computes
+            out = self.last_compute = self.emit("grad_out", "d2h", self.grad_nbytes(block), out, block=block)
         done = out
         if not late:
             self.update(block, (out,), reads_param=False)

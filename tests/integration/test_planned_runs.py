@@ -61,7 +61,9 @@ def test_all_at_once_has_the_bits_of_training_in_memory(tmp_path):
     settings = planned(tmp_path, saved_activations="storage", activations="host", **same)
     expected = train("llama", in_memory(**same), n_steps=6, layers=6)
     assert_same_bits(train("llama", settings, n_steps=6, layers=6), expected)
-    model, stepper = wrap(tmp_path, saved_activations="storage", activations="host", **same)
+    model, stepper = wrap(
+        tmp_path, saved_activations="storage", activations="host", prefetch_blocks=1, **same
+    )
     engine, ids = model.offload, batches(6)
     for number in range(6):
         with engine.record() if number == 4 else contextlib.nullcontext() as recorded:
@@ -76,7 +78,7 @@ def test_all_at_once_has_the_bits_of_training_in_memory(tmp_path):
             updates = [s for s in spans if s.name.startswith("update") and "root" not in s.name]
             n_blocks = len(engine.blocks)
             again = forwards[n_blocks * engine.micro_batches :]
-            assert any(again[0].start_s <= u.start_s < again[-1].end_s for u in updates)
+            assert any(u.start_s < again[-1].end_s and u.end_s > again[0].start_s for u in updates)
     assert engine.activations.nbytes_by_tier["host"] > 0
     assert engine.activations.nbytes_by_tier["storage"] > 0
     assert engine.plan.update == "deferred"
@@ -136,7 +138,7 @@ def test_a_limit_on_written_bytes_is_kept_by_the_run(tmp_path, share, more):
     kept, _ = written_per_step(tmp_path, host_memory="12MB", written_per_step=limit, **more)
     assert kept <= limit
     with pytest.raises(offload.BudgetError, match="written a step"):
-        wrap(tmp_path, host_memory="1600KB", written_per_step=limit, **more)
+        wrap(tmp_path, host_memory="1800KB", written_per_step=limit // 10, **more)
 
 
 def test_the_plan_is_printed_saved_and_runs_again_from_its_file(tmp_path, caplog):
