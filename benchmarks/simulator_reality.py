@@ -121,16 +121,19 @@ class Machine:
         self.drives = DriveLoop([storage])
         self.dram_bytes_per_s = compute_probe.dram_copy_bytes_per_s(1.0)
 
-    def look(self, probe: BlockProbe, dtype: str) -> Hardware:
+    def look(self, bench: Bench) -> Hardware:
         """The machine as it is now, for one model and micro-batch."""
-        found = measure(probe, self.updates, self.drives.stream)
+        found = measure(bench.probe, self.updates, self.drives.stream)
+        products = compute_probe.matmul_flops_per_s(
+            bench.shapes, bench.micro_rows, getattr(torch, bench.dtype), torch.device("cpu"), 0.3
+        )
         return Hardware(
             name="this machine",
             source="probe",
             shares_host=True,
             device_memory_nbytes=1 << 33,
             host_memory_nbytes=1 << 33,
-            matmul_flops_per_s={dtype: found.work_flops_per_s["forward"]},
+            matmul_flops_per_s={bench.dtype: products},
             dram_bytes_per_s=self.dram_bytes_per_s,
             launch_overhead_s=0.0,  # it is in the rates
             drives=(self.drives.measure(0.8),),
@@ -155,13 +158,14 @@ class Bench:
         micro = ids[: batch // micro_batches]
         self.loss = lambda model: loss(model, ids)
         self.workload: Workload = profile_model(model, TOKENS, name=kind)
+        self.shapes, self.micro_rows = compute_probe.matmul_shapes(model), len(micro) * TOKENS
         self.probe = BlockProbe(model, self.workload, len(micro), lambda model: loss(model, micro))
         self._first: Hardware | None = None
 
     def first_look(self, here: Machine) -> Hardware:
         """What the plans are made for; their choices are fixed."""
         if self._first is None:
-            self._first = here.look(self.probe, self.dtype)
+            self._first = here.look(self)
         return self._first
 
 
@@ -176,7 +180,7 @@ def configuration(
         for _ in range(2):
             run.step()
         for _ in range(options.rounds):
-            hardware = here.look(bench.probe, bench.dtype)
+            hardware = here.look(bench)
             looks.hardware.append(hardware)
             run.step()
             looks.step_s += [run.step() for _ in range(options.steps)]
@@ -219,6 +223,7 @@ def row_of(name: str, looks: Looks, step: SimulatedStep, moved: Any, held: dict[
         "storage_speed_beside_compute",
     ):
         row[rate] = median([getattr(hardware, rate) for hardware in looks.hardware])
+    row["matmul_flops_per_s"] = median([next(iter(h.matmul_flops_per_s.values())) for h in looks.hardware])
     row["forward_flops_per_s"] = median([h.work_flops_per_s["forward"] for h in looks.hardware])
     for rate in ("read_bytes_per_s", "write_bytes_per_s", "mixed_bytes_per_s"):
         row[f"drive_{rate}"] = median([getattr(hardware.drives[0], rate) for hardware in looks.hardware])
