@@ -99,6 +99,14 @@ def root_working_nbytes(workload: Workload, batch_samples: int) -> int:
     return (peak_of(workload.root_working, batch_samples) or 0) + KERNEL_SCRATCH_NBYTES
 
 
+def read_ahead_nbytes(workload: Workload, samples: int, *, shares_host: bool) -> int:
+    """At most so many bytes of the micro-batch that backward takes next, where some of it comes back from storage and
+    the working memory is that of one micro-batch."""
+    if not (shares_host and is_traced(workload)):
+        return 0
+    return samples * max(micro_nbytes_per_sample(workload, i) for i in range(len(workload.blocks)))
+
+
 def boundary_nbytes(workload: Workload, batch_samples: int, micro_batches: int) -> int:
     """The gradients of a block's output and input for the whole batch; with one micro-batch they are in `working`."""
     widest = max((b.input_nbytes_per_sample for b in workload.blocks), default=0)

@@ -86,7 +86,7 @@ def _activations(
     tables = search.tables
     order = tables.order(chosen.shape.boundary_on_device)
     spare = budgets.device_memory_nbytes - needs.device_nbytes
-    kept_at = int(tables.kept_positions(order, spare)[at_saved])
+    kept_at = int(tables.kept_positions(order, spare, chosen.shape)[at_saved])
     to_host = order.to_host[at_saved, at_host]
     saved = tables.saved[at_saved]
     outcomes: list[dict[str, Outcome]] = [{} for _ in search.workload.blocks]
@@ -120,7 +120,7 @@ def _staging_nbytes(search: Search, chosen: Chosen, activations: tuple[dict[str,
 def _prediction(search: Search, needs: Needs, load: Load, index: tuple[int, ...]) -> Prediction:
     shape = needs.fits.shape
     peaks = {
-        "device": needs.device_nbytes + float(needs.kept_nbytes[index[1]]),
+        "device": needs.device_nbytes + float(needs.kept_nbytes[index[1], index[2]]),
         "host": float(np.broadcast_to(needs.host_nbytes + needs.placed_nbytes, shape)[index]),
         "storage": float(np.broadcast_to(needs.storage_nbytes, shape)[index]),
     }

@@ -18,7 +18,13 @@ import numpy.typing as npt
 from offload.planner.activations import Candidates, candidates, everything, spread, spread_order, unit_order
 from offload.planner.cost_model import CostModel, Load
 from offload.planner.hardware import Hardware
-from offload.planner.memory import Shape, device_need, host_need
+from offload.planner.memory import (
+    Shape,
+    device_need,
+    host_need,
+    read_ahead_nbytes,
+    samples_of_micro_batch,
+)
 from offload.planner.plan import INPUT, Budgets
 from offload.planner.space import Space
 from offload.types import PAGE_NBYTES
@@ -34,6 +40,7 @@ class Needs:
     device_nbytes: int
     """Without what is kept there by choice."""
     kept_nbytes: Floats
+    """[saved set, share]: with what comes back there ahead of its use."""
     host_nbytes: Floats
     """The least; parameters and state placed there by choice come on top."""
     placed_nbytes: Floats
@@ -159,18 +166,28 @@ class Tables:
         counts = sorted({round(share * n_blocks) for share in self.space.params_host_fractions})
         return self.params_cum[counts]
 
-    def kept_positions(self, order: Order, spare_nbytes: float) -> npt.NDArray[np.int64]:
-        """[saved set]: how many units, in order, stay on the device."""
+    def kept_positions(self, order: Order, spare_nbytes: float, shape: Shape) -> npt.NDArray[np.int64]:
+        """[saved set]: how many units, in order, stay on the device: all, or what leaves room for those that come back
+        before they are used."""
         if not self.space.keeps_on_device or spare_nbytes < 0:
             return np.zeros(len(order.keepable), dtype=np.int64)
-        return (order.keepable <= spare_nbytes).sum(axis=1) - 1
+        room = np.where(
+            order.keepable[:, -1] <= spare_nbytes, spare_nbytes, spare_nbytes - self.ahead_nbytes(shape)
+        )
+        return np.maximum(0, (order.keepable <= room[:, None]).sum(axis=1) - 1)
+
+    def ahead_nbytes(self, shape: Shape) -> int:
+        """Device memory of what comes back from storage before it is used."""
+        model = self.model
+        samples = samples_of_micro_batch(model.batch, shape.micro_batches)
+        return read_ahead_nbytes(model.workload, samples, shares_host=model.rates.shares_host)
 
     def needs(self, shape: Shape, budgets: Budgets) -> Needs:
         """Everything about every combination for one shape."""
         model, order = self.model, self.order(shape.boundary_on_device)
         device = self.device_nbytes(shape)
         spare = budgets.device_memory_nbytes - device
-        kept_at = self.kept_positions(order, spare)
+        kept_at = self.kept_positions(order, spare, shape)
         rows = np.arange(len(kept_at))
         kept = order.keepable[rows, kept_at]
         cumulative = order.keepable_to_host
@@ -211,12 +228,14 @@ class Tables:
         storage = (self.params_cum[-1] - params) + (self.states_cum[-1] - states)
         storage = storage + grads_stored[first] + swapped_storage + self._page_padding(shape, swapped_storage)
         fits = placed_fits & (storage <= storage_limit(self.hardware, budgets)) & (spare >= 0)
+        ahead = np.where(on_storage > 0, self.ahead_nbytes(shape), 0.0)
+        fits = fits & (kept[:, None] + ahead <= spare)[None, :, :, None]
         if self.space.activations == "keep":
             fits = fits & (kept >= order.keepable[:, -1])[None, :, None, None]
         if budgets.written_nbytes_per_step is not None:
             written: Any = sum(t.written for t in model.traffic(load))
             fits = fits & (written <= budgets.written_nbytes_per_step)
-        return Needs(device, kept, least_host, params + states, storage, fits, load)
+        return Needs(device, kept[:, None] + ahead, least_host, params + states, storage, fits, load)
 
     def _page_padding(self, shape: Shape, swapped_storage: Floats) -> Floats:
         """At most so many bytes more, since every tensor of a micro-batch lies on storage in whole pages."""

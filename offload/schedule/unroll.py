@@ -345,9 +345,9 @@ class Unroller:
         if self.traced:
             inputs = int(self.samples * work.input_nbytes_per_sample)
             alive = block_working_nbytes(self.workload, block, self.plan.batch_samples, self.samples)
-            input_kept = self.plan.activations[block].get(INPUT) == "device"
-            again = max(0, alive - (kept - inputs * input_kept)) + inputs * (not input_kept)
-            host = storage = temporary = 0  # what comes back is among what is alive
+            there = self.plan.activations[block].get(INPUT) in ("device", "storage")
+            again = max(0, alive - (kept + storage - inputs * there)) + inputs * (not there)
+            host = temporary = 0  # what comes back from host memory is among what is alive
         self.swap_in_ahead(done=self.n_backwards)
         arrived = [buffer, *self.loaded[block], self.arrived.pop((block, micro))]
         if self.shares_host and self.tensors(block, "storage"):  # a copy by the thread that computes
@@ -413,7 +413,15 @@ class Unroller:
         if storage:
             left = (("storage", self.extents(block)),)
             source = self.emit(
-                "read_back", "read", storage, source, room, block=block, micro=micro, releases=left
+                "read_back",
+                "read",
+                storage,
+                source,
+                room,
+                block=block,
+                micro=micro,
+                acquires=(("device", storage if self.traced else 0),),
+                releases=left,
             )
         if not host + storage + boundary:
             return room

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
 from offload.planner.plan import Budgets
+from offload.planner.rates import BusRates, Rates, rates_of
 from offload.planner.search import make_plan
 from offload.schedule.run import simulate_plan
+from offload.schedule.simulator import duration_alone_s, simulate
 from offload.schedule.unroll import unroll
 from tests.planning import gpt, lohan_machine
 
@@ -85,6 +88,39 @@ def test_the_simulated_step_is_what_the_planner_expects_within_a_tenth(batch, dr
     assert step.step_s >= plan.predicted.lower_bound_s
     busy = step.busy_s["compute"] + sum(step.stall_s.values())
     assert busy == pytest.approx(step.step_s, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "fixed", [{"inputs": "storage"}, {"update": "deferred", "grads_host_fraction": 1.0}], ids=str
+)
+def test_nothing_is_computed_while_the_thread_that_computes_makes_copies(fixed) -> None:
+    """Where the device tier is DRAM nobody else would make them."""
+    work = gpt("small", 4, 128, tokens=64, vocab=200)
+    plan, machine = plan_of(4, 1, 1, {"micro_batches": 2, **fixed}, work, True)
+    operations, _ = unroll(plan, work, shares_host=True)
+    timeline = simulate(operations, rates_of(machine, work.param_nbytes))
+    own = [i for i, o in enumerate(operations) if o.lane in ("compute", "h2d", "d2h") and o.amount]
+    copies = {operations[i].kind for i in own if operations[i].lane != "compute"}
+    assert copies == ({"swap_out", "swap_in"} if "inputs" in fixed else {"grad_out"})
+    own.sort(key=lambda i: (timeline.start_s[i], timeline.end_s[i]))
+    for before, after in pairwise(own):
+        assert timeline.end_s[before] <= timeline.start_s[after] + 1e-12
+
+
+def test_recomputing_pays_for_other_work_than_products_however_few_of_these_it_makes() -> None:
+    """Products at 100 FLOP/s, a whole forward at 40: 1/40 - 1/100 = 0.015 s a FLOP of it is something else."""
+    work = gpt("small", 4, 128, tokens=64, vocab=200)
+    flops = work.blocks[0].flops_per_sample
+    rates = Rates(
+        100.0, BusRates(1.0, 1.0, 1.0, 1.0), None, 1.0, 1.0, True, work_flops_per_s={"recompute": 40.0}
+    )
+    for fixed, made_again in (({"activations": "keep"}, 0.0), ({"activations": "recompute"}, None)):
+        plan, _ = plan_of(2, 1, 1, {"micro_batches": 1, **fixed}, work, True)
+        operations, _ = unroll(plan, work, shares_host=True)
+        first = next(o for o in operations if o.kind == "recompute")
+        assert made_again is None or first.amount == made_again
+        expected_s = first.amount / 100 + 2 * flops * 0.015
+        assert duration_alone_s(first, rates) == pytest.approx(expected_s)
 
 
 def test_endurance_counts_written_bytes_over_all_drives() -> None:
