@@ -223,6 +223,10 @@ class CostModel:
         copied = load.swapped_storage_nbytes if self.rates.shares_host else swapped
         waiting = late * sum(self.grad_nbytes) - load.grads_spilled_nbytes if self.rates.shares_host else 0
         written_back = trainable_params * stored + states
+        root = self.workload.root_stored_numel
+        root_states = f.state_nbytes * root - load.root_states_host_nbytes
+        head = np.where(late >= 1, 0.0, self.workload.root_early_numel / max(1, root))
+        """The share of the root that is updated while the blocks go backward."""
         forward = Traffic(
             flops=self.forward_work,
             h2d=on_bus * (params + boundary),
@@ -236,20 +240,22 @@ class CostModel:
         backward = Traffic(
             flops=self.backward_work + load.recompute_flops + self.replayed_work,
             h2d=on_bus * (params * fetched + boundary) + copied,
-            d2h=on_bus * (sum(self.grad_nbytes) + boundary) + waiting,
-            read=stored * params * fetched + load.swapped_storage_nbytes + early * states,
-            written=early * written_back + load.grads_spilled_nbytes,
-            updated=early * self.trainable,
+            d2h=on_bus * (sum(self.grad_nbytes) + boundary + f.grad_nbytes * head * root) + waiting,
+            read=stored * params * fetched
+            + load.swapped_storage_nbytes
+            + early * states
+            + head * root_states,
+            written=early * written_back + load.grads_spilled_nbytes + head * root_states,
+            updated=early * self.trainable + head * root,
         )
-        root = self.workload.root_stored_numel
-        root_states = f.state_nbytes * root - load.root_states_host_nbytes
+        rest, rest_states = (1 - head) * root, (1 - head) * root_states
         tail = Traffic(
             flops=0.0,
-            h2d=on_bus * f.param_nbytes * root,
-            d2h=on_bus * f.grad_nbytes * root,
-            read=root_states,
-            written=root_states,
-            updated=root,
+            h2d=on_bus * f.param_nbytes * self.workload.root_stored_numel,
+            d2h=on_bus * f.grad_nbytes * rest,
+            read=rest_states,
+            written=rest_states,
+            updated=rest,
         )
         return forward, backward, tail
 

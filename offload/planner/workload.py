@@ -85,6 +85,9 @@ class Workload:
     root_held: tuple[tuple[int, int], ...] = ()
     """Of these bytes, what is alive while backward goes through the blocks."""
 
+    root_early_numel: int = 0
+    """Root parameters whose gradients are complete before backward comes to the blocks: those of an untied head."""
+
     @property
     def root_stored_numel(self) -> int:
         """As `BlockWork.stored_numel`."""

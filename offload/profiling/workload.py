@@ -24,7 +24,7 @@ from offload.model.flat import TRAINABLE_DTYPES, lay_out
 from offload.model.on_meta import model_on_meta
 from offload.planner.workload import BlockWork, SavedTensor, Workload
 from offload.profiling.trace import ROOT, Kept, Part, trace_forward
-from offload.profiling.working_set import HELD, envelope, trace_live_bytes
+from offload.profiling.working_set import EARLY, HELD, envelope, trace_live_bytes
 
 logger = logging.getLogger("offload")
 
@@ -127,7 +127,7 @@ def trace_workload(
     root_flops = _per_sample_flops("the root", two[ROOT], three[ROOT])
     root_saved, _ = _per_sample_saved("the root", two[ROOT], three[ROOT])
     trainable, frozen = _numels(pieces.root)
-    working = _working_sets(model, pieces, make)
+    working, early_numel = _working_sets(model, pieces, make)
     largest = [parts[ROOT].largest_product_nbytes for parts in (two, three)]
     return Workload(
         name=name or type(model).__name__,
@@ -145,20 +145,22 @@ def trace_workload(
         root_working=working.get(ROOT, ()),
         root_padding_numel=_padding_numel(pieces.root),
         root_held=working.get(HELD, ()),
+        root_early_numel=early_numel,
     )
 
 
 def _working_sets(
     model: nn.Module, pieces: Cut, make: Callable[[int], Inputs]
-) -> dict[int, tuple[tuple[int, int], ...]]:
-    """What is alive in backward, by position. Empty where backward cannot run without data: the planner then counts
-    all saved tensors twice instead."""
+) -> tuple[dict[int, tuple[tuple[int, int], ...]], int]:
+    """What is alive in backward, by position, and how many of the root's parameters have their gradients before the
+    blocks. Empty where backward cannot run without data: the planner then counts all saved tensors twice instead."""
     try:
         two, three = (trace_live_bytes(model, pieces.blocks, *make(n)) for n in N_SAMPLES)
     except (ConfigError, NotImplementedError, RuntimeError) as error:
         logger.debug("backward of %s cannot be traced without data: %s", type(model).__name__, error)
-        return {}
-    return {position: envelope(two[position], three[position]) for position in two}
+        return {}, 0
+    (early_numel,) = two.pop(EARLY)
+    return {position: envelope(two[position], three[position]) for position in two}, early_numel
 
 
 def _block(

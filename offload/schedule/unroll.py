@@ -199,12 +199,14 @@ class Unroller:
         *,
         reads_param: bool,
         releases: tuple[tuple[str, int], ...] = (),
+        share: float = 1.0,
     ) -> tuple[Index, ...]:
-        """The pieces of one update. Returns what a use of the new parameters waits for in memory."""
+        """The pieces of an update, or a share of it. Returns what a use of the new parameters waits for in memory."""
         plan, state = self.plan, self.plan.state_format
-        numel = self.workload.root_stored_numel if block is None else self.workload.blocks[block].stored_numel
+        whole = self.workload.root_stored_numel if block is None else self.workload.blocks[block].stored_numel
+        numel = share * whole
         stored_param = block is not None and not plan.params_in_host[block]
-        in_host = plan.state_in_host_nbytes(-1 if block is None else block, numel)
+        in_host = share * plan.state_in_host_nbytes(-1 if block is None else block, whole)
         states = state.state_nbytes * numel - in_host
         param = state.param_nbytes * numel if stored_param else 0
         read = states + (param if reads_param and state.update_reads_param else 0)
@@ -213,7 +215,7 @@ class Unroller:
         last: Index = None
         n = plan.update_pieces
         if plan.chunk_elements is not None:
-            n = max(1, min(n, -(-numel // plan.chunk_elements)))
+            n = max(1, min(n, -int(-numel // plan.chunk_elements)))
         for piece in range(n):
             freed = releases if piece == n - 1 else ()
             buffer = self.pieces.popleft()
@@ -253,6 +255,7 @@ class Unroller:
         for micro in micros:
             released = (("device", alive),) if micro == self.plan.micro_batches - 1 else ()
             self.compute("backward", 2 * flops, releases=released)
+        head = self.update_head()
         uses = list(reversed(range(self.n_blocks)))
         self.to_swap_in = deque((block, micro) for block in uses for micro in micros)
         self.n_backwards = self.n_swapped_in = fetched = 0
@@ -269,7 +272,7 @@ class Unroller:
             self.grads_leave(block)
         if self.last_compute is not None:
             self.ends.append(self.last_compute)
-        self.update_root()
+        self.update_root(1 - head)
         self.step += 1
 
     def forward(self, block: int, micro: int, root_ready: Index) -> int:
@@ -473,15 +476,29 @@ class Unroller:
         if self.shares_host and block not in self.resident:
             self.free_slots.append(done)
 
-    def update_root(self) -> None:
-        """The root's gradients are complete when backward ends, and forward needs its parameters first."""
+    def update_head(self) -> float:
+        """Start updating the share of the root whose gradients precede the blocks', unless all updates wait."""
+        numel = self.workload.root_stored_numel
+        if len(self.deferred) == self.n_blocks or not numel:
+            return 0.0
+        early, chunk = self.workload.root_early_numel, self.plan.chunk_elements or 1
+        share = early // chunk * chunk / numel
+        if share:
+            out: Index = self.last_compute
+            if not self.shares_host:
+                out = self.emit("grad_out", "d2h", self.plan.state_format.grad_nbytes * share * numel, out)
+            self.update(None, (out,), reads_param=False, share=share)
+        return share
+
+    def update_root(self, share: float) -> None:
+        """The rest's gradients are complete when backward ends, and forward needs the root's parameters first."""
         numel = self.workload.root_stored_numel
         if not numel:
             return
         out: Index = self.last_compute
         if not self.shares_host:
-            out = self.emit("grad_out", "d2h", self.plan.state_format.grad_nbytes * numel, out)
-        made = self.update(None, (out,), reads_param=False)
+            out = self.emit("grad_out", "d2h", self.plan.state_format.grad_nbytes * share * numel, out)
+        made = self.update(None, (out, self.updated.get(None)), reads_param=False, share=share)
         if not self.shares_host:
             self.updated[None] = self.emit("load", "h2d", self.plan.state_format.param_nbytes * numel, *made)
 

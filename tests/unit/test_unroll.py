@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -128,3 +129,23 @@ def test_endurance_counts_written_bytes_over_all_drives() -> None:
     step = simulate_plan(plan, WORK, machine)
     assert step.endurance_steps == pytest.approx(4 * 7e15 / step.written_nbytes)
     assert step.endurance_years == pytest.approx(step.endurance_steps * step.step_s / (365.25 * 86400))
+
+
+@pytest.mark.parametrize("shares_host", [False, True])
+def test_an_untied_head_is_updated_while_the_blocks_go_backward(shares_host) -> None:
+    work = replace(gpt("small", 4, 128, tokens=64, vocab=200), root_early_numel=20_000)
+    plan, machine = plan_of(4, 1, 1, {"update": "backward", "states_host_fraction": 0.0}, work, shares_host)
+    operations, _ = unroll(plan, work, shares_host=shares_host)
+    updates = [o for o in operations if o.kind == "update" and o.block is None and o.step == 1]
+    assert sum(o.amount for o in updates) == pytest.approx(work.root_stored_numel)
+    first_block = next(
+        i for i, o in enumerate(operations) if o.kind == "backward" and o.step == 1 and o.block == 3
+    )
+    before = [o for o in operations[:first_block] if o in updates]
+    assert sum(o.amount for o in before) == pytest.approx(20_000)
+    step = simulate_plan(plan, work, machine)
+    for lane, nbytes in (("read", step.read_nbytes), ("written", step.written_nbytes)):
+        assert plan.predicted.bytes[lane] == pytest.approx(nbytes, rel=0.02)
+    late, _ = plan_of(4, 1, 1, {"update": "deferred"}, work, shares_host)
+    waiting, _ = unroll(late, work, shares_host=shares_host)
+    assert not [o for o in waiting if o.kind == "update" and o.block is None and o.amount == 20_000 / 16]
