@@ -255,6 +255,8 @@ class Unroller:
         for micro in micros:
             released = (("device", alive),) if micro == self.plan.micro_batches - 1 else ()
             self.compute("backward", 2 * flops, releases=released)
+        if self.shares_host:  # the first block's backward asks for its tensors, and nobody before it
+            self.in_window = deque([self.last_compute] * 2)
         head = self.update_head()
         uses = list(reversed(range(self.n_blocks)))
         self.to_swap_in = deque((block, micro) for block in uses for micro in micros)
