@@ -53,7 +53,12 @@ class MeasuredRun:
     """`model` under `plan` on the CPU. `loss(model)` computes a batch's loss; use as a context manager."""
 
     def __init__(
-        self, model: nn.Module, plan: Plan, storage: str, loss: Callable[[nn.Module], torch.Tensor]
+        self,
+        model: nn.Module,
+        plan: Plan,
+        storage: str,
+        loss: Callable[[nn.Module], torch.Tensor],
+        max_grad_norm: float | None = None,
     ) -> None:
         self.model, self.optimizer = offload.wrap(
             model,
@@ -64,6 +69,7 @@ class MeasuredRun:
             host_memory=MEMORY_NBYTES,
             storage=[storage],
             plan=plan.to_json(),
+            max_grad_norm=max_grad_norm,
         )
         self.engine = self.model.offload
         self._loss = loss

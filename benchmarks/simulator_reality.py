@@ -11,6 +11,7 @@ compares medians. `--trace FILE` and `--plot FILE` lay one configuration's measu
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shutil
 import sys
@@ -29,7 +30,7 @@ from llama_shaped import LlamaShaped, Shape
 from measured_run import MeasuredRun, fixed_plan, staging_nbytes
 from torch import nn
 
-from offload.planner.hardware import Drive, Hardware
+from offload.planner.hardware import Hardware
 from offload.planner.workload import Workload
 from offload.profiling import compute_probe
 from offload.profiling.block_probe import BlockProbe, measure
@@ -39,17 +40,18 @@ from offload.profiling.workload import profile_model
 from offload.schedule.run import SimulatedStep, simulate_plan
 from offload.schedule.trace import draw_side_by_side, write_side_by_side
 
-TOKENS = 128
+TOKENS = 64
 TIERS = ("device", "host", "storage")
+SWAPPED = {"activations": "save", "activations_on_device": False, "activations_host_fraction": 0.0}
 ALWAYS = {"micro_batches": 1, "prefetch_blocks": 2, "grad_buffers": 2, "activations": "recompute"}
 
 
 def llama() -> nn.Module:
-    """69 M parameters in bf16: six layers of 9.4 M, an untied head."""
+    """34 M parameters in bf16: six layers of 4.2 M, an untied head."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = LlamaShaped(Shape(hidden=768, layers=6, intermediate=3072, heads=12, vocab=8192))
+        model = LlamaShaped(Shape(hidden=512, layers=6, intermediate=2048, heads=8, vocab=8192))
     finally:
         torch.set_default_dtype(torch.float32)
     for parameter in model.parameters():
@@ -59,7 +61,7 @@ def llama() -> nn.Module:
 
 
 def gpt2() -> nn.Module:
-    """30 M parameters in fp32: eight layers of 3.2 M, a tied head."""
+    """29 M parameters in fp32: eight layers of 3.2 M, a tied head."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -90,12 +92,15 @@ PLACEMENTS = {
     "storage": placed("backward", 0.0, 0.0),
     "storage-deferred": placed("deferred", 0.0, 0.0),
     "storage-saved": placed("backward", 0.0, 0.0, activations="save"),
+    "all-at-once": placed("deferred", 0.5, 0.0, micro_batches=2, inputs="storage", **SWAPPED),
 }
+"""`all-at-once`: micro-batches, activations swapped to storage, clipping, updates in the next forward."""
+MAX_GRAD_NORM = {"all-at-once": 0.1}
 CONFIGURATIONS = [
     ("llama", 2, "host"), ("llama", 2, "half"), ("llama", 2, "storage"), ("llama", 2, "storage-deferred"),
-    ("llama", 6, "host"), ("llama", 6, "storage"), ("llama", 6, "storage-saved"),
-    ("gpt2", 2, "host"), ("gpt2", 2, "storage"), ("gpt2", 6, "half"), ("gpt2", 6, "storage"),
-    ("gpt2", 6, "storage-deferred"),
+    ("llama", 6, "host"), ("llama", 6, "storage"), ("llama", 6, "storage-saved"), ("llama", 6, "all-at-once"),
+    ("gpt2", 2, "host"), ("gpt2", 2, "storage"), ("gpt2", 4, "storage-deferred"),
+    ("gpt2", 4, "all-at-once"),
 ]  # fmt: skip
 
 
@@ -116,26 +121,22 @@ class Machine:
         self.drives = DriveLoop([storage])
         self.dram_bytes_per_s = compute_probe.dram_copy_bytes_per_s(1.0)
 
-    def look(self, probe: BlockProbe, dtype: str) -> Hardware:
+    def look(self, bench: Bench) -> Hardware:
         """The machine as it is now, for one model and micro-batch."""
-        found = measure(probe, self.updates, self.drives)
-        drive = self.drives.measure(0.6)
+        found = measure(bench.probe, self.updates, self.drives.stream)
+        products = compute_probe.matmul_flops_per_s(
+            bench.shapes, bench.micro_rows, getattr(torch, bench.dtype), torch.device("cpu"), 0.3
+        )
         return Hardware(
             name="this machine",
             source="probe",
             shares_host=True,
             device_memory_nbytes=1 << 33,
             host_memory_nbytes=1 << 33,
-            matmul_flops_per_s={dtype: found.work_flops_per_s["forward"]},
+            matmul_flops_per_s={bench.dtype: products},
             dram_bytes_per_s=self.dram_bytes_per_s,
             launch_overhead_s=0.0,  # it is in the rates
-            drives=(
-                Drive(
-                    read_bytes_per_s=drive.read_bytes_per_s,
-                    write_bytes_per_s=drive.write_bytes_per_s,
-                    mixed_bytes_per_s=drive.mixed_bytes_per_s,
-                ),
-            ),
+            drives=(self.drives.measure(0.8),),
             **asdict(found),
         )
 
@@ -146,17 +147,26 @@ class Machine:
 
 
 class Bench:
-    """One model and batch with its probe; the configurations share them."""
+    """One model, batch and micro-batch with its probe; the configurations share them."""
 
-    def __init__(self, kind: str, batch: int) -> None:
+    def __init__(self, kind: str, batch: int, micro_batches: int) -> None:
         build, loss = MODELS[kind]
         model = build()
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         ids = torch.randint(0, 8192, (batch, TOKENS))
         self.build, self.batch = build, batch
+        micro = ids[: batch // micro_batches]
         self.loss = lambda model: loss(model, ids)
         self.workload: Workload = profile_model(model, TOKENS, name=kind)
-        self.probe = BlockProbe(model, self.workload, batch, self.loss)
+        self.shapes, self.micro_rows = compute_probe.matmul_shapes(model), len(micro) * TOKENS
+        self.probe = BlockProbe(model, self.workload, len(micro), lambda model: loss(model, micro))
+        self._first: Hardware | None = None
+
+    def first_look(self, here: Machine) -> Hardware:
+        """What the plans are made for; their choices are fixed."""
+        if self._first is None:
+            self._first = here.look(self)
+        return self._first
 
 
 def configuration(
@@ -164,13 +174,13 @@ def configuration(
 ) -> dict[str, Any]:
     """One row."""
     looks = Looks()
-    first = here.look(bench.probe, bench.dtype)
-    plan = fixed_plan(bench.workload, first, bench.batch, **fixed)
-    with MeasuredRun(bench.build(), plan, storage, bench.loss) as run:
+    limit = MAX_GRAD_NORM.get(name.split("-", 2)[2])
+    plan = fixed_plan(bench.workload, bench.first_look(here), bench.batch, **fixed)
+    with MeasuredRun(bench.build(), plan, storage, bench.loss, limit) as run:
         for _ in range(2):
             run.step()
         for _ in range(options.rounds):
-            hardware = here.look(bench.probe, bench.dtype)
+            hardware = here.look(bench)
             looks.hardware.append(hardware)
             run.step()
             looks.step_s += [run.step() for _ in range(options.steps)]
@@ -210,8 +220,10 @@ def row_of(name: str, looks: Looks, step: SimulatedStep, moved: Any, held: dict[
         "compute_speed_beside_update",
         "update_speed_beside_compute",
         "compute_speed_beside_storage",
+        "storage_speed_beside_compute",
     ):
         row[rate] = median([getattr(hardware, rate) for hardware in looks.hardware])
+    row["matmul_flops_per_s"] = median([next(iter(h.matmul_flops_per_s.values())) for h in looks.hardware])
     row["forward_flops_per_s"] = median([h.work_flops_per_s["forward"] for h in looks.hardware])
     for rate in ("read_bytes_per_s", "write_bytes_per_s", "mixed_bytes_per_s"):
         row[f"drive_{rate}"] = median([getattr(hardware.drives[0], rate) for hardware in looks.hardware])
@@ -247,6 +259,16 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def say(row: dict[str, Any], seconds: float) -> None:
+    """Progress."""
+    print(
+        f"{row['name']}: {row['step_s']:.3f} s a step ({row['fastest_step_s']:.3f} to {row['slowest_step_s']:.3f}), "
+        f"predicted {row['predicted_step_s']:.3f} ({row['error_percent']:+.1f} %); {seconds:.0f} s for this row",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
 def main() -> None:
     """Print and write all rows."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -263,17 +285,20 @@ def main() -> None:
     storage = tempfile.mkdtemp(prefix="offload-bench-", dir=options.storage)
     chosen = [(f"{kind}-{batch}-{place}", kind, batch, place) for kind, batch, place in CONFIGURATIONS]
     wanted = options.only.split(",") if options.only else [name for name, *_ in chosen]
-    benches: dict[tuple[str, int], Bench] = {}
+    benches: dict[tuple[str, int, int], Bench] = {}
     rows: list[dict[str, Any]] = []
     here = Machine(storage)
     try:
         for name, kind, batch, place in chosen:
             if name not in wanted:
                 continue
-            if (kind, batch) not in benches:
-                benches = {(kind, batch): Bench(kind, batch)}
-            rows.append(configuration(name, benches[kind, batch], PLACEMENTS[place], here, storage, options))
-            print(name, rows[-1]["error_percent"], file=sys.stderr, flush=True)
+            start_s = time.perf_counter()
+            key = (kind, batch, PLACEMENTS[place]["micro_batches"])
+            if key not in benches:
+                benches = {key: Bench(*key)}
+            rows.append(configuration(name, benches[key], PLACEMENTS[place], here, storage, options))
+            gc.collect()  # a model refers to itself, and holds its arenas
+            say(rows[-1], time.perf_counter() - start_s)
         facts = about(storage)
     finally:
         here.close()

@@ -64,8 +64,9 @@ class Config(BaseModel):
     behind a bus of `bus_bytes_per_s`, for trying the path of a GPU without one. With `batch` (sequences a step, tokens
     a sequence) the planner chooses placement, micro-batches, prefetch window and what is kept for backward, for the
     machine that `hardware` names (a profile's name or file; default: what `offload probe` has stored); settings given
-    explicitly stay as given. `plan`: a saved plan's file, or its text, to be used as it is. `step_aside`: when all
-    training state takes at most half of `device_memory`, do not stream. `pin`: page-lock host memory for a CUDA device.
+    explicitly stay as given. `written_per_step`: most bytes a planned step may write to storage, to spare the drives.
+    `plan`: a saved plan's file, or its text, to be used as it is. `step_aside`: when all training state takes at most
+    half of `device_memory`, do not stream. `pin`: page-lock host memory for a CUDA device.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -91,6 +92,7 @@ class Config(BaseModel):
     keep_store: bool = False
     batch: tuple[int, int] | None = None
     hardware: str | None = None
+    written_per_step: str | int | float | None = None
     plan: str | None = None
     step_aside: Literal["auto", "always", "never"] = "auto"
     pin: Literal["auto", "always", "never"] = "auto"
@@ -109,7 +111,16 @@ class Config(BaseModel):
             raise ConfigError(
                 "max_grad_norm needs every gradient before the first update: use update='deferred' or 'auto'"
             )
+        if config.written_per_step is not None and config.batch is None and config.plan is None:
+            raise ConfigError(
+                f"written_per_step={config.written_per_step!r} is kept by planning: give batch=(sequences, tokens) too"
+            )
         return config
+
+    @property
+    def written_nbytes_per_step(self) -> int | None:
+        """`written_per_step` in bytes."""
+        return None if self.written_per_step is None else parse_budget(self.written_per_step, 0)
 
     @property
     def deferred(self) -> bool:

@@ -77,7 +77,7 @@ def finetune_command(
         str | None,
         typer.Option(
             help="Where block inputs wait for backward: auto (where there is room), device, host or storage. "
-            "keep: recompute nothing, keep everything on the device. Any but auto leaves no plan.",
+            "keep: recompute nothing, keep everything on the device. Default: as planned, else auto.",
             rich_help_panel=_MEMORY,
         ),
     ] = None,
@@ -108,6 +108,13 @@ def finetune_command(
         str | None,
         typer.Option(
             help="Run this saved plan. none: no plan, placement by budget alone.", rich_help_panel=_MACHINE
+        ),
+    ] = None,
+    written_per_step: Annotated[
+        str | None,
+        typer.Option(
+            help="Most bytes a step may write to storage, such as 20GB, to spare the drives: planned for.",
+            rich_help_panel=_MEMORY,
         ),
     ] = None,
     step_aside: Annotated[
@@ -211,7 +218,7 @@ def finetune_command(
     settings = Settings(
         model=model, data=data, storage=storage or [], host_memory=host_memory, device_memory=device_memory,
         activations=activations, saved_activations=saved_activations, step_aside=step_aside, dtype=dtype,
-        device=device, hardware=hardware, plan=plan, save_plan=save_plan,
+        device=device, hardware=hardware, plan=plan, save_plan=save_plan, written_per_step=written_per_step,
         steps=steps, batch_size=batch_size, sequence_length=sequence_length,
         micro_batches=micro_batches, lr=lr, schedule=schedule, warmup_steps=warmup_steps, weight_decay=weight_decay,
         max_grad_norm=max_grad_norm, seed=seed, output=output, trace=trace, plot=plot,

@@ -58,6 +58,7 @@ class Settings:
     hardware: str | None = None
     plan: str | None = None
     save_plan: str | None = None
+    written_per_step: str | None = None
     dtype: str = "auto"
     steps: int = 100
     batch_size: int = 8
@@ -149,6 +150,7 @@ def _planning(settings: Settings, output: Output) -> Planning:
         activations=settings.activations,
         saved_activations=settings.saved_activations,
         micro_batches=settings.micro_batches,
+        written_per_step=settings.written_per_step,
     )
     return planning_of(request, output.note)
 

@@ -35,6 +35,7 @@ class Request:
     activations: str | None = None
     saved_activations: str | None = None
     micro_batches: int | None = None
+    written_per_step: str | None = None
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def planning_of(request: Request, note: Callable[[str], None]) -> Planning:
     for name in ("activations", "saved_activations", "micro_batches"):
         if getattr(request, name) is not None:
             settings[name] = getattr(request, name)
+    if request.written_per_step is not None:
+        settings["written_per_step"] = request.written_per_step
     if request.plan is not None and request.plan != NO_PLAN:
         _check_plan_request(request)
         hardware = _named(request) if request.hardware is not None else _stored()
@@ -112,6 +115,8 @@ def planning_of(request: Request, note: Callable[[str], None]) -> Planning:
     if why_not:
         if request.save_plan is not None:
             raise ConfigError(f"--save-plan: there is no plan to save: {why_not}")
+        if request.written_per_step is not None:
+            raise ConfigError(f"--written-per-step is kept by planning, and there is no plan: {why_not}")
         note(f"placement by budget, without a plan: {why_not}")
         return Planning(request, hardware, settings)
     settings["batch"] = (request.batch_samples, request.tokens_per_sample)
@@ -141,13 +146,6 @@ def _machine(request: Request) -> tuple[Hardware | None, str]:
     """(profile, why it is not planned with; empty when it is)."""
     if request.plan == NO_PLAN:
         return (None if request.hardware is None else _named(request)), "--plan none"
-    if request.activations not in (None, "auto"):
-        if request.hardware is not None:
-            raise ConfigError(
-                f"--activations {request.activations} and --hardware {request.hardware}: a plan says where block "
-                "inputs wait; leave out one of them, or add --plan none"
-            )
-        return _stored(), f"--activations {request.activations} is given"
     if request.hardware is not None:
         hardware = _named(request)
         if request.storage and not hardware.drives:

@@ -193,6 +193,12 @@ class CostModel:
         blocks = self.backward_flops - root
         return blocks * self.rates.slowness("backward") + root * self.rates.slowness("root_backward")
 
+    @cached_property
+    def replayed_work(self) -> float:
+        """What recomputing takes besides products, in FLOPs of them, however few of these are made again."""
+        blocks = self.batch * sum(b.flops_per_sample for b in self.workload.blocks)
+        return self.rates.flops_per_s * float(self.rates.seconds_beside_products("recompute", blocks))
+
     # ---- traffic ---------------------------------------------------------------------------------------------
 
     def traffic(self, load: Load) -> tuple[Traffic, Traffic, Traffic]:
@@ -215,7 +221,12 @@ class CostModel:
         boundary = 0 if load.boundary_on_device else self.input_nbytes
         swapped = load.swapped_host_nbytes + load.swapped_storage_nbytes
         copied = load.swapped_storage_nbytes if self.rates.shares_host else swapped
+        waiting = late * sum(self.grad_nbytes) - load.grads_spilled_nbytes if self.rates.shares_host else 0
         written_back = trainable_params * stored + states
+        root = self.workload.root_stored_numel
+        root_states = f.state_nbytes * root - load.root_states_host_nbytes
+        head = np.where(late >= 1, 0.0, self.workload.root_early_numel / max(1, root))
+        """The share of the root that is updated while the blocks go backward."""
         forward = Traffic(
             flops=self.forward_work,
             h2d=on_bus * (params + boundary),
@@ -227,22 +238,24 @@ class CostModel:
             updated=late * self.trainable,
         )
         backward = Traffic(
-            flops=self.backward_work + load.recompute_flops * self.rates.slowness("recompute"),
+            flops=self.backward_work + load.recompute_flops + self.replayed_work,
             h2d=on_bus * (params * fetched + boundary) + copied,
-            d2h=on_bus * (sum(self.grad_nbytes) + boundary),
-            read=stored * params * fetched + load.swapped_storage_nbytes + early * states,
-            written=early * written_back + load.grads_spilled_nbytes,
-            updated=early * self.trainable,
+            d2h=on_bus * (sum(self.grad_nbytes) + boundary + f.grad_nbytes * head * root) + waiting,
+            read=stored * params * fetched
+            + load.swapped_storage_nbytes
+            + early * states
+            + head * root_states,
+            written=early * written_back + load.grads_spilled_nbytes + head * root_states,
+            updated=early * self.trainable + head * root,
         )
-        root = self.workload.root_stored_numel
-        root_states = f.state_nbytes * root - load.root_states_host_nbytes
+        rest, rest_states = (1 - head) * root, (1 - head) * root_states
         tail = Traffic(
             flops=0.0,
-            h2d=on_bus * f.param_nbytes * root,
-            d2h=on_bus * f.grad_nbytes * root,
-            read=root_states,
-            written=root_states,
-            updated=root,
+            h2d=on_bus * f.param_nbytes * self.workload.root_stored_numel,
+            d2h=on_bus * f.grad_nbytes * rest,
+            read=rest_states,
+            written=rest_states,
+            updated=rest,
         )
         return forward, backward, tail
 
@@ -263,14 +276,16 @@ class CostModel:
     def _phase(self, seconds: dict[str, Any], load: Load, exposed_s: Any) -> Any:
         """Duration of a phase: its busiest resource, with what this choice does not overlap added up. `exposed_s` is
         what the device waits for or does beside its FLOPs."""
-        compute = seconds["compute"]
+        compute, storage, bus = seconds["compute"], seconds["storage"], seconds["bus"]
         if self.rates.shares_host:
+            exposed_s, bus = exposed_s + bus, 0.0  # the thread that computes makes the copies
+            storage = self.rates.slowed_storage_s(storage, compute)
             compute = self.rates.shared_cores_s(compute, seconds["cpu"], seconds["storage"])
-        busy = [compute + exposed_s, seconds["bus"], seconds["dram"]]
+        busy = [compute + exposed_s, bus, seconds["dram"]]
         if load.serial_update:
-            busy.append(seconds["storage"] + seconds["cpu"])
+            busy.append(storage + seconds["cpu"])
         else:
-            busy += [seconds["storage"], seconds["cpu"]]
+            busy += [storage, seconds["cpu"]]
         return overlapped(busy, self.overlap_order)
 
     def cost(self, load: Load) -> Cost:

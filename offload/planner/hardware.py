@@ -52,6 +52,8 @@ class Hardware(BaseModel):
     update_speed_beside_compute: float = Field(default=0.5, gt=0, le=1)
     compute_speed_beside_storage: float = Field(default=1.0, gt=0, le=1)
     """Where the device tier is DRAM: share of its speed that computing keeps while the drives are read or written."""
+    storage_speed_beside_compute: float = Field(default=1.0, gt=0, le=1)
+    """And the share of their speed that the drives keep: requests need the cores that compute."""
     launch_overhead_s: float = Field(default=2e-4, ge=0)
     """Device time of one micro-batch through one block in one direction that its FLOPs do not explain."""
     h2d_bytes_per_s: float | None = Field(default=None, gt=0)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from offload.planner.plan import StateFormat
 from offload.planner.workload import Workload, peak_of
+from offload.types import PAGE_NBYTES, round_up
 
 KERNEL_SCRATCH_NBYTES = 1 << 20
 """What kernels allocate for themselves, which no trace sees: attention on a CPU takes some 100 kB a thread."""
@@ -97,6 +99,14 @@ def root_working_nbytes(workload: Workload, batch_samples: int) -> int:
     return (peak_of(workload.root_working, batch_samples) or 0) + KERNEL_SCRATCH_NBYTES
 
 
+def read_ahead_nbytes(workload: Workload, samples: int, *, shares_host: bool) -> int:
+    """At most so many bytes of the micro-batch that backward takes next, where some of it comes back from storage and
+    the working memory is that of one micro-batch."""
+    if not (shares_host and is_traced(workload)):
+        return 0
+    return samples * max(micro_nbytes_per_sample(workload, i) for i in range(len(workload.blocks)))
+
+
 def boundary_nbytes(workload: Workload, batch_samples: int, micro_batches: int) -> int:
     """The gradients of a block's output and input for the whole batch; with one micro-batch they are in `working`."""
     widest = max((b.input_nbytes_per_sample for b in workload.blocks), default=0)
@@ -109,6 +119,12 @@ def micro_nbytes_per_sample(workload: Workload, index: int) -> int:
     return block.input_nbytes_per_sample + sum(t.nbytes_per_sample for t in block.saved)
 
 
+def activation_staging_nbytes(micro_nbytes: float) -> int:
+    """Host memory through which tensors go to storage and back, `micro_nbytes` of them a micro-batch: two of these, one
+    that is filled while the other is written."""
+    return max(ACTIVATION_STAGING_NBYTES_MIN, 2 * round_up(int(micro_nbytes), PAGE_NBYTES))
+
+
 def host_need(
     workload: Workload,
     state: StateFormat,
@@ -118,19 +134,25 @@ def host_need(
     staging_nbytes: int,
     shares_host: bool,
     has_storage: bool,
+    activation_staging: int | None = None,
 ) -> int:
-    """Host memory for staging: the update pipeline's, two fetched blocks and two planes of gradients on their way over
-    the bus, two micro-batches of tensors on their way to storage, and the boundary where it is not on the device."""
+    """Host memory for staging: the update pipeline's; two fetched blocks, two planes of gradients and the root's
+    parameters and gradients on their way over the bus; two micro-batches of tensors on their way to storage
+    (`activation_staging` bytes; None: all that a block saves); and the boundary where it is not on the device."""
     blocks = workload.blocks
     samples = samples_of_micro_batch(batch_samples, shape.micro_batches)
     need = staging_nbytes
     if not shares_host:
         slot = max((state.param_nbytes * (b.stored_numel + b.frozen_numel) for b in blocks), default=0)
         grad = max((state.grad_nbytes * b.stored_numel for b in blocks), default=0)
-        need += 2 * grad + (2 * slot if has_storage else 0)
+        root = state.param_nbytes * (workload.root_stored_numel + workload.root_frozen_numel)
+        root += state.grad_nbytes * workload.root_stored_numel
+        need += root + 2 * grad + (2 * slot if has_storage else 0)
     if has_storage:
         widest = max((micro_nbytes_per_sample(workload, i) for i in range(len(blocks))), default=0)
-        need += 2 * samples * widest
+        need += (
+            activation_staging_nbytes(samples * widest) if activation_staging is None else activation_staging
+        )
     if not shape.boundary_on_device:
         need += 2 * batch_samples * max((b.input_nbytes_per_sample for b in blocks), default=0)
     return need

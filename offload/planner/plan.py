@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from offload.errors import ConfigError
 from offload.planner.placement import state_nbytes_in_host
 from offload.planner.workload import Workload
+from offload.types import PAGE_NBYTES, round_up
 
 Outcome = Literal["device", "host", "storage", "recompute"]
 """What becomes of a tensor that backward needs: kept on the device, swapped out to a tier, or computed again."""
@@ -139,6 +140,10 @@ class Plan(BaseModel):
     """Fraction of each block's optimizer state in host memory; the last entry is the root's."""
     activations: tuple[dict[str, Outcome], ...]
     """Per block: outcome by tensor name; `input` is the block's input."""
+    activations_host_nbytes: int = Field(default=0, ge=0)
+    """Bytes of swapped-out tensors that are in host memory at the turn to backward, of the whole batch."""
+    activation_staging_nbytes: int | None = Field(default=None, ge=0)
+    """Host memory through which swapped-out tensors go to storage and back. None: two micro-batches of all tensors."""
     update_pieces: int = Field(default=16, ge=1)
     """In how many pieces at most the simulator cuts a block's update. The real pipeline's chunks may be finer still."""
     chunk_elements: int | None = Field(default=None, ge=2048)
@@ -162,6 +167,22 @@ class Plan(BaseModel):
         if self.chunk_elements is None:
             return round(width * numel * fraction)
         return state_nbytes_in_host(numel, width, self.chunk_elements, fraction)
+
+    def written_nbytes_per_step(self, workload: Workload) -> int:
+        """Bytes that a step writes to storage, placed in whole chunks: parameters and state that live there, gradients
+        that wait there, and what is swapped out to it, in whole pages."""
+        state, blocks = self.state_format, workload.blocks
+        samples = -(-self.batch_samples // self.micro_batches)
+        numels = [b.stored_numel for b in blocks] + [workload.root_stored_numel]
+        written = sum(state.state_nbytes * n - self.state_in_host_nbytes(i, n) for i, n in enumerate(numels))
+        for i, block in enumerate(blocks):
+            written += 0 if self.params_in_host[i] else state.param_nbytes * block.stored_numel
+            if i in self.deferred_blocks and not self.grads_in_host[i]:
+                written += state.grad_nbytes * block.stored_numel
+            sizes = block.nbytes_by_tensor()
+            stored = [sizes[name] for name, outcome in self.activations[i].items() if outcome == "storage"]
+            written += self.micro_batches * sum(round_up(samples * nbytes, PAGE_NBYTES) for nbytes in stored)
+        return written
 
     @property
     def prefetch_blocks(self) -> int:

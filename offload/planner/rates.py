@@ -76,12 +76,18 @@ class Rates:
     """Share of its own speed that each keeps while both run, where they share the cores."""
     update_beside_compute: float = 0.5
     compute_beside_storage: float = 1.0
+    storage_beside_compute: float = 1.0
     work_flops_per_s: Mapping[str, float] = field(default_factory=dict)
     """By kind of work, where it is known better than `flops_per_s`: `Hardware.work_flops_per_s`."""
 
     def slowness(self, work: str) -> float:
         """Seconds a FLOP of this kind of work takes, in units of a FLOP of a matrix product."""
         return self.flops_per_s / self.work_flops_per_s.get(work, self.flops_per_s)
+
+    def seconds_beside_products(self, work: str, flops: Any) -> Any:
+        """What this kind of work takes for so many FLOPs beyond the matrix products: element-wise operations and what
+        else the rate of the whole has in it. 0 where that rate is not known, or is no lower than the products'."""
+        return flops * max(0.0, self.slowness(work) - 1) / self.flops_per_s
 
     def shared_cores_s(self, compute_s: Any, update_s: Any, storage_s: Any) -> Any:
         """Time to compute `compute_s` on cores that also update for `update_s` and serve the drives for `storage_s`,
@@ -96,6 +102,11 @@ class Rates:
         )
         slowed_s = np.minimum(storage_s, both_s / self.compute_beside_storage)
         return both_s + (1 - self.compute_beside_storage) * slowed_s
+
+    def slowed_storage_s(self, storage_s: Any, compute_s: Any) -> Any:
+        """Time of transfers that take `storage_s` alone beside `compute_s` of computing on the cores they need."""
+        slowed_s = np.minimum(storage_s / self.storage_beside_compute, compute_s)
+        return storage_s + (1 - self.storage_beside_compute) * slowed_s
 
 
 def _capacity(drive: Drive) -> float:
@@ -153,5 +164,6 @@ def rates_of(hardware: Hardware, param_nbytes: int) -> Rates:
         compute_beside_update=hardware.compute_speed_beside_update,
         update_beside_compute=hardware.update_speed_beside_compute,
         compute_beside_storage=hardware.compute_speed_beside_storage,
+        storage_beside_compute=hardware.storage_speed_beside_compute,
         work_flops_per_s=hardware.work_flops_per_s,
     )

@@ -6,6 +6,7 @@ import numpy as np
 
 from offload.planner.activations import spread, spread_order
 from offload.planner.cost_model import Cost, CostModel, Load
+from offload.planner.memory import activation_staging_nbytes, samples_of_micro_batch
 from offload.planner.placement import BlockBytes, fill_host
 from offload.planner.plan import INPUT, Budgets, Outcome, Plan, Prediction
 from offload.planner.points import Chosen, Search
@@ -23,6 +24,7 @@ def plan_of(search: Search, chosen: Chosen, budgets: Budgets) -> Plan:
     grads_in_host = set(waiting_in_host(deferred, grads_share))
     load = needs.load.at(chosen.index, needs.fits.shape)
     params_in_host, states_in_host = _placed(search, load)
+    activations = _activations(search, chosen, needs, at_saved, at_host, budgets)
     return Plan(
         model=search.workload.name,
         hardware=search.hardware.name,
@@ -37,7 +39,9 @@ def plan_of(search: Search, chosen: Chosen, budgets: Budgets) -> Plan:
         params_in_host=params_in_host,
         grads_in_host=tuple(i in grads_in_host for i in range(n_blocks)),
         states_in_host=states_in_host,
-        activations=_activations(search, chosen, needs, at_saved, at_host, budgets),
+        activations=activations,
+        activation_staging_nbytes=_staging_nbytes(search, chosen, activations),
+        activations_host_nbytes=int(load.swapped_host_nbytes),
         predicted=_prediction(search, needs, load, chosen.index),
     )
 
@@ -82,13 +86,16 @@ def _activations(
     tables = search.tables
     order = tables.order(chosen.shape.boundary_on_device)
     spare = budgets.device_memory_nbytes - needs.device_nbytes
-    kept_at = int(tables.kept_positions(order, spare)[at_saved])
+    kept_at = int(tables.kept_positions(order, spare, chosen.shape)[at_saved])
     to_host = order.to_host[at_saved, at_host]
     saved = tables.saved[at_saved]
     outcomes: list[dict[str, Outcome]] = [{} for _ in search.workload.blocks]
     for position, (block, name, _) in enumerate(order.units):
         if name != INPUT and (block, name) not in saved:
             outcomes[block][name] = "recompute"
+            continue
+        if name == INPUT and search.space.inputs != "auto":
+            outcomes[block][name] = search.space.inputs  # type: ignore[assignment]  # checked by space_of
             continue
         may_stay = name != INPUT or chosen.shape.boundary_on_device
         if position < kept_at and may_stay:
@@ -98,10 +105,22 @@ def _activations(
     return tuple(outcomes)
 
 
+def _staging_nbytes(search: Search, chosen: Chosen, activations: tuple[dict[str, Outcome], ...]) -> int:
+    """For what a micro-batch of one block sends to storage."""
+    samples = samples_of_micro_batch(search.model.batch, chosen.shape.micro_batches)
+    return activation_staging_nbytes(
+        samples
+        * max(
+            sum(nbytes for name, nbytes in block.nbytes_by_tensor().items() if outcomes[name] == "storage")
+            for block, outcomes in zip(search.workload.blocks, activations, strict=True)
+        )
+    )
+
+
 def _prediction(search: Search, needs: Needs, load: Load, index: tuple[int, ...]) -> Prediction:
     shape = needs.fits.shape
     peaks = {
-        "device": needs.device_nbytes + float(needs.kept_nbytes[index[1]]),
+        "device": needs.device_nbytes + float(needs.kept_nbytes[index[1], index[2]]),
         "host": float(np.broadcast_to(needs.host_nbytes + needs.placed_nbytes, shape)[index]),
         "storage": float(np.broadcast_to(needs.storage_nbytes, shape)[index]),
     }

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from offload.errors import ConfigError
+from offload.planner.placement import GRAD_BUFFERS_MAX
 from offload.planner.plan import Budgets
 from offload.planner.workload import Workload
 
@@ -28,7 +29,9 @@ FIXABLE = {
     "prefetch_blocks": "blocks fetched ahead, 0 or more",
     "grad_buffers": "gradient buffers on the device, 1 or more",
     "boundary_on_device": "True or False",
-    "activations": "'auto', 'recompute' (only block inputs are saved) or 'save' (nothing is recomputed)",
+    "activations": "'auto', 'recompute' (only block inputs are saved), 'save' (nothing is recomputed) or 'keep' "
+    "(nothing is recomputed or leaves the device)",
+    "inputs": "'auto', 'device', 'host' or 'storage': where block inputs wait for backward",
     "activations_on_device": "False: nothing is kept on the device but what computes",
     "activations_host_fraction": "share of the swapped tensors that go to host memory, 0 to 1",
     "grads_host_fraction": "share of the deferred blocks whose gradients wait in host memory, 0 to 1",
@@ -48,6 +51,7 @@ class Space:
     off_device_micro_batches_min: int
     deferred_blocks: tuple[int, ...]
     activations: str
+    inputs: str
     keeps_on_device: bool
     swapped_host_fractions: tuple[float, ...]
     grads_host_fractions: tuple[float, ...]
@@ -106,6 +110,11 @@ def _deferred(fixed: Mapping[str, Any], n_blocks: int, clips: bool) -> tuple[int
     return _of(n_blocks, EIGHTHS if update == "mixed" else (0.0, 1.0))
 
 
+def _grad_buffers(shares_host: bool) -> tuple[int, ...]:
+    """Over a bus a buffer is free again when its gradients have left; in host memory only when they have been used."""
+    return tuple(range(1, (GRAD_BUFFERS_MAX if shares_host else 2) + 1))
+
+
 def space_of(
     workload: Workload, budgets: Budgets, fixed: Mapping[str, Any], batch_samples: int, shares_host: bool
 ) -> Space:
@@ -120,8 +129,13 @@ def space_of(
     micro = _whole(fixed, "micro_batches", 1)
     prefetch, grad_buffers = _whole(fixed, "prefetch_blocks", 0), _whole(fixed, "grad_buffers", 1)
     boundary, activations = fixed.get("boundary_on_device"), fixed.get("activations", "auto")
-    if activations not in ("auto", "recompute", "save"):
+    if activations not in ("auto", "recompute", "save", "keep"):
         raise ConfigError(f"activations={activations!r}: it must be {FIXABLE['activations']}")
+    inputs = "device" if activations == "keep" else fixed.get("inputs", "auto")
+    if inputs not in ("auto", "device", "host", "storage"):
+        raise ConfigError(f"inputs={inputs!r}: it must be {FIXABLE['inputs']}")
+    if inputs == "device" and boundary is not None and not boundary:
+        raise ConfigError("boundary_on_device=False and block inputs on the device contradict each other")
     if micro is not None and micro > batch_samples:
         raise ConfigError(f"micro_batches={micro} but the batch has {batch_samples} samples")
     slots = tuple(sorted({min(n, n_blocks) for n in (2, 3, 4, 6, 8, n_blocks)}))
@@ -131,15 +145,16 @@ def space_of(
     return Space(
         micro_batches=_micro_batches(batch_samples) if micro is None else (micro,),
         n_slots=slots if prefetch is None else (min(max(2, prefetch + 1), n_blocks),),
-        n_grad_buffers=(1, 2) if grad_buffers is None else (grad_buffers,),
+        n_grad_buffers=_grad_buffers(shares_host) if grad_buffers is None else (grad_buffers,),
         boundary_on_device=(True,)
-        if shares_host
+        if shares_host or inputs == "device"
         else (True, False)
         if boundary is None
         else (bool(boundary),),
         off_device_micro_batches_min=OFF_DEVICE_MICRO_BATCHES_MIN if boundary is None else 1,
         deferred_blocks=_deferred(fixed, n_blocks, budgets.clips_gradients),
         activations=activations,
+        inputs=inputs,
         keeps_on_device=bool(fixed.get("activations_on_device", True)),
         swapped_host_fractions=EIGHTHS if host_fraction is None else (host_fraction,),
         grads_host_fractions=QUARTERS if grads_fraction is None else (grads_fraction,),

@@ -18,9 +18,16 @@ import numpy.typing as npt
 from offload.planner.activations import Candidates, candidates, everything, spread, spread_order, unit_order
 from offload.planner.cost_model import CostModel, Load
 from offload.planner.hardware import Hardware
-from offload.planner.memory import Shape, device_need, host_need
+from offload.planner.memory import (
+    Shape,
+    device_need,
+    host_need,
+    read_ahead_nbytes,
+    samples_of_micro_batch,
+)
 from offload.planner.plan import INPUT, Budgets
 from offload.planner.space import Space
+from offload.types import PAGE_NBYTES
 
 Floats = npt.NDArray[np.float64]
 STATE_CHUNKS_PER_BLOCK = 64
@@ -33,6 +40,7 @@ class Needs:
     device_nbytes: int
     """Without what is kept there by choice."""
     kept_nbytes: Floats
+    """[saved set, share]: with what comes back there ahead of its use."""
     host_nbytes: Floats
     """The least; parameters and state placed there by choice come on top."""
     placed_nbytes: Floats
@@ -68,7 +76,7 @@ class Tables:
         self.hardware = hardware
         self.space = space
         workload = model.workload
-        found = everything(workload) if space.activations == "save" else candidates(workload)
+        found = everything(workload) if space.activations in ("save", "keep") else candidates(workload)
         if space.activations == "recompute":
             only = slice(0, 1)
             found = Candidates(
@@ -86,7 +94,8 @@ class Tables:
         """Device memory before anything is kept there by choice."""
         model = self.model
         shares_host = model.rates.shares_host
-        return device_need(model.workload, model.format, model.batch, shape, shares_host=shares_host).total
+        need = device_need(model.workload, model.format, model.batch, shape, shares_host=shares_host).total
+        return need + (model.input_nbytes if self.space.inputs == "device" else 0)
 
     def order(self, boundary_on_device: bool) -> Order:
         """Cumulative bytes of units in the order in which they are kept."""
@@ -109,13 +118,17 @@ class Tables:
         position = {(block, name): i for i, (block, name, _) in enumerate(units)}
         for row, members in enumerate(self.saved):
             saved[row, [position[m] for m in members]] = True
-        if boundary_on_device:
+        fixed_to = self.space.inputs
+        if boundary_on_device and fixed_to == "auto":
             saved |= is_input
-        always = np.where(is_input & (not boundary_on_device), sizes, 0.0)
-        swappable = saved | is_input
+        leaves = fixed_to in ("host", "storage") or not boundary_on_device
+        always = np.where(is_input & leaves, sizes, 0.0)
+        swappable = saved | (is_input & leaves)
         ranks = np.cumsum(swappable, axis=1)[:, None, :]
         share = np.array(self.space.swapped_host_fractions)[None, :, None]
         to_host = swappable[:, None, :] & (np.floor(ranks * share) > np.floor((ranks - 1) * share))
+        if fixed_to in ("host", "storage"):
+            to_host = np.where(is_input, fixed_to == "host", to_host)
         kept = np.where(saved, sizes, 0.0)
         return Order(
             units,
@@ -153,18 +166,28 @@ class Tables:
         counts = sorted({round(share * n_blocks) for share in self.space.params_host_fractions})
         return self.params_cum[counts]
 
-    def kept_positions(self, order: Order, spare_nbytes: float) -> npt.NDArray[np.int64]:
-        """[saved set]: how many units, in order, stay on the device."""
+    def kept_positions(self, order: Order, spare_nbytes: float, shape: Shape) -> npt.NDArray[np.int64]:
+        """[saved set]: how many units, in order, stay on the device: all, or what leaves room for those that come back
+        before they are used."""
         if not self.space.keeps_on_device or spare_nbytes < 0:
             return np.zeros(len(order.keepable), dtype=np.int64)
-        return (order.keepable <= spare_nbytes).sum(axis=1) - 1
+        room = np.where(
+            order.keepable[:, -1] <= spare_nbytes, spare_nbytes, spare_nbytes - self.ahead_nbytes(shape)
+        )
+        return np.maximum(0, (order.keepable <= room[:, None]).sum(axis=1) - 1)
+
+    def ahead_nbytes(self, shape: Shape) -> int:
+        """Device memory of what comes back from storage before it is used."""
+        model = self.model
+        samples = samples_of_micro_batch(model.batch, shape.micro_batches)
+        return read_ahead_nbytes(model.workload, samples, shares_host=model.rates.shares_host)
 
     def needs(self, shape: Shape, budgets: Budgets) -> Needs:
         """Everything about every combination for one shape."""
         model, order = self.model, self.order(shape.boundary_on_device)
         device = self.device_nbytes(shape)
         spare = budgets.device_memory_nbytes - device
-        kept_at = self.kept_positions(order, spare)
+        kept_at = self.kept_positions(order, spare, shape)
         rows = np.arange(len(kept_at))
         kept = order.keepable[rows, kept_at]
         cumulative = order.keepable_to_host
@@ -203,12 +226,22 @@ class Tables:
             boundary_on_device=shape.boundary_on_device,
         )
         storage = (self.params_cum[-1] - params) + (self.states_cum[-1] - states)
-        storage = storage + grads_stored[first] + swapped_storage
+        storage = storage + grads_stored[first] + swapped_storage + self._page_padding(shape, swapped_storage)
         fits = placed_fits & (storage <= storage_limit(self.hardware, budgets)) & (spare >= 0)
+        ahead = np.where(on_storage > 0, self.ahead_nbytes(shape), 0.0)
+        fits = fits & (kept[:, None] + ahead <= spare)[None, :, :, None]
+        if self.space.activations == "keep":
+            fits = fits & (kept >= order.keepable[:, -1])[None, :, None, None]
         if budgets.written_nbytes_per_step is not None:
             written: Any = sum(t.written for t in model.traffic(load))
             fits = fits & (written <= budgets.written_nbytes_per_step)
-        return Needs(device, kept, least_host, params + states, storage, fits, load)
+        return Needs(device, kept[:, None] + ahead, least_host, params + states, storage, fits, load)
+
+    def _page_padding(self, shape: Shape, swapped_storage: Floats) -> Floats:
+        """At most so many bytes more, since every tensor of a micro-batch lies on storage in whole pages."""
+        n_tensors = np.array([len(members) for members in self.saved]) + len(self.model.workload.blocks)
+        padding: Floats = n_tensors[None, :, None, None] * float(shape.micro_batches * PAGE_NBYTES)
+        return np.where(swapped_storage > 0, padding, 0.0)
 
     def _place(self, rest: Floats) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
         """Bytes of parameters and of state in `rest` bytes of host memory, and whether they are to be had."""

@@ -50,6 +50,10 @@ class BlockWork:
         """Most bytes alive at once while a micro-batch of `samples` goes backward; None where it was not traced."""
         return peak_of(self.working, samples)
 
+    def nbytes_by_tensor(self) -> dict[str, int]:
+        """Bytes a sample of everything that backward needs, the block's input (`input`) included."""
+        return {"input": self.input_nbytes_per_sample} | {t.name: t.nbytes_per_sample for t in self.saved}
+
     @property
     def flops_per_sample(self) -> float:
         """Forward FLOPs of one sample."""
@@ -80,6 +84,9 @@ class Workload:
     """As `BlockWork.padding_numel`."""
     root_held: tuple[tuple[int, int], ...] = ()
     """Of these bytes, what is alive while backward goes through the blocks."""
+
+    root_early_numel: int = 0
+    """Root parameters whose gradients are complete before backward comes to the blocks: those of an untied head."""
 
     @property
     def root_stored_numel(self) -> int:

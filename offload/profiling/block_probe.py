@@ -24,7 +24,6 @@ from torch.utils import _pytree as pytree
 from offload.model.blocks import cut
 from offload.planner.workload import Workload
 from offload.profiling.compute_probe import UpdateLoop
-from offload.profiling.storage_probe import DriveLoop
 from offload.profiling.working_set import standing_in
 
 WORK = ("forward", "recompute", "backward", "root_forward", "root_backward")
@@ -143,30 +142,50 @@ class Measured:
     compute_speed_beside_update: float
     update_speed_beside_compute: float
     compute_speed_beside_storage: float
+    storage_speed_beside_compute: float
 
 
-def measure(probe: BlockProbe, updates: UpdateLoop, drives: DriveLoop | None, n_steps: int = 2) -> Measured:
-    """Rates of `n_steps` steps alone, and what is left of them while updates, and while transfers, go on.
+def measure(probe: BlockProbe, updates: UpdateLoop, stream: UpdateLoop | None, n_steps: int = 2) -> Measured:
+    """Rates of `n_steps` steps alone, and what is left of them beside updates in DRAM, and beside the update pipeline
+    with its state on storage (`stream`).
 
-    Medians for the rates; for the shares, the same number of steps with and without the other work.
+    Medians for the rates; for the shares, the same number of steps with and without the other work. Beside the
+    pipeline, computing loses to its kernels as it does to updates in DRAM, for as long as they run; the rest of what
+    it loses is the drives'.
     """
     probe.step_seconds()
     alone = [probe.step_seconds() for _ in range(n_steps)]
     alone_s = sum(sum(step.values()) for step in alone)
     adam_per_s = updates.params_per_s(alone_s / n_steps)
-    with updates.running() as count:
-        start, first = time.perf_counter(), count()
-        beside_update_s = sum(sum(probe.step_seconds().values()) for _ in range(n_steps))
-        beside_per_s = (count() - first) / (time.perf_counter() - start)
-    beside_storage_s = alone_s
-    if drives is not None:
-        with drives.running():
-            beside_storage_s = sum(sum(probe.step_seconds().values()) for _ in range(n_steps))
+    beside_update_s, beside_per_s, _ = _beside(probe, updates, n_steps)
+    beside_update = min(1.0, alone_s / beside_update_s)
+    beside_storage = storage_share = 1.0
+    if stream is not None:
+        stream_per_s = stream.params_per_s(alone_s / n_steps)
+        elapsed_s, beside_stream_per_s, kernel_share = _beside(probe, stream, n_steps)
+        beside_storage = alone_s / elapsed_s / (1 - kernel_share * (1 - beside_update))
+        storage_share = beside_stream_per_s / stream_per_s
     seconds = {work: statistics.median(step[work] for step in alone) for work in WORK}
     return Measured(
         work_flops_per_s=probe.flops_per_s(seconds),
         adam_params_per_s=adam_per_s,
-        compute_speed_beside_update=min(1.0, alone_s / beside_update_s),
+        compute_speed_beside_update=beside_update,
         update_speed_beside_compute=min(1.0, beside_per_s / adam_per_s),
-        compute_speed_beside_storage=min(1.0, alone_s / beside_storage_s),
+        compute_speed_beside_storage=min(1.0, beside_storage),
+        storage_speed_beside_compute=min(1.0, storage_share),
     )
+
+
+def _beside(probe: BlockProbe, updates: UpdateLoop, n_steps: int) -> tuple[float, float, float]:
+    """Seconds of `n_steps` steps beside `updates`, parameters these made a second, and the share of the time that
+    their kernels ran."""
+    with updates.running() as count:
+        start, first, kernels = time.perf_counter(), count(), updates.kernel_seconds
+        for _ in range(n_steps):
+            probe.step_seconds()
+        elapsed_s = time.perf_counter() - start
+        return (
+            elapsed_s,
+            (count() - first) / elapsed_s,
+            min(1.0, (updates.kernel_seconds - kernels) / elapsed_s),
+        )

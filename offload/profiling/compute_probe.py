@@ -6,6 +6,7 @@ import contextlib
 import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import psutil
@@ -15,6 +16,7 @@ from torch import nn
 from offload.config import Config
 from offload.model.blocks import cut
 from offload.tiers.host import HostArena
+from offload.tiers.storage import Store
 from offload.transfer.io_engine import Hyper, UpdateJob, UpdatePipeline
 
 DEFAULT_SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))
@@ -82,39 +84,69 @@ def matmul_flops_per_s(
 
 
 class UpdateLoop:
-    """Fused AdamW on split masters in DRAM, with the chunks and the update threads of a training run, over and over."""
+    """Fused AdamW on split masters, with the chunks and the update threads of a training run, over and over.
 
-    def __init__(self) -> None:
+    State is in DRAM; with a `store` it streams through the pipeline as in a run with everything on storage (10 bytes
+    read and 12 written a parameter), region by region over `stored_nbytes` of it.
+    """
+
+    def __init__(self, store: Store | None = None, stored_nbytes: int = 0) -> None:
         settings = Config()
         chunk_elements, n_buffers = settings.chunk_elements, settings.chunk_buffers
         available_nbytes = psutil.virtual_memory().available // 8
         self._n_chunks = max(1, min(_UPDATE_NUMEL, available_nbytes // 16) // chunk_elements)
+        region_nbytes = chunk_elements * (2 + _STATE_NBYTES_PER_PARAM)
+        if store is not None:
+            self._n_chunks = max(1, min(self._n_chunks, stored_nbytes // region_nbytes))
         self.numel = numel = self._n_chunks * chunk_elements
+        state_nbytes = _STATE_NBYTES_PER_PARAM * numel
         buffer_nbytes = UpdatePipeline.buffer_nbytes_required(chunk_elements, n_buffers)
-        self._arena = HostArena(buffer_nbytes + numel * (2 + _STATE_NBYTES_PER_PARAM + 4) + 4 * 4096)
-        buffers, self._params, self._state, self._grads = (
-            self._arena.take(nbytes)
-            for nbytes in (buffer_nbytes, 2 * numel, _STATE_NBYTES_PER_PARAM * numel, 4 * numel)
+        self._arena = HostArena(buffer_nbytes + numel * 6 + (0 if store else state_nbytes) + 4 * 4096)
+        buffers, self._params, self._grads = (
+            self._arena.take(nbytes) for nbytes in (buffer_nbytes, 2 * numel, 4 * numel)
         )
         self._grads.view(torch.float32).normal_()
         self._params.zero_()
-        self._state.zero_()
+        self._state = None if store else self._arena.take(state_nbytes).zero_()
+        self._regions: deque[tuple[int, int]] = deque()
+        if store is not None:
+            store.engine.register_buffer(self._arena.address, self._arena.nbytes)
+            n_regions = max(1, stored_nbytes // (self._n_chunks * region_nbytes))
+            self._regions.extend(
+                (store.allocate(2 * numel), store.allocate(state_nbytes)) for _ in range(n_regions)
+            )
         self._pipeline = UpdatePipeline(
-            None, chunk_elements, n_buffers, settings.update_threads, buffers.data_ptr(), buffer_nbytes
+            None if store is None else store.engine,
+            chunk_elements,
+            n_buffers,
+            settings.update_threads,
+            buffers.data_ptr(),
+            buffer_nbytes,
         )
+        for _ in range(len(self._regions)):  # what has been written once is a file's own afterwards
+            self.update()
 
     def update(self) -> None:
-        """Update all parameters once."""
+        """Update all parameters once; with a store, those of the next region."""
+        param_offset, state_offset = self._regions[0] if self._regions else (-1, -1)
+        self._regions.rotate(-1)
         job = UpdateJob(
             param_codec="split_bf16",
             n_elements=self.numel,
             param_address=self._params.data_ptr(),
-            state_host_address=self._state.data_ptr(),
-            host_chunks=self._n_chunks,
             grad_address=self._grads.data_ptr(),
+            param_offset=param_offset,
+            state_offset=state_offset,
+            state_host_address=0 if self._state is None else self._state.data_ptr(),
+            host_chunks=0 if self._state is None else self._n_chunks,
             segments=[(0, self.numel, Hyper(1e-3, 0.9, 0.999, 1e-8, 0.01, 10))],
         )
         self._pipeline.submit(job).wait()
+
+    @property
+    def kernel_seconds(self) -> float:
+        """Seconds inside kernels so far, summed over the threads."""
+        return self._pipeline.kernel_seconds()
 
     def params_per_s(self, seconds: float) -> float:
         """Parameters a second over about `seconds`."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ import torch
 from offload.config import Config
 from offload.errors import ConfigError
 from offload.planner.hardware import Drive
+from offload.profiling.compute_probe import UpdateLoop
 from offload.tiers.host import HostArena
 from offload.tiers.storage import Store
 from offload.transfer.io_engine import Ticket
@@ -101,39 +101,47 @@ def _measure(directories: Sequence[str], file_nbytes: int, phase_s: float) -> Ra
 
 
 class DriveLoop:
-    """A scratch store that is asked as a training run asks: requests of one chunk of optimizer state, as many in flight
-    as the update pipeline has buffers. For measuring again and again; writes `nbytes` once at the start."""
+    """A scratch store that is asked as a training run asks, for measuring again and again.
 
-    def __init__(self, directories: Sequence[str], nbytes: int = 256 << 20) -> None:
+    Reads and writes alone go in requests of one chunk of optimizer state, as many in flight as the update pipeline has
+    buffers, over a file as large as a run's (a small one would stay in a cache of the drive); `stream` is the update
+    pipeline itself on another part of the store. Writes `nbytes` once at the start.
+    """
+
+    def __init__(self, directories: Sequence[str], nbytes: int = 1 << 30) -> None:
         settings = Config()
         request_nbytes = settings.chunk_elements * 10
-        self._nbytes = nbytes // request_nbytes * request_nbytes
-        self._open = _open(directories, -(-self._nbytes // len(directories)))
+        file_nbytes = nbytes // 2 // request_nbytes * request_nbytes
+        self._open = _open(directories, -(-nbytes // len(directories)))
         store = self._open.__enter__()
-        self._mover = _Mover(store, self._nbytes, request_nbytes, settings.chunk_buffers)
+        store.allocate(file_nbytes)
+        self._mover = _Mover(store, file_nbytes, request_nbytes, settings.chunk_buffers)
         self._mover.run("w", 600.0, once=True)
+        self.stream = UpdateLoop(store, nbytes - file_nbytes)
 
-    def measure(self, seconds: float) -> Rates:
-        """Reading, writing and both at once, a third of `seconds` each."""
-        read, written, mixed = (self._mover.run(how, seconds / 3, once=False) for how in ("r", "w", "rw"))
-        return Rates(read.bytes_per_s, written.bytes_per_s, mixed.bytes_per_s, True)
+    def alone(self, seconds: float) -> tuple[float, float]:
+        """Bytes a second of reading and of writing, half of `seconds` each."""
+        read, written = (self._mover.run(how, seconds / 2, once=False) for how in ("r", "w"))
+        return read.bytes_per_s, written.bytes_per_s
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Read and write in the background."""
-        stop = threading.Event()
-        thread = threading.Thread(
-            target=lambda: self._mover.run("rw", 600.0, once=False, stop=stop), name="offload-drive-loop"
+    def measure(self, seconds: float) -> Drive:
+        """The drives as one; half of `seconds` for the pipeline.
+
+        What reads and writes do together follows from the pipeline's parameters a second: 10 bytes read and 12 written
+        take 1 / c of the time that they would take one after the other, and c = mixed (1 / read + 1 / write) / 2.
+        """
+        read_per_s, write_per_s = self.alone(seconds / 2)
+        params_per_s = self.stream.params_per_s(seconds / 2)
+        capacity = params_per_s * (10 / read_per_s + 12 / write_per_s)
+        return Drive(
+            read_bytes_per_s=read_per_s,
+            write_bytes_per_s=write_per_s,
+            mixed_bytes_per_s=2 * capacity / (1 / read_per_s + 1 / write_per_s),
         )
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
 
     def close(self) -> None:
-        """Remove the files."""
+        """End the threads and remove the files."""
+        self.stream.close()
         self._open.__exit__(None, None, None)
 
 
@@ -174,6 +182,7 @@ class _Mover:
         self._chunk_nbytes = chunk_nbytes
         self._nbytes = nbytes
         self._in_flight = in_flight
+        self._cursor = 0
         arena = HostArena(in_flight * self._chunk_nbytes)
         arena.bytes_tensor.view(torch.int64).random_()
         self._buffers = [arena.take(self._chunk_nbytes) for _ in range(in_flight)]
@@ -184,11 +193,8 @@ class _Mover:
         chunks = min(max(2, nbytes // self._chunk_nbytes), self._nbytes // self._chunk_nbytes)
         self._nbytes = chunks * self._chunk_nbytes
 
-    def run(
-        self, directions: str, seconds: float, *, once: bool, stop: threading.Event | None = None
-    ) -> _Moved:
-        """Move chunk after chunk, the directions in turn, until `seconds` are over or, if `once`, all bytes are moved,
-        or until `stop` is set.
+    def run(self, directions: str, seconds: float, *, once: bool) -> _Moved:
+        """Move chunk after chunk, the directions in turn, until `seconds` are over or, if `once`, all bytes are moved.
 
         Data are on the drives when it returns: writes are flushed inside the time.
         """
@@ -200,18 +206,19 @@ class _Mover:
         n_chunks = self._nbytes // self._chunk_nbytes
         try:
             for index in self._indices(n_chunks, once):
-                if index >= 2 and (time.perf_counter() - start > seconds or (stop and stop.is_set())):
+                if index >= 2 and time.perf_counter() - start > seconds:
                     break
                 if len(waiting) == self._in_flight:
                     waiting.popleft().wait()
                 direction = directions[index % len(directions)]
-                waiting.append(
-                    self._submit(direction, self._buffers[index % self._in_flight], index % n_chunks)
-                )
+                chunk = (self._cursor + index) % n_chunks
+                waiting.append(self._submit(direction, self._buffers[index % self._in_flight], chunk))
                 moved[direction] += self._chunk_nbytes
         finally:
             for ticket in waiting:
                 ticket.wait()
+        if not once:
+            self._cursor = (self._cursor + sum(moved.values()) // self._chunk_nbytes) % n_chunks
         if "w" in directions:
             self._flush()
         return _Moved(moved["r"], moved["w"], time.perf_counter() - start)

@@ -9,6 +9,7 @@ output is. The scratch memory of single kernels is not seen.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,8 @@ from offload.profiling.trace import ROOT
 
 HELD = -2
 """The position of what the root holds while backward goes through the blocks."""
+EARLY = -3
+"""The position of how many of the root's parameters have their gradients before that."""
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any], Any]
 """Positional and named arguments of a block, and what it returned."""
@@ -67,11 +70,13 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 @contextmanager
-def _gradients_leave(model: nn.Module) -> Iterator[None]:
-    """A gradient is dropped as soon as it has been made."""
+def _gradients_leave(model: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """A gradient is dropped as soon as it has been made. Gives the parameters, in the order of their gradients."""
+    made: list[torch.Tensor] = []
 
     def drop(parameter: torch.Tensor) -> None:
         parameter.grad = None
+        made.append(parameter)
 
     handles = [
         p.register_post_accumulate_grad_hook(drop)
@@ -79,7 +84,7 @@ def _gradients_leave(model: nn.Module) -> Iterator[None]:
         if p.requires_grad
     ]
     try:
-        yield
+        yield made
     finally:
         for handle in handles:
             handle.remove()
@@ -131,10 +136,17 @@ def _block_history(module: nn.Module, call: BlockCall, given: list[torch.Tensor]
 
 
 def _root_history(
-    model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], calls: list[BlockCall], args: Any, kwargs: Any
-) -> tuple[list[int], list[int]]:
-    """Live bytes after each operation, and those when backward goes through the blocks (the gradient of a tied head
-    waits then for that of the embedding). Blocks hand on what they are given, in the form in which they returned it."""
+    model: nn.Module,
+    blocks: Sequence[tuple[str, nn.Module]],
+    calls: list[BlockCall],
+    args: Any,
+    kwargs: Any,
+    made: list[torch.Tensor],
+) -> tuple[list[int], list[int], int]:
+    """Live bytes after each operation; those when backward goes through the blocks (the gradient of a tied head waits
+    then for that of the embedding); and how many of the root's parameters have their gradients before. Blocks hand on
+    what they are given, in the form in which they returned it. `made` is filled with the parameters that get gradients.
+    """
 
     def hand_on(position: int, _original: Any, given: Any, named: Any) -> Any:
         inputs = [t for t in _tensors((given, named)) if t.is_floating_point()]
@@ -145,12 +157,19 @@ def _root_history(
                 return tensor
             handed_on = same.view_as(same)
             if handed_on.requires_grad:
-                handed_on.register_hook(lambda grad: held.append(mode.history[-1]))
+                handed_on.register_hook(blocks_begin)
             return handed_on
 
         return pytree.tree_map_only(torch.Tensor, stand_in, calls[position][2])
 
+    def blocks_begin(_grad: torch.Tensor) -> None:
+        if not held:
+            early.extend(made)
+        held.append(mode.history[-1])
+
     held: list[int] = []
+    early: list[torch.Tensor] = []
+    made.clear()
     given = [*model.parameters(), *model.buffers(), *_tensors((args, kwargs)), *_tensors(calls)]
     with (
         torch.enable_grad(),
@@ -161,14 +180,16 @@ def _root_history(
         losses = _loss_of(model(*args, **kwargs))  # whatever else the model returns is let go, logits too
         if losses and losses[0].requires_grad:
             _backward(losses)
-    return mode.history, held
+    times = Counter(map(id, made))
+    return mode.history, held, sum(p.numel() for p in early if times[id(p)] == 1)
 
 
 def trace_live_bytes(
     model: nn.Module, blocks: Sequence[tuple[str, nn.Module]], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[int, list[int]]:
     """Live bytes after each operation: of each block's recomputation and backward by its position, of the root's
-    forward and backward under `ROOT`, and of what the root holds while blocks go backward under `HELD`.
+    forward and backward under `ROOT`, and of what the root holds while blocks go backward under `HELD`. Under `EARLY`,
+    how many of the root's parameters have their gradients before.
 
     Equal blocks (same class, same parameters, same argument shapes) are traced once. See [Note: what is alive].
     """
@@ -189,7 +210,7 @@ def trace_live_bytes(
     found: dict[int, list[int]] = {}
     known: dict[Any, list[int]] = {}
     given = [*model.parameters(), *model.buffers()]
-    with _gradients_leave(model):
+    with _gradients_leave(model) as made:
         for position, call in sorted(calls.items()):
             module = blocks[position][1]
             kind = (
@@ -200,9 +221,10 @@ def trace_live_bytes(
             if kind not in known:
                 known[kind] = _block_history(module, call, given)
             found[position] = known[kind]
-        found[ROOT], found[HELD] = _root_history(
-            model, blocks, [calls[i] for i in sorted(calls)], args, kwargs
+        found[ROOT], found[HELD], early_numel = _root_history(
+            model, blocks, [calls[i] for i in sorted(calls)], args, kwargs, made
         )
+        found[EARLY] = [early_numel]
     return found
 
 

@@ -24,7 +24,7 @@ from offload.model.flat import TRAINABLE_DTYPES, lay_out
 from offload.model.on_meta import model_on_meta
 from offload.planner.workload import BlockWork, SavedTensor, Workload
 from offload.profiling.trace import ROOT, Kept, Part, trace_forward
-from offload.profiling.working_set import HELD, envelope, trace_live_bytes
+from offload.profiling.working_set import EARLY, HELD, envelope, trace_live_bytes
 
 logger = logging.getLogger("offload")
 
@@ -61,18 +61,20 @@ def token_inputs(model: nn.Module, n_samples: int, tokens_per_sample: int) -> In
 
 
 @contextmanager
-def _on_meta(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in training mode and its parameters and buffers have shapes only."""
+def _on_meta(model: nn.Module, compute_dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, the model is in training mode and its parameters and buffers have shapes only; fp32 parameters are of
+    `compute_dtype`, where it is given."""
     was_training = {module: module.training for module in model.modules()}
     moved: dict[int, torch.Tensor] = {}
     places = []
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for name, held in store.items():
-                if held is None or held.is_meta:
+                is_cast = isinstance(held, nn.Parameter) and held.dtype == torch.float32 and compute_dtype
+                if held is None or (held.is_meta and not is_cast):
                     continue
                 if id(held) not in moved:
-                    shape = torch.empty_like(held, device="meta")
+                    shape = torch.empty_like(held, device="meta", dtype=compute_dtype if is_cast else None)
                     moved[id(held)] = (
                         nn.Parameter(shape, held.requires_grad) if isinstance(held, nn.Parameter) else shape
                     )
@@ -96,15 +98,17 @@ def profile_model(
     blocks: object = None,
     inputs: Callable[[int], Inputs] | None = None,
     name: str = "",
+    compute_dtype: torch.dtype | None = None,
 ) -> Workload:
     """The workload of training `model` on sequences of `tokens_per_sample` tokens, traced without data.
 
-    `model` may be on any device; it is left as it was. `inputs(n)` gives the arguments of its forward for n samples
+    `model` may be on any device; it is left as it was. `compute_dtype` is what its fp32 parameters are computed in
+    (`offload.wrap`). `inputs(n)` gives the arguments of its forward for n samples
     (floats on the meta device, integers on the CPU); by default token ids and labels. `blocks` as in
     `offload.model.blocks.find_blocks`. Raises ConfigError where the forward pass depends on data, or on the number of
     samples in other ways than linearly.
     """
-    with _on_meta(model):
+    with _on_meta(model, compute_dtype):
         return trace_workload(model, tokens_per_sample, blocks=blocks, inputs=inputs, name=name)
 
 
@@ -123,7 +127,7 @@ def trace_workload(
     root_flops = _per_sample_flops("the root", two[ROOT], three[ROOT])
     root_saved, _ = _per_sample_saved("the root", two[ROOT], three[ROOT])
     trainable, frozen = _numels(pieces.root)
-    working = _working_sets(model, pieces, make)
+    working, early_numel = _working_sets(model, pieces, make)
     largest = [parts[ROOT].largest_product_nbytes for parts in (two, three)]
     return Workload(
         name=name or type(model).__name__,
@@ -141,20 +145,22 @@ def trace_workload(
         root_working=working.get(ROOT, ()),
         root_padding_numel=_padding_numel(pieces.root),
         root_held=working.get(HELD, ()),
+        root_early_numel=early_numel,
     )
 
 
 def _working_sets(
     model: nn.Module, pieces: Cut, make: Callable[[int], Inputs]
-) -> dict[int, tuple[tuple[int, int], ...]]:
-    """What is alive in backward, by position. Empty where backward cannot run without data: the planner then counts
-    all saved tensors twice instead."""
+) -> tuple[dict[int, tuple[tuple[int, int], ...]], int]:
+    """What is alive in backward, by position, and how many of the root's parameters have their gradients before the
+    blocks. Empty where backward cannot run without data: the planner then counts all saved tensors twice instead."""
     try:
         two, three = (trace_live_bytes(model, pieces.blocks, *make(n)) for n in N_SAMPLES)
     except (ConfigError, NotImplementedError, RuntimeError) as error:
         logger.debug("backward of %s cannot be traced without data: %s", type(model).__name__, error)
-        return {}
-    return {position: envelope(two[position], three[position]) for position in two}
+        return {}, 0
+    (early_numel,) = two.pop(EARLY)
+    return {position: envelope(two[position], three[position]) for position in two}, early_numel
 
 
 def _block(

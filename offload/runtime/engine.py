@@ -68,7 +68,7 @@ class OffloadEngine:
             self.aside = steps_aside(cut, config, device, dtype)
             if self.aside:
                 cut = cut.all_root()
-            self._planned = None if self.aside else _plan(model, config, blocks, device)
+            self._planned = None if self.aside else _plan(model, config, blocks, dtype, device)
             self.plan = None if self._planned is None else self._planned.plan
             self.micro_batches = config.micro_batches if self.plan is None else self.plan.micro_batches
             parts = self._assembly = assemble(cut, config, dtype, device, self.spans, self.plan)
@@ -450,7 +450,9 @@ def _make_activations(
     )
 
 
-def _plan(model: nn.Module, config: Config, blocks: object, device: DeviceTier) -> RunPlan | None:
+def _plan(
+    model: nn.Module, config: Config, blocks: object, dtype: torch.dtype | None, device: DeviceTier
+) -> RunPlan | None:
     device_nbytes, host_nbytes = budgets(device, config)
     staging_nbytes = UpdatePipeline.buffer_nbytes_required(config.chunk_elements, config.chunk_buffers)
     planned = plan_run(
@@ -461,6 +463,7 @@ def _plan(model: nn.Module, config: Config, blocks: object, device: DeviceTier) 
         host_nbytes=host_nbytes,
         staging_nbytes=staging_nbytes,
         shares_host=device.shares_host,
+        compute_dtype=dtype,
     )
     if planned is not None:
         for line in plan_lines(planned.plan):

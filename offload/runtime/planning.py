@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from offload.config import Config
-from offload.errors import ConfigError
+from offload.errors import BudgetError, ConfigError
 from offload.planner.hardware import Hardware, load_hardware
 from offload.planner.placement import (
     ACTIVATION_STAGING_NBYTES_MIN,
@@ -40,6 +40,9 @@ _SAVED_IN: dict[str, dict[str, Any]] = {
     "storage": {"activations": "save", "activations_on_device": False, "activations_host_fraction": 0.0},
 }
 """What `saved_activations` fixes. What finds no room on the device is swapped out."""
+
+_PLANS_OWN = ("micro_batches", "prefetch_blocks", "update", "activations", "saved_activations")
+"""Settings that a saved plan has its own choice of."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,21 @@ def fixed_choices(config: Config) -> dict[str, Any]:
         fixed["update"] = config.update
     if "saved_activations" in chosen:
         fixed |= _SAVED_IN[config.saved_activations]
+    if config.activations == "keep":
+        fixed["activations"] = "keep"
+    elif config.activations != "auto":
+        fixed["inputs"] = config.activations
     return fixed
+
+
+def _refuse_beside_plan(config: Config) -> None:
+    """A saved plan is used as it is: what the user fixes besides would contradict it unseen."""
+    defaults = {name: Config.model_fields[name].default for name in _PLANS_OWN}
+    for name, default in defaults.items():
+        if getattr(config, name) != default:
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} and plan=: a saved plan has its own choice; leave out one of them"
+            )
 
 
 def plan_run(
@@ -108,34 +125,60 @@ def plan_run(
     host_nbytes: int,
     staging_nbytes: int,
     shares_host: bool,
+    compute_dtype: Any = None,
     inputs: Callable[[int], Any] | None = None,
 ) -> RunPlan | None:
     """The plan for `config.batch`, made or as given; None where no batch is known and nothing is to be planned.
 
-    Raises BudgetError when nothing fits, and ConfigError for a plan of another model or a machine without profile.
+    `compute_dtype` as in `offload.wrap`. Raises BudgetError when nothing fits, and ConfigError for a plan of another
+    model or dtype, for settings that contradict it, or for a machine without profile.
     """
     if config.plan is None and config.batch is None:
         return None
     given = None if config.plan is None else _read_plan(config.plan)
     tokens = given.tokens_per_sample if given is not None else (config.batch or (1, 1))[1]
-    workload = profile_model(model, tokens, blocks=blocks, inputs=inputs)
+    workload = profile_model(model, tokens, blocks=blocks, inputs=inputs, compute_dtype=compute_dtype)
+    limit_nbytes = config.written_nbytes_per_step
     if given is not None:
+        _refuse_beside_plan(config)
         if len(given.activations) != len(workload.blocks):
             raise ConfigError(
                 f"the plan is for a model of {len(given.activations)} blocks, this one has {len(workload.blocks)}"
+            )
+        if given.state_format.param_nbytes != workload.param_nbytes:
+            raise ConfigError(
+                f"the plan is for parameters of {given.state_format.param_nbytes} bytes, this run computes with "
+                f"{workload.param_nbytes}: plan again, or give the compute_dtype it was made for"
+            )
+        writes = given.written_nbytes_per_step(workload)
+        if limit_nbytes is not None and writes > limit_nbytes:
+            raise BudgetError(
+                f"the plan has {writes} bytes written a step, written_per_step allows {limit_nbytes}: raise it, or "
+                "plan again"
             )
         return RunPlan(given, workload)
     budgets = Budgets(
         device_memory_nbytes=device_nbytes,
         host_memory_nbytes=host_nbytes,
         storage_nbytes=None if config.storage else 0,
+        written_nbytes_per_step=limit_nbytes,
         staging_nbytes=staging_nbytes,
         clips_gradients=config.max_grad_norm is not None,
     )
     samples = (config.batch or (1, 1))[0]
-    plan = make_plan(
-        workload, hardware_for(config, shares_host), budgets, fixed_choices(config), batch_samples=samples
-    )
+    hardware, fixed = hardware_for(config, shares_host), fixed_choices(config)
+
+    def planned(allowed: Budgets) -> Plan:
+        plan = make_plan(workload, hardware, allowed, fixed, batch_samples=samples)
+        return plan.model_copy(update={"chunk_elements": config.chunk_elements})
+
+    plan = planned(budgets)
+    while (
+        limit_nbytes is not None and (excess := plan.written_nbytes_per_step(workload) - limit_nbytes) > 0
+    ):  # state is placed in whole chunks, which the planner does not know
+        allowed_nbytes = (budgets.written_nbytes_per_step or 0) - excess
+        budgets = replace(budgets, written_nbytes_per_step=allowed_nbytes)
+        plan = planned(budgets)
     return RunPlan(plan, workload)
 
 
@@ -187,6 +230,8 @@ def placement_of(
     host = _HostFill(host_nbytes - staging_nbytes - (0 if shares_host else fixed + 2 * (slot + grad)))
     staging = _activation_staging_nbytes(plan, host.left)
     host.take(staging)
+    swapped = _swapped_to_host_nbytes(plan, shares_host)
+    swapped = swapped if host.take(swapped) else 0  # it is taken when a tensor first needs it
     params = [
         wanted and host.take(b.slot_nbytes) for b, wanted in zip(blocks, plan.params_in_host, strict=True)
     ]
@@ -209,16 +254,22 @@ def placement_of(
         grads_in_host=grads,
         host_chunks=chunks,
         device_nbytes=fixed + n_slots * slot + n_grads * grad,
-        host_nbytes=host_nbytes - host.left,
+        host_nbytes=host_nbytes - host.left - swapped,
         storage_nbytes=stored,
         activation_staging_nbytes=staging,
     )
 
 
+def _swapped_to_host_nbytes(plan: Plan, shares_host: bool) -> int:
+    """What the plan swaps out to host memory, in whole pages on the way from a device with memory of its own."""
+    n_tensors = sum(list(outcomes.values()).count("host") for outcomes in plan.activations)
+    padding = 0 if shares_host else n_tensors * plan.micro_batches * PAGE_NBYTES
+    return plan.activations_host_nbytes + padding
+
+
 def _activation_staging_nbytes(plan: Plan, left_nbytes: int) -> int:
-    """Two pieces; as large as is worth it where activations go to storage, small otherwise."""
-    to_storage = any("storage" in outcomes.values() for outcomes in plan.activations)
-    wanted = min(64 << 20, left_nbytes // 8) if to_storage else ACTIVATION_STAGING_NBYTES_MIN
+    """As planned, where there is so much."""
+    wanted = min(plan.activation_staging_nbytes or 0, left_nbytes)
     return max(ACTIVATION_STAGING_NBYTES_MIN, wanted // (2 * PAGE_NBYTES) * (2 * PAGE_NBYTES))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from offload.planner.memory import Shape, boundary_nbytes, device_need, host_need, is_traced
-from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from offload.planner.plan import Plan
 from offload.planner.workload import Workload
 
@@ -47,10 +46,7 @@ def _device_nbytes(plan: Plan, workload: Workload, shape: Shape, shares_host: bo
 def _host_nbytes(
     plan: Plan, workload: Workload, shape: Shape, staging_nbytes: int, shares_host: bool, has_storage: bool
 ) -> int:
-    """Staging. Where the device shares the host's memory, only tensors on their way to storage need any."""
-    to_storage = any("storage" in outcomes.values() for outcomes in plan.activations)
-    if shares_host and not to_storage and shape.boundary_on_device:
-        return staging_nbytes + (ACTIVATION_STAGING_NBYTES_MIN if has_storage else 0)
+    """Staging: the update pipeline's, and for tensors on their way to storage; over a bus, for all that crosses it."""
     return host_need(
         workload,
         plan.state_format,
@@ -59,4 +55,5 @@ def _host_nbytes(
         staging_nbytes=staging_nbytes,
         shares_host=shares_host,
         has_storage=has_storage,
+        activation_staging=plan.activation_staging_nbytes,
     )

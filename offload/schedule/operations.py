@@ -42,6 +42,8 @@ class Operation:
     after: tuple[int, ...] = ()
     dram_nbytes: float = 0.0
     """Traffic through DRAM, shared with everything else that runs."""
+    whole_flops: float = 0.0
+    """Recompute: FLOPs of the whole forward, of which `amount` are made again; its other work is done in any case."""
     fixed_s: float = 0.0
     """Time it takes beside its amount."""
     acquires: tuple[tuple[str, int], ...] = ()

@@ -71,6 +71,9 @@ def work_of(operation: Operation) -> str:
 def duration_alone_s(operation: Operation, rates: Rates) -> float:
     """How long an operation takes when nothing else runs."""
     lane, amount = operation.lane, operation.amount
+    if operation.kind == "recompute":
+        beside_s = rates.seconds_beside_products("recompute", operation.whole_flops)
+        return float(amount / rates.flops_per_s + beside_s + operation.fixed_s)
     if amount <= 0:
         return operation.fixed_s
     if lane in ("read", "write"):
@@ -169,6 +172,9 @@ class _Simulation:
             speeds["compute"], speeds["cpu"] = rates.compute_beside_update, rates.update_beside_compute
         if rates.shares_host and "compute" in running and ("read" in running or "write" in running):
             speeds["compute"] *= rates.compute_beside_storage
+            for lane in speeds:
+                if lane in ("read", "write"):
+                    speeds[lane] *= rates.storage_beside_compute
         wanted = {
             lane: speeds[lane] * self.operations[index].dram_nbytes / self.alone_s[index]
             for lane, index in running.items()

@@ -9,211 +9,15 @@ from __future__ import annotations
 
 from collections import deque
 
-from offload.planner.memory import block_working_nbytes, is_traced, root_working_nbytes
+from offload.planner.memory import block_working_nbytes, root_working_nbytes
 from offload.planner.plan import INPUT, Plan
 from offload.planner.workload import Workload
-from offload.schedule.operations import Kind, Lane, Operation
+from offload.schedule.emitter import Emitter, Index
+from offload.schedule.operations import Operation
 
-Index = int | None
 
-
-class Unroller:
+class Unroller(Emitter):
     """Emits operations in the order in which the executor issues them."""
-
-    def __init__(
-        self, plan: Plan, workload: Workload, *, shares_host: bool, launch_overhead_s: float
-    ) -> None:
-        self.plan = plan
-        self.workload = workload
-        self.shares_host = shares_host
-        self.launch_overhead_s = launch_overhead_s
-        self.operations: list[Operation] = []
-        self.n_blocks = len(workload.blocks)
-        self.traced = shares_host and is_traced(workload)
-        """What is alive is known, and nothing of it waits for a bus."""
-        self.samples = plan.batch_samples / plan.micro_batches
-        self.deferred = set(plan.deferred_blocks)
-        self.step = 0
-        state = plan.state_format
-        self.update_dram = (
-            2 * state.state_nbytes + state.param_nbytes * (1 + state.update_reads_param) + state.grad_nbytes
-        )
-        # Carried from operation to operation, and from step to step.
-        self.free_slots: deque[Index] = deque([None] * plan.n_slots)
-        self.resident: set[int] = set()
-        self.updated: dict[int | None, Index] = {}
-        """Per block: what its next fetch waits for."""
-        self.grads_ready: dict[int, Index] = {}
-        """Per deferred block: where its gradients have arrived."""
-        self.grad_buffers: deque[Index] = deque([None] * plan.n_grad_buffers)
-        self.grad_landing: deque[Index] = deque([None] * 2)
-        self.pieces: deque[Index] = deque([None] * plan.update_buffers)
-        self.out_window: deque[Index] = deque([None] * 2)
-        self.spill_window: deque[Index] = deque([None] * 2)
-        self.in_window: deque[Index] = deque([None] * 2)
-        self.fetch_ring: deque[Index] = deque([None] * 2)
-        self.loaded: dict[int, tuple[Index, ...]] = {}
-        self.at_start: set[int] = set()
-        """Blocks whose parameters stay in their slots from backward to the next forward."""
-        self.stored: dict[tuple[int, int], Index] = {}
-        """Per block and micro-batch: its swap-out or spill."""
-        self.boundary: dict[tuple[int, int], Index] = {}
-        """Per block and micro-batch: its gradient towards the block before, where that leaves the device."""
-        self.to_swap_in: deque[tuple[int, int]] = deque()
-        self.arrived: dict[tuple[int, int], Index] = {}
-        self.n_backwards = self.n_swapped_in = 0
-        self.last_compute: Index = None
-        self.ends: list[int] = []
-
-    # ---- emitting --------------------------------------------------------------------------------------------
-
-    def emit(
-        self,
-        kind: Kind,
-        lane: Lane,
-        amount: float,
-        *after: Index,
-        block: int | None = None,
-        micro: int | None = None,
-        acquires: tuple[tuple[str, int], ...] = (),
-        releases: tuple[tuple[str, int], ...] = (),
-    ) -> int:
-        """Append one operation; None among `after` waits for nothing."""
-        dram = 0.0
-        if lane in ("read", "write"):
-            dram = amount
-        elif lane in ("h2d", "d2h"):
-            dram = amount * (2 if self.shares_host else 1)
-        elif lane == "cpu":
-            dram = amount * self.update_dram
-        name = kind + (" root" if block is None else f" {block}") + ("" if micro is None else f".{micro}")
-        self.operations.append(
-            Operation(
-                kind,
-                lane,
-                name,
-                float(amount),
-                tuple(sorted({a for a in after if a is not None})),
-                dram,
-                self.launch_overhead_s if kind in ("forward", "backward") and block is not None else 0.0,
-                tuple(a for a in acquires if a[1]),
-                tuple(r for r in releases if r[1]),
-                self.step,
-                block,
-                micro,
-            )
-        )
-        return len(self.operations) - 1
-
-    def compute(self, kind: Kind, flops: float, *after: Index, **memory: object) -> int:
-        """One operation of the device, which works them off in the order of the list."""
-        index = self.emit(kind, "compute", flops, *after, self.last_compute, **memory)  # type: ignore[arg-type]
-        self.last_compute = index
-        return index
-
-    def tensors(self, block: int, outcome: str | None) -> int:
-        """Bytes a micro-batch of the block's tensors with this outcome (None: all), input included."""
-        outcomes = self.plan.activations[block]
-        work = self.workload.blocks[block]
-        named = [(INPUT, work.input_nbytes_per_sample)] + [(t.name, t.nbytes_per_sample) for t in work.saved]
-        return int(
-            sum(
-                self.samples * nbytes
-                for name, nbytes in named
-                if outcome is None or outcomes.get(name, "recompute") == outcome
-            )
-        )
-
-    # ---- parameters and updates ------------------------------------------------------------------------------
-
-    def param_nbytes(self, block: int) -> int:
-        """The block's parameters."""
-        work = self.workload.blocks[block]
-        return self.plan.state_format.param_nbytes * (work.stored_numel + work.frozen_numel)
-
-    def fetch(self, block: int, step_closed: Index) -> None:
-        """Bring parameters in, with the deferred update where there is one. Sets `loaded`."""
-        slot: Index = None
-        if block not in self.resident and self.takes_slot(block):
-            slot = self.free_slots.popleft()
-        source: tuple[Index, ...] = (self.updated.get(block),)
-        in_host, resident = self.plan.params_in_host[block], block in self.resident
-        staged = not (in_host or resident or self.shares_host)
-        room = self.fetch_ring.popleft() if staged else None
-        if step_closed is not None and block in self.grads_ready:
-            source = self.late_update(block, (step_closed, slot if self.shares_host else room))
-            if self.plan.update == "mixed" and not resident and not in_host:
-                source = (self.emit("fetch", "read", self.param_nbytes(block), room, *source, block=block),)
-        elif not resident and not in_host:
-            wait = slot if self.shares_host else room
-            source = (self.emit("fetch", "read", self.param_nbytes(block), wait, *source, block=block),)
-        ready: tuple[Index, ...] = ()
-        if self.shares_host:
-            ready = (*source, slot)
-        elif not resident:
-            ready = (self.emit("load", "h2d", self.param_nbytes(block), slot, *source, block=block),)
-        if staged:
-            self.fetch_ring.append(ready[0])
-        self.resident.add(block)
-        self.loaded[block] = ready
-
-    def takes_slot(self, block: int) -> bool:
-        """Where the device computes in host memory, a block that lives there needs no other place."""
-        return not (self.shares_host and self.plan.params_in_host[block])
-
-    def late_update(self, block: int, wait: tuple[Index, ...]) -> tuple[Index, ...]:
-        """A deferred update. With every update deferred it reads the parameters into their staging buffer and hands
-        them on; where only some are, it runs in the background as soon as it may, and the fetch reads its result."""
-        arrived = self.grads_ready.pop(block)
-        if not self.plan.grads_in_host[block]:
-            arrived = self.emit("read_back", "read", self.grad_nbytes(block), arrived, *wait, block=block)
-        mixed = self.plan.update == "mixed"
-        in_memory = self.plan.params_in_host[block] or (block in self.resident and self.shares_host)
-        waiting = self.grad_nbytes(block) if self.plan.grads_in_host[block] and not self.shares_host else 0
-        made = self.update(
-            block,
-            (arrived, wait[0]) if mixed and not self.shares_host else (arrived, *wait),
-            reads_param=not in_memory,
-            releases=(("host", waiting),),
-        )
-        return (self.updated[block],) if mixed and not self.plan.params_in_host[block] else made
-
-    def grad_nbytes(self, block: int) -> int:
-        """The block's gradients."""
-        return self.plan.state_format.grad_nbytes * self.workload.blocks[block].stored_numel
-
-    def update(
-        self,
-        block: int | None,
-        after: tuple[Index, ...],
-        *,
-        reads_param: bool,
-        releases: tuple[tuple[str, int], ...] = (),
-    ) -> tuple[Index, ...]:
-        """The pieces of one update. Returns what a use of the new parameters waits for in memory."""
-        plan, state = self.plan, self.plan.state_format
-        numel = self.workload.root_stored_numel if block is None else self.workload.blocks[block].stored_numel
-        stored_param = block is not None and not plan.params_in_host[block]
-        in_host = plan.state_in_host_nbytes(-1 if block is None else block, numel)
-        states = state.state_nbytes * numel - in_host
-        param = state.param_nbytes * numel if stored_param else 0
-        read = states + (param if reads_param and state.update_reads_param else 0)
-        frozen = self.param_nbytes(block) - param if block is not None and reads_param and stored_param else 0
-        computed: list[Index] = []
-        last: Index = None
-        n = plan.update_pieces
-        if plan.chunk_elements is not None:
-            n = max(1, min(n, -(-numel // plan.chunk_elements)))
-        for piece in range(n):
-            freed = releases if piece == n - 1 else ()
-            buffer = self.pieces.popleft()
-            got = self.emit("state_in", "read", (read + frozen) / n, buffer, *after, block=block)
-            made = self.emit("update", "cpu", numel / n, got, *after, block=block, releases=freed)
-            last = self.emit("state_out", "write", (states + param) / n, made, last, block=block)
-            self.pieces.append(last)
-            computed.append(made)
-        self.updated[block] = last
-        return (last,) if self.shares_host else tuple(computed)
 
     # ---- a step ----------------------------------------------------------------------------------------------
 
@@ -243,6 +47,9 @@ class Unroller:
         for micro in micros:
             released = (("device", alive),) if micro == self.plan.micro_batches - 1 else ()
             self.compute("backward", 2 * flops, releases=released)
+        if self.shares_host:  # the first block's backward asks for its tensors, and nobody before it
+            self.in_window = deque([self.last_compute] * 2)
+        head = self.update_head()
         uses = list(reversed(range(self.n_blocks)))
         self.to_swap_in = deque((block, micro) for block in uses for micro in micros)
         self.n_backwards = self.n_swapped_in = fetched = 0
@@ -259,7 +66,7 @@ class Unroller:
             self.grads_leave(block)
         if self.last_compute is not None:
             self.ends.append(self.last_compute)
-        self.update_root()
+        self.update_root(1 - head)
         self.step += 1
 
     def forward(self, block: int, micro: int, root_ready: Index) -> int:
@@ -271,8 +78,9 @@ class Unroller:
             before.append(self.emit("swap_in", "h2d", transit, arrived, block=block, micro=micro))
         everything, kept = self.tensors(block, None), self.tensors(block, "device")
         host, storage = self.tensors(block, "host"), self.tensors(block, "storage")
-        if self.traced:
-            everything = kept + host + storage  # forward alone has less alive than backward
+        leaves = host + storage
+        if self.traced:  # forward has less alive than backward; what is swapped goes as soon as it is made
+            everything, leaves = kept, 0
         index = self.compute(
             "forward",
             self.workload.blocks[block].flops_per_sample * self.samples,
@@ -280,7 +88,7 @@ class Unroller:
             block=block,
             micro=micro,
             acquires=(("device", everything),),
-            releases=(("device", everything - kept - host - storage),),
+            releases=(("device", everything - kept - leaves),),
         )
         out: Index = None
         if host + storage:
@@ -294,12 +102,20 @@ class Unroller:
                 block=block,
                 micro=micro,
                 acquires=(("host", host),),
-                releases=(("device", host + storage),),
+                releases=(("device", leaves),),
             )
+            if self.shares_host:  # a copy by the thread that computes
+                self.last_compute = out
         self.out_window.append(out)
         if storage:
             out = self.emit(
-                "spill", "write", storage, out, block=block, micro=micro, acquires=(("storage", storage),)
+                "spill",
+                "write",
+                storage,
+                out,
+                block=block,
+                micro=micro,
+                acquires=(("storage", self.extents(block)),),
             )
             self.spill_window.append(out)
         self.stored[block, micro] = out
@@ -326,9 +142,15 @@ class Unroller:
         if self.traced:
             inputs = int(self.samples * work.input_nbytes_per_sample)
             alive = block_working_nbytes(self.workload, block, self.plan.batch_samples, self.samples)
-            again, temporary = max(0, alive - (kept + host + storage - inputs)), 0
+            there = self.plan.activations[block].get(INPUT) in ("device", "storage")
+            again = max(0, alive - (kept + storage - inputs * there)) + inputs * (not there)
+            host = temporary = 0  # what comes back from host memory is among what is alive
         self.swap_in_ahead(done=self.n_backwards)
         arrived = [buffer, *self.loaded[block], self.arrived.pop((block, micro))]
+        if self.shares_host and self.tensors(block, "storage"):  # a copy by the thread that computes
+            back = self.tensors(block, "storage")
+            arrived.append(self.last_compute)
+            self.last_compute = self.emit("swap_in", "h2d", back, *arrived, block=block, micro=micro)
         outcomes = self.plan.activations[block]
         flops = sum(
             t.recompute_flops_per_sample
@@ -342,6 +164,7 @@ class Unroller:
             block=block,
             micro=micro,
             acquires=(("device", again),),
+            whole_flops=work.flops_per_sample * self.samples,
         )
         numel = work.trainable_numel + work.frozen_numel
         factor = 1 + (work.trainable_numel / numel if numel else 1)
@@ -385,20 +208,33 @@ class Unroller:
         room = self.in_window.popleft()
         source = self.stored[block, micro]
         if storage:
-            source = self.emit("read_back", "read", storage, source, room, block=block, micro=micro)
+            left = (("storage", self.extents(block)),)
+            source = self.emit(
+                "read_back",
+                "read",
+                storage,
+                source,
+                room,
+                block=block,
+                micro=micro,
+                acquires=(("device", storage if self.traced else 0),),
+                releases=left,
+            )
         if not host + storage + boundary:
             return room
+        if self.shares_host and not host:
+            return source
         return self.emit(
             "swap_in",
             "h2d",
-            storage if self.shares_host else host + storage + boundary,
+            0 if self.shares_host else host + storage + boundary,
             source,
             room,
             self.boundary.pop((block + 1, micro), None),
             block=block,
             micro=micro,
-            acquires=(("device", host + storage),),
-            releases=(("host", host), ("storage", storage)),
+            acquires=(("device", 0 if self.traced else host + storage),),
+            releases=(("host", host),),
         )
 
     def grads_leave(self, block: int) -> None:
@@ -418,6 +254,8 @@ class Unroller:
             out = self.emit(
                 "grad_out", "d2h", self.grad_nbytes(block), out, landing, block=block, acquires=waiting
             )
+        elif waits_in_host:  # a copy by the thread that computes
+            out = self.last_compute = self.emit("grad_out", "d2h", self.grad_nbytes(block), out, block=block)
         done = out
         if not late:
             self.update(block, (out,), reads_param=False)
@@ -432,15 +270,29 @@ class Unroller:
         if self.shares_host and block not in self.resident:
             self.free_slots.append(done)
 
-    def update_root(self) -> None:
-        """The root's gradients are complete when backward ends, and forward needs its parameters first."""
+    def update_head(self) -> float:
+        """Start updating the share of the root whose gradients precede the blocks', unless all updates wait."""
+        numel = self.workload.root_stored_numel
+        if len(self.deferred) == self.n_blocks or not numel:
+            return 0.0
+        early, chunk = self.workload.root_early_numel, self.plan.chunk_elements or 1
+        share = early // chunk * chunk / numel
+        if share:
+            out: Index = self.last_compute
+            if not self.shares_host:
+                out = self.emit("grad_out", "d2h", self.plan.state_format.grad_nbytes * share * numel, out)
+            self.update(None, (out,), reads_param=False, share=share)
+        return share
+
+    def update_root(self, share: float) -> None:
+        """The rest's gradients are complete when backward ends, and forward needs the root's parameters first."""
         numel = self.workload.root_stored_numel
         if not numel:
             return
         out: Index = self.last_compute
         if not self.shares_host:
-            out = self.emit("grad_out", "d2h", self.plan.state_format.grad_nbytes * numel, out)
-        made = self.update(None, (out,), reads_param=False)
+            out = self.emit("grad_out", "d2h", self.plan.state_format.grad_nbytes * share * numel, out)
+        made = self.update(None, (out, self.updated.get(None)), reads_param=False, share=share)
         if not self.shares_host:
             self.updated[None] = self.emit("load", "h2d", self.plan.state_format.param_nbytes * numel, *made)
 

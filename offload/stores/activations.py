@@ -17,7 +17,7 @@ import torch
 from offload.errors import BudgetError, UsageError
 from offload.telemetry import SpanLog, Stalls
 from offload.tiers.device import PAST, DeviceTier, Event, Pin
-from offload.tiers.host import HostArena, Lease, LeasePool
+from offload.tiers.host import HostArena, Lease, LeaseRing
 from offload.tiers.storage import Store
 from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Ticket
@@ -87,8 +87,7 @@ class ActivationStore:
         self._tier = tier
         self._left_nbytes: dict[Tier, int] = {"device": device_nbytes, "host": host_nbytes}
         self._pin = pin
-        piece_nbytes = staging.numel() // 2 // PAGE_NBYTES * PAGE_NBYTES
-        self._staging = LeasePool(staging, piece_nbytes) if piece_nbytes else None
+        self._staging = LeaseRing(staging) if staging.numel() >= 2 * PAGE_NBYTES else None
         self._order: list[_Held] = []
         self._reading: list[_Held] = []
         """Those that are being read from storage, in the order in which they get staging."""
@@ -175,10 +174,12 @@ class ActivationStore:
         store, staging = self._storage()
         held.offset = self._extent(store, held.nbytes)
         flat = _as_bytes(tensor)
-        for start in range(0, held.nbytes, staging.piece_nbytes):
-            part = flat[start : start + staging.piece_nbytes]
+        for start in range(0, held.nbytes, staging.piece_nbytes_max):
+            part = flat[start : start + staging.piece_nbytes_max]
+            while self._reading and not staging.has_room(part.numel()):
+                self._land_first()
             with self._stalls.waiting("activation"):
-                lease = staging.lease()
+                lease = staging.lease(part.numel())
             gate = None
             if self._device.shares_host:
                 lease.bytes_tensor[: part.numel()].copy_(part)
@@ -194,7 +195,7 @@ class ActivationStore:
             held.written.append(ticket)
             lease.release_after(ticket.wait)
 
-    def _storage(self) -> tuple[Store, LeasePool]:
+    def _storage(self) -> tuple[Store, LeaseRing]:
         if self._store is None or self._staging is None:
             raise UsageError("activations='storage' needs storage=[directory] and host_memory for staging")
         return self._store, self._staging
@@ -244,7 +245,7 @@ class ActivationStore:
                 continue
             if held.kept is None:
                 is_written = all(ticket.done() for ticket in held.written)
-                has_staging = self._staging is not None and not self._staging.all_leased
+                has_staging = self._staging is not None and self._staging.has_room(self._piece_nbytes(held))
                 if held.tier == "storage" and not (is_written and has_staging):
                     return
                 self._start(held)
@@ -268,13 +269,21 @@ class ActivationStore:
         self._reading.append(held)
         self._issue_reads()
 
+    def _piece_nbytes(self, held: _Held) -> int:
+        """Of its next read."""
+        _, staging = self._storage()
+        return min(held.nbytes - held.read_nbytes, staging.piece_nbytes_max)
+
     def _issue_reads(self) -> None:
         """As many pieces as there is staging for, in the order in which they were begun."""
         store, staging = self._storage()
         for held in self._reading:
-            while held.kept is not None and held.read_nbytes < held.nbytes and not staging.all_leased:
-                part = _as_bytes(held.kept)[held.read_nbytes : held.read_nbytes + staging.piece_nbytes]
-                lease = staging.lease()
+            while held.kept is not None and held.read_nbytes < held.nbytes:
+                nbytes = self._piece_nbytes(held)
+                if not staging.has_room(nbytes):
+                    return
+                part = _as_bytes(held.kept)[held.read_nbytes : held.read_nbytes + nbytes]
+                lease = staging.lease(nbytes)
                 address, nbytes = lease.bytes_tensor.data_ptr(), round_up(part.numel(), PAGE_NBYTES)
                 ticket = store.engine.read(address, nbytes, held.offset + held.read_nbytes, urgent=True)
                 self._spans.add("read", f"read_back {held.label}", ticket.times)
@@ -284,18 +293,22 @@ class ActivationStore:
     def _finish_reads(self, held: _Held) -> None:
         while held in self._reading:
             self._issue_reads()
-            first = next(h for h in self._reading if h.pieces)  # whoever has the staging; not always `held`
-            lease, part, ticket = first.pieces.popleft()
-            with self._stalls.waiting("activation"):
-                ticket.wait()
-            first.arrived = self._copies.h2d(
-                f"swap_in {first.label}", part, lease.bytes_tensor[: part.numel()], [self._device.mark()]
-            )
-            lease.release_after(first.arrived.wait)
-            if not first.pieces and first.read_nbytes == first.nbytes:
-                self._reading.remove(first)
+            self._land_first()
         if self._reading:
             self._issue_reads()
+
+    def _land_first(self) -> None:
+        """Bring the piece that has its staging for longest to the device."""
+        first = next(h for h in self._reading if h.pieces)
+        lease, part, ticket = first.pieces.popleft()
+        with self._stalls.waiting("activation"):
+            ticket.wait()
+        first.arrived = self._copies.h2d(
+            f"swap_in {first.label}", part, lease.bytes_tensor[: part.numel()], [self._device.mark()]
+        )
+        lease.release_after(first.arrived.wait)
+        if not first.pieces and first.read_nbytes == first.nbytes:
+            self._reading.remove(first)
 
     # ---- letting go ------------------------------------------------------------------------------------------
 

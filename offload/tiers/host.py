@@ -56,24 +56,51 @@ class Lease:
         return self
 
 
-class LeasePool:
-    """A region cut into pieces of `piece_nbytes`, lent in the order in which they come back."""
+class LeaseRing:
+    """A region lent piece after piece, round and round; every piece as long as it is asked for.
 
-    def __init__(self, region: torch.Tensor, piece_nbytes: int) -> None:
-        self.piece_nbytes = piece_nbytes
-        starts = range(0, region.numel() - piece_nbytes + 1, piece_nbytes)
-        self._free = deque(Lease(region[s : s + piece_nbytes], self._take_back) for s in starts)
+    A piece follows the one lent before it, so what it covers was lent longest ago. At most half of the region is lent
+    at once to one borrower (`piece_nbytes_max`): one half is filled while the other is emptied.
+    """
 
-    def _take_back(self, lease: Lease) -> None:
-        self._free.append(lease)
+    def __init__(self, region: torch.Tensor) -> None:
+        self._region = region
+        self.piece_nbytes_max = region.numel() // 2 // PAGE_NBYTES * PAGE_NBYTES
+        self._lent: deque[tuple[int, int, Lease]] = deque()
+        """(first byte, byte after the last, lease) in the order of lending; until its place is wanted again."""
+        self._given_back: set[Lease] = set()
+        self._next = 0
 
-    @property
-    def all_leased(self) -> bool:
-        """Whether the next `lease` would fail."""
-        return not self._free
+    def _covered(self, nbytes: int) -> tuple[int, int]:
+        """(first byte of the next piece, how many of the oldest pieces it covers or leaves behind at the end)."""
+        wraps = self._next + nbytes > self._region.numel()
+        start = 0 if wraps else self._next
+        n = 0
+        for first, last, _ in self._lent:
+            if not (first < start + nbytes and start < last) and not (wraps and first >= self._next):
+                break
+            n += 1
+        return start, n
 
-    def lease(self) -> Lease:
-        """The piece that came back first; waits until it may be used. Raises BudgetError when all are lent."""
-        if not self._free:
-            raise BudgetError(f"all pieces of {self.piece_nbytes} bytes are lent")
-        return self._free.popleft().ready()
+    def has_room(self, nbytes: int) -> bool:
+        """Whether `lease(nbytes)` would succeed, if only after waiting for a last borrower's work."""
+        wanted = round_up(nbytes, PAGE_NBYTES)
+        _, n = self._covered(wanted)
+        return wanted <= self._region.numel() and all(self._lent[i][2] in self._given_back for i in range(n))
+
+    def lease(self, nbytes: int) -> Lease:
+        """`nbytes` in whole pages; waits until they may be used. Raises BudgetError when others hold them."""
+        if not self.has_room(nbytes):
+            raise BudgetError(
+                f"{nbytes} of {self._region.numel()} bytes of staging are wanted and lent to others"
+            )
+        wanted = round_up(nbytes, PAGE_NBYTES)
+        start, n = self._covered(wanted)
+        for _ in range(n):
+            _, _, oldest = self._lent.popleft()
+            self._given_back.discard(oldest)
+            oldest.ready()
+        self._next = start + wanted
+        lease = Lease(self._region[start : self._next], self._given_back.add)
+        self._lent.append((start, self._next, lease))
+        return lease

@@ -58,9 +58,9 @@ def test_rates_are_flops_over_seconds():
 
 def test_a_look_at_the_machine_gives_shares_of_a_whole_and_ends_its_threads(tmp_path):
     _, probe = make("llama")
-    updates, drives = UpdateLoop(), DriveLoop([str(tmp_path)], 16 << 20)
+    updates, drives = UpdateLoop(), DriveLoop([str(tmp_path)], 64 << 20)
     try:
-        found = measure(probe, updates, drives, n_steps=1)
+        found = measure(probe, updates, drives.stream, n_steps=1)
         rates = drives.measure(0.03)
     finally:
         updates.close()

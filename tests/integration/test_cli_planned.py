@@ -72,7 +72,6 @@ def test_a_stored_profile_is_planned_with_unless_told_otherwise(workplace, capsy
     assert summary["predicted_step_s"] > 0
     for more, why in (
         (("--plan", "none"), "--plan none"),
-        (("--activations", "storage"), "--activations storage is given"),
         (("--device", "emulated"), "computes in host memory, unlike --device emulated"),
     ):
         _, summary, notes = run(workplace, capsys, *memory, *more)
@@ -107,6 +106,21 @@ def test_options_that_are_given_stay_as_given(workplace, capsys, tier):
     assert {o for block in plan.activations for name, o in block.items() if name != INPUT} == {tier}
 
 
+@pytest.mark.parametrize("tier", ["device", "host", "storage"])
+def test_block_inputs_wait_where_the_option_says(workplace, capsys, tier):
+    saved = workplace / "plan.json"
+    run(workplace, capsys, *EMULATED, "--activations", tier, "--save-plan", str(saved))
+    assert {block[INPUT] for block in Plan.from_json(saved.read_text()).activations} == {tier}
+
+
+def test_a_limit_on_writes_is_planned_for_and_kept(workplace, capsys):
+    saved = ("--saved-activations", "storage")
+    _, free, _ = run(workplace, capsys, *EMULATED, "--host-memory", "17MB", *saved)
+    limit = int(free["written_bytes_per_step"] * 0.9)
+    _, summary, _ = run(workplace, capsys, *EMULATED, *saved, "--written-per-step", str(limit))
+    assert 0 < summary["written_bytes_per_step"] <= limit
+
+
 def test_a_measured_step_is_drawn_as_a_simulated_one_is(workplace, capsys):
     pytest.importorskip("matplotlib")
     trace, plot = workplace / "measured.json", workplace / "measured.png"
@@ -139,7 +153,7 @@ def offload_main(arguments):
         (["--hardware", "pdp-11"], 2, "pdp-11"),
         (["--plan", "/nowhere/plan.json"], 2, "/nowhere/plan.json"),
         (["--plan", "plan.json", "--micro-batches", "2"], 2, "--micro-batches 2 and --plan"),
-        (["--activations", "host", "--hardware", "laptop-8gb"], 2, "leave out one"),
+        (["--written-per-step", "1GB"], 2, "--written-per-step is kept by planning"),
         (["--saved-activations", "disk"], 2, "saved_activations"),
         (["--trace", "/dev/null/trace.json"], 2, "--trace /dev/null/trace.json cannot be written"),
         (["--hardware", "laptop-8gb", "--device", "cpu"], 2, "device with memory of its own"),

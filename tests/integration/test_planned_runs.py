@@ -1,13 +1,15 @@
 """With a batch given, the planner's choice runs: same bits, within the budgets, and every choice can be fixed."""
 
+import contextlib
 import json
 import logging
 
 import pytest
+import torch
 
 import offload
-from offload.planner.plan import Plan
-from tests.conftest import build, two_groups
+from offload.planner.plan import INPUT, Plan
+from tests.conftest import batches, build, two_groups
 from tests.integration.test_exactness import CHUNK, assert_same_bits, train
 
 BATCH = (4, 16)
@@ -52,6 +54,93 @@ def test_what_the_planner_chooses_has_the_bits_of_training_in_memory(tmp_path, s
     assert_same_bits(train("llama", settings, n_steps=4, layers=6), expected)
 
 
+def test_all_at_once_has_the_bits_of_training_in_memory(tmp_path):
+    """Micro-batches, inputs and saved tensors swapped to host memory and storage, clipping that clips, updates while
+    the next forward computes: each of them is seen to happen."""
+    same = {"micro_batches": 2, "max_grad_norm": 0.5}
+    settings = planned(tmp_path, saved_activations="storage", activations="host", **same)
+    expected = train("llama", in_memory(**same), n_steps=6, layers=6)
+    assert_same_bits(train("llama", settings, n_steps=6, layers=6), expected)
+    model, stepper = wrap(
+        tmp_path, saved_activations="storage", activations="host", prefetch_blocks=1, **same
+    )
+    engine, ids = model.offload, batches(6)
+    for number in range(6):
+        with engine.record() if number == 4 else contextlib.nullcontext() as recorded:
+            for part in ids[number : number + (2 if number == 4 else 1)]:
+                model(input_ids=part, labels=part).loss.backward()
+                stepper.step()
+                stepper.zero_grad()
+            assert stepper.grad_norm > 0.5
+        spans = recorded or []
+        if number == 4:
+            forwards = [s for s in spans if s.name.startswith("forward")]
+            updates = [s for s in spans if s.name.startswith("update") and "root" not in s.name]
+            n_blocks = len(engine.blocks)
+            again = forwards[n_blocks * engine.micro_batches :]
+            assert any(u.start_s < again[-1].end_s and u.end_s > again[0].start_s for u in updates)
+    assert engine.activations.nbytes_by_tier["host"] > 0
+    assert engine.activations.nbytes_by_tier["storage"] > 0
+    assert engine.plan.update == "deferred"
+    engine.close()
+
+
+@pytest.mark.parametrize("memory", [{}, {"host_memory": "2500KB"}], ids=str)
+def test_a_model_in_fp32_is_planned_as_it_is_computed(tmp_path, memory):
+    """Two bytes a parameter to fetch and ten of state, in bf16; and the plan's bytes are those that move."""
+    settings = planned(tmp_path, compute_dtype=torch.bfloat16, **memory)
+    expected = train("llama", in_memory(compute_dtype=torch.bfloat16), torch.float32, n_steps=4, layers=6)
+    assert_same_bits(train("llama", settings, torch.float32, n_steps=4, layers=6), expected)
+    plans = {}
+    for dtype, compute_dtype in ((torch.float32, torch.bfloat16), (torch.bfloat16, None)):
+        model = build("llama", dtype, layers=6)
+        model, _ = offload.wrap(
+            model,
+            two_groups(model),
+            chunk_elements=CHUNK,
+            **planned(tmp_path, compute_dtype=compute_dtype, **memory),
+        )
+        model.offload.close()
+        plans[dtype] = model.offload.plan
+    assert plans[torch.float32].state_format.param_nbytes == 2
+    assert plans[torch.float32] == plans[torch.bfloat16]
+
+
+def test_a_plan_for_another_dtype_is_refused(tmp_path):
+    model, _ = wrap(tmp_path)
+    text = model.offload.plan.to_json()
+    model.offload.close()
+    other = build("llama", torch.bfloat16, layers=6)
+    with pytest.raises(offload.ConfigError, match="parameters of 4 bytes, this run computes with 2"):
+        offload.wrap(other, two_groups(other), **planned(tmp_path, plan=text))
+
+
+def written_per_step(directory, **more):
+    """Counted bytes of one steady step, and the plan."""
+    model, stepper = wrap(directory, **more)
+    engine, counted = model.offload, []
+    for ids in batches(3):
+        model(input_ids=ids, labels=ids).loss.backward()
+        stepper.step()
+        stepper.zero_grad()
+        engine.flush()
+        counted.append(engine.counters()["written_bytes"])
+    engine.close()
+    return counted[-1] - counted[-2], engine.plan
+
+
+@pytest.mark.parametrize("share", [0.9, 0.4])
+@pytest.mark.parametrize("more", [{}, {"max_grad_norm": 0.5}], ids=str)
+def test_a_limit_on_written_bytes_is_kept_by_the_run(tmp_path, share, more):
+    free, plan = written_per_step(tmp_path, host_memory="3500KB", saved_activations="storage", **more)
+    assert free == pytest.approx(plan.predicted.bytes["written"], rel=0.05)
+    limit = int(share * free)
+    kept, _ = written_per_step(tmp_path, host_memory="12MB", written_per_step=limit, **more)
+    assert kept <= limit
+    with pytest.raises(offload.BudgetError, match="written a step"):
+        wrap(tmp_path, host_memory="1800KB", written_per_step=limit // 10, **more)
+
+
 def test_the_plan_is_printed_saved_and_runs_again_from_its_file(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="offload"):
         model, _ = wrap(tmp_path / "store")
@@ -87,6 +176,14 @@ def outcomes_of(plan):
             {"saved_activations": "device", "device_memory": "10MB"},
             lambda e: outcomes_of(e.plan) == {"device"},
         ),
+        *(
+            ({"activations": tier}, lambda e, tier=tier: {b[INPUT] for b in e.plan.activations} == {tier})
+            for tier in ("device", "host", "storage")
+        ),
+        (
+            {"activations": "keep", "device_memory": "10MB"},
+            lambda e: {o for b in e.plan.activations for o in b.values()} == {"device"},
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -112,6 +209,12 @@ def test_planned_placement_stays_within_both_budgets(tmp_path):
         ({"device": "cpu"}, offload.ConfigError, "device with memory of its own"),
         ({"hardware": "pdp-11"}, offload.ConfigError, "pdp-11"),
         ({"plan": "/nowhere/plan.json"}, offload.ConfigError, "/nowhere/plan.json"),
+        (
+            {"activations": "keep", "device_memory": "2MB", "batch": (64, 64)},
+            offload.BudgetError,
+            "device_memory",
+        ),
+        ({"batch": None, "written_per_step": "1MB"}, offload.ConfigError, "written_per_step"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -129,6 +232,19 @@ def test_a_plan_of_another_model_is_refused(tmp_path):
     other = build("llama", layers=4)
     with pytest.raises(offload.ConfigError, match="6 blocks, this one has 4"):
         offload.wrap(other, two_groups(other), **planned(tmp_path, plan=text))
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [{"micro_batches": 2}, {"activations": "host"}, {"update": "deferred"}, {"prefetch_blocks": 1}],
+    ids=str,
+)
+def test_a_choice_beside_a_saved_plan_is_refused(tmp_path, choice):
+    model, _ = wrap(tmp_path)
+    text = model.offload.plan.to_json()
+    model.offload.close()
+    with pytest.raises(offload.ConfigError, match="a saved plan has its own choice"):
+        wrap(tmp_path, plan=text, **choice)
 
 
 def test_without_a_profile_of_the_machine_the_way_to_one_is_named(tmp_path, monkeypatch):

@@ -36,6 +36,17 @@ def test_with_dropout_every_tier_has_the_bits_of_a_graph_kept_whole(tmp_path, ki
     assert_same_bits(train(kind, settings, n_steps=4, dropout=0.1), expected)
 
 
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("host_memory", ["1MB", "50MB"])
+def test_inputs_and_results_on_storage_together_are_all_read_back(tmp_path, device, host_memory):
+    """What is read ahead for the block before fills the staging while this block still needs it."""
+    expected = train("llama", {**IN_MEMORY, "step_aside": "always"}, n_steps=4)
+    settings = stored(
+        tmp_path, device=device, saved_activations="storage", activations="storage", host_memory=host_memory
+    )
+    assert_same_bits(train("llama", settings, n_steps=4), expected)
+
+
 @pytest.mark.parametrize("tier", TIERS)
 def test_with_micro_batches_clipping_and_deferred_updates_too(tmp_path, tier):
     same = {"micro_batches": 3, "max_grad_norm": 0.5, "step_aside": "never"}

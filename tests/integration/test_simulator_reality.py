@@ -1,12 +1,14 @@
 """What the simulator says of bytes is what a run on this machine does: bytes moved and bytes held, tier by tier.
 
 The oracles are the engine's counters, the arenas, the store and torch's own allocator. Seconds depend on the clock:
-they are compared by benchmarks/simulator_reality.py.
+benchmarks/simulator_reality.py compares them, and a slow test runs some of its rows.
 """
 
 from __future__ import annotations
 
+import json
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -21,6 +23,7 @@ from offload.profiling.workload import profile_model
 from offload.schedule.run import simulate_plan
 from tests.planning import lohan_machine
 
+BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
 TOKENS = 64
 MACHINE = lohan_machine(1).model_copy(update={"shares_host": True})
 """Rates do not matter here; that the device computes in host memory does."""
@@ -50,6 +53,7 @@ MODELS = {
     "llama, bf16": (llama, lambda model, ids: model(ids)),
     "gpt2, fp32": (gpt2, lambda model, ids: model(input_ids=ids, labels=ids).loss),
 }
+SWAPPED = {"activations": "save", "activations_on_device": False, "activations_host_fraction": 0.0}
 CHOICES = [
     (2, {"update": "backward", "params_host_fraction": 0.0, "states_host_fraction": 0.0}),
     (8, {"update": "backward", "params_host_fraction": 0.0, "states_host_fraction": 0.5}),
@@ -58,6 +62,9 @@ CHOICES = [
     (4, {"update": "deferred", "params_host_fraction": 0.0, "states_host_fraction": 0.0, "grads_host_fraction": 0.0}),
     (4, {"update": "backward", "params_host_fraction": 0.0, "states_host_fraction": 0.0, "activations": "save"}),
     (8, {"update": "backward", "params_host_fraction": 0.0, "states_host_fraction": 0.0, "micro_batches": 4}),
+    (4, {**SWAPPED, "inputs": "storage", "update": "backward", "states_host_fraction": 0.0}),
+    (8, {**SWAPPED, "inputs": "storage", "update": "deferred", "micro_batches": 2, "params_host_fraction": 0.5}),
+    (8, {"inputs": "storage", "update": "deferred", "micro_batches": 2, "grads_host_fraction": 1.0}),
 ]  # fmt: skip
 
 
@@ -75,7 +82,32 @@ def test_bytes_moved_and_held_are_those_of_the_simulation(tmp_path, kind, batch,
         for _ in range(2):
             run.step()
         moved, held = run.bytes_per_step(), run.peak_nbytes()
-    assert simulated.read_nbytes == pytest.approx(moved.read, rel=0.01)
-    assert simulated.written_nbytes == pytest.approx(moved.written, rel=0.01)
+    swaps = any("storage" in outcomes.values() for outcomes in plan.activations)
+    exact = 0.01 if swaps else 1e-9  # every tensor on storage takes whole pages
+    assert simulated.read_nbytes == pytest.approx(moved.read, rel=exact)
+    assert simulated.written_nbytes == pytest.approx(moved.written, rel=exact)
+    assert moved.written <= plan.written_nbytes_per_step(workload) <= 1.01 * moved.written
     for tier, nbytes in held.items():
         assert nbytes <= simulated.peak_nbytes[tier] <= 1.1 * nbytes, tier
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_predicted_steps_are_within_15_percent_of_the_median_measured_in_the_same_run(tmp_path):
+    """Alone on the machine; each of three runs may be disturbed by whoever else uses the drive."""
+    report = tmp_path / "rows.json"
+    names = "llama-2-host,llama-2-storage,llama-6-all-at-once"
+    command = [
+        sys.executable, str(BENCHMARKS / "simulator_reality.py"), "--storage", str(tmp_path), "--json", str(report),
+        "--only", names,
+    ]  # fmt: skip
+    left = set(names.split(","))
+    for _ in range(3):
+        subprocess.run(
+            [*command[:-1], ",".join(sorted(left))], check=True, timeout=280, cwd=BENCHMARKS.parent
+        )
+        rows = json.loads(report.read_text())["rows"]
+        left -= {row["name"] for row in rows if abs(row.get("error_percent", 100)) <= 15}
+        if not left:
+            return
+    raise AssertionError(f"more than 15 % off, three times: {sorted(left)}")

@@ -423,6 +423,10 @@ FIXED = [
     ({"boundary_on_device": False}, lambda p: not p.boundary_on_device),
     ({"activations": "recompute"}, lambda p: all(set(b.values()) == {b[INPUT], "recompute"} for b in p.activations)),
     ({"activations": "save"}, lambda p: all(b["fc1"] != "recompute" for b in p.activations)),
+    ({"activations": "keep"}, lambda p: {o for b in p.activations for o in b.values()} == {"device"}),
+    ({"inputs": "device"}, lambda p: {b[INPUT] for b in p.activations} == {"device"}),
+    ({"inputs": "host"}, lambda p: {b[INPUT] for b in p.activations} == {"host"}),
+    ({"inputs": "storage"}, lambda p: {b[INPUT] for b in p.activations} == {"storage"}),
     ({"activations_on_device": False}, lambda p: all(o != "device" for b in p.activations for o in b.values())),
     ({"activations_host_fraction": 0.0}, lambda p: all(o != "host" for b in p.activations for o in b.values())),
     ({"params_host_fraction": 0.5}, lambda p: sum(p.params_in_host) == 2),
@@ -448,6 +452,8 @@ def test_every_choice_can_be_fixed(fixed, holds) -> None:
         ({"update": "later"}, "update='later'"),
         ({"params_host_fraction": 2}, "params_host_fraction=2"),
         ({"activations": "drop"}, "activations='drop'"),
+        ({"inputs": "drawer"}, "inputs='drawer'"),
+        ({"inputs": "device", "boundary_on_device": False}, "contradict"),
     ],
 )
 def test_a_fixed_choice_that_makes_no_sense_is_refused(fixed, message) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from offload.planner.plan import Budgets
+from offload.planner.rates import BusRates, Rates, rates_of
 from offload.planner.search import make_plan
 from offload.schedule.run import simulate_plan
+from offload.schedule.simulator import duration_alone_s, simulate
 from offload.schedule.unroll import unroll
 from tests.planning import gpt, lohan_machine
 
@@ -87,8 +91,61 @@ def test_the_simulated_step_is_what_the_planner_expects_within_a_tenth(batch, dr
     assert busy == pytest.approx(step.step_s, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "fixed", [{"inputs": "storage"}, {"update": "deferred", "grads_host_fraction": 1.0}], ids=str
+)
+def test_nothing_is_computed_while_the_thread_that_computes_makes_copies(fixed) -> None:
+    """Where the device tier is DRAM nobody else would make them."""
+    work = gpt("small", 4, 128, tokens=64, vocab=200)
+    plan, machine = plan_of(4, 1, 1, {"micro_batches": 2, **fixed}, work, True)
+    operations, _ = unroll(plan, work, shares_host=True)
+    timeline = simulate(operations, rates_of(machine, work.param_nbytes))
+    own = [i for i, o in enumerate(operations) if o.lane in ("compute", "h2d", "d2h") and o.amount]
+    copies = {operations[i].kind for i in own if operations[i].lane != "compute"}
+    assert copies == ({"swap_out", "swap_in"} if "inputs" in fixed else {"grad_out"})
+    own.sort(key=lambda i: (timeline.start_s[i], timeline.end_s[i]))
+    for before, after in pairwise(own):
+        assert timeline.end_s[before] <= timeline.start_s[after] + 1e-12
+
+
+def test_recomputing_pays_for_other_work_than_products_however_few_of_these_it_makes() -> None:
+    """Products at 100 FLOP/s, a whole forward at 40: 1/40 - 1/100 = 0.015 s a FLOP of it is something else."""
+    work = gpt("small", 4, 128, tokens=64, vocab=200)
+    flops = work.blocks[0].flops_per_sample
+    rates = Rates(
+        100.0, BusRates(1.0, 1.0, 1.0, 1.0), None, 1.0, 1.0, True, work_flops_per_s={"recompute": 40.0}
+    )
+    for fixed, made_again in (({"activations": "keep"}, 0.0), ({"activations": "recompute"}, None)):
+        plan, _ = plan_of(2, 1, 1, {"micro_batches": 1, **fixed}, work, True)
+        operations, _ = unroll(plan, work, shares_host=True)
+        first = next(o for o in operations if o.kind == "recompute")
+        assert made_again is None or first.amount == made_again
+        expected_s = first.amount / 100 + 2 * flops * 0.015
+        assert duration_alone_s(first, rates) == pytest.approx(expected_s)
+
+
 def test_endurance_counts_written_bytes_over_all_drives() -> None:
     plan, machine = plan_of(16, 4, 64)
     step = simulate_plan(plan, WORK, machine)
     assert step.endurance_steps == pytest.approx(4 * 7e15 / step.written_nbytes)
     assert step.endurance_years == pytest.approx(step.endurance_steps * step.step_s / (365.25 * 86400))
+
+
+@pytest.mark.parametrize("shares_host", [False, True])
+def test_an_untied_head_is_updated_while_the_blocks_go_backward(shares_host) -> None:
+    work = replace(gpt("small", 4, 128, tokens=64, vocab=200), root_early_numel=20_000)
+    plan, machine = plan_of(4, 1, 1, {"update": "backward", "states_host_fraction": 0.0}, work, shares_host)
+    operations, _ = unroll(plan, work, shares_host=shares_host)
+    updates = [o for o in operations if o.kind == "update" and o.block is None and o.step == 1]
+    assert sum(o.amount for o in updates) == pytest.approx(work.root_stored_numel)
+    first_block = next(
+        i for i, o in enumerate(operations) if o.kind == "backward" and o.step == 1 and o.block == 3
+    )
+    before = [o for o in operations[:first_block] if o in updates]
+    assert sum(o.amount for o in before) == pytest.approx(20_000)
+    step = simulate_plan(plan, work, machine)
+    for lane, nbytes in (("read", step.read_nbytes), ("written", step.written_nbytes)):
+        assert plan.predicted.bytes[lane] == pytest.approx(nbytes, rel=0.02)
+    late, _ = plan_of(4, 1, 1, {"update": "deferred"}, work, shares_host)
+    waiting, _ = unroll(late, work, shares_host=shares_host)
+    assert not [o for o in waiting if o.kind == "update" and o.block is None and o.amount == 20_000 / 16]

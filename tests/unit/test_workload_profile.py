@@ -64,7 +64,7 @@ def token_batch(model, n_samples):
 
 def without_working_sets(work):
     blocks = tuple(replace(block, working=()) for block in work.blocks)
-    return replace(work, blocks=blocks, root_working=(), root_held=())
+    return replace(work, blocks=blocks, root_working=(), root_held=(), root_early_numel=0)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -413,3 +413,11 @@ def test_a_forward_that_needs_data_is_refused_with_a_way_out():
     assert isinstance(trace_workload(Model(), 5, inputs=lambda n: inputs(n, "cpu")), Workload)
     with pytest.raises(ConfigError, match="say with `inputs`"):
         profile_model(nn.Sequential(nn.Bilinear(4, 4, 4), nn.Bilinear(4, 4, 4))[0], 5, blocks="Bilinear")
+
+
+def test_an_untied_heads_gradients_come_before_the_blocks() -> None:
+    """With the final norm's; a tied head's come with the embedding's, at the end."""
+    for tied in (False, True):
+        model = build("llama", layers=2, tie=tied)
+        norm, head = model.model.norm.weight.numel(), model.lm_head.weight.numel()
+        assert profile_model(model, 16).root_early_numel == norm + (0 if tied else head)

@@ -1,0 +1,226 @@
+"""Emits the operations of a plan: what each waits for, and how parameters come, are updated and leave.
+
+What is carried from operation to operation, and from step to step, is here; `unroll.py` says what a step does with it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from offload.planner.memory import is_traced
+from offload.planner.plan import INPUT, Plan
+from offload.planner.workload import Workload
+from offload.schedule.operations import Kind, Lane, Operation
+from offload.types import PAGE_NBYTES, round_up
+
+Index = int | None
+
+
+class Emitter:
+    """The operations so far, and what those that use the same slots, buffers and staging have to wait for."""
+
+    def __init__(
+        self, plan: Plan, workload: Workload, *, shares_host: bool, launch_overhead_s: float
+    ) -> None:
+        self.plan = plan
+        self.workload = workload
+        self.shares_host = shares_host
+        self.launch_overhead_s = launch_overhead_s
+        self.operations: list[Operation] = []
+        self.n_blocks = len(workload.blocks)
+        self.traced = shares_host and is_traced(workload)
+        """What is alive is known, and nothing of it waits for a bus."""
+        self.samples = plan.batch_samples / plan.micro_batches
+        self.deferred = set(plan.deferred_blocks)
+        self.step = 0
+        state = plan.state_format
+        self.update_dram = (
+            2 * state.state_nbytes + state.param_nbytes * (1 + state.update_reads_param) + state.grad_nbytes
+        )
+        # Carried from operation to operation, and from step to step.
+        self.free_slots: deque[Index] = deque([None] * plan.n_slots)
+        self.resident: set[int] = set()
+        self.updated: dict[int | None, Index] = {}
+        """Per block: what its next fetch waits for."""
+        self.grads_ready: dict[int, Index] = {}
+        """Per deferred block: where its gradients have arrived."""
+        self.grad_buffers: deque[Index] = deque([None] * plan.n_grad_buffers)
+        self.grad_landing: deque[Index] = deque([None] * 2)
+        self.pieces: deque[Index] = deque([None] * plan.update_buffers)
+        self.out_window: deque[Index] = deque([None] * 2)
+        self.spill_window: deque[Index] = deque([None] * 2)
+        self.in_window: deque[Index] = deque([None] * 2)
+        self.fetch_ring: deque[Index] = deque([None] * 2)
+        self.loaded: dict[int, tuple[Index, ...]] = {}
+        self.at_start: set[int] = set()
+        """Blocks whose parameters stay in their slots from backward to the next forward."""
+        self.stored: dict[tuple[int, int], Index] = {}
+        """Per block and micro-batch: its swap-out or spill."""
+        self.boundary: dict[tuple[int, int], Index] = {}
+        """Per block and micro-batch: its gradient towards the block before, where that leaves the device."""
+        self.to_swap_in: deque[tuple[int, int]] = deque()
+        self.arrived: dict[tuple[int, int], Index] = {}
+        self.n_backwards = self.n_swapped_in = 0
+        self.last_compute: Index = None
+        self.ends: list[int] = []
+
+    # ---- emitting --------------------------------------------------------------------------------------------
+
+    def emit(
+        self,
+        kind: Kind,
+        lane: Lane,
+        amount: float,
+        *after: Index,
+        block: int | None = None,
+        micro: int | None = None,
+        acquires: tuple[tuple[str, int], ...] = (),
+        releases: tuple[tuple[str, int], ...] = (),
+        whole_flops: float = 0.0,
+    ) -> int:
+        """Append one operation; None among `after` waits for nothing."""
+        dram = 0.0
+        if lane in ("read", "write"):
+            dram = amount
+        elif lane in ("h2d", "d2h"):
+            dram = amount * (2 if self.shares_host else 1)
+        elif lane == "cpu":
+            dram = amount * self.update_dram
+        name = kind + (" root" if block is None else f" {block}") + ("" if micro is None else f".{micro}")
+        self.operations.append(
+            Operation(
+                kind,
+                lane,
+                name,
+                float(amount),
+                tuple(sorted({a for a in after if a is not None})),
+                dram,
+                whole_flops,
+                self.launch_overhead_s if kind in ("forward", "backward") and block is not None else 0.0,
+                tuple(a for a in acquires if a[1]),
+                tuple(r for r in releases if r[1]),
+                self.step,
+                block,
+                micro,
+            )
+        )
+        return len(self.operations) - 1
+
+    def compute(self, kind: Kind, flops: float, *after: Index, **memory: object) -> int:
+        """One operation of the device, which works them off in the order of the list."""
+        index = self.emit(kind, "compute", flops, *after, self.last_compute, **memory)  # type: ignore[arg-type]
+        self.last_compute = index
+        return index
+
+    def tensors(self, block: int, outcome: str | None) -> int:
+        """Bytes a micro-batch of the block's tensors with this outcome (None: all), input included."""
+        outcomes = self.plan.activations[block]
+        work = self.workload.blocks[block]
+        named = [(INPUT, work.input_nbytes_per_sample)] + [(t.name, t.nbytes_per_sample) for t in work.saved]
+        return int(
+            sum(
+                self.samples * nbytes
+                for name, nbytes in named
+                if outcome is None or outcomes.get(name, "recompute") == outcome
+            )
+        )
+
+    def extents(self, block: int) -> int:
+        """Bytes on storage of a micro-batch's tensors that are swapped to it: whole pages each."""
+        outcomes = self.plan.activations[block]
+        sizes = self.workload.blocks[block].nbytes_by_tensor()
+        stored = [nbytes for name, nbytes in sizes.items() if outcomes.get(name) == "storage"]
+        return sum(round_up(int(self.samples * nbytes), PAGE_NBYTES) for nbytes in stored)
+
+    # ---- parameters and updates ------------------------------------------------------------------------------
+
+    def param_nbytes(self, block: int) -> int:
+        """The block's parameters."""
+        work = self.workload.blocks[block]
+        return self.plan.state_format.param_nbytes * (work.stored_numel + work.frozen_numel)
+
+    def fetch(self, block: int, step_closed: Index) -> None:
+        """Bring parameters in, with the deferred update where there is one. Sets `loaded`."""
+        slot: Index = None
+        if block not in self.resident and self.takes_slot(block):
+            slot = self.free_slots.popleft()
+        source: tuple[Index, ...] = (self.updated.get(block),)
+        in_host, resident = self.plan.params_in_host[block], block in self.resident
+        staged = not (in_host or resident or self.shares_host)
+        room = self.fetch_ring.popleft() if staged else None
+        if step_closed is not None and block in self.grads_ready:
+            source = self.late_update(block, (step_closed, slot if self.shares_host else room))
+            if self.plan.update == "mixed" and not resident and not in_host:
+                source = (self.emit("fetch", "read", self.param_nbytes(block), room, *source, block=block),)
+        elif not resident and not in_host:
+            wait = slot if self.shares_host else room
+            source = (self.emit("fetch", "read", self.param_nbytes(block), wait, *source, block=block),)
+        ready: tuple[Index, ...] = ()
+        if self.shares_host:
+            ready = (*source, slot)
+        elif not resident:
+            ready = (self.emit("load", "h2d", self.param_nbytes(block), slot, *source, block=block),)
+        if staged:
+            self.fetch_ring.append(ready[0])
+        self.resident.add(block)
+        self.loaded[block] = ready
+
+    def takes_slot(self, block: int) -> bool:
+        """Where the device computes in host memory, a block that lives there needs no other place."""
+        return not (self.shares_host and self.plan.params_in_host[block])
+
+    def late_update(self, block: int, wait: tuple[Index, ...]) -> tuple[Index, ...]:
+        """A deferred update. With every update deferred it reads the parameters into their staging buffer and hands
+        them on; where only some are, it runs in the background as soon as it may, and the fetch reads its result."""
+        arrived = self.grads_ready.pop(block)
+        if not self.plan.grads_in_host[block]:
+            arrived = self.emit("read_back", "read", self.grad_nbytes(block), arrived, *wait, block=block)
+        mixed = self.plan.update == "mixed"
+        in_memory = self.plan.params_in_host[block] or (block in self.resident and self.shares_host)
+        waiting = self.grad_nbytes(block) if self.plan.grads_in_host[block] and not self.shares_host else 0
+        made = self.update(
+            block,
+            (arrived, wait[0]) if mixed and not self.shares_host else (arrived, *wait),
+            reads_param=not in_memory,
+            releases=(("host", waiting),),
+        )
+        return (self.updated[block],) if mixed and not self.plan.params_in_host[block] else made
+
+    def grad_nbytes(self, block: int) -> int:
+        """The block's gradients."""
+        return self.plan.state_format.grad_nbytes * self.workload.blocks[block].stored_numel
+
+    def update(
+        self,
+        block: int | None,
+        after: tuple[Index, ...],
+        *,
+        reads_param: bool,
+        releases: tuple[tuple[str, int], ...] = (),
+        share: float = 1.0,
+    ) -> tuple[Index, ...]:
+        """The pieces of an update, or a share of it. Returns what a use of the new parameters waits for in memory."""
+        plan, state = self.plan, self.plan.state_format
+        whole = self.workload.root_stored_numel if block is None else self.workload.blocks[block].stored_numel
+        numel = share * whole
+        stored_param = block is not None and not plan.params_in_host[block]
+        in_host = share * plan.state_in_host_nbytes(-1 if block is None else block, whole)
+        states = state.state_nbytes * numel - in_host
+        param = state.param_nbytes * numel if stored_param else 0
+        read = states + (param if reads_param and state.update_reads_param else 0)
+        frozen = self.param_nbytes(block) - param if block is not None and reads_param and stored_param else 0
+        computed: list[Index] = []
+        last: Index = None
+        n = plan.update_pieces
+        if plan.chunk_elements is not None:
+            n = max(1, min(n, -int(-numel // plan.chunk_elements)))
+        for piece in range(n):
+            freed = releases if piece == n - 1 else ()
+            buffer = self.pieces.popleft()
+            got = self.emit("state_in", "read", (read + frozen) / n, buffer, *after, block=block)
+            made = self.emit("update", "cpu", numel / n, got, *after, block=block, releases=freed)
+            last = self.emit("state_out", "write", (states + param) / n, made, last, block=block)
+            self.pieces.append(last)
+            computed.append(made)
+        self.updated[block] = last
+        return (last,) if self.shares_host else tuple(computed)
