@@ -60,6 +60,12 @@ std::shared_ptr<io::Faults> faults_from(const py::dict& settings) {
       faults->fail_count = value.cast<std::uint64_t>();
     else if (name == "delay_ms")
       faults->delay_ms = value.cast<std::uint64_t>();
+    else if (name == "power_loss_nth")
+      faults->power_loss_nth = value.cast<std::uint64_t>();
+    else if (name == "seed")
+      faults->seed = value.cast<std::uint64_t>();
+    else if (name == "quota_pages")
+      faults->quota_pages = value.cast<std::uint64_t>();
     else if (name == "errno")
       faults->error = value.cast<int>();
     else if (name == "short_every")
@@ -179,6 +185,7 @@ void bind_io(py::module_& module) {
           },
           py::call_guard<py::gil_scoped_release>())
       .def("counters", &counters)
+      .def("sync", &io::Engine::sync, py::call_guard<py::gil_scoped_release>())
       .def("cancel", &io::Engine::cancel, py::call_guard<py::gil_scoped_release>())
       .def("close", &io::Engine::close, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("backend", &io::Engine::backend)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.checkpoint.directory import locked, newest
+from offload.checkpoint.directory import checkpoints_in, locked, newest
+from offload.checkpoint.kept_store import manifests_in, taken_over
 from offload.checkpoint.read import ChunkReader, read_manifest
 from offload.checkpoint.save import engine_of, fingerprint_of
 from offload.errors import CheckpointError
@@ -190,9 +191,8 @@ def _check_parameter(
 
 def restore(engine: OffloadEngine, optimizer: OffloadOptimizer, reader: ChunkReader) -> None:
     """Fill the tiers and the step counts from a manifest that is of the engine's model."""
-    engine.state_replaced()
+    engine.begin_replacing_state()
     _Filler(reader, engine).fill()
-    engine.state_replaced()
     steps = {name: entry.step for name, (_, entry) in reader.manifest.parameters().items()}
     for block in [engine.root, *engine.blocks]:
         for buffer in block.layout.buffers:
@@ -202,31 +202,48 @@ def restore(engine: OffloadEngine, optimizer: OffloadOptimizer, reader: ChunkRea
 
 
 def resume(model: nn.Module, directory: str, *, state: Mapping[str, Any] | None = None) -> Resumed:
-    """Go on where `offload.save` was called: training continues with the bits it would have had.
+    """Go on where a run was saved, or was killed: training continues with the bits it would have had.
 
     `model` is wrapped, with any placement, budgets, drives, device and chunk size; the optimizer has the groups it had.
-    `directory` is a checkpoint, or the directory given to `save`, of which the newest is taken. The objects in `state`
-    are given their saved state by `load_state_dict`. Memory used meanwhile: three chunks with their state, beside the
-    budgets. Raises CheckpointError for another model, a newer format, or nothing to read; CorruptError when stored
-    bytes are not those that were written. After either the model is not to be trained further.
+    `directory` is a checkpoint, the directory given to `save` (its newest is taken), or a storage directory of a run with
+    durability 'step' (its last committed step; other drives are looked for in the model's own storage directories). The
+    objects in `state` are given their saved state by `load_state_dict`, and tracked from now on. With durability 'step' the
+    resumed step is committed at once, and a kept store that it came from is removed then. Memory used meanwhile: three
+    chunks with their state, beside the budgets.
+    Raises CheckpointError for another model, a newer format, or nothing to read; CorruptError when stored bytes are not
+    those that were written. After either the model is not to be trained further.
     """
     engine = engine_of(model)
     tracked = checked_stateful(state or {})
     optimizer = engine.at_step_boundary("resume")
+    if not checkpoints_in(directory) and manifests_in(directory):
+        with taken_over(directory, engine.config.storage) as store:
+            _resume_from(engine, optimizer, store.manifest, store.paths, tracked, directory)
+            if engine.commits is not None:
+                store.remove()
+        return Resumed(directory, optimizer.steps_made)
     path = newest(directory)
-    parent = os.path.dirname(os.path.abspath(path))
-    with locked(parent, exclusive=False):
+    with locked(os.path.dirname(os.path.abspath(path)), exclusive=False):
         manifest = read_manifest(path)
-        check_same_model(manifest, engine, path)
-        training = decode(manifest.training)
-        config = engine.config
         paths = [os.path.join(path, name) for name in manifest.files]
-        options = {
-            "backend": config.backend,
-            "direct": config.direct_io,
-            "block_nbytes": config.io_block_nbytes,
-        }
-        with ChunkReader(manifest, paths, **options) as reader:
-            restore(engine, optimizer, reader)
-    load_training_state(training, model, optimizer, tracked, path)
+        _resume_from(engine, optimizer, manifest, paths, tracked, path)
     return Resumed(path, optimizer.steps_made)
+
+
+def _resume_from(
+    engine: OffloadEngine,
+    optimizer: OffloadOptimizer,
+    manifest: Manifest,
+    paths: list[str],
+    tracked: Mapping[str, Any],
+    where: str,
+) -> None:
+    check_same_model(manifest, engine, where)
+    training = decode(manifest.training)
+    config = engine.config
+    options = {"backend": config.backend, "direct": config.direct_io, "block_nbytes": config.io_block_nbytes}
+    with ChunkReader(manifest, paths, **options) as reader:
+        restore(engine, optimizer, reader)
+    load_training_state(training, engine.model, optimizer, tracked, where)
+    engine.track(**tracked)
+    engine.end_replacing_state()

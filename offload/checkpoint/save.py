@@ -270,7 +270,9 @@ def save(
     `directory`; what was there stays as it was.
     """
     engine = engine_of(model)
-    tracked = checked_stateful(state or {})
+    tracked = checked_stateful(engine.tracked if state is None else state)
+    if engine.config.durability == "none":
+        raise ConfigError("durability='none' keeps nothing: use 'checkpoint' to save, or 'step'")
     if keep_last is not None and keep_last < 1:
         raise ConfigError(
             f"keep_last={keep_last}: at least the new checkpoint has to stay; give 1 or more, or None"

@@ -50,6 +50,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self.steps_made = 0
         """Calls of `step()` that ended, those before a resume included."""
         self.grad_scale = 1.0
+        self.discarded_steps = 0
+        """Steps that left the parameters as they were, because their gradients were not finite or too large."""
         self.grad_norm: torch.Tensor | None = None
         """Global gradient norm before clipping, of the last step with `max_grad_norm`."""
         super().__init__([dict(group) for group in source.param_groups], dict(source.defaults))
@@ -94,6 +96,14 @@ class OffloadOptimizer(torch.optim.Optimizer):
     def set_steps_of(self, parameter: torch.nn.Parameter, steps: int) -> None:
         """As a checkpoint, or the step before one that is discarded, had it."""
         self._steps[parameter] = steps
+
+    def all_steps(self) -> dict[int, int]:
+        """Updates of every parameter so far, by its id()."""
+        return {id(parameter): steps for parameter, steps in self._steps.items()}
+
+    def set_all_steps(self, steps: dict[int, int]) -> None:
+        """Undo the counting since `all_steps`."""
+        self._steps = {p: steps[id(p)] for p in self._steps if id(p) in steps}
 
     def hyperparameters(self) -> list[dict[str, Any]]:
         """Everything in the groups but the parameters."""

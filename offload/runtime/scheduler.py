@@ -249,7 +249,7 @@ class Scheduler:
             plane = block.plane(buffer)
             offset = -1 if block.param_offset < 0 else block.param_offset + buffer.plane_offset_nbytes
             segments = segments_of[position]
-            if not segments:
+            if not segments and (block.sides is None or not buffer.trainable):
                 if read_param and self._store is not None:
                     block.tickets.append(
                         self._store.engine.read(plane.data_ptr(), buffer.plane_nbytes, offset)
@@ -257,6 +257,8 @@ class Scheduler:
                 continue
             extents = block.states[position]
             grad_address, grad_offset = self._gradient_source(block, 4 * buffer.grad_start)
+            if not segments:  # what has no gradient goes to the other side as it is
+                grad_address, grad_offset = plane.data_ptr(), -1
             job = UpdateJob(
                 param_codec=buffer.codec,
                 n_elements=buffer.n_elements,
@@ -272,10 +274,28 @@ class Scheduler:
                 tag=-1 if block.is_root else block.index,
                 reorders=block.is_root,
                 segments=segments,
+                **self._other_side(block, position, buffer.plane_offset_nbytes),
             )
             block.tickets.append(self._pipeline.submit(job))
+        if block.sides is not None:
+            block.sides.generation += 1
+            block.turn(block.sides.other)
         block.touched.clear()
         block.grads_waiting = False
+
+    @staticmethod
+    def _other_side(block: BlockRecord, position: int, plane_offset_nbytes: int) -> dict[str, int]:
+        """Where the update of a block with two sides writes ([Note: two sides] in stores/sides.py)."""
+        sides = block.sides
+        if sides is None:
+            return {}
+        checksums, expected = sides.addresses(position)
+        return {
+            "param_out_offset": sides.param_offsets[sides.other] + plane_offset_nbytes,
+            "state_out_offset": sides.state_offsets[position][sides.other],
+            "checksums_address": checksums,
+            "expected_address": expected,
+        }
 
     # [Note: the turn] Backward ends at block 0, forward begins with the root and block 0: what was handed over last is
     # wanted first. The root's update comes last of a step, and puts those that have not begun in the order of use, so

@@ -30,33 +30,35 @@ ENTRIES_MAX = 1 << 18
 RECORD_NBYTES = {"bfloat16": 10, "float32": 8}
 """Bytes of optimizer state an element, by the dtype of the parameter plane: lo and two moments, or the moments."""
 
-_Count = Annotated[int, Field(ge=0, le=1 << 62)]
-_Name = Annotated[str, Field(max_length=4096)]
+Count = Annotated[int, Field(ge=0, le=1 << 62)]
+Name = Annotated[str, Field(max_length=4096)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """Refuses unknown keys and does not convert."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class Extent(_Strict):
+class Extent(Strict):
     """A byte range and the CRC32C of each of its chunks, as base64 of little-endian 32-bit numbers."""
 
-    offset: _Count
-    nbytes: _Count
+    offset: Count
+    nbytes: Count
     crc32c: str
 
     def checksums(self) -> np.ndarray[Any, np.dtype[np.uint32]]:
         """One for each chunk."""
-        return np.frombuffer(base64.b64decode(self.crc32c), dtype="<u4")
+        return unpack_checksums(self.crc32c)
 
 
-class Parameter(_Strict):
+class Parameter(Strict):
     """One parameter inside a flat buffer; `step` counts the optimizer steps it has taken."""
 
-    name: _Name
-    start: _Count
-    shape: Annotated[list[_Count], Field(max_length=64)]
-    step: _Count
+    name: Name
+    start: Count
+    shape: Annotated[list[Count], Field(max_length=64)]
+    step: Count
 
     @property
     def numel(self) -> int:
@@ -64,7 +66,7 @@ class Parameter(_Strict):
         return math.prod(self.shape)
 
 
-class Buffer(_Strict):
+class Buffer(Strict):
     """One flat buffer: its plane, and (trainable) its optimizer state in records of `chunk_elements` elements."""
 
     dtype: str
@@ -75,22 +77,22 @@ class Buffer(_Strict):
     parameters: Annotated[list[Parameter], Field(max_length=ENTRIES_MAX)]
 
 
-class Block(_Strict):
+class Block(Strict):
     """One block (or the root); `generation` counts the steps that have changed it."""
 
-    name: _Name
-    generation: _Count
+    name: Name
+    generation: Count
     buffers: Annotated[list[Buffer], Field(max_length=1024)]
 
 
-class Manifest(_Strict):
+class Manifest(Strict):
     """A complete training state. `files` are bare names, striped by `stripe_nbytes` when there are several."""
 
     fingerprint: str
-    step: _Count
-    files: Annotated[list[_Name], Field(min_length=1, max_length=1024)]
+    step: Count
+    files: Annotated[list[Name], Field(min_length=1, max_length=1024)]
     stripe_nbytes: Annotated[int, Field(ge=PAGE_NBYTES, le=1 << 40)]
-    nbytes: _Count
+    nbytes: Count
     chunk_elements: Annotated[int, Field(ge=PLANE_ELEMENTS, le=1 << 30)]
     blocks: Annotated[list[Block], Field(max_length=ENTRIES_MAX)]
     training: Any
@@ -114,6 +116,11 @@ def fingerprint(parameters: Iterable[tuple[str, Iterable[int], bool]]) -> str:
 def pack_checksums(values: np.ndarray[Any, Any]) -> str:
     """As `Extent.crc32c` holds them."""
     return base64.b64encode(np.ascontiguousarray(values, dtype="<u4").tobytes()).decode()
+
+
+def unpack_checksums(text: str) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    """Undo `pack_checksums`. Raises ValueError."""
+    return np.frombuffer(base64.b64decode(text, validate=True), dtype="<u4")
 
 
 def crc32c_of(data: bytes) -> int:
@@ -171,7 +178,7 @@ def read_bounded(path: str) -> bytes:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-_Model = TypeVar("_Model", bound=_Strict)
+_Model = TypeVar("_Model", bound=Strict)
 
 
 def validated(model: type[_Model], content: Any, where: str) -> _Model:

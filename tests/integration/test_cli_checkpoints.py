@@ -62,7 +62,7 @@ def test_inspect_describes_and_verifies(workplace, capsys):
     assert found["step"] == 1
     assert found["tracked"] == ["scheduler", "data"]
     assert found["damage"] == []
-    assert found["verified_chunks"] > 4
+    assert found["verified_chunks"] >= 3
     extents = pathlib.Path(saved, "step-000000001", "extents.bin")
     held = bytearray(extents.read_bytes())
     held[5] ^= 1
