@@ -66,7 +66,8 @@ class Config(BaseModel):
     machine that `hardware` names (a profile's name or file; default: what `offload probe` has stored); settings given
     explicitly stay as given. `plan`: a saved plan's file, or its text, to be used as it is. `step_aside`: when all
     training state takes at most half of `device_memory`, do not stream. `durability`: what survives a kill or a power
-    loss: nothing, the last `offload.save`, or the last step (docs/durability.md has what each costs). `pin`: page-lock host memory for a CUDA device.
+    loss: nothing, the last `offload.save`, or the last step (docs/durability.md has what each costs). `pin`: page-lock
+    host memory for a CUDA device.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)

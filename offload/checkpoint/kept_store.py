@@ -1,4 +1,4 @@
-"""Stores that outlived their process (durability `step`): find them, and read their last committed step as a manifest."""
+"""Stores that outlived their process (durability `step`): find them, read their last committed step as a manifest."""
 
 from __future__ import annotations
 
@@ -91,6 +91,8 @@ class KeptStore:
     paths: list[str]
     manifest: Manifest
     sequence: int
+    empty: list[str]
+    """Files of other dead runs beside it that had not committed a step."""
 
     @property
     def remains(self) -> list[str]:
@@ -101,7 +103,7 @@ class KeptStore:
 
     def remove(self) -> None:
         """Delete it. What describes it goes first: nobody finds half of it."""
-        for path in self.remains:
+        for path in [*self.remains, *self.empty]:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 
@@ -115,9 +117,11 @@ def manifests_in(directory: str) -> list[str]:
 def taken_over(directory: str, others: list[str]) -> Iterator[KeptStore]:
     """The store in `directory` (its other drives in `others`) with the latest committed step, locked meanwhile.
 
-    Raises CheckpointError when there is none, or only such as a living process uses; CorruptError when no record is whole.
+    Raises CheckpointError when there is none, or only such as a living process uses; CorruptError when no record is
+    whole.
     """
     busy: list[str] = []
+    empty: list[str] = []
     broken: list[CheckpointError] = []
     best: KeptStore | None = None
     with contextlib.ExitStack() as locks:
@@ -129,6 +133,9 @@ def taken_over(directory: str, others: list[str]) -> Iterator[KeptStore]:
                     busy.append(path)
                     continue
                 found = _last_committed(layout, files, path)
+                if found is None:
+                    empty += [path, *files]
+                    continue
             except CheckpointError as error:
                 broken.append(error)
                 continue
@@ -138,8 +145,11 @@ def taken_over(directory: str, others: list[str]) -> Iterator[KeptStore]:
             raise CheckpointError(f"{busy[0]}: a living process is using this store: wait for it, or stop it")
         if best is None and broken:
             raise broken[0]
+        if best is None and empty:
+            raise CheckpointError(f"{directory}: no step had been committed when the run ended: start again")
         if best is None:
             raise CheckpointError(f"{directory}: holds no checkpoint and no kept store")
+        best.empty.extend(empty)
         yield best
 
 
@@ -170,9 +180,11 @@ def _files_of(layout: _Layout, where: str, directories: list[str]) -> list[str]:
     return paths
 
 
-def _last_committed(layout: _Layout, paths: list[str], where: str) -> KeptStore:
+def _last_committed(layout: _Layout, paths: list[str], where: str) -> KeptStore | None:
+    """None when no record has ever been written."""
     records: list[_Record] = []
     why: list[CheckpointError] = []
+    n_blank = 0
     arena = HostArena(layout.slot_nbytes)
     try:
         engine = Engine(paths, stripe_nbytes=layout.stripe_nbytes)
@@ -183,6 +195,7 @@ def _last_committed(layout: _Layout, paths: list[str], where: str) -> KeptStore:
             try:
                 engine.read(arena.address, arena.nbytes, slot).wait()
                 content = arena.bytes_tensor[: layout.slot_nbytes].numpy().tobytes()
+                n_blank += content[:PAGE_NBYTES] == bytes(PAGE_NBYTES)
                 records.append(validated(_Record, unframe(RECORD_KIND, content, where), where))
             except (OSError, ValueError) as error:
                 why.append(CorruptError(f"{where}: a commit record cannot be read: {error}"))
@@ -190,10 +203,12 @@ def _last_committed(layout: _Layout, paths: list[str], where: str) -> KeptStore:
                 why.append(error)
     finally:
         engine.close()
+    if not records and n_blank:
+        return None  # one record has been begun at most
     if not records:
         raise CorruptError(f"{where}: neither of its two commit records is whole: {why[0]}")
     record = max(records, key=lambda r: r.sequence)
-    return KeptStore(where, paths, _compose(layout, record, where), record.sequence)
+    return KeptStore(where, paths, _compose(layout, record, where), record.sequence, [])
 
 
 def _compose(layout: _Layout, record: _Record, where: str) -> Manifest:

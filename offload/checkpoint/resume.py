@@ -205,11 +205,11 @@ def resume(model: nn.Module, directory: str, *, state: Mapping[str, Any] | None 
     """Go on where a run was saved, or was killed: training continues with the bits it would have had.
 
     `model` is wrapped, with any placement, budgets, drives, device and chunk size; the optimizer has the groups it had.
-    `directory` is a checkpoint, the directory given to `save` (its newest is taken), or a storage directory of a run with
-    durability 'step' (its last committed step; other drives are looked for in the model's own storage directories). The
-    objects in `state` are given their saved state by `load_state_dict`, and tracked from now on. With durability 'step' the
-    resumed step is committed at once, and a kept store that it came from is removed then. Memory used meanwhile: three
-    chunks with their state, beside the budgets.
+    `directory` is a checkpoint, the directory given to `save` (its newest is taken), or a storage directory of a run
+    with durability 'step' (its last committed step; other drives are looked for in the model's own storage
+    directories). The objects in `state` are given their saved state by `load_state_dict`, and tracked from now on. With
+    durability 'step' the resumed step is committed at once, and a kept store that it came from is removed then. Memory
+    used meanwhile: three chunks with their state, beside the budgets.
     Raises CheckpointError for another model, a newer format, or nothing to read; CorruptError when stored bytes are not
     those that were written. After either the model is not to be trained further.
     """

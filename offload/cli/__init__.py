@@ -188,9 +188,25 @@ def finetune_command(
     resume: Annotated[
         str | None,
         typer.Option(
-            help="Go on from the newest checkpoint in this directory, with the same numbers as if the run had never "
-            "stopped. Memory, drives and device may be others.",
+            help="Go on from the newest checkpoint in this directory, or from the last step in this storage directory "
+            "of a run with --durability step, with the numbers of a run that never stopped. Memory, drives and device "
+            "may be others.",
             rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    durability: Annotated[
+        str,
+        typer.Option(
+            help="What survives a kill or a power loss: none, checkpoint (what --checkpoints has saved) or step (every "
+            "step; takes twice the storage).",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = "checkpoint",
+    write_budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Most bytes to write to the drives, such as 40TB: the run saves and stops before a step exceeds it.",
+            rich_help_panel=_MEMORY,
         ),
     ] = None,
     save_plan: Annotated[
@@ -233,7 +249,8 @@ def finetune_command(
     seconds beside the measured ones, and how many steps the drives' endurance lasts.
 
     Ctrl-C and SIGTERM end the run with a summary and remove the store. With --checkpoints the step is finished and
-    saved first; a second signal stops at once, and the last checkpoint stays as it is.
+    saved first; a second signal stops at once, and the last checkpoint stays as it is. With --durability step the
+    store stays, with every step but the one that was being made.
     """  # fmt: skip
     settings = Settings(
         model=model, data=data, storage=storage or [], host_memory=host_memory, device_memory=device_memory,
@@ -243,6 +260,7 @@ def finetune_command(
         micro_batches=micro_batches, lr=lr, schedule=schedule, warmup_steps=warmup_steps, weight_decay=weight_decay,
         max_grad_norm=max_grad_norm, seed=seed, output=output, trace=trace, plot=plot,
         checkpoints=checkpoints, save_every=save_every, keep_last=keep_last, resume=resume,
+        durability=durability, write_budget=write_budget,
     )  # fmt: skip
     finetune(settings, JsonOutput(sys.stdout) if json_lines else TextOutput(sys.stderr, sys.stdout))
 

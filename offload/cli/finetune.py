@@ -21,6 +21,7 @@ from offload.cli.data import TokenStream
 from offload.cli.output import Output, StepReport
 from offload.cli.planned import Planning, Request, planning_of
 from offload.cli.stop import StopSignals
+from offload.config import parse_budget
 from offload.errors import ConfigError, OffloadError
 from offload.model.causal_lm_loss import why_not_chunked
 from offload.model.loading import dtype_of, load_gguf
@@ -32,10 +33,15 @@ from offload.runtime.shutdown import abandon, forget_frames
 from offload.schedule.run import endurance_steps
 from offload.schedule.trace import draw_timeline, write_trace
 from offload.tiers.rates import measure_rates
+from offload.tiers.wear import wear_of
 
 SCHEDULES = ("constant", "linear", "cosine")
 RECORDED_STEP = 3
 """Steady: the first writes what later ones follow, the second fills what they find."""
+
+
+class _BudgetUsed(Exception):
+    """The next step would write more than --write-budget allows."""
 
 
 class Interrupted(Exception):
@@ -76,6 +82,8 @@ class Settings:
     save_every: int | None = None
     keep_last: int | None = None
     resume: str | None = None
+    durability: str = "checkpoint"
+    write_budget: str | None = None
 
 
 def learning_rate_factor(step: int, schedule: str, warmup_steps: int, steps: int) -> float:
@@ -103,6 +111,14 @@ def _check(settings: Settings) -> None:
         raise ConfigError(
             f"--output {settings.output} cannot be written by this user: choose another directory"
         )
+    if settings.durability == "step" and not settings.storage:
+        raise ConfigError("--durability step keeps every step on storage: give --storage DIR")
+    if settings.write_budget is not None:
+        parse_budget(settings.write_budget, 0)
+        if settings.checkpoints is None and settings.durability != "step":
+            raise ConfigError(
+                "--write-budget stops the run where it can go on later: give --checkpoints DIR or --durability step"
+            )
     if settings.save_every is not None and settings.checkpoints is None:
         raise ConfigError("--save-every needs --checkpoints DIR: where the checkpoints are to be written")
     if settings.checkpoints is not None and not _can_be_made(settings.checkpoints):
@@ -175,6 +191,7 @@ def _wrap(
         "device_memory": settings.device_memory,
         "step_aside": settings.step_aside,
         "max_grad_norm": settings.max_grad_norm,
+        "durability": settings.durability,
         **planning.settings,
     }
     if model is None:
@@ -208,6 +225,9 @@ class _Totals:
 
     step: int = 0
     saved_step: int | None = None
+    written_by_drive: dict[str, int] = field(default_factory=dict)
+    checkpoint_nbytes: int = 0
+    """Written by checkpoints so far."""
     trainable_numel: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
@@ -218,6 +238,8 @@ class _Totals:
     stall_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     read_bytes: int = 0
     written_bytes: int = 0
+    most_written_nbytes: int = 0
+    """By one step."""
 
     def add(self, report: StepReport) -> None:
         """Count one step in."""
@@ -227,6 +249,7 @@ class _Totals:
         self.floor_fractions.append(report.floor_fraction)
         self.read_bytes += report.read_bytes
         self.written_bytes += report.written_bytes
+        self.most_written_nbytes = max(self.most_written_nbytes, report.written_bytes)
         for cause, seconds in report.stall_s.items():
             self.stall_s[cause] += seconds
 
@@ -252,6 +275,16 @@ class _Checkpoints:
 
     def __init__(self, model: nn.Module, tracked: dict[str, Any], settings: Settings, output: Output) -> None:
         self._model, self._tracked, self._settings, self._output = model, tracked, settings, output
+        self.written_nbytes = 0
+
+    @property
+    def next_nbytes(self) -> int:
+        """Bytes that one more checkpoint would write; 0 when none is wanted."""
+        if self._settings.checkpoints is None:
+            return 0
+        engine: Any = self._model.offload
+        layouts = [block.layout for block in [engine.root, *engine.blocks]]
+        return sum(layout.slot_nbytes + layout.state_nbytes for layout in layouts)
 
     def resume(self) -> int:
         """Steps made already."""
@@ -272,6 +305,7 @@ class _Checkpoints:
             self._model, self._settings.checkpoints, state=self._tracked, keep_last=self._settings.keep_last
         )
         self._output.note(f"saved {path}")
+        self.written_nbytes += sum(entry.stat().st_size for entry in os.scandir(path))
         return True
 
 
@@ -290,12 +324,15 @@ def _train(
         lambda step: learning_rate_factor(step, settings.schedule, settings.warmup_steps, settings.steps),
     )
     batches = stream.batches(settings.batch_size, settings.seed)
-    checkpoints = _Checkpoints(model, {"scheduler": scheduler, "data": batches}, settings, output)
+    tracked = {"scheduler": scheduler, "data": batches}
+    model.offload.track(**tracked)
+    checkpoints = _Checkpoints(model, tracked, settings, output)
     start = checkpoints.resume()
     if settings.checkpoints is not None:
         signals.finish_step(
             lambda: output.note("stopping: this step ends and is saved; once more to stop at once")
         )
+    budget_nbytes = None if settings.write_budget is None else parse_budget(settings.write_budget, 0)
     counted = model.offload.counters()
     start_s = time.perf_counter()
     for step in range(start + 1, settings.steps + 1):
@@ -334,11 +371,35 @@ def _train(
         )
         totals.add(report)
         output.step(report)
-        if checkpoints.after_step(step, signals.requested):
+        totals.written_by_drive = model.offload.written_by_drive()
+        used_up = (
+            budget_nbytes is not None
+            and step < settings.steps
+            and (
+                sum(totals.written_by_drive.values())
+                + checkpoints.written_nbytes
+                + checkpoints.next_nbytes
+                + totals.most_written_nbytes
+                > budget_nbytes
+            )
+        )
+        if checkpoints.after_step(step, signals.requested or used_up):
             totals.saved_step = step
+            totals.checkpoint_nbytes = checkpoints.written_nbytes
             counted = model.offload.counters()  # what a checkpoint read and wrote is not the next step's
+        if used_up:
+            raise _BudgetUsed
         start_s = time.perf_counter()
         signals.check()
+
+
+def _wear(settings: Settings) -> dict[str, str]:
+    """What each storage drive says of its wear."""
+    found: dict[str, str] = {}
+    for directory in settings.storage:
+        worn = wear_of(directory)
+        found[directory] = worn if isinstance(worn, str) else f"{worn.device}: {worn.used_fraction:.0%} used"
+    return found
 
 
 def _summary(settings: Settings, totals: _Totals, status: str) -> dict[str, Any]:
@@ -361,6 +422,9 @@ def _summary(settings: Settings, totals: _Totals, status: str) -> dict[str, Any]
         "read_gb": totals.read_bytes / 1e9,
         "written_gb": totals.written_bytes / 1e9,
         "written_bytes_per_step": written_a_step,
+        "written_gb_by_drive": {name: nbytes / 1e9 for name, nbytes in totals.written_by_drive.items()},
+        "checkpoints_gb": totals.checkpoint_nbytes / 1e9,
+        "drive_wear": _wear(settings),
         "endurance_steps": endurance_steps(totals.hardware, written_a_step) if totals.hardware else None,
         "read_bytes_per_parameter_and_step": totals.read_bytes / per_step,
         "written_bytes_per_parameter_and_step": totals.written_bytes / per_step,
@@ -390,12 +454,19 @@ def _run(settings: Settings, output: Output, totals: _Totals, signals: StopSigna
             f"{engine.trainable_numel / 1e6:.1f} M trainable parameters; {stream.n_tokens:,} tokens in "
             f"{settings.data}, {settings.steps * settings.batch_size / stream.n_sequences:.2f} epochs"
         )
-        _train(model, optimizer, stream, settings, output, totals, FloorMeter(rates), signals)
+        try:
+            _train(model, optimizer, stream, settings, output, totals, FloorMeter(rates), signals)
+        except _BudgetUsed:
+            output.note(
+                f"stopped after step {totals.step}: the next would exceed --write-budget {settings.write_budget}"
+            )
+            engine.close()
+            return _summary(settings, totals, "write budget used")
         engine.flush()
         if settings.output is not None:
             output.note(f"writing {settings.output}")
             export(model, settings.output, tokenizer=tokenizer)
-        engine.close()
+        engine.close(remove=True)
     except BaseException:
         signals.cleaning_up()
         abandon(engine)  # the step was cut in the middle: only files matter now
@@ -421,6 +492,9 @@ def finetune(settings: Settings, output: Output) -> dict[str, Any]:
             saved = (
                 f"; step {totals.saved_step} is saved in {settings.checkpoints}" if totals.saved_step else ""
             )
-            raise Interrupted(f"{when}; the store has been removed, nothing was exported{saved}") from None
+            store = "the store has been removed, nothing was exported"
+            if settings.durability == "step" and totals.step:
+                store = f"every step but the last is safe: go on with --resume {settings.storage[0]}"
+            raise Interrupted(f"{when}; {store}{saved}") from None
     output.summary(summary)
     return summary

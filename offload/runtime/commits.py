@@ -1,13 +1,13 @@
 """Durability `step`: every optimizer step becomes the committed one by a small record, or leaves no trace.
 
-[Note: commit order] The updates of step n write the sides that step n - 1 has not committed. When all of them have been
-written: fdatasync; then the record of step n (which sides, their checksums, step counts, training state) goes to the one of
-two slots that does not hold the record of step n - 1; fdatasync. Only then may an update of step n + 1 begin. A thread
-does this beside the forward pass of step n + 1, so that nobody waits unless the drives are slower than a forward pass.
+[Note: commit order] The updates of step n write the sides that step n - 1 has not committed. When all of them have
+been written: fdatasync; then the record of step n (which sides, their checksums, step counts, training state) goes to
+the one of two slots that does not hold the record of step n - 1; fdatasync. Only then may an update of step n + 1
+begin. A thread does this beside the forward pass of step n + 1: nobody waits unless the drives are slower than that.
 
 [Note: when state is read] What forward draws from or changes (random states, data positions, buffers) is read when
-`optimizer.step()` ends, before the next batch is drawn. What follows the step in the user's loop (learning rates and their
-schedulers) is read when the next forward begins, or at the next flush. Both are states of the same boundary.
+`optimizer.step()` ends, before the next batch is drawn. What follows the step in the user's loop (learning rates and
+their schedulers) is read when the next forward begins, or at the next flush. Both are states of the same boundary.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class StepCommits:
         self._record = HostArena(self._slot_nbytes)
         self.sequence = 0
         """Records written by this store."""
+        self.started = False
         self._early: dict[str, Any] | None = None
         self._step_counts: dict[int, int] = {}
         self._thread: threading.Thread | None = None
@@ -74,14 +75,13 @@ class StepCommits:
     # ---- the first record --------------------------------------------------------------------------------------
 
     def start(self, optimizer: OffloadOptimizer) -> None:
-        """Make the present state the first committed one: what is in memory is written, everything is summed."""
-        if self.sequence:
-            return
-        self._store.describe(frame(LAYOUT_KIND, json.dumps(self._layout())))
+        """Make the present state one to roll back to: what is in memory is written, everything is summed.
+
+        It gets no record: before the first step there is nothing that a new run would not have too.
+        """
         self._sum_and_write()
-        self.step_ended(optimizer)
-        self.begin(optimizer)
-        self.wait()
+        self._step_counts = optimizer.all_steps()
+        self.started = True
 
     def replace(self) -> None:
         """All state is about to be written anew: to the sides that are not committed."""
@@ -94,10 +94,7 @@ class StepCommits:
 
     def replaced(self, optimizer: OffloadOptimizer) -> None:
         """All state has been written anew: commit it."""
-        if not self.sequence:
-            self.start(optimizer)
-            return
-        self._sum_and_write()
+        self.start(optimizer)
         self.step_ended(optimizer)
         self.begin(optimizer)
         self.wait()
@@ -196,7 +193,7 @@ class StepCommits:
 
     def next_forward(self, optimizer: OffloadOptimizer) -> None:
         """A forward begins: the first one starts it all, each later one commits the step before, if it can be."""
-        if not self.sequence and self._thread is None:
+        if not self.started:
             self.start(optimizer)
         if self.due and not any(block.pending_update for block in self._blocks):
             self.begin(optimizer)
@@ -253,16 +250,21 @@ class StepCommits:
                     f"the training state of a step takes {len(content)} bytes, {self._slot_nbytes} are kept for it: "
                     "track less, or use durability='checkpoint'"
                 )
-            self._store.engine.sync()
+            self._sync()
+            if record["sequence"] == 1:
+                self._store.describe(frame(LAYOUT_KIND, json.dumps(self._layout())))
             self._record.bytes_tensor[:nbytes].zero_()
             self._record.bytes_tensor[: len(content)] = torch.from_numpy(
                 np.frombuffer(content, np.uint8).copy()
             )
             slot = self._slots[record["sequence"] % 2]
             self._store.engine.write(self._record.address, nbytes, slot).wait()
-            self._store.engine.sync()
+            self._sync()
         except BaseException as error:
             self._failure = error
+
+    def _sync(self) -> None:
+        self._store.engine.sync()
 
     def wait(self) -> None:
         """Return when the record being written is on the drives. Raises StoreError when it could not be written."""

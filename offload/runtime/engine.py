@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import math
+import os
 import time
 import weakref
 from collections.abc import Iterator
@@ -277,11 +278,8 @@ class OffloadEngine:
             self._scheduler.drop_copies(block)
         self.discard_gradients()
         optimizer.discarded_steps += 1
-        logger.warning(
-            "step %d is discarded: the norm of its gradients is %s",
-            optimizer.steps_made + 1,
-            float(optimizer.grad_norm),
-        )
+        norm = float("nan") if optimizer.grad_norm is None else float(optimizer.grad_norm)
+        logger.warning("step %d is discarded: its gradients' norm is %s", optimizer.steps_made + 1, norm)
 
     def optimizer_step(self) -> None:
         """Decide the updates of this step that have not been made during backward."""
@@ -401,8 +399,7 @@ class OffloadEngine:
                     f"{wish}: block {block.name} has gradients that no optimizer.step() has used: call it between two "
                     "steps, after step()"
                 )
-        if self.commits is not None and self.commits.sequence:
-            self._previous_step_durable()
+        self._previous_step_durable()
         return optimizer
 
     def track(self, **state: Any) -> None:
@@ -438,6 +435,17 @@ class OffloadEngine:
             return {"read_bytes": 0, "written_bytes": 0}
         counted = store.engine.counters()
         return {"read_bytes": counted["read_bytes"], "written_bytes": counted["written_bytes"]}
+
+    def written_by_drive(self) -> dict[str, int]:
+        """Bytes written to each storage directory so far."""
+        store = self._assembly.resources.store
+        if store is None:
+            return {}
+        written: dict[str, int] = {}
+        for path, drive in zip(store.paths, store.engine.counters()["drives"], strict=True):
+            directory = os.path.dirname(path)
+            written[directory] = written.get(directory, 0) + int(drive["written_bytes"])
+        return written
 
     @property
     def trainable_numel(self) -> int:

@@ -104,3 +104,80 @@ def test_sigterm_finishes_the_step_saves_it_and_the_next_run_goes_on(tmp_path):
     status, out, err = end(child, 60)
     assert status == 0, err
     assert [json.loads(line).get("step") for line in out.splitlines()] == [last + 1, None]
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(200)
+def test_a_killed_run_with_durable_steps_goes_on_from_its_store(tmp_path):
+    """SIGKILL, then SIGTERM, then to the end: the losses are those of a run that was left alone."""
+    from tests.conftest import build
+
+    build("llama", layers=2).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    command = "import sys, torch; torch.set_num_threads(1); from offload.cli import main; main(sys.argv[1:])"
+    arguments = [
+        "finetune", "--model", tmp_path / "model", "--data", tmp_path / "text.txt", "--host-memory", "100MB",
+        "--device-memory", "100MB", "--step-aside", "never", "--batch-size", 2, "--sequence-length", 16, "--json",
+        "--steps", 400,
+    ]  # fmt: skip
+    durable = ["--storage", tmp_path / "store", "--durability", "step"]
+    losses = {}
+    for number, resumed in ((signal.SIGKILL, []), (signal.SIGTERM, ["--resume", tmp_path / "store"])):
+        child = start(command, *arguments, *durable, *resumed)
+        seen = [child.stdout.readline() for _ in range(4)]
+        assert all(seen), end(child)
+        child.send_signal(number)
+        status, out, err = end(child, 60)
+        assert status in (-signal.SIGKILL, 130), err
+        for line in [*map(json.loads, seen), *map(json.loads, filter(whole_line, out.splitlines()))]:
+            if "step" in line:
+                assert losses.setdefault(line["step"], line["loss"]) == line["loss"]
+    assert f"--resume {tmp_path}/store" in err
+    last = str(max(losses) + 2)
+    child = start(command, *arguments, *durable, "--resume", tmp_path / "store", "--steps", last)
+    status, out, err = end(child, 60)
+    assert status == 0, err
+    for line in map(json.loads, out.splitlines()):
+        if "step" in line:
+            assert losses.setdefault(line["step"], line["loss"]) == line["loss"]
+    assert os.listdir(tmp_path / "store") == []
+    child = start(command, *arguments, "--storage", tmp_path / "other", "--steps", last)
+    status, out, err = end(child, 60)
+    assert status == 0, err
+    expected = {line["step"]: line["loss"] for line in map(json.loads, out.splitlines()) if "step" in line}
+    assert losses == expected
+
+
+def whole_line(text):
+    """A line that the kill has not cut."""
+    return text.startswith("{") and text.endswith("}")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_what_to_do(workplace, capsys):
+    assert finetune(workplace, "--lr", "1e30", "--steps", "20") == 1
+    assert "lower --lr" in capsys.readouterr().err
+    assert os.listdir(workplace / "store") == []
+
+
+@pytest.mark.parametrize("level", ["checkpoint", "step"])
+def test_a_write_budget_stops_the_run_before_it_is_exceeded_where_it_can_go_on(workplace, capsys, level):
+    more = ["--json", "--steps", "6", "--durability", level]
+    kept = f"{workplace}/saved" if level == "checkpoint" else f"{workplace}/store"
+    first = ["--checkpoints", f"{workplace}/first"] if level == "checkpoint" else []
+    assert finetune(workplace, *more, *first) == 0
+    expected, whole, _ = lines_of(capsys)
+    more += ["--checkpoints", kept] if level == "checkpoint" else []
+    written = sum(whole["written_gb_by_drive"].values()) + whole["checkpoints_gb"]
+    assert finetune(workplace, *more, "--write-budget", f"{int(0.8 * written * 1e9)}") == 0
+    losses, summary, said = lines_of(capsys)
+    assert summary["status"] == "write budget used"
+    assert 1 <= max(losses) < 6
+    assert "the next would exceed --write-budget" in said
+    spent = sum(summary["written_gb_by_drive"].values()) + summary["checkpoints_gb"]
+    assert spent <= 0.8 * written
+    assert finetune(workplace, *more, "--resume", kept) == 0
+    rest, _, _ = lines_of(capsys)
+    assert losses | rest == expected
+    assert finetune(workplace, "--write-budget", "1GB") == 2
+    assert "--checkpoints DIR or --durability step" in capsys.readouterr().err
