@@ -1,6 +1,6 @@
 """Full fine-tuning of models far larger than the device, streamed between device, DRAM and NVMe."""
 
-from offload.checkpoint import Resumed, export, inspect, load, resume, save
+from offload.checkpoint import Resumed, export, from_deepspeed, inspect, load, resume, save
 from offload.errors import (
     BudgetError,
     CheckpointError,
@@ -27,6 +27,7 @@ __all__ = [
     "StoreError",
     "UsageError",
     "export",
+    "from_deepspeed",
     "inspect",
     "load",
     "resume",
