@@ -94,14 +94,14 @@ void UpdatePipeline::check(const UpdateJob& job, std::size_t n_chunks) const {
   }
 }
 
-// Chunks with something to update, in order; all of them where the parameters have to be read anyway.
+// Chunks with something to update, in order; all of them where the parameters have to be read or moved anyway.
 std::vector<std::size_t> UpdatePipeline::chunks_to_do(const UpdateJob& job, std::size_t n_chunks) const {
   std::vector<std::size_t> chunks;
   auto segment = job.segments.begin();
   for (std::size_t index = 0; index < n_chunks; ++index) {
     while (segment != job.segments.end() && segment->start + segment->n <= index * chunk_elements_) ++segment;
     const bool touched = segment != job.segments.end() && segment->start < (index + 1) * chunk_elements_;
-    if (touched || job.read_param) chunks.push_back(index);
+    if (touched || job.read_param || job.state_out_offset >= 0) chunks.push_back(index);
   }
   return chunks;
 }

@@ -73,7 +73,7 @@ class UpdatePipeline {
 
   // Queues a job; its ticket completes when every write of it has. Jobs may be queued on bytes that earlier jobs still
   // write: the later chunk waits. Chunks that no segment touches are neither read nor written, unless read_param is
-  // set. Throws std::invalid_argument for a job that cannot run as described.
+  // set or there is a state_out_offset. Throws std::invalid_argument for a job that cannot run as described.
   std::shared_ptr<io::Ticket> submit(UpdateJob job);
   // Finishes what is queued and stops the threads.
   void close();

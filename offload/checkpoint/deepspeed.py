@@ -1,7 +1,7 @@
 """The fp32 weights of a DeepSpeed ZeRO checkpoint as a Hugging Face directory, tensor by tensor.
 
-DeepSpeed writes pickles. They are read by torch's restricted unpickler, which calls nothing but tensor constructors; the
-few DeepSpeed classes inside (loss scalers, enumerations) become empty stand-ins. Layouts: stages 1 to 3, as
+DeepSpeed writes pickles. They are read by torch's restricted unpickler, which calls nothing but tensor constructors;
+the few DeepSpeed classes inside (loss scalers, enumerations) become empty stand-ins. Layouts: stages 1 to 3, as
 `deepspeed/utils/zero_to_fp32.py` of DeepSpeed 0.19 describes them.
 """
 
@@ -175,10 +175,10 @@ def from_deepspeed(directory: str, out_dir: str, *, config_from: str | None = No
     """Write the fp32 weights of a DeepSpeed ZeRO checkpoint as `out_dir/model.safetensors`. Returns its path.
 
     `directory` is what was given to `engine.save_checkpoint` (its `latest` is taken), or one folder in it.
-    `config_from`: a Hugging Face directory whose config and tokenizer are copied beside, so that `offload.load(out_dir)`
-    trains on with these values as masters. Memory used: one tensor (stages 1 and 2: one optimizer group). Frozen
-    parameters are not in such shards: take them from the base model. Raises CheckpointError when shards are missing, cut
-    or hold anything but tensors and plain data.
+    `config_from`: a Hugging Face directory whose config and tokenizer are copied beside, so that
+    `offload.load(out_dir)` trains on with these values as masters. Memory used: one tensor (stages 1 and 2: one
+    optimizer group). Frozen parameters are not in such shards: take them from the base model. Raises CheckpointError
+    when shards are missing, cut or hold anything but tensors and plain data.
     """
     path = os.path.join(out_dir, SINGLE_FILE)
     if os.path.exists(path):

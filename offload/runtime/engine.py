@@ -83,12 +83,9 @@ class OffloadEngine:
         self._optimizer = weakref.ref(optimizer)
         self._scheduler = _make_scheduler(parts, self.stalls, self.spans)
         self._gradients = self._scheduler.gradients
-<<<<<<< HEAD
+        self._early_root = EarlyRoot(self.root, config.chunk_elements)
         self.tracked: dict[str, Stateful] = {}
         self.commits = _make_commits(model, parts, config, self.tracked)
-=======
-        self._early_root = EarlyRoot(self.root, config.chunk_elements)
->>>>>>> main
         self.activations = _make_activations(parts, config, self.stalls, self.spans, self.plan is not None)
         self._step_start_s = time.perf_counter()
         try:
@@ -209,6 +206,8 @@ class OffloadEngine:
         """Update what the blocks' backward does not use or change; see runtime/early_root.py."""
         if not self._sync or self._defers(self.root) or self._assembly.in_device is not None:
             return
+        if self.commits is not None:
+            return  # the whole root goes to its other side in one update
         final, chunks = self._early_root.take()
         if not final:
             return
@@ -222,16 +221,10 @@ class OffloadEngine:
 
     def _backward_ended(self) -> None:
         self._backward_open = False
-<<<<<<< HEAD
-        if self._sync and not self._defers(self.root) and self.root.touched:
-            if self.root.updated_since_step:
-                raise UsageError("backward ran again before optimizer.step(); use model.offload.no_sync()")
-            self._previous_step_durable()
-=======
         if self._sync and not self._defers(self.root) and self._scheduler.root_has_gradients():
             if not self._early_root.has_updated:
                 self._refuse_second_backward()
->>>>>>> main
+            self._previous_step_durable()
             self._scheduler.wait_resident(self.root)
             if self.commits is not None:
                 self.root.grad_norms = self._norms(self.root)
