@@ -13,6 +13,7 @@ device slot (`Residency`), and an update makes that copy outdated.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -324,7 +325,7 @@ class Scheduler:
         block.grads_waiting = False
 
     @staticmethod
-    def _other_side(block: BlockRecord, position: int, plane_offset_nbytes: int) -> dict[str, int]:
+    def _other_side(block: BlockRecord, position: int, plane_offset_nbytes: int) -> dict[str, Any]:
         """Where the update of a block with two sides writes ([Note: two sides] in stores/sides.py)."""
         sides = block.sides
         if sides is None:

@@ -18,20 +18,26 @@ from tests.conftest import build
 pytest.importorskip("transformers")
 
 
-class LossScaler:
-    """As DeepSpeed's: an object of a foreign class among the tensors."""
-
-    def __init__(self):
-        self.cur_scale = 1.0
+FOREIGN = "deepspeed.runtime.fp16.loss_scaler"
 
 
-def zero_checkpoint(place, named, n_ranks, stage, monkeypatch):
+def foreign_object(monkeypatch):
+    """An object of a class of DeepSpeed's, as its checkpoints have among the tensors; nobody has it at reading."""
+    parts = FOREIGN.split(".")
+    for n in range(1, len(parts) + 1):
+        name = ".".join(parts[:n])
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    scaler = type("LossScaler", (), {"__module__": FOREIGN})
+    sys.modules[FOREIGN].LossScaler = scaler
+    made = scaler()
+    made.cur_scale = 1.0
+    return made
+
+
+def zero_checkpoint(place, named, n_ranks, stage):
     """Shards as DeepSpeed lays them out, made from whole tensors by the rules of its own reader."""
-    module = types.ModuleType("deepspeed.runtime.fp16.loss_scaler")
-    module.LossScaler = LossScaler
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(LossScaler, "__module__", module.__name__)
-    monkeypatch.setattr(LossScaler, "__qualname__", "LossScaler")
+    patch = pytest.MonkeyPatch()
+    scaler = foreign_object(patch)
     folder = place / "global_step5"
     folder.mkdir(parents=True)
     (place / "latest").write_text("global_step5")
@@ -53,7 +59,7 @@ def zero_checkpoint(place, named, n_ranks, stage, monkeypatch):
                 rank.append(part.clone())
     key = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     for index, rank in enumerate(ranks):
-        held = {"zero_stage": stage, "partition_count": n_ranks, key: rank, "loss_scaler": LossScaler()}
+        held = {"zero_stage": stage, "partition_count": n_ranks, key: rank, "loss_scaler": scaler}
         torch.save(
             {"optimizer_state_dict": held}, folder / f"zero_pp_rank_{index}_mp_rank_00_optim_states.pt"
         )
@@ -65,18 +71,18 @@ def zero_checkpoint(place, named, n_ranks, stage, monkeypatch):
         }
         prefix = f"zero_pp_rank_{index}_" if stage == 3 else ""
         torch.save(model, folder / f"{prefix}mp_rank_00_model_states.pt")
-    monkeypatch.delitem(sys.modules, module.__name__)
+    patch.undo()
     return folder
 
 
 @pytest.mark.parametrize("n_ranks", [1, 3])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_fp32_weights_of_a_zero_checkpoint_arrive_bit_for_bit(tmp_path, stage, n_ranks, monkeypatch):
+def test_the_fp32_weights_of_a_zero_checkpoint_arrive_bit_for_bit(tmp_path, stage, n_ranks):
     model = build("llama", layers=2)
     model.save_pretrained(tmp_path / "base")
     with torch.no_grad():
         named = {n: torch.randn_like(p) for n, p in model.named_parameters()}
-    zero_checkpoint(tmp_path / "zero", named, n_ranks, stage, monkeypatch)
+    zero_checkpoint(tmp_path / "zero", named, n_ranks, stage)
     path = offload.from_deepspeed(
         str(tmp_path / "zero"), str(tmp_path / "out"), config_from=str(tmp_path / "base")
     )
@@ -88,9 +94,9 @@ def test_the_fp32_weights_of_a_zero_checkpoint_arrive_bit_for_bit(tmp_path, stag
         offload.from_deepspeed(str(tmp_path / "zero"), str(tmp_path / "out"))
 
 
-def test_missing_and_cut_shards_are_named(tmp_path, monkeypatch):
+def test_missing_and_cut_shards_are_named(tmp_path):
     named = {f"w{i}": torch.randn(5, 3) for i in range(4)}
-    folder = zero_checkpoint(tmp_path / "zero", named, 2, 3, monkeypatch)
+    folder = zero_checkpoint(tmp_path / "zero", named, 2, 3)
     shard = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     whole = shard.read_bytes()
     shard.write_bytes(whole[: len(whole) // 2])
@@ -116,8 +122,8 @@ class Executes:
         return os.mkdir, (self.path,)
 
 
-def test_a_pickle_that_executes_something_is_refused_and_executes_nothing(tmp_path, monkeypatch):
-    folder = zero_checkpoint(tmp_path / "zero", {"w": torch.randn(4)}, 1, 3, monkeypatch)
+def test_a_pickle_that_executes_something_is_refused_and_executes_nothing(tmp_path):
+    folder = zero_checkpoint(tmp_path / "zero", {"w": torch.randn(4)}, 1, 3)
     trap = str(tmp_path / "executed")
     torch.save({"optimizer_state_dict": Executes(trap)}, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
     with pytest.raises(CheckpointError, match="more than tensors and plain data"):
