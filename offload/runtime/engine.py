@@ -262,6 +262,7 @@ class OffloadEngine:
             if block.updated_since_step or (block.touched and not block.is_root):
                 norms += block.grad_norms
         if not norms:
+            optimizer.grad_norm = None  # nothing to judge the step by
             return 1.0
         total = torch.linalg.vector_norm(torch.stack(norms))
         optimizer.grad_norm = total
