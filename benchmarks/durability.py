@@ -1,6 +1,6 @@
 """What durable steps and checksums cost in step time, storage-bound, and what a checkpoint costs.
 
-Three runs of the same model take turns, one step each, in an order shuffled in every round: level `checkpoint`, level
+Three runs of the same model take turns, some steps each, in an order shuffled in every round: level `checkpoint`, level
 `step`, and level `step` without its checksums. All state is on storage, and a step has few tokens, so that the drive
 limits it.
 """
@@ -49,19 +49,20 @@ class Side:
         self.seconds: list[float] = []
         self.losses: list[float] = []
 
-    def step(self) -> None:
-        """One step, until all of its bytes are written (and, where that is promised, committed)."""
+    def turn(self, n_steps: int) -> None:
+        """Steps one after the other, until all of their bytes are written and, where that is promised, committed."""
         begin_s = time.perf_counter()
-        loss = self.model(self.batch)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.losses.append(float(loss.detach()))
+        for _ in range(n_steps):
+            loss = self.model(self.batch)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.losses.append(float(loss.detach()))
         engine = self.model.offload
         engine.flush()
         if engine.commits is not None:
             engine._previous_step_durable()
-        self.seconds.append(time.perf_counter() - begin_s)
+        self.seconds.append((time.perf_counter() - begin_s) / n_steps)
 
     def storage_nbytes(self) -> int:
         """Of its store."""
@@ -85,9 +86,10 @@ def main() -> None:
     parser.add_argument("--model", choices=SHAPES, default="34m")
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=4, help="steps a turn, not waited for in between")
     parser.add_argument("--storage", required=True)
     parser.add_argument("--device-memory", default="200MB")
-    parser.add_argument("--host-memory", default="32MB")
+    parser.add_argument("--host-memory", default="16MB")
     parser.add_argument("--json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -100,7 +102,7 @@ def main() -> None:
         order = random.Random(0)
         for round_index in range(arguments.rounds + 2):
             for side in order.sample(sides, len(sides)):
-                side.step()
+                side.turn(arguments.steps)
                 if round_index == 1:
                     side.seconds.clear()  # the first two fill what later steps find
         if any(side.losses != sides[0].losses for side in sides):
