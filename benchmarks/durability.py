@@ -38,7 +38,13 @@ class Side:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         level = "checkpoint" if name == "checkpoint" else "step"
         self.model, self.optimizer = offload.wrap(
-            model, optimizer, storage=[storage], durability=level, step_aside="never", **budgets
+            model,
+            optimizer,
+            storage=[storage],
+            durability=level,
+            step_aside="never",
+            verify_reads=True,
+            **budgets,
         )
         self.name, self.storage = name, storage
         if name == "step_without_checksums":

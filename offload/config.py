@@ -66,7 +66,8 @@ class Config(BaseModel):
     machine that `hardware` names (a profile's name or file; default: what `offload probe` has stored); settings given
     explicitly stay as given. `plan`: a saved plan's file, or its text, to be used as it is. `step_aside`: when all
     training state takes at most half of `device_memory`, do not stream. `durability`: what survives a kill or a power
-    loss: nothing, the last `offload.save`, or the last step (docs/durability.md has what each costs). `pin`: page-lock
+    loss: nothing, the last `offload.save`, or the last step (docs/durability.md has what each costs); with the last,
+    `verify_reads` checks what updates read against its checksums. `pin`: page-lock
     host memory for a CUDA device.
     """
 
@@ -92,6 +93,7 @@ class Config(BaseModel):
     update_threads: int = Field(default=max(1, min(4, (os.cpu_count() or 1) // 2)), ge=1)
     keep_store: bool = False
     durability: Literal["none", "checkpoint", "step"] = "checkpoint"
+    verify_reads: bool = False
     batch: tuple[int, int] | None = None
     hardware: str | None = None
     plan: str | None = None

@@ -52,9 +52,11 @@ class StepCommits:
         store: Store,
         chunk_elements: int,
         tracked: Mapping[str, Stateful],
+        verify_reads: bool,
     ) -> None:
         self._model, self._blocks, self._store, self._tracked = model, blocks, store, tracked
         self._chunk_elements = chunk_elements
+        self._verify_reads = verify_reads
         self._slot_nbytes = record_nbytes([b.layout for b in blocks], chunk_elements)
         self._slots = [store.allocate(self._slot_nbytes) for _ in range(2)]
         self._record = HostArena(self._slot_nbytes)
@@ -119,7 +121,7 @@ class StepCommits:
                     target = sides.state_offsets[position][sides.current]
                     target += chunk.start * STATE_NBYTES_PER_ELEMENT[buffer.codec]
                     sums[1] = self._put(piece, arena, [target])
-            sides.verifies = True
+            sides.verifies = self._verify_reads
 
     def _put(self, piece: Any, arena: HostArena, targets: list[int]) -> int:
         """Write a piece to each of the targets that it is not at; its checksum."""

@@ -559,7 +559,9 @@ def _make_commits(
     store = parts.resources.store
     if config.durability != "step" or store is None:
         return None
-    return StepCommits(model, [parts.root, *parts.blocks], store, config.chunk_elements, tracked)
+    return StepCommits(
+        model, [parts.root, *parts.blocks], store, config.chunk_elements, tracked, config.verify_reads
+    )
 
 
 def _make_activations(

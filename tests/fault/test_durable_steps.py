@@ -243,7 +243,7 @@ def test_a_disk_that_fills_in_the_middle_of_a_step_costs_that_step_only(tmp_path
 
 
 def test_bytes_that_change_on_the_drive_are_noticed_before_they_are_used(tmp_path):
-    run = durable(tmp_path / "d")
+    run = durable(tmp_path / "d", verify_reads=True)
     run.steps(2)
     run.model.offload.flush()
     sides = run.model.offload.blocks[1].sides
