@@ -66,7 +66,7 @@ class Run:
         if "device_memory" not in settings:
             settings.update(smallest(model, optimizer, settings))
         self.model, self.optimizer = offload.wrap(model, optimizer, **settings)
-        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=2e-2, total_steps=1000)
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=2e-2, total_steps=10_000)
         self.data = Data()
         self.losses = []
 
