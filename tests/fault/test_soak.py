@@ -73,7 +73,10 @@ def check(place, n_steps, seed):
     losses, seen = soak(place, n_steps, seed)
     assert losses == expected
     warm = seen[WARM_LIVES:] or seen[-1:]
-    assert len({(fds, threads) for fds, threads, _, _ in warm}) == 1, seen
+    assert len({fds for fds, *_ in warm}) == 1, seen
+    counts = [threads for _, threads, *_ in warm]
+    assert max(counts) <= min(counts) + 1, "more than one commit of a run that was forgotten is going on"
+    assert min(counts[len(counts) // 2 :]) == min(counts), "threads pile up"
     assert (
         max(nbytes for *_, nbytes in warm) == min(nbytes for *_, nbytes in warm)
         or len(warm) < 2
