@@ -133,6 +133,7 @@ bench: $(VENV)/.stamp-package
 	@mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/io_engine.py --json benchmarks/results/io_engine.json
 	$(BIN)/python benchmarks/optimizer.py --json benchmarks/results/optimizer.json
+	mkdir -p build/bench && $(BIN)/python benchmarks/durability.py --storage build/bench --json benchmarks/results/durability.json
 	$(BIN)/python benchmarks/train_step.py --json benchmarks/results/train_step.json $(ARGS)
 
 check:

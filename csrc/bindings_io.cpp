@@ -6,6 +6,7 @@
 
 #include "bindings.h"
 #include "common/aligned_buffer.h"
+#include "common/crc32c.h"
 #include "io/engine.h"
 
 namespace py = pybind11;
@@ -59,6 +60,12 @@ std::shared_ptr<io::Faults> faults_from(const py::dict& settings) {
       faults->fail_count = value.cast<std::uint64_t>();
     else if (name == "delay_ms")
       faults->delay_ms = value.cast<std::uint64_t>();
+    else if (name == "power_loss_nth")
+      faults->power_loss_nth = value.cast<std::uint64_t>();
+    else if (name == "seed")
+      faults->seed = value.cast<std::uint64_t>();
+    else if (name == "quota_pages")
+      faults->quota_pages = value.cast<std::uint64_t>();
     else if (name == "errno")
       faults->error = value.cast<int>();
     else if (name == "short_every")
@@ -104,6 +111,16 @@ void bind_io(py::module_& module) {
       PyErr_SetObject(PyExc_OSError, py::make_tuple(error.code().value(), error.what()).ptr());
     }
   });
+
+  module.def(
+      "crc32c",
+      [](std::uintptr_t address, std::size_t nbytes, std::uint32_t crc, bool by_table) {
+        const void* const from = reinterpret_cast<const void*>(address);
+        py::gil_scoped_release release;
+        return by_table ? crc32c_by_table(from, nbytes, crc) : crc32c(from, nbytes, crc);
+      },
+      py::arg("address"), py::arg("nbytes"), py::arg("crc") = 0, py::arg("by_table") = false);
+  module.def("crc32c_kind", &crc32c_kind);
 
   py::class_<AlignedBuffer>(module, "Arena", py::buffer_protocol())
       .def(py::init<std::size_t>(), py::arg("nbytes"))
@@ -168,6 +185,7 @@ void bind_io(py::module_& module) {
           },
           py::call_guard<py::gil_scoped_release>())
       .def("counters", &counters)
+      .def("sync", &io::Engine::sync, py::call_guard<py::gil_scoped_release>())
       .def("cancel", &io::Engine::cancel, py::call_guard<py::gil_scoped_release>())
       .def("close", &io::Engine::close, py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("backend", &io::Engine::backend)

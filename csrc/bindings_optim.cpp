@@ -50,6 +50,8 @@ optim::UpdateJob make_job(const std::string& param_codec, std::size_t n_elements
                           std::uintptr_t state_host_address, std::size_t host_chunks, std::uintptr_t grad_address,
                           const std::string& grad_dtype, std::int64_t grad_offset,
                           std::shared_ptr<io::Ticket> grad_gate, std::int64_t tag, bool reorders,
+                          std::int64_t param_out_offset, std::int64_t state_out_offset,
+                          std::uintptr_t checksums_address, std::uintptr_t expected_address,
                           const std::vector<std::tuple<std::size_t, std::size_t, Hyper>>& segments) {
   optim::UpdateJob job;
   job.codec = codec_of(param_codec);
@@ -66,6 +68,10 @@ optim::UpdateJob make_job(const std::string& param_codec, std::size_t n_elements
   job.grad_gate = std::move(grad_gate);
   job.tag = tag;
   job.reorders = reorders;
+  job.param_out_offset = param_out_offset;
+  job.state_out_offset = state_out_offset;
+  job.checksums = at<std::uint32_t>(checksums_address);
+  job.expected = at<const std::uint32_t>(expected_address);
   for (const auto& [start, n, hyper] : segments) job.segments.push_back({start, n, hyper});
   return job;
 }
@@ -138,7 +144,9 @@ void bind_optim(py::module_& module) {
            py::arg("param_offset") = -1, py::arg("read_param") = false, py::arg("state_offset") = -1,
            py::arg("state_host_address") = 0, py::arg("host_chunks") = 0, py::arg("grad_address") = 0,
            py::arg("grad_dtype") = "float32", py::arg("grad_offset") = -1, py::arg("grad_gate") = py::none(),
-           py::arg("tag") = -1, py::arg("reorders") = false, py::arg("segments"));
+           py::arg("tag") = -1, py::arg("reorders") = false, py::arg("param_out_offset") = -1,
+           py::arg("state_out_offset") = -1, py::arg("checksums_address") = 0, py::arg("expected_address") = 0,
+           py::arg("segments"));
 
   py::class_<optim::UpdatePipeline, PipelineHolder>(module, "UpdatePipeline")
       .def(py::init([](std::shared_ptr<io::Engine> engine, std::size_t chunk_elements, std::size_t n_buffers,

@@ -66,7 +66,9 @@ class Config(BaseModel):
     machine that `hardware` names (a profile's name or file; default: what `offload probe` has stored); settings given
     explicitly stay as given. `written_per_step`: most bytes a planned step may write to storage, to spare the drives.
     `plan`: a saved plan's file, or its text, to be used as it is. `step_aside`: when all training state takes at most
-    half of `device_memory`, do not stream. `pin`: page-lock host memory for a CUDA device.
+    half of `device_memory`, do not stream. `durability`: what survives a kill or a power loss: nothing, the last
+    `offload.save`, or the last step (docs/durability.md has what each costs); with the last, `verify_reads` checks
+    what updates read against its checksums. `pin`: page-lock host memory for a CUDA device.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -90,6 +92,8 @@ class Config(BaseModel):
     chunk_buffers: int = Field(default=4, ge=2)
     update_threads: int = Field(default=max(1, min(4, (os.cpu_count() or 1) // 2)), ge=1)
     keep_store: bool = False
+    durability: Literal["none", "checkpoint", "step"] = "checkpoint"
+    verify_reads: bool = False
     batch: tuple[int, int] | None = None
     hardware: str | None = None
     written_per_step: str | int | float | None = None
@@ -107,9 +111,14 @@ class Config(BaseModel):
             raise ConfigError(str(error)) from error
         if config.chunk_elements % 2048:
             raise ConfigError(f"chunk_elements={config.chunk_elements} must be a multiple of 2048")
-        if config.update == "backward" and config.max_grad_norm is not None:
+        if config.update == "backward" and config.max_grad_norm is not None and config.durability != "step":
             raise ConfigError(
-                "max_grad_norm needs every gradient before the first update: use update='deferred' or 'auto'"
+                "max_grad_norm needs every gradient before the first update: use update='deferred' or 'auto', or "
+                "durability='step', which discards a step whose norm is above it"
+            )
+        if config.durability == "step" and (not config.storage or config.step_aside == "always"):
+            raise ConfigError(
+                "durability='step' keeps every step on storage: give storage=[directory] and leave step_aside alone"
             )
         if config.written_per_step is not None and config.batch is None and config.plan is None:
             raise ConfigError(

@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstring>
+#include <random>
 #include <thread>
 
 #include "common/aligned_buffer.h"
@@ -15,7 +16,8 @@ namespace offload::io {
 
 namespace {
 constexpr unsigned kAttemptsMax = 64;
-}
+constexpr int kPowerLossStatus = 137;
+}  // namespace
 
 void Backend::fail(Piece& piece, int code, const std::string& what) const {
   const std::string verb = piece.op == Op::read ? "read" : "write";
@@ -33,9 +35,58 @@ void Backend::count_in_flight(std::uint64_t in_flight) {
   if (in_flight > counters_.in_flight_max.load(std::memory_order_relaxed)) counters_.in_flight_max = in_flight;
 }
 
+void Backend::remember(const Piece& piece) {
+  Faults& faults = *options_.faults;
+  if (faults.power_loss_nth == 0 || piece.op != Op::write) return;
+  const AlignedBuffer held(piece.nbytes);
+  if (::pread(options_.descriptor, held.address(), piece.nbytes, static_cast<off_t>(piece.offset)) < 0) return;
+  const char* const begin = static_cast<const char*>(held.address());
+  std::lock_guard<std::mutex> lock(faults.mutex);
+  faults.unsynced.push_back({options_.descriptor, piece.offset, {begin, begin + piece.nbytes}});
+}
+
+void Backend::synced() {
+  maybe_lose_power();
+  Faults& faults = *options_.faults;
+  std::lock_guard<std::mutex> lock(faults.mutex);
+  faults.unsynced.erase(
+      std::remove_if(faults.unsynced.begin(), faults.unsynced.end(),
+                     [this](const UnsyncedWrite& write) { return write.descriptor == options_.descriptor; }),
+      faults.unsynced.end());
+}
+
+void Backend::maybe_lose_power() const {
+  Faults& faults = *options_.faults;
+  if (faults.power_loss_nth == 0 || faults.events.fetch_add(1) + 1 != faults.power_loss_nth) return;
+  std::lock_guard<std::mutex> lock(faults.mutex);  // kept: nobody writes any more
+  std::mt19937_64 random(faults.seed);
+  const double kept = std::uniform_real_distribution<double>(-0.2, 1.2)(random);  // often none of it, or all
+  std::bernoulli_distribution keep(std::min(1.0, std::max(0.0, kept)));
+  for (auto write = faults.unsynced.rbegin(); write != faults.unsynced.rend(); ++write) {
+    AlignedBuffer page(kPageNbytes);
+    for (std::size_t at = 0; at < write->before.size(); at += kPageNbytes) {
+      if (keep(random)) continue;
+      const std::size_t nbytes = std::min(kPageNbytes, write->before.size() - at);
+      std::memcpy(page.address(), write->before.data() + at, nbytes);
+      if (::pwrite(write->descriptor, page.address(), nbytes, static_cast<off_t>(write->offset + at)) < 0) break;
+    }
+  }
+  ::_exit(kPowerLossStatus);
+}
+
+bool Backend::over_quota(const Piece& piece) const {
+  Faults& faults = *options_.faults;
+  std::lock_guard<std::mutex> lock(faults.mutex);
+  for (std::uint64_t at = piece.offset; at < piece.offset + piece.nbytes; at += kPageNbytes)
+    faults.pages.insert({options_.descriptor, at / kPageNbytes});
+  return faults.pages.size() > faults.quota_pages;
+}
+
 std::int64_t Backend::injected(const Piece& piece, std::int64_t result) const {
   const auto& faults = options_.faults;
   const bool is_read = piece.op == Op::read;
+  maybe_lose_power();
+  if (!is_read && faults->quota_pages != 0 && over_quota(piece)) return -ENOSPC;
   if (!(is_read ? faults->reads : faults->writes)) return result;
   const std::uint64_t nth = faults->seen.fetch_add(1) + 1;
   if (faults->delay_ms != 0) std::this_thread::sleep_for(std::chrono::milliseconds(faults->delay_ms));

@@ -4,7 +4,10 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "io/ticket.h"
@@ -23,6 +26,13 @@ struct Piece {
   unsigned attempts = 0;
 };
 
+// What a write has replaced, until it is known to be on the drive.
+struct UnsyncedWrite {
+  int descriptor;
+  std::uint64_t offset;
+  std::vector<char> before;
+};
+
 // Faults for tests: they change the kernel's result of a real transfer, so that the code under test is the real code.
 // What the changed result says has not been moved is overwritten with NaNs, in memory or in the file.
 struct Faults {
@@ -35,6 +45,15 @@ struct Faults {
   bool reads = true;
   bool writes = true;
   std::atomic<std::uint64_t> seen{0};
+  // Power is lost at this transfer or sync (0: never): of everything written since the last sync a random part, page by
+  // page, becomes what it was before, and the process ends. 64-bit seed.
+  std::uint64_t power_loss_nth = 0, seed = 0;
+  std::atomic<std::uint64_t> events{0};
+  // The drive has room for this many distinct pages that have been written (0: no limit); a write beyond it fails.
+  std::uint64_t quota_pages = 0;
+  std::mutex mutex;
+  std::vector<UnsyncedWrite> unsynced;
+  std::set<std::pair<int, std::uint64_t>> pages;  // (descriptor, page)
 };
 
 struct Counters {
@@ -63,12 +82,18 @@ class Backend {
   // Finishes what was submitted, then stops the threads. Later submissions fail.
   virtual void close() = 0;
 
+  // For simulated power loss: keep what a write is about to replace; forget it, for it is on the drive now.
+  void remember(const Piece& piece);
+  void synced();
+
   const Counters& counters() const { return counters_; }
 
  protected:
   // Takes the kernel's result. True when the piece has to go again (interrupted, or the rest of a short transfer).
   bool settle(Piece& piece, std::int64_t result);
   std::int64_t injected(const Piece& piece, std::int64_t result) const;
+  void maybe_lose_power() const;
+  bool over_quota(const Piece& piece) const;
   void fail(Piece& piece, int code, const std::string& what) const;
   void count_in_flight(std::uint64_t in_flight);  // from one thread at a time
 

@@ -131,6 +131,8 @@ std::shared_ptr<Ticket> Engine::submit(Op op, void* address, std::size_t nbytes,
   for (std::size_t drive = 0; drive < n_drives; ++drive) {
     if (pieces[drive].empty()) continue;
     for (Piece& piece : pieces[drive]) piece.ticket = ticket;
+    if (options_.faults)
+      for (const Piece& piece : pieces[drive]) backends_[drive]->remember(piece);
     backends_[drive]->submit(std::move(pieces[drive]));
   }
   return ticket;
@@ -140,6 +142,16 @@ bool Engine::register_buffer(void* address, std::size_t nbytes) {
   bool all = true;
   for (const auto& backend : backends_) all = backend->register_buffer(static_cast<char*>(address), nbytes) && all;
   return all;
+}
+
+void Engine::sync() {
+  std::lock_guard<std::mutex> lock(close_mutex_);
+  if (closed_) throw std::system_error(ECANCELED, std::generic_category(), "the engine is closed");
+  for (std::size_t drive = 0; drive < files_.size(); ++drive) {
+    const int code = ::fdatasync(files_[drive].descriptor) == 0 ? 0 : errno;
+    if (code != 0) throw std::system_error(code, std::generic_category(), "fdatasync of " + options_.paths[drive]);
+    if (options_.faults) backends_[drive]->synced();
+  }
 }
 
 void Engine::cancel() {

@@ -37,6 +37,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // False when the kernel refuses; transfers then go unregistered. The memory must stay mapped until close(): the
   // kernel keeps its pages, so another mapping at the same address would be transferred from and to the old ones.
   bool register_buffer(void* address, std::size_t nbytes);
+  // Returns when everything that has been written so far is on the drives (fdatasync). Throws std::system_error.
+  void sync();
   // Gives up what the kernel has not been given yet: those tickets, and all later ones, fail with ECANCELED. For the
   // end of a run that was stopped; close() then waits for little.
   void cancel();
@@ -50,6 +52,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   const std::string& backend_reason() const { return backend_reason_; }
   bool direct() const { return direct_; }
   std::size_t n_drives() const { return backends_.size(); }
+  const std::string& path(std::size_t drive) const { return options_.paths[drive]; }
   const Counters& counters(std::size_t drive) const { return backends_[drive]->counters(); }
 
  private:

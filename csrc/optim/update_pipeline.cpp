@@ -10,6 +10,7 @@
 
 #include "common/aligned_buffer.h"
 #include "common/check.h"
+#include "common/crc32c.h"
 
 namespace offload::optim {
 
@@ -23,6 +24,7 @@ std::size_t grad_nbytes_per_element(GradDtype dtype) { return dtype == GradDtype
 
 bool on_page(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % kPageNbytes == 0; }
 bool on_page(std::int64_t offset) { return offset % static_cast<std::int64_t>(kPageNbytes) == 0; }
+bool on_page_or_none(std::int64_t offset) { return offset < 0 || on_page(offset); }
 
 std::int64_t nanoseconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin).count();
@@ -74,7 +76,14 @@ void UpdatePipeline::check(const UpdateJob& job, std::size_t n_chunks) const {
                 "a parameter plane on storage must start on a page, in memory and in the store");
   OFFLOAD_CHECK(job.state_offset < 0 || on_page(job.state_offset), "state_offset must be a multiple of 4096");
   OFFLOAD_CHECK(job.grad_offset < 0 || on_page(job.grad_offset), "grad_offset must be a multiple of 4096");
-  const bool uses_storage = job.param_offset >= 0 || job.grad_offset >= 0 || job.host_chunks < n_chunks;
+  OFFLOAD_CHECK(on_page_or_none(job.param_out_offset) && on_page_or_none(job.state_out_offset),
+                "param_out_offset and state_out_offset must be multiples of 4096");
+  OFFLOAD_CHECK(job.param_out_offset < 0 || on_page(job.param),
+                "a parameter plane that is written must start on a page");
+  OFFLOAD_CHECK(job.state_out_offset < 0 || job.host_chunks == 0 || on_page(job.state_host),
+                "records in host memory that are written must start on a page");
+  const bool uses_storage = job.param_out_offset >= 0 || job.state_out_offset >= 0 || job.param_offset >= 0 ||
+                            job.grad_offset >= 0 || job.host_chunks < n_chunks;
   OFFLOAD_CHECK(!uses_storage || engine_ != nullptr, "this update needs storage, and the pipeline has no engine");
   std::size_t end = 0;
   for (const Segment& segment : job.segments) {
@@ -85,14 +94,14 @@ void UpdatePipeline::check(const UpdateJob& job, std::size_t n_chunks) const {
   }
 }
 
-// Chunks with something to update, in order; all of them where the parameters have to be read anyway.
+// Chunks with something to update, in order; all of them where the parameters have to be read or moved anyway.
 std::vector<std::size_t> UpdatePipeline::chunks_to_do(const UpdateJob& job, std::size_t n_chunks) const {
   std::vector<std::size_t> chunks;
   auto segment = job.segments.begin();
   for (std::size_t index = 0; index < n_chunks; ++index) {
     while (segment != job.segments.end() && segment->start + segment->n <= index * chunk_elements_) ++segment;
     const bool touched = segment != job.segments.end() && segment->start < (index + 1) * chunk_elements_;
-    if (touched || job.read_param) chunks.push_back(index);
+    if (touched || job.read_param || job.state_out_offset >= 0) chunks.push_back(index);
   }
   return chunks;
 }
@@ -155,8 +164,14 @@ std::int64_t UpdatePipeline::record_offset(const Chunk& chunk) const {
 
 bool UpdatePipeline::Chunk::overlaps(const Chunk& other) const {
   for (const Range& ours : storage)
+    for (const Range& theirs : other.written)
+      if (ours.overlaps(theirs)) return true;
+  for (const Range& ours : written) {
     for (const Range& theirs : other.storage)
       if (ours.overlaps(theirs)) return true;
+    for (const Range& theirs : other.written)
+      if (ours.overlaps(theirs)) return true;
+  }
   for (const Range& ours : memory)
     for (const Range& theirs : other.memory)
       if (ours.overlaps(theirs)) return true;
@@ -191,6 +206,9 @@ void UpdatePipeline::take_next_chunk() {
     chunk->memory[1] = range(reinterpret_cast<std::uintptr_t>(record(*chunk)), record_nbytes);
   else
     chunk->storage[0] = range(static_cast<std::uint64_t>(record_offset(*chunk)), record_nbytes);
+  chunk->written = {chunk->storage[0], chunk->storage[1]};
+  if (job.state_out_offset >= 0) chunk->written[0] = extent(job.state_out_offset, state_nbytes_per_element(job.codec));
+  if (job.param_out_offset >= 0) chunk->written[1] = extent(job.param_out_offset, param_nbytes);
   next_ = std::move(chunk);
 }
 
@@ -306,6 +324,34 @@ void UpdatePipeline::compute(const Chunk& chunk) const {
   }
 }
 
+// Whether what was read is what was written. The error names the first chunk that is not.
+io::Error UpdatePipeline::verify(const Chunk& chunk) const {
+  const UpdateJob& job = chunk.job->job;
+  if (job.expected == nullptr) return {};
+  const auto differs = [&](const char* data, const Range& from, std::uint32_t expected) -> io::Error {
+    const auto nbytes = static_cast<std::size_t>(from.end - from.begin);
+    if (nbytes == 0 || crc32c(data, nbytes) == expected) return {};
+    return {EBADMSG, "read of " + std::to_string(nbytes) + " bytes at offset " + std::to_string(from.begin) +
+                         " of the store " + engine_->path(0) +
+                         ": its checksum is wrong, the drive has changed it; resume from the last committed step"};
+  };
+  const std::size_t start = chunk.index * chunk_elements_;
+  io::Error error = differs(chunk.buffer, chunk.storage[0], job.expected[2 * chunk.index + 1]);
+  if (error.code == 0 && job.read_param)
+    error = differs(job.param + start * param_nbytes_per_element(job.codec), chunk.storage[1],
+                    job.expected[2 * chunk.index]);
+  return error;
+}
+
+void UpdatePipeline::sum(const Chunk& chunk) const {
+  const UpdateJob& job = chunk.job->job;
+  if (job.checksums == nullptr) return;
+  const std::size_t param_nbytes = param_nbytes_per_element(job.codec);
+  job.checksums[2 * chunk.index] =
+      crc32c(job.param + chunk.index * chunk_elements_ * param_nbytes, chunk.n * param_nbytes);
+  job.checksums[2 * chunk.index + 1] = crc32c(record(chunk), chunk.n * state_nbytes_per_element(job.codec));
+}
+
 void UpdatePipeline::start_writes(const ChunkPtr& chunk) {
   const UpdateJob& job = chunk->job->job;
   const std::size_t start = chunk->index * chunk_elements_;
@@ -316,8 +362,8 @@ void UpdatePipeline::start_writes(const ChunkPtr& chunk) {
       tickets.push_back(engine_->submit(io::Op::write, from, static_cast<std::size_t>(to.end - to.begin), to.begin));
   };
   try {
-    write(chunk->buffer, chunk->storage[0]);
-    write(job.param + start * param_nbytes_per_element(job.codec), chunk->storage[1]);
+    write(record(*chunk), chunk->written[0]);
+    write(job.param + start * param_nbytes_per_element(job.codec), chunk->written[1]);
   } catch (const std::exception& error) {
     refused = error_of(error);
   }
@@ -364,14 +410,20 @@ void UpdatePipeline::work() {
     if (!ready_.empty()) {
       const ChunkPtr chunk = ready_.front();
       ready_.pop_front();
-      const bool failed = chunk->error.code != 0 || chunk->job->error.code != 0;
+      bool failed = chunk->error.code != 0 || chunk->job->error.code != 0;
       lock.unlock();
+      if (!failed) {
+        const io::Error wrong = verify(*chunk);
+        failed = wrong.code != 0;
+        if (failed) chunk->error = wrong;  // no I/O of the chunk is in flight: nobody else looks at it
+      }
       if (failed) {
         finish(chunk);
       } else {
         const auto begin = std::chrono::steady_clock::now();
         const double start_s = now_s();
         compute(*chunk);
+        sum(*chunk);
         note('u', *chunk, start_s);
         kernel_ns_ += nanoseconds_since(begin);
         ++chunks_updated_;

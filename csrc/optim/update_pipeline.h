@@ -38,6 +38,14 @@ struct UpdateJob {
   // The gradients may be read once this has completed (a copy from the device, or a write to grad_offset); null: now.
   std::shared_ptr<io::Ticket> grad_gate;
   std::vector<Segment> segments;
+  // Where the updated bytes go; -1: where they were read from. state_out_offset has room for the records of all chunks:
+  // those that live in host memory are written there too.
+  std::int64_t param_out_offset = -1;
+  std::int64_t state_out_offset = -1;
+  // Two CRC32C a chunk, of its parameters and of its record: written here of what is written, and compared with
+  // `expected` before what was read is used. Null: neither. The memory outlives the job.
+  std::uint32_t* checksums = nullptr;
+  const std::uint32_t* expected = nullptr;
   std::int64_t tag = -1;  // comes back in the spans of its chunks
   // The turn to the next forward: jobs that have not begun are put in the order of their tags, which is that of use.
   bool reorders = false;
@@ -65,7 +73,7 @@ class UpdatePipeline {
 
   // Queues a job; its ticket completes when every write of it has. Jobs may be queued on bytes that earlier jobs still
   // write: the later chunk waits. Chunks that no segment touches are neither read nor written, unless read_param is
-  // set. Throws std::invalid_argument for a job that cannot run as described.
+  // set or there is a state_out_offset. Throws std::invalid_argument for a job that cannot run as described.
   std::shared_ptr<io::Ticket> submit(UpdateJob job);
   // Finishes what is queued and stops the threads.
   void close();
@@ -99,7 +107,8 @@ class UpdatePipeline {
     char* buffer = nullptr;
     std::atomic<std::size_t> pending{0};
     io::Error error;               // guarded by the pipeline's mutex
-    std::array<Range, 3> storage;  // extents of state, parameters and gradients; empty where not on storage
+    std::array<Range, 3> storage;  // read: extents of state, parameters and gradients; empty where not on storage
+    std::array<Range, 2> written;  // extents of state and parameters that are written
     std::array<Range, 2> memory;   // the parameter plane and a record that lives in host memory
     double io_start_s = 0;         // of the reads or the writes in flight, while spans are recorded
     bool overlaps(const Chunk& other) const;
@@ -116,6 +125,8 @@ class UpdatePipeline {
   void start_reads(const ChunkPtr& chunk, bool skip);
   void read_gradients(const ChunkPtr& chunk);
   void compute(const Chunk& chunk) const;
+  io::Error verify(const Chunk& chunk) const;
+  void sum(const Chunk& chunk) const;
   void start_writes(const ChunkPtr& chunk);
   void finish(const ChunkPtr& chunk);
   void note(char kind, const Chunk& chunk, double start_s);

@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.checkpoint import export, load
+from offload.checkpoint import export, load, resume, save
 from offload.cli.data import TokenStream
 from offload.cli.output import Output, StepReport
 from offload.cli.planned import Planning, Request, planning_of
 from offload.cli.stop import StopSignals
+from offload.config import parse_budget
 from offload.errors import ConfigError, OffloadError
 from offload.model.causal_lm_loss import why_not_chunked
 from offload.model.loading import dtype_of, load_gguf
@@ -32,10 +33,15 @@ from offload.runtime.shutdown import abandon, forget_frames
 from offload.schedule.run import endurance_steps
 from offload.schedule.trace import draw_timeline, write_trace
 from offload.tiers.rates import measure_rates
+from offload.tiers.wear import wear_of
 
 SCHEDULES = ("constant", "linear", "cosine")
 RECORDED_STEP = 3
 """Steady: the first writes what later ones follow, the second fills what they find."""
+
+
+class _BudgetUsed(Exception):
+    """The next step would write more than --write-budget allows."""
 
 
 class Interrupted(Exception):
@@ -73,6 +79,12 @@ class Settings:
     output: str | None = None
     trace: str | None = None
     plot: str | None = None
+    checkpoints: str | None = None
+    save_every: int | None = None
+    keep_last: int | None = None
+    resume: str | None = None
+    durability: str = "checkpoint"
+    write_budget: str | None = None
 
 
 def learning_rate_factor(step: int, schedule: str, warmup_steps: int, steps: int) -> float:
@@ -100,6 +112,22 @@ def _check(settings: Settings) -> None:
         raise ConfigError(
             f"--output {settings.output} cannot be written by this user: choose another directory"
         )
+    if settings.durability == "step" and not settings.storage:
+        raise ConfigError("--durability step keeps every step on storage: give --storage DIR")
+    if settings.write_budget is not None:
+        parse_budget(settings.write_budget, 0)
+        if settings.checkpoints is None and settings.durability != "step":
+            raise ConfigError(
+                "--write-budget stops the run where it can go on later: give --checkpoints DIR or --durability step"
+            )
+    if settings.save_every is not None and settings.checkpoints is None:
+        raise ConfigError("--save-every needs --checkpoints DIR: where the checkpoints are to be written")
+    if settings.checkpoints is not None and not _can_be_made(settings.checkpoints):
+        raise ConfigError(
+            f"--checkpoints {settings.checkpoints} cannot be written by this user: choose another directory"
+        )
+    if settings.resume is not None and not os.path.isdir(settings.resume):
+        raise ConfigError(f"--resume {settings.resume}: no such directory")
     for option in ("trace", "plot", "save_plan"):
         path = getattr(settings, option)
         if path is not None and not _can_be_made(os.path.dirname(os.path.abspath(path))):
@@ -165,6 +193,7 @@ def _wrap(
         "device_memory": settings.device_memory,
         "step_aside": settings.step_aside,
         "max_grad_norm": settings.max_grad_norm,
+        "durability": settings.durability,
         **planning.settings,
     }
     if model is None:
@@ -197,6 +226,10 @@ class _Totals:
     """Sums over the steps made."""
 
     step: int = 0
+    saved_step: int | None = None
+    written_by_drive: dict[str, int] = field(default_factory=dict)
+    checkpoint_nbytes: int = 0
+    """Written by checkpoints so far."""
     trainable_numel: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
@@ -207,6 +240,8 @@ class _Totals:
     stall_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     read_bytes: int = 0
     written_bytes: int = 0
+    most_written_nbytes: int = 0
+    """By one step."""
 
     def add(self, report: StepReport) -> None:
         """Count one step in."""
@@ -216,6 +251,7 @@ class _Totals:
         self.floor_fractions.append(report.floor_fraction)
         self.read_bytes += report.read_bytes
         self.written_bytes += report.written_bytes
+        self.most_written_nbytes = max(self.most_written_nbytes, report.written_bytes)
         for cause, seconds in report.stall_s.items():
             self.stall_s[cause] += seconds
 
@@ -236,6 +272,45 @@ def _recorded(engine: Any, settings: Settings, step: int, output: Output) -> Ite
     output.note(f"step {step} is drawn in {' and '.join(p for p in (settings.trace, settings.plot) if p)}")
 
 
+class _Checkpoints:
+    """When to save, and going on from what was saved."""
+
+    def __init__(self, model: nn.Module, tracked: dict[str, Any], settings: Settings, output: Output) -> None:
+        self._model, self._tracked, self._settings, self._output = model, tracked, settings, output
+        self.written_nbytes = 0
+
+    @property
+    def next_nbytes(self) -> int:
+        """Bytes that one more checkpoint would write; 0 when none is wanted."""
+        if self._settings.checkpoints is None:
+            return 0
+        engine: Any = self._model.offload
+        layouts = [block.layout for block in [engine.root, *engine.blocks]]
+        return sum(layout.slot_nbytes + layout.state_nbytes for layout in layouts)
+
+    def resume(self) -> int:
+        """Steps made already."""
+        if self._settings.resume is None:
+            return 0
+        found = resume(self._model, self._settings.resume, state=self._tracked)
+        self._output.note(f"resumed from {found.path}, after step {found.step}")
+        return found.step
+
+    def after_step(self, step: int, stopping: bool) -> bool:
+        """Save when it is due. Whether it was."""
+        every = self._settings.save_every
+        if self._settings.checkpoints is None:
+            return False
+        if not stopping and step != self._settings.steps and (every is None or step % every):
+            return False
+        path = save(
+            self._model, self._settings.checkpoints, state=self._tracked, keep_last=self._settings.keep_last
+        )
+        self._output.note(f"saved {path}")
+        self.written_nbytes += sum(entry.stat().st_size for entry in os.scandir(path))
+        return True
+
+
 def _train(
     model: Any,
     optimizer: OffloadOptimizer,
@@ -251,9 +326,18 @@ def _train(
         lambda step: learning_rate_factor(step, settings.schedule, settings.warmup_steps, settings.steps),
     )
     batches = stream.batches(settings.batch_size, settings.seed)
+    tracked = {"scheduler": scheduler, "data": batches}
+    model.offload.track(**tracked)
+    checkpoints = _Checkpoints(model, tracked, settings, output)
+    start = checkpoints.resume()
+    if settings.checkpoints is not None:
+        signals.finish_step(
+            lambda: output.note("stopping: this step ends and is saved; once more to stop at once")
+        )
+    budget_nbytes = None if settings.write_budget is None else parse_budget(settings.write_budget, 0)
     counted = model.offload.counters()
     start_s = time.perf_counter()
-    for step in range(1, settings.steps + 1):
+    for step in range(start + 1, settings.steps + 1):
         batch = {name: tensor.to(model.offload.device) for name, tensor in next(batches).items()}
         with _recorded(model.offload, settings, step, output):
             loss = model(**batch).loss
@@ -287,10 +371,37 @@ def _train(
             written_bytes=moved["written_bytes"],
             grad_norm=None if optimizer.grad_norm is None else float(optimizer.grad_norm),
         )
-        start_s = now_s
         totals.add(report)
         output.step(report)
+        totals.written_by_drive = model.offload.written_by_drive()
+        used_up = (
+            budget_nbytes is not None
+            and step < settings.steps
+            and (
+                sum(totals.written_by_drive.values())
+                + checkpoints.written_nbytes
+                + checkpoints.next_nbytes
+                + totals.most_written_nbytes
+                > budget_nbytes
+            )
+        )
+        if checkpoints.after_step(step, signals.requested or used_up):
+            totals.saved_step = step
+            totals.checkpoint_nbytes = checkpoints.written_nbytes
+            counted = model.offload.counters()  # what a checkpoint read and wrote is not the next step's
+        if used_up:
+            raise _BudgetUsed
+        start_s = time.perf_counter()
         signals.check()
+
+
+def _wear(settings: Settings) -> dict[str, str]:
+    """What each storage drive says of its wear."""
+    found: dict[str, str] = {}
+    for directory in settings.storage:
+        worn = wear_of(directory)
+        found[directory] = worn if isinstance(worn, str) else f"{worn.device}: {worn.used_fraction:.0%} used"
+    return found
 
 
 def _summary(settings: Settings, totals: _Totals, status: str) -> dict[str, Any]:
@@ -303,6 +414,7 @@ def _summary(settings: Settings, totals: _Totals, status: str) -> dict[str, Any]
         "steps": totals.step,
         "first_loss": totals.first_loss,
         "last_loss": totals.last_loss,
+        "saved_step": totals.saved_step,
         "trainable_parameters": totals.trainable_numel,
         "median_step_s": median_s,
         "predicted_step_s": totals.expected_step_s,
@@ -312,6 +424,9 @@ def _summary(settings: Settings, totals: _Totals, status: str) -> dict[str, Any]
         "read_gb": totals.read_bytes / 1e9,
         "written_gb": totals.written_bytes / 1e9,
         "written_bytes_per_step": written_a_step,
+        "written_gb_by_drive": {name: nbytes / 1e9 for name, nbytes in totals.written_by_drive.items()},
+        "checkpoints_gb": totals.checkpoint_nbytes / 1e9,
+        "drive_wear": _wear(settings),
         "endurance_steps": endurance_steps(totals.hardware, written_a_step) if totals.hardware else None,
         "read_bytes_per_parameter_and_step": totals.read_bytes / per_step,
         "written_bytes_per_parameter_and_step": totals.written_bytes / per_step,
@@ -341,12 +456,19 @@ def _run(settings: Settings, output: Output, totals: _Totals, signals: StopSigna
             f"{engine.trainable_numel / 1e6:.1f} M trainable parameters; {stream.n_tokens:,} tokens in "
             f"{settings.data}, {settings.steps * settings.batch_size / stream.n_sequences:.2f} epochs"
         )
-        _train(model, optimizer, stream, settings, output, totals, FloorMeter(rates), signals)
+        try:
+            _train(model, optimizer, stream, settings, output, totals, FloorMeter(rates), signals)
+        except _BudgetUsed:
+            output.note(
+                f"stopped after step {totals.step}: the next would exceed --write-budget {settings.write_budget}"
+            )
+            engine.close()
+            return _summary(settings, totals, "write budget used")
         engine.flush()
         if settings.output is not None:
             output.note(f"writing {settings.output}")
             export(model, settings.output, tokenizer=tokenizer)
-        engine.close()
+        engine.close(remove=True)
     except BaseException:
         signals.cleaning_up()
         abandon(engine)  # the step was cut in the middle: only files matter now
@@ -369,6 +491,12 @@ def finetune(settings: Settings, output: Output) -> dict[str, Any]:
                 raise
             output.summary(_summary(settings, totals, "interrupted"))
             when = f"after step {totals.step}" if totals.step else "before the first step ended"
-            raise Interrupted(f"{when}; the store has been removed, nothing was exported") from None
+            saved = (
+                f"; step {totals.saved_step} is saved in {settings.checkpoints}" if totals.saved_step else ""
+            )
+            store = "the store has been removed, nothing was exported"
+            if settings.durability == "step" and totals.step:
+                store = f"every step but the last is safe: go on with --resume {settings.storage[0]}"
+            raise Interrupted(f"{when}; {store}{saved}") from None
     output.summary(summary)
     return summary

@@ -101,5 +101,12 @@ class TextOutput:
             if value is None:
                 shown = "none"
             if isinstance(value, dict):
-                shown = ", ".join(f"{k} {v:.2f} s" for k, v in value.items()) or "nothing"
+                shown = ", ".join(f"{k} {_shown(name, v)}" for k, v in value.items()) or "nothing"
             print(f"{name.replace('_', ' '):<26} {shown}", file=self._out, flush=True)
+
+
+def _shown(name: str, value: float | str) -> str:
+    """An entry of a table inside the summary: seconds, GB or words."""
+    if isinstance(value, str):
+        return value
+    return f"{value:.2f} {'GB' if 'gb' in name.split('_') else 's'}"

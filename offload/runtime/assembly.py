@@ -19,6 +19,7 @@ from offload.runtime import in_device
 from offload.runtime.in_device import InDeviceState
 from offload.runtime.planning import placement_of
 from offload.stores.block_store import BlockRecord, DeviceSlot, GradBuffer, Slot, StateExtents
+from offload.stores.sides import Sides, checksum_tables, durable_nbytes
 from offload.telemetry import SpanLog
 from offload.tiers.device import CudaDevice, DeviceTier, SharedDevice
 from offload.tiers.emulated_device import EmulatedDevice
@@ -40,6 +41,8 @@ class Resources:
     device: DeviceTier
     copies: Copies
     arenas: list[HostArena]
+    staging: torch.Tensor
+    """The pipeline's chunk buffers (uint8); nobody else's unless the pipeline is idle."""
 
     def close(self) -> None:
         """End all threads, release the device and remove the store. Finishes what is in flight first."""
@@ -104,6 +107,8 @@ def steps_aside(cut: Cut, config: Config, device: DeviceTier, compute_dtype: tor
     """Whether everything stays in device memory and nothing is streamed: the other half is for activations."""
     if config.step_aside != "auto":
         return config.step_aside == "always"
+    if config.durability == "step":
+        return False
     if config.micro_batches > 1 or config.activations in ("host", "storage"):
         return False
     parameters = [*cut.root, *(p for block in cut.block_parameters for p in block)]
@@ -212,31 +217,34 @@ class _Builder:
             for index, layout in enumerate(self.layouts)
             if self.gradients_wait(index) and not placement.grads_in_host[index]
         )
+        state_nbytes = placement.storage_nbytes
+        if config.durability == "step":
+            state_nbytes = durable_nbytes([*self.layouts, self.root_layout], config.chunk_elements)
         store = Store(
             config.storage,
-            placement.storage_nbytes + grads + PAGE_NBYTES * 8 * (len(self.layouts) + 2),
+            state_nbytes + grads + PAGE_NBYTES * 8 * (len(self.layouts) + 2),
             stripe_nbytes=config.stripe_nbytes,
             backend=config.backend,
             direct=config.direct_io,
             block_nbytes=config.io_block_nbytes,
             queue_depth=config.io_queue_depth,
-            keep=config.keep_store,
+            keep=config.keep_store or config.durability == "step",
         )
         return store
 
     def make_resources(self, spans: SpanLog) -> Resources:
         store = self.make_store()
+        staging = self.host_arena.take(self.staging_nbytes)
         try:
-            pipeline = self.make_pipeline(store)
+            pipeline = self.make_pipeline(store, staging)
         except BaseException:
             if store is not None:
                 store.close()
             raise
         arenas = [self.device_arena, self.host_arena]
-        return Resources(store, pipeline, self.device, Copies(self.device, spans), arenas)
+        return Resources(store, pipeline, self.device, Copies(self.device, spans), arenas, staging)
 
-    def make_pipeline(self, store: Store | None) -> UpdatePipeline:
-        staging = self.host_arena.take(self.staging_nbytes)
+    def make_pipeline(self, store: Store | None, staging: torch.Tensor) -> UpdatePipeline:
         n_threads = self.config.update_threads if self.streams else (os.cpu_count() or 1)
         return UpdatePipeline(
             None if store is None else store.engine,
@@ -277,11 +285,12 @@ class _Builder:
 
     def make_block(self, index: int, store: Store | None, scratch: Slot | None) -> BlockRecord:
         layout, placement = self.layouts[index], self.placement
-        param_offset = -1
+        param_offset, sides = -1, self._sides(layout, store)
         stays = placement.params_on_device or placement.params_in_host[index]
         if not stays and store is not None:
-            param_offset = store.allocate(layout.slot_nbytes)
-        record = BlockRecord(index, layout, False, param_offset, self._states(index, layout, store))
+            param_offset = store.allocate(layout.slot_nbytes) if sides is None else sides.param_offsets[0]
+        states = self._states(index, layout, store, sides)
+        record = BlockRecord(index, layout, False, param_offset, states, sides=sides)
         if param_offset < 0:
             take = self.on_device if placement.params_on_device else self.host_arena.take
             record.slot = Slot(take(layout.slot_nbytes), record)
@@ -302,7 +311,8 @@ class _Builder:
             root.slot = Slot(self.on_device(layout.slot_nbytes), root)
             root.state = BlockState.RESIDENT
             return root
-        root.states = self._states(index, layout, store)
+        root.sides = self._sides(layout, store)
+        root.states = self._states(index, layout, store, root.sides)
         if self.device.shares_host:
             root.slot = Slot(self.on_device(layout.slot_nbytes), root)
         else:
@@ -314,7 +324,19 @@ class _Builder:
         _import(root, store, None, self.config.chunk_elements, self.device)
         return root
 
-    def _states(self, index: int, layout: BlockLayout, store: Store | None) -> dict[int, StateExtents]:
+    def _sides(self, layout: BlockLayout, store: Store | None) -> Sides | None:
+        if store is None or self.config.durability != "step":
+            return None
+
+        def pair(nbytes: int) -> tuple[int, int]:
+            return store.allocate(nbytes), store.allocate(nbytes)
+
+        of_states = {i: pair(b.state_nbytes) for i, b in enumerate(layout.buffers) if b.trainable}
+        return Sides(pair(layout.slot_nbytes), of_states, checksum_tables(layout, self.config.chunk_elements))
+
+    def _states(
+        self, index: int, layout: BlockLayout, store: Store | None, sides: Sides | None
+    ) -> dict[int, StateExtents]:
         states: dict[int, StateExtents] = {}
         chunk_elements = self.config.chunk_elements
         left = self.placement.host_chunks[index]
@@ -327,7 +349,11 @@ class _Builder:
             per_element = STATE_NBYTES_PER_ELEMENT[buffer.codec]
             host_nbytes = min(buffer.n_elements, host_chunks * chunk_elements) * per_element
             stored_nbytes = buffer.state_nbytes - host_nbytes
-            offset = store.allocate(stored_nbytes) if stored_nbytes and store is not None else -1
+            if sides is not None:
+                offset = sides.state_offsets[position][0] + host_nbytes
+                sides.host_chunk_nbytes[position] = host_nbytes
+            else:
+                offset = store.allocate(stored_nbytes) if stored_nbytes and store is not None else -1
             host = self.host_arena.take(host_nbytes) if host_nbytes else None
             states[position] = StateExtents(host, host_chunks, offset)
         return states

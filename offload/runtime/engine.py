@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
+import os
 import time
 import weakref
 from collections.abc import Iterator
@@ -23,6 +25,7 @@ from offload.planner.report import plan_lines
 from offload.runtime import hooks
 from offload.runtime.assembly import Assembly, assemble, budgets, choose_device, steps_aside
 from offload.runtime.block_function import run_block
+from offload.runtime.commits import StepCommits
 from offload.runtime.device_residency import CopiedResidency, Residency, SharedResidency
 from offload.runtime.early_root import EarlyRoot
 from offload.runtime.gradients import Gradients
@@ -30,6 +33,7 @@ from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.planning import RunPlan, plan_run
 from offload.runtime.recompute import Recipe
 from offload.runtime.scheduler import Scheduler
+from offload.runtime.training_state import Stateful, checked_stateful
 from offload.stores.activations import ActivationStore, Tier
 from offload.stores.block_store import BlockRecord
 from offload.telemetry import Span, SpanLog, Stalls
@@ -80,6 +84,8 @@ class OffloadEngine:
         self._scheduler = _make_scheduler(parts, self.stalls, self.spans, holds=self.plan is None)
         self._gradients = self._scheduler.gradients
         self._early_root = EarlyRoot(self.root, config.chunk_elements)
+        self.tracked: dict[str, Stateful] = {}
+        self.commits = _make_commits(model, parts, config, self.tracked)
         self.activations = _make_activations(parts, config, self.stalls, self.spans, self.plan is not None)
         self._step_start_s = time.perf_counter()
         try:
@@ -128,6 +134,8 @@ class OffloadEngine:
             raise UsageError("the offload engine is closed; wrap the model again")
         if block.awaiting_backward:
             self._gradients.will_accumulate()
+        if self.commits is not None:
+            self.commits.next_forward(self._live_optimizer())
         self._scheduler.begin(block, "forward")
 
     def end_forward(self, block: BlockRecord) -> None:
@@ -160,11 +168,14 @@ class OffloadEngine:
             self._gradients.drop(block)
             return
         if self._sync and not self._defers(block) and not block.awaiting_backward:
+            self._previous_step_durable()
+            if self.commits is not None:
+                block.grad_norms = self._norms(block)
             if not self._scheduler.hold(block):
                 self._scheduler.update_now(block, self._hyper_of)
             block.updated_since_step = True
             return
-        if self._sync and self.config.max_grad_norm is not None:
+        if self._sync and (self.config.max_grad_norm is not None or self.commits is not None):
             block.grad_norms = self._norms(block)
         self._gradients.park(block)
 
@@ -198,6 +209,8 @@ class OffloadEngine:
         """Update what the blocks' backward does not use or change; see runtime/early_root.py."""
         if not self._sync or self._defers(self.root) or self._assembly.in_device is not None:
             return
+        if self.commits is not None:
+            return  # the whole root goes to its other side in one update
         final, chunks = self._early_root.take()
         if not final:
             return
@@ -215,7 +228,10 @@ class OffloadEngine:
         if self._sync and not self._defers(self.root) and self._scheduler.root_has_gradients():
             if not self._early_root.has_updated:
                 self._refuse_second_backward()
+            self._previous_step_durable()
             self._scheduler.wait_resident(self.root)
+            if self.commits is not None:
+                self.root.grad_norms = self._norms(self.root)
             self._scheduler.update_now(self.root, self._hyper_of)
             self.root.updated_since_step = True
         self._early_root.end()
@@ -229,31 +245,73 @@ class OffloadEngine:
         return optimizer.hyper_of(parameter)
 
     def _norms(self, block: BlockRecord) -> list[torch.Tensor]:
-        """Norm of each gradient of the block, in its order of parameters."""
+        """Norm of each gradient of the block, in its order of parameters; the quickest way where nothing is clipped."""
         if block.grad_buffer is None:
             return []
         plane = block.grad_buffer.plane
-        return [
-            torch.linalg.vector_norm(block.grad_view(buffer, segment, plane))
+        grads = [
+            block.grad_view(buffer, segment, plane)
             for buffer in block.layout.buffers
             for segment in buffer.segments
             if id(segment.parameter) in block.touched
         ]
+        if self.config.max_grad_norm is None:
+            return [torch.dot(grad.view(-1), grad.view(-1)).sqrt() for grad in grads]
+        return [torch.linalg.vector_norm(grad) for grad in grads]
 
     def _clip(self) -> float:
         """Factor that brings the global norm to `max_grad_norm`, as torch.nn.utils.clip_grad_norm_ computes it."""
         optimizer = self._optimizer()
-        if self.config.max_grad_norm is None or optimizer is None:
+        if (self.config.max_grad_norm is None and self.commits is None) or optimizer is None:
             return 1.0
         norms = self._norms(self.root) if self.root.touched else []
-        for block in self.blocks:
-            if block.touched:
+        for block in [self.root, *self.blocks]:
+            if block.updated_since_step or (block.touched and not block.is_root):
                 norms += block.grad_norms
         if not norms:
+            optimizer.grad_norm = None  # nothing to judge the step by
             return 1.0
         total = torch.linalg.vector_norm(torch.stack(norms))
         optimizer.grad_norm = total
+        if self.config.max_grad_norm is None:
+            return 1.0
         return min(1.0, float(self.config.max_grad_norm / (total + 1e-6)))
+
+    def _live_optimizer(self) -> OffloadOptimizer:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            raise UsageError("the optimizer returned by offload.wrap has been deleted")
+        return optimizer
+
+    def _previous_step_durable(self) -> None:
+        """Before an update: the step before must have been committed, for the update overwrites the one before that."""
+        if self.commits is None:
+            return
+        if self.commits.due:
+            for block in self.blocks:
+                if block.pending_update:  # not used in this forward
+                    self._scheduler.fetch(block, must=True)
+            self.commits.begin(self._live_optimizer())
+        with self.stalls.waiting("commit"):
+            self.commits.wait()
+
+    def _is_to_be_discarded(self, optimizer: OffloadOptimizer) -> bool:
+        """Whether the step's gradients are not finite, or above the limit that updates did not wait for."""
+        if self.commits is None or optimizer.grad_norm is None:
+            return False
+        total, limit = float(optimizer.grad_norm), self.config.max_grad_norm
+        return not math.isfinite(total) or (limit is not None and not self.config.deferred and total > limit)
+
+    def _discard_step(self, optimizer: OffloadOptimizer, commits: StepCommits) -> None:
+        """Leave the parameters and their states as the step before made them."""
+        for block in [*self.blocks, self.root]:
+            self._scheduler.wait_resident(block)
+        for block in commits.roll_back(optimizer):
+            self._scheduler.drop_copies(block)
+        self.discard_gradients()
+        optimizer.discarded_steps += 1
+        norm = float("nan") if optimizer.grad_norm is None else float(optimizer.grad_norm)
+        logger.warning("step %d is discarded: its gradients' norm is %s", optimizer.steps_made + 1, norm)
 
     def optimizer_step(self) -> None:
         """Decide the updates of this step that have not been made during backward."""
@@ -268,7 +326,13 @@ class OffloadEngine:
         waiting = [b for b in self.blocks if b.touched]
         if any(b.pending_update for b in [*waiting, self.root]):
             self._scheduler.flush()  # a block was skipped by this step's forward
-        optimizer.grad_scale = self._clip()
+        self._previous_step_durable()
+        scale = self._clip()
+        discarded = self._is_to_be_discarded(optimizer)
+        if discarded and self.commits is not None:
+            self._discard_step(optimizer, self.commits)
+            waiting = []
+        optimizer.grad_scale = scale
         for block in waiting:
             self._scheduler.update_later(block, self._hyper_of)
         if self._scheduler.root_has_gradients():
@@ -281,8 +345,14 @@ class OffloadEngine:
         self._scheduler.rewind()
         self._scheduler.prefetch()
         now = time.perf_counter()
-        self.last_step = {"step_s": now - self._step_start_s, "stall_s": self.stalls.reset()}
+        self.last_step = {
+            "step_s": now - self._step_start_s,
+            "stall_s": self.stalls.reset(),
+            "discarded": discarded,
+        }
         self._step_start_s = now
+        if self.commits is not None:
+            self.commits.step_ended(optimizer)
 
     def discard_gradients(self) -> None:
         """Forget gradients that no step has consumed."""
@@ -347,6 +417,48 @@ class OffloadEngine:
                 self.spans.add(lane, f"{name} {labels[index]}", functools.partial(_times, start_s, end_s))
             spans += self.spans.stop()
 
+    @property
+    def parts(self) -> Assembly:
+        """The tiers and everything in them, for who saves, restores or removes them."""
+        return self._assembly
+
+    def at_step_boundary(self, wish: str) -> OffloadOptimizer:
+        """Finish every decided update; the optimizer. Raises UsageError, naming `wish`, in a step or after close."""
+        optimizer = self._optimizer()
+        if self._closed or optimizer is None:
+            raise UsageError(f"{wish}: the offload engine is closed; wrap the model again")
+        self._scheduler.flush()
+        for block in [*self.blocks, self.root]:
+            if block.touched or block.grads_waiting or block.updated_since_step:
+                raise UsageError(
+                    f"{wish}: block {block.name} has gradients that no optimizer.step() has used: call it between two "
+                    "steps, after step()"
+                )
+        self._previous_step_durable()
+        return optimizer
+
+    def track(self, **state: Any) -> None:
+        """With durability 'step': whose state_dict() belongs to a step: LR schedulers, the position in the data."""
+        self.tracked.update(checked_stateful(state))
+
+    def begin_replacing_state(self) -> None:
+        """All parameters and optimizer states are about to be written to where they live."""
+        self.drop_copies()
+        if self.commits is not None:
+            self.commits.replace()
+
+    def drop_copies(self) -> None:
+        """Everything a block has on the device or in a slot is outdated: its home has been written anew."""
+        for block in [*self.blocks, self.root]:
+            self._scheduler.drop_copies(block)
+        self._scheduler.rewind()
+
+    def end_replacing_state(self) -> None:
+        """They have been written, and the training state is in place."""
+        self.drop_copies()
+        if self.commits is not None:
+            self.commits.replaced(self._live_optimizer())
+
     def flush(self) -> None:
         """Finish every decided update; afterwards the store holds the parameters of the last step."""
         self._scheduler.flush()
@@ -358,6 +470,17 @@ class OffloadEngine:
             return {"read_bytes": 0, "written_bytes": 0}
         counted = store.engine.counters()
         return {"read_bytes": counted["read_bytes"], "written_bytes": counted["written_bytes"]}
+
+    def written_by_drive(self) -> dict[str, int]:
+        """Bytes written to each storage directory so far."""
+        store = self._assembly.resources.store
+        if store is None:
+            return {}
+        written: dict[str, int] = {}
+        for path, drive in zip(store.paths, store.engine.counters()["drives"], strict=True):
+            directory = os.path.dirname(path)
+            written[directory] = written.get(directory, 0) + int(drive["written_bytes"])
+        return written
 
     @property
     def trainable_numel(self) -> int:
@@ -386,14 +509,24 @@ class OffloadEngine:
             finally:
                 block.host_in_use -= 1
 
-    def close(self) -> None:
-        """Finish what is in flight, drop the hooks and remove the store. The parameters on storage are gone then."""
+    def close(self, *, remove: bool = False) -> None:
+        """Finish what is in flight, drop the hooks and remove the store. The parameters on storage are gone then.
+
+        With durability 'step' the last step is committed and the store stays, for `offload.resume`, unless `remove`.
+        """
         if self._closed:
             return
         self._closed = True
+        store = self._assembly.resources.store
+        if remove and store is not None:
+            store.keep = False
         try:
             self.flush()
+            if self.commits is not None and not remove:
+                self._previous_step_durable()
         finally:
+            if self.commits is not None:
+                self.commits.join()
             self._detach()
             self._finalizer()
 
@@ -425,6 +558,17 @@ def _make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog, *, holds: b
             complete,
         ),
         holds=holds,
+    )
+
+
+def _make_commits(
+    model: nn.Module, parts: Assembly, config: Config, tracked: dict[str, Stateful]
+) -> StepCommits | None:
+    store = parts.resources.store
+    if config.durability != "step" or store is None:
+        return None
+    return StepCommits(
+        model, [parts.root, *parts.blocks], store, config.chunk_elements, tracked, config.verify_reads
     )
 
 

@@ -13,6 +13,7 @@ device slot (`Residency`), and an update makes that copy outdated.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -318,7 +319,7 @@ class Scheduler:
             plane = block.plane(buffer)
             offset = -1 if block.param_offset < 0 else block.param_offset + buffer.plane_offset_nbytes
             segments = segments_of[position]
-            if not segments:
+            if not segments and (block.sides is None or not buffer.trainable):
                 if read_param and self._store is not None:
                     block.tickets.append(
                         self._store.engine.read(plane.data_ptr(), buffer.plane_nbytes, offset)
@@ -326,6 +327,8 @@ class Scheduler:
                 continue
             extents = block.states[position]
             grad_dtype, grad_address, grad_offset = self._gradient_source(block, buffer.grad_start)
+            if not segments:  # what has no gradient goes to the other side as it is
+                grad_address, grad_offset = plane.data_ptr(), -1
             job = UpdateJob(
                 param_codec=buffer.codec,
                 n_elements=buffer.n_elements,
@@ -342,10 +345,28 @@ class Scheduler:
                 tag=-1 if block.is_root else block.index,
                 reorders=block.is_root,
                 segments=segments,
+                **self._other_side(block, position, buffer.plane_offset_nbytes),
             )
             block.tickets.append(self._pipeline.submit(job))
+        if block.sides is not None:
+            block.sides.generation += 1
+            block.turn(block.sides.other)
         block.touched.clear()
         block.grads_waiting = False
+
+    @staticmethod
+    def _other_side(block: BlockRecord, position: int, plane_offset_nbytes: int) -> dict[str, Any]:
+        """Where the update of a block with two sides writes ([Note: two sides] in stores/sides.py)."""
+        sides = block.sides
+        if sides is None:
+            return {}
+        checksums, expected = sides.addresses(position)
+        return {
+            "param_out_offset": sides.param_offsets[sides.other] + plane_offset_nbytes,
+            "state_out_offset": sides.state_offsets[position][sides.other],
+            "checksums_address": checksums,
+            "expected_address": expected,
+        }
 
     # [Note: the turn] Backward ends at block 0, forward begins with the root and block 0: what was handed over last is
     # wanted first. The root's update comes last of a step, and puts those that have not begun in the order of use, so
@@ -369,6 +390,13 @@ class Scheduler:
                 self.wait_resident(block)
         for block in [*self.blocks, self.root]:
             self.wait_resident(block)
+
+    def drop_copies(self, block: BlockRecord) -> None:
+        """The block's bytes in the store, or in the host slot that is its home, are about to be replaced."""
+        self.wait_resident(block)
+        self._residency.outdated(block)
+        if block.param_offset >= 0 and block.slot is not None:
+            self._evict(block)
 
     def rewind(self) -> None:
         """A step has ended: the next use is forward of the first block."""

@@ -13,10 +13,12 @@ from offload.runtime.engine import OffloadEngine
 def abandon(engine: OffloadEngine) -> None:
     """Close `engine` without finishing decided updates: queued transfers are given up, the store is removed.
 
-    Waits only for the transfers the kernel has already been given, so that a stopped run ends soon on a slow drive.
-    Errors of the transfers given up are not raised.
+    With durability 'step' the store stays, with its last committed step. Waits only for the transfers the kernel has
+    already been given, so that a stopped run ends soon on a slow drive. Errors of the others are not raised.
     """
     store = engine._assembly.resources.store
+    if engine.commits is not None:
+        engine.commits.join()  # a step whose record is being written is not lost
     if store is not None:
         store.cancel()
     with contextlib.suppress(OffloadError, OSError, ValueError):

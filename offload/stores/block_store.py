@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from offload.model.flat import BlockLayout, FlatBuffer, Segment
+from offload.stores.sides import Sides
 from offload.tiers.device import PAST, Event
 from offload.transfer.io_engine import Ticket
 from offload.types import BlockState, checked_move
@@ -111,8 +112,21 @@ class BlockRecord:
     host_in_use: int = 0
     """Of these, and of readers, those that need the host slot to stay."""
     grad_norms: list[torch.Tensor] = field(default_factory=list)
+    sides: Sides | None = None
+    """Both sets of extents, where every step is durable (stores/sides.py)."""
     recipes: dict[Any, Any] = field(default_factory=dict)
     """How to recompute it, by the shapes of its inputs (runtime/recompute.py)."""
+
+    def turn(self, side: int) -> None:
+        """Read from the other set of extents from now on."""
+        sides = self.sides
+        if sides is None:
+            return
+        sides.current = side
+        if self.param_offset >= 0:
+            self.param_offset = sides.param_offsets[side]
+        for position, extents in self.states.items():
+            extents.offset = sides.state_offsets[position][side] + sides.host_chunk_nbytes.get(position, 0)
 
     @property
     def name(self) -> str:

@@ -63,7 +63,7 @@ def _preallocate(path: str, descriptor: int, file_nbytes: int) -> None:
 
 
 def _remove(
-    owner_pid: int, keep: bool, paths: list[str], descriptors: list[int], engines: list[Engine]
+    owner_pid: int, keep: list[bool], paths: list[str], descriptors: list[int], engines: list[Engine]
 ) -> None:
     """Stop the engine, unlock and (unless kept) remove the files; at the latest when the process exits."""
     if os.getpid() != owner_pid:
@@ -74,7 +74,7 @@ def _remove(
     for descriptor in descriptors:
         os.close(descriptor)
     descriptors.clear()
-    if not keep:
+    if not keep[0]:
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
@@ -101,15 +101,16 @@ class Store:
         keep: bool,
     ) -> None:
         self.run_id = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
-        self.keep = keep
+        self._keep = [keep]
         self.paths: list[str] = []
+        self._paths_to_remove: list[str] = []
         self._descriptors: list[int] = []
         engines: list[Engine] = []
         self._finalizer = weakref.finalize(
-            self, _remove, os.getpid(), keep, self.paths, self._descriptors, engines
+            self, _remove, os.getpid(), self._keep, self._paths_to_remove, self._descriptors, engines
         )
         self._end_nbytes = 0
-        self._stripe_nbytes = stripe_nbytes
+        self._stripe_nbytes = self.stripe_nbytes = stripe_nbytes
         self.capacity_nbytes = capacity_nbytes
         self.closed = False
         self._file_nbytes = self._file_nbytes_for(max(capacity_nbytes, 1), len(directories))
@@ -156,6 +157,7 @@ class Store:
                 f"{path}: cannot be created: {error.strerror}: name a directory that this user can write to"
             ) from error
         self.paths.append(path)
+        self._paths_to_remove.append(path)
         self._descriptors.append(descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _preallocate(path, descriptor, file_nbytes)
@@ -197,6 +199,31 @@ class Store:
     def cancel(self) -> None:
         """The run has been stopped: let all transfers fail that the kernel has not been given, and all later ones."""
         self.engine.cancel()
+
+    @property
+    def keep(self) -> bool:
+        """Whether the files stay when it closes."""
+        return self._keep[0]
+
+    @keep.setter
+    def keep(self, keep: bool) -> None:
+        self._keep[0] = keep
+
+    def describe(self, content: bytes) -> None:
+        """Put `content` beside each of the files as `offload-<run id>.manifest`, durably; it goes when they go."""
+        for directory in dict.fromkeys(map(os.path.dirname, self.paths)):
+            path = os.path.join(directory, f"offload-{self.run_id}.manifest")
+            self._paths_to_remove.insert(0, path)
+            with open(path + ".partial", "wb", opener=lambda p, f: os.open(p, f, 0o600)) as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(path + ".partial", path)
+            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def close(self) -> None:
         """Wait for what is in flight, unlock and (unless kept) remove the files. Safe to call twice."""

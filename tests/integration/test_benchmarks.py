@@ -37,3 +37,16 @@ def test_the_swapping_benchmark_runs_all_three_policies_with_the_same_bits(tmp_p
     assert rows["recompute_all"]["swapped_bytes_per_step"] == 0
     assert rows["swap_all"]["planned_bytes"]["recompute"] == 0
     assert rows["swap_all"]["swapped_bytes_per_step"] > rows["planned"]["swapped_bytes_per_step"]
+
+
+def test_the_durability_benchmark_gives_a_row_for_each_level(tmp_path):
+    report = tmp_path / "rows.json"
+    command = [
+        sys.executable, str(BENCHMARKS / "durability.py"), "--model", "tiny", "--rounds", "2", "--tokens", "8",
+        "--storage", str(tmp_path), "--device-memory", "60MB", "--host-memory", "32MB", "--json", str(report),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=100, cwd=BENCHMARKS.parent)
+    rows = {row["name"]: row for row in json.loads(report.read_text())["rows"]}
+    assert rows["level_step"]["written_bytes_per_param"] > 11
+    assert rows["checkpoint"]["bytes_per_param"] > 11
+    assert rows["checksums"]["gb_per_s_one_core"] > 0.1

@@ -1,0 +1,183 @@
+"""What durable steps and checksums cost in step time, storage-bound, and what a checkpoint costs.
+
+Three runs of the same model take turns, some steps each, in an order shuffled in every round: level `checkpoint`, level
+`step`, and level `step` without its checksums. All state is on storage, and a step has few tokens, so that the drive
+limits it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import random
+import shutil
+import statistics
+import sys
+import time
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+import torch
+
+import offload
+from benchmarks.common import about, command_line, median, spread, write_rows
+from benchmarks.llama_shaped import LlamaShaped, Shape
+from offload._C import crc32c, crc32c_kind
+
+SHAPES = {"34m": Shape(512, 6, 2048, 8, 8192), "tiny": Shape(128, 4, 512, 4, 512)}
+
+
+class Side:
+    """One run, its steps and their seconds."""
+
+    def __init__(self, name: str, shape: Shape, storage: str, budgets: dict[str, str], tokens: int) -> None:
+        torch.manual_seed(0)
+        model = LlamaShaped(shape).to(torch.bfloat16)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        level = "checkpoint" if name == "checkpoint" else "step"
+        self.model, self.optimizer = offload.wrap(
+            model,
+            optimizer,
+            storage=[storage],
+            durability=level,
+            step_aside="never",
+            verify_reads=True,
+            **budgets,
+        )
+        self.name, self.storage = name, storage
+        if name == "step_without_checksums":
+            scheduler: Any = self.model.offload._scheduler
+            original = scheduler._other_side
+            scheduler._other_side = lambda *a: original(*a) | {"checksums_address": 0, "expected_address": 0}
+        self.batch = torch.randint(0, shape.vocab, (1, tokens), generator=torch.Generator().manual_seed(1))
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+
+    def turn(self, n_steps: int) -> None:
+        """Steps one after the other, until all of their bytes are written and, where that is promised, committed."""
+        begin_s = time.perf_counter()
+        for _ in range(n_steps):
+            loss = self.model(self.batch)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.losses.append(float(loss.detach()))
+        engine = self.model.offload
+        engine.flush()
+        if engine.commits is not None:
+            engine._previous_step_durable()
+        self.seconds.append((time.perf_counter() - begin_s) / n_steps)
+
+    def storage_nbytes(self) -> int:
+        """Of its store."""
+        return sum(entry.stat().st_blocks * 512 for entry in os.scandir(self.storage))
+
+
+def crc_bytes_per_s(nbytes: int) -> float:
+    """Of data in memory, one core."""
+    data = torch.ones(nbytes, dtype=torch.uint8)
+    seconds = []
+    for _ in range(5):
+        begin_s = time.perf_counter()
+        crc32c(data.data_ptr(), nbytes)
+        seconds.append(time.perf_counter() - begin_s)
+    return nbytes / statistics.median(seconds)
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=SHAPES, default="34m")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=4, help="steps a turn, not waited for in between")
+    parser.add_argument("--storage", required=True)
+    parser.add_argument("--device-memory", default="200MB")
+    parser.add_argument("--host-memory", default="16MB")
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    place = os.path.join(arguments.storage, f"durability-{os.getpid()}")
+    budgets = {"device_memory": arguments.device_memory, "host_memory": arguments.host_memory}
+    names = ["checkpoint", "step", "step_without_checksums"]
+    shape = SHAPES[arguments.model]
+    try:
+        sides = [Side(name, shape, os.path.join(place, name), budgets, arguments.tokens) for name in names]
+        order = random.Random(0)
+        for round_index in range(arguments.rounds + 2):
+            for side in order.sample(sides, len(sides)):
+                side.turn(arguments.steps)
+                if round_index == 1:
+                    side.seconds.clear()  # the first two fill what later steps find
+        if any(side.losses != sides[0].losses for side in sides):
+            raise SystemExit("the runs do not have the same losses")
+        rows = measured(sides, place, arguments)
+        for side in sides:
+            side.model.offload.close(remove=True)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    write_rows(arguments.json, rows, command_line(sys.argv[0], sys.argv[1:]))
+
+
+def measured(sides: list[Side], place: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows."""
+    common = about(
+        place, model=arguments.model, backend=sides[0].model.offload.parts.resources.store.engine.backend
+    )
+    numel = sides[0].model.offload.trainable_numel
+    steps = len(sides[0].losses)
+    rows = []
+    for side in sides:
+        paired = [a / b for a, b in zip(side.seconds, sides[0].seconds, strict=True)]
+        rows.append(
+            common
+            | {
+                "name": f"level_{side.name}",
+                "step_s": round(median(side.seconds), 4),
+                "step_s_range": spread(side.seconds),
+                "ratio_to_checkpoint": round(median(paired), 3),
+                "ratio_range": spread(paired),
+                "written_bytes_per_param": round(
+                    side.model.offload.counters()["written_bytes"] / steps / numel, 2
+                ),
+                "storage_bytes_per_param": round(side.storage_nbytes() / numel, 2),
+                "rounds": arguments.rounds,
+            }
+        )
+    with_sums, without = sides[1].seconds, sides[2].seconds
+    paired = [a / b for a, b in zip(with_sums, without, strict=True)]
+    rows.append(
+        common
+        | {
+            "name": "checksums",
+            "kind": crc32c_kind(),
+            "gb_per_s_one_core": round(crc_bytes_per_s(1 << 21) / 1e9, 1),
+            "step_ratio": round(median(paired), 3),
+            "step_ratio_range": spread(paired),
+        }
+    )
+    begin_s = time.perf_counter()
+    path = offload.save(sides[0].model, os.path.join(place, "saved"))
+    save_s = time.perf_counter() - begin_s
+    nbytes = sum(entry.stat().st_size for entry in os.scandir(path))
+    begin_s = time.perf_counter()
+    offload.resume(sides[0].model, path)
+    resume_s = time.perf_counter() - begin_s
+    rows.append(
+        common
+        | {
+            "name": "checkpoint",
+            "nbytes": nbytes,
+            "bytes_per_param": round(nbytes / numel, 2),
+            "save_s": round(save_s, 3),
+            "resume_s": round(resume_s, 3),
+            "save_in_steps": round(save_s / median(sides[0].seconds), 2),
+        }
+    )
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Two sets of extents for a block, so that one is whole whatever happens while the other is being written.
+
+[Note: two sides] An update reads one side and writes the other. The last committed step is on the sides that its commit
+record names; the update of the next step overwrites the sides that are older than it. So the record of a step has to be
+on the drives before the first update of the next step is submitted (`runtime/commits.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from offload.model.flat import BlockLayout
+from offload.types import PAGE_NBYTES, round_up
+
+RECORD_NBYTES_FIXED = 1 << 20
+"""Room in a commit record for what the user tracks, random states and hyperparameters."""
+
+
+@dataclass
+class Sides:
+    """Offsets of side 0 and 1: of the parameter planes, and of each trainable buffer's records, by position.
+
+    `checksums[position][side]` is uint32 of shape (chunks, 2): CRC32C of each chunk's parameters and of its record.
+    """
+
+    param_offsets: tuple[int, int]
+    state_offsets: dict[int, tuple[int, int]]
+    checksums: dict[int, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
+    current: int = 0
+    """What is read next."""
+    generation: int = 0
+    """Updates that have been submitted."""
+    committed: int = 0
+    committed_generation: int = 0
+    host_chunk_nbytes: dict[int, int] = field(default_factory=dict)
+    """Bytes of a buffer's records that live in host memory, by position."""
+    verifies: bool = False
+    """Whether the checksums of the current side are known."""
+
+    @property
+    def other(self) -> int:
+        """The side that the next update writes."""
+        return 1 - self.current
+
+    def addresses(self, position: int) -> tuple[int, int]:
+        """Where the next update of a buffer puts its checksums, and where those of what it reads are (0: unknown)."""
+        of = self.checksums[position]
+        return of[self.other].ctypes.data, of[self.current].ctypes.data if self.verifies else 0
+
+    def commit(self) -> None:
+        """The current side has become durable."""
+        self.committed, self.committed_generation = self.current, self.generation
+
+    def roll_back(self) -> bool:
+        """Return to the committed side. Whether the current one was another."""
+        changed = self.current != self.committed
+        self.current, self.generation = self.committed, self.committed_generation
+        return changed
+
+
+def checksum_tables(layout: BlockLayout, chunk_elements: int) -> dict[int, tuple[Any, Any]]:
+    """Room for the checksums of every buffer, on both sides."""
+    tables = {}
+    for position, buffer in enumerate(layout.buffers):
+        n_chunks = -(-buffer.n_elements // chunk_elements)
+        tables[position] = (np.zeros((n_chunks, 2), np.uint32), np.zeros((n_chunks, 2), np.uint32))
+    return tables
+
+
+def record_nbytes(layouts: list[BlockLayout], chunk_elements: int) -> int:
+    """Room for one commit record: 24 bytes a chunk, 32 a parameter, 1 MiB for everything else."""
+    buffers = [buffer for layout in layouts for buffer in layout.buffers]
+    chunks = sum(-(-buffer.n_elements // chunk_elements) for buffer in buffers)
+    parameters = sum(len(buffer.segments) for buffer in buffers)
+    fixed_nbytes = RECORD_NBYTES_FIXED + 256 * len(buffers)
+    return round_up(24 * chunks + 32 * parameters + fixed_nbytes, PAGE_NBYTES)
+
+
+def durable_nbytes(layouts: list[BlockLayout], chunk_elements: int) -> int:
+    """Storage of a run whose every step is durable: all state twice, wherever it is used from, and two records."""
+    once = sum(
+        round_up(layout.slot_nbytes, PAGE_NBYTES)
+        + sum(round_up(buffer.state_nbytes, PAGE_NBYTES) for buffer in layout.buffers)
+        for layout in layouts
+    )
+    return 2 * once + 2 * record_nbytes(layouts, chunk_elements)

@@ -1,0 +1,76 @@
+"""Loops that do what they should not: refused by name, or harmless; at every level of durability."""
+
+from __future__ import annotations
+
+import resource
+
+import pytest
+import torch
+
+from offload.errors import OffloadError, UsageError
+from offload.tiers.host import HostArena
+from tests.fault.test_durable_steps import durable
+from tests.fault.training import Model, make_run
+from tests.fault.trajectory import Run
+
+pytestmark = pytest.mark.fault
+
+
+@pytest.fixture(scope="module")
+def ideal(tmp_path_factory):
+    run = Run(storage=[str(tmp_path_factory.mktemp("ideal"))])
+    losses = run.steps(5)
+    run.close()
+    return losses
+
+
+def test_backward_twice_in_a_step_is_refused_and_costs_nothing_committed(tmp_path, ideal):
+    run = durable(tmp_path / "d", update="backward")
+    run.steps(2)
+    run.model(run.data.next()).square().mean().backward()
+    with pytest.raises(UsageError, match="no_sync"):
+        run.model(run.data.next()).square().mean().backward()
+    run.close()
+    again = durable(tmp_path / "d", update="backward")
+    assert again.resume(tmp_path / "d").step == 2
+    assert again.steps(3) == ideal[2:]
+    again.model.offload.close(remove=True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 1e9}], ids=["backward", "deferred"])
+@pytest.mark.parametrize("level", ["checkpoint", "step"])
+def test_step_twice_changes_nothing_the_second_time(tmp_path, ideal, level, settings):
+    run = Run(storage=[str(tmp_path / "d")], durability=level, **settings)
+    for expected in ideal:
+        assert run.step() == expected
+        run.optimizer.step()
+    run.model.offload.close(remove=True)
+
+
+@pytest.mark.parametrize("level", ["checkpoint", "step"])
+def test_a_batch_of_another_shape_in_every_step_gives_the_numbers_of_memory(tmp_path, level):
+    batches = [torch.randn(n, 8, generator=torch.Generator().manual_seed(n)) for n in (4, 1, 7, 3)]
+    model, optimizer = make_run(tmp_path, durability=level)
+    torch.manual_seed(0)
+    plain = Model(3)
+    theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    for batch in batches:
+        losses = []
+        for trained, steps in ((model, optimizer), (plain, theirs)):
+            loss = trained(batch).square().mean()
+            loss.backward()
+            steps.step()
+            steps.zero_grad()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    model.offload.close(remove=True)
+
+
+def test_an_arena_that_cannot_be_had_names_host_memory():
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 40, hard))
+    try:
+        with pytest.raises((OffloadError, OSError), match="host_memory"):
+            HostArena(1 << 42)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
