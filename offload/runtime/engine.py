@@ -214,20 +214,32 @@ class OffloadEngine:
             if id(segment.parameter) in block.touched
         ]
 
-    def _clip(self) -> float:
-        """Factor that brings the global norm to `max_grad_norm`, as torch.nn.utils.clip_grad_norm_ computes it."""
+    def grad_norm(self) -> torch.Tensor | None:
+        """Global norm of the gradients that wait for `optimizer.step()`, divided by the loss scale.
+
+        None without `max_grad_norm` (which may be infinite) and when no gradient waits.
+        """
         optimizer = self._optimizer()
         if self.config.max_grad_norm is None or optimizer is None:
-            return 1.0
+            return None
         norms = self._norms(self.root) if self.root.touched else []
         for block in self.blocks:
             if block.touched:
                 norms += block.grad_norms
         if not norms:
+            return None
+        return torch.linalg.vector_norm(torch.stack(norms)) / optimizer.loss_scale
+
+    def _grad_scale(self) -> float:
+        """Factor that undoes the loss scale and brings the global norm to `max_grad_norm`, as
+        torch.nn.utils.clip_grad_norm_ computes it."""
+        optimizer, total = self._optimizer(), self.grad_norm()
+        if optimizer is None:
             return 1.0
-        total = torch.linalg.vector_norm(torch.stack(norms))
+        if total is None or self.config.max_grad_norm is None:
+            return 1.0 / optimizer.loss_scale
         optimizer.grad_norm = total
-        return min(1.0, float(self.config.max_grad_norm / (total + 1e-6)))
+        return min(1.0, float(self.config.max_grad_norm / (total + 1e-6))) / optimizer.loss_scale
 
     def optimizer_step(self) -> None:
         """Decide the updates of this step that have not been made during backward."""
@@ -241,7 +253,7 @@ class OffloadEngine:
         waiting = [b for b in self.blocks if b.touched]
         if any(b.pending_update for b in [*waiting, self.root]):
             self._scheduler.flush()  # a block was skipped by this step's forward
-        optimizer.grad_scale = self._clip()
+        optimizer.grad_scale = self._grad_scale()
         for block in waiting:
             self._scheduler.update_later(block, self._hyper_of)
         if self.root.touched:
