@@ -120,8 +120,8 @@ class aio_handle:  # DeepSpeed's name
     ) -> None:
         if block_size < 1 or not 1 <= queue_depth <= 4096 or intra_op_parallelism < 1:
             raise ConfigError(
-                f"aio_handle: block_size={block_size}, intra_op_parallelism={intra_op_parallelism}: must be at least 1; "
-                f"queue_depth={queue_depth}: must be 1 to 4096"
+                f"aio_handle: block_size={block_size}, intra_op_parallelism={intra_op_parallelism}: at least 1; "
+                f"queue_depth={queue_depth}: 1 to 4096"
             )
         self._block_size, self._queue_depth = block_size, queue_depth
         self._single_submit, self._overlap_events = single_submit, overlap_events

@@ -129,19 +129,15 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _suggest(path: str) -> str:
+    """The known key that `path` most likely means: the same name elsewhere, else the nearest."""
     section, _, name = path.rpartition(".")
-    known = [key.path for key in keys.KEYS] + list(keys.OLDER_SPELLINGS)
-    here = [k.rpartition(".")[2] for k in known if k.rpartition(".")[0] == section]
-    if not section:
-        here += sorted({k.split(".")[0] for k in known})
-    near = difflib.get_close_matches(name, here, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {section + '.' if section else ''}{near[0]}?"
-    elsewhere = [k for k in known if k.rpartition(".")[2] == name]
-    if elsewhere:
-        return f"; did you mean {elsewhere[0]}?"
-    near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else ": delete it"
+    known = {key.path for key in keys.KEYS} | set(keys.OLDER_SPELLINGS)
+    known |= {".".join(k.split(".")[:n]) for k in known for n in range(1, k.count(".") + 1)}
+    same = sorted((k for k in known if k.rpartition(".")[2] == name), key=len)
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    near = [siblings[n] for n in difflib.get_close_matches(name, sorted(siblings), n=1, cutoff=0.6)]
+    found = same or near or difflib.get_close_matches(path, sorted(known), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else ": delete it"
 
 
 _told: set[str] = set()

@@ -70,6 +70,7 @@ def initialize(
     source.param_groups[:] = (
         wrapped.param_groups
     )  # schedules and loops that hold the client's optimizer see ours
+    source._opt_called = True  # type: ignore[attr-defined]  # or torch warns that its step is never called
     engine = DeepSpeedEngine(module, wrapped, read)
     if training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(training_data, collate_fn=collate_fn)
