@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.deepspeed import mapping
+from offload.deepspeed import checkpoint, mapping
 from offload.deepspeed.config import batch_sizes, get
 from offload.deepspeed.loss_scale import LossScale, from_config
 from offload.deepspeed.weights import state_dict, write_16bit
@@ -301,6 +301,81 @@ class DeepSpeedEngine(nn.Module):
         )
 
     # ---- state on disk ---------------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: object = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write everything training goes on from to `save_dir`/`tag` (default `global_step<n>`), streamed.
+
+        It appears at once, when it is complete; then `save_dir`/latest names it. `client_state` is plain data and
+        tensors. Frozen parameters are always in it. Raises UsageError between two accumulation boundaries.
+        """
+        states = {
+            "engine": self._state(),
+            "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler is not None else None,
+            "client_state": dict(client_state or {}),
+        }
+        name = f"global_step{self.global_steps}" if tag is None else str(tag)
+        checkpoint.write(self.module, os.fspath(save_dir), name, states, save_latest=save_latest)
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: object = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Go on from a checkpoint (default: the one that `load_dir`/latest names). Returns (its path, client_state).
+
+        (None, None), with a warning, when it is not there. May be called at any accumulation boundary. Raises
+        CheckpointError for another model's.
+        """
+        if custom_load_fn is not None or not load_module_strict:
+            raise UsageError(
+                "custom_load_fn and load_module_strict=False: load into the module before initialize"
+            )
+        found = checkpoint.read(
+            self.module,
+            self.optimizer,
+            os.fspath(load_dir),
+            None if tag is None else str(tag),
+            with_optimizer=load_optimizer_states and not load_module_only,
+        )
+        if found is None:
+            return None, None
+        path, states = found
+        if not load_module_only:
+            self._load_state(states["engine"])
+            if (
+                load_lr_scheduler_states
+                and self.lr_scheduler is not None
+                and states["lr_scheduler"] is not None
+            ):
+                self.lr_scheduler.load_state_dict(states["lr_scheduler"])
+        return path, states["client_state"]
+
+    _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+    def _state(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._COUNTERS} | {
+            "loss_scale": self._loss_scale.state_dict()
+        }
+
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        for name in self._COUNTERS:
+            setattr(self, name, int(state[name]))
+        self._loss_scale.load_state_dict(state["loss_scale"])
+        self._micro_since_step = 0
+        self._publish_scale()
 
     def save_16bit_model(
         self,

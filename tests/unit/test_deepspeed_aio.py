@@ -193,7 +193,7 @@ def test_every_transfer_that_fails_is_reported_by_wait_and_only_once(tmp_path, h
         pytest.skip("io_uring is not allowed here")
     for i in range(2):
         handle.async_pwrite(random_bytes(4 * KIB, i), str(tmp_path / str(i)))
-    with pytest.raises(OSError, match=str(tmp_path / str((nth - 1) // 4))) as raised:
+    with pytest.raises(OSError, match=f"write of 1024 bytes at offset .* of {tmp_path}/[01]") as raised:
         handle.wait()
     assert raised.value.errno == 5
     assert handle.wait() == 0
