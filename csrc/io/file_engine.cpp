@@ -105,8 +105,7 @@ std::shared_ptr<Ticket> FileEngine::start(Op op, const FilePtr& direct, const Fi
                                           std::size_t nbytes, std::uint64_t offset) {
   OFFLOAD_CHECK(nbytes == 0 || address != nullptr, "a transfer needs an address");
   std::size_t head = 0;
-  if (direct && offset % direct->alignment == 0 &&
-      reinterpret_cast<std::uintptr_t>(address) % direct->alignment == 0)
+  if (direct && offset % direct->alignment == 0 && reinterpret_cast<std::uintptr_t>(address) % direct->alignment == 0)
     head = nbytes / direct->alignment * direct->alignment;
   std::vector<Piece> pieces;
   cut(op, direct, address, head, offset, pieces);

@@ -19,9 +19,9 @@ struct FileEngineOptions {
   std::shared_ptr<Faults> faults;
 };
 
-// [Note: any alignment] What lies on the boundaries that the file system asks for goes with O_DIRECT. The rest (a ragged
-// end, or everything where memory or offset are off) goes through the page cache of the same file, which the kernel
-// keeps coherent with direct transfers.
+// [Note: any alignment] What lies on the boundaries that the file system asks for goes with O_DIRECT. The rest (a
+// ragged end, or everything where memory or offset are off) goes through the page cache of the same file, which the
+// kernel keeps coherent with direct transfers.
 class FileEngine {
  public:
   explicit FileEngine(FileEngineOptions options);
