@@ -181,6 +181,31 @@ def test_an_example_does_what_its_author_meant(tmp_path, name):
     engine.destroy()
 
 
+@pytest.mark.parametrize(
+    "name", ["ZeRO-Infinity to DRAM", "optimizer to NVMe", "both to NVMe, nothing in DRAM"]
+)
+def test_a_device_with_memory_of_its_own_changes_neither_the_place_nor_a_bit(tmp_path, name):
+    zero, rest, states, params = EXAMPLES[name]
+    results = []
+    for device in ("cpu", "emulated"):
+        config = with_directory(
+            {**copy.deepcopy(BASE), "zero_optimization": zero, **rest}, str(tmp_path / "nvme")
+        )
+        config["offload"] = {**BASE["offload"], "device": device}
+        engine, *_ = deepspeed.initialize(model=build("llama"), config=config)
+        assert placed(engine)[1] == params
+        assert (engine.offload.placement.storage_nbytes > 0) == (states == "storage")
+        losses = []
+        for batch in batches(3):
+            loss = engine(input_ids=batch, labels=batch).loss
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        results.append(losses)
+        engine.destroy()
+    assert results[0] == results[1]
+
+
 def test_max_in_cpu_is_the_parameters_that_host_memory_holds(tmp_path):
     model = build("llama")
     per_block = sum(p.numel() for p in model.model.layers[0].parameters())
