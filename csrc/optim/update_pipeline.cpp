@@ -85,13 +85,30 @@ void UpdatePipeline::check(const UpdateJob& job, std::size_t n_chunks) const {
   }
 }
 
+// Chunks with something to update, in order; all of them where the parameters have to be read anyway.
+std::vector<std::size_t> UpdatePipeline::chunks_to_do(const UpdateJob& job, std::size_t n_chunks) const {
+  std::vector<std::size_t> chunks;
+  auto segment = job.segments.begin();
+  for (std::size_t index = 0; index < n_chunks; ++index) {
+    while (segment != job.segments.end() && segment->start + segment->n <= index * chunk_elements_) ++segment;
+    const bool touched = segment != job.segments.end() && segment->start < (index + 1) * chunk_elements_;
+    if (touched || job.read_param) chunks.push_back(index);
+  }
+  return chunks;
+}
+
 std::shared_ptr<io::Ticket> UpdatePipeline::submit(UpdateJob job) {
   OFFLOAD_CHECK(job.n_elements > 0 && job.n_elements % kPlaneElements == 0, "n_elements must be a multiple of 2048");
   auto state = std::make_shared<JobState>();
-  state->n_chunks = (job.n_elements + chunk_elements_ - 1) / chunk_elements_;
-  check(job, state->n_chunks);
-  state->unfinished = state->n_chunks;
+  const std::size_t n_chunks = (job.n_elements + chunk_elements_ - 1) / chunk_elements_;
+  check(job, n_chunks);
+  state->chunks = chunks_to_do(job, n_chunks);
+  state->unfinished = state->chunks.size();
   state->ticket = std::make_shared<io::Ticket>(1);
+  if (state->chunks.empty()) {
+    state->ticket->settle_piece({});
+    return state->ticket;
+  }
   for (const Segment& segment : job.segments) state->scalars.push_back(scalars_of(segment.hyper));
   state->job = std::move(job);
   {
@@ -152,11 +169,11 @@ void UpdatePipeline::take_next_chunk() {
   if (jobs_.empty()) return;
   auto chunk = std::make_shared<Chunk>();
   chunk->job = jobs_.front();
-  chunk->index = next_index_;
+  chunk->index = chunk->job->chunks[next_index_];
   const UpdateJob& job = chunk->job->job;
   const std::size_t start = chunk->index * chunk_elements_;
   chunk->n = std::min(chunk_elements_, job.n_elements - start);
-  if (++next_index_ == chunk->job->n_chunks) {
+  if (++next_index_ == chunk->job->chunks.size()) {
     jobs_.pop_front();
     next_index_ = 0;
   }

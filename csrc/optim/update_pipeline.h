@@ -64,7 +64,8 @@ class UpdatePipeline {
   static std::size_t buffer_nbytes_required(std::size_t chunk_elements, std::size_t n_buffers);
 
   // Queues a job; its ticket completes when every write of it has. Jobs may be queued on bytes that earlier jobs still
-  // write: the later chunk waits. Throws std::invalid_argument for a job that cannot run as described.
+  // write: the later chunk waits. Chunks that no segment touches are neither read nor written, unless read_param is
+  // set. Throws std::invalid_argument for a job that cannot run as described.
   std::shared_ptr<io::Ticket> submit(UpdateJob job);
   // Finishes what is queued and stops the threads.
   void close();
@@ -82,7 +83,7 @@ class UpdatePipeline {
  private:
   struct JobState {
     UpdateJob job;
-    std::size_t n_chunks = 0;
+    std::vector<std::size_t> chunks;  // those it works on
     std::size_t unfinished = 0;
     std::vector<Scalars> scalars;  // of each segment
     io::Error error;               // guarded by the pipeline's mutex
@@ -106,6 +107,7 @@ class UpdatePipeline {
   using ChunkPtr = std::shared_ptr<Chunk>;
 
   void check(const UpdateJob& job, std::size_t n_chunks) const;
+  std::vector<std::size_t> chunks_to_do(const UpdateJob& job, std::size_t n_chunks) const;
   void take_next_chunk();
   bool can_issue() const;
   bool drained() const { return next_ == nullptr && in_flight_.empty(); }
@@ -128,7 +130,7 @@ class UpdatePipeline {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<std::shared_ptr<JobState>> jobs_;  // jobs that still have chunks to take
-  std::size_t next_index_ = 0;                  // chunk of jobs_.front()
+  std::size_t next_index_ = 0;                  // in the chunks of jobs_.front()
   ChunkPtr next_;                               // the next chunk to read; null when every job is taken
   std::vector<ChunkPtr> in_flight_;             // chunks that own a buffer
   std::vector<char*> free_buffers_;
