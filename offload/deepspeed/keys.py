@@ -227,8 +227,8 @@ _SECTIONS: dict[str, _Rows] = {
     ],
     "offload": _honoured(
         **{
-            "*": "ours: any setting of `offload.config.Config`, such as device_memory and host_memory; DeepSpeed "
-            "ignores the section"
+            "*": "ours: any setting of `offload.config.Config`, such as device_memory and host_memory, and "
+            "`blocks` and `chunked_loss` of `offload.wrap`; DeepSpeed ignores the section"
         }
     ),
 }

@@ -24,6 +24,9 @@ from offload.runtime.assembly import block_bytes, choose_device
 from offload.transfer.io_engine import UpdatePipeline
 from offload.types import PAGE_NBYTES, round_up
 
+WRAP_ONLY = ("blocks", "chunked_loss")
+"""What the section `offload` may say to `offload.wrap` that is no setting of `Config`."""
+
 _DEVICES = ("none", "cpu", "nvme")
 
 
@@ -159,7 +162,7 @@ def host_nbytes(model: nn.Module, config: Mapping[str, Any], settings: Mapping[s
     wanted = offloading(config)
     if not wanted.directories or "host_memory" in settings:
         return {}
-    checked = Config.checked(**settings)
+    checked = Config.checked(**{name: value for name, value in settings.items() if name not in WRAP_ONLY})
     compute_dtype = torch.bfloat16 if get(config, "bf16.enabled", False) else None
     pieces = cut(model, settings.get("blocks"))
     layouts = [
@@ -172,13 +175,16 @@ def host_nbytes(model: nn.Module, config: Mapping[str, Any], settings: Mapping[s
     grad = max((size.grad_nbytes for size in sizes), default=0)
     always = UpdatePipeline.buffer_nbytes_required(checked.chunk_elements, checked.chunk_buffers)
     always += ACTIVATION_STAGING_NBYTES_MIN
-    device = choose_device(model, checked)
-    if not device.shares_host:  # the root's mirror, host slots and gradient buffers, two of each
-        always += root.slot_nbytes + root.grad_nbytes + 3 * slot + 2 * grad
-    device.close()
     held = _held(layouts, sizes, wanted.params_in_host_max)
     if wanted.states != "nvme":
         held += root.state_nbytes + sum(size.state_nbytes + size.grad_nbytes for size in sizes)
+    device = choose_device(model, checked)
+    if (
+        not device.shares_host
+    ):  # the root's mirror, host slots and gradient buffers; a second of each can be filled
+        always += root.slot_nbytes + root.grad_nbytes + 2 * slot + grad
+        held += slot + grad
+    device.close()
     if held:  # activations' staging takes its share of what is left
         held = min(math.ceil(held / (1 - ACTIVATION_STAGING_SHARE)), held + ACTIVATION_STAGING_NBYTES_MAX)
     return {"host_memory": always + round_up(held, PAGE_NBYTES)}

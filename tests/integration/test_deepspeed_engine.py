@@ -381,11 +381,15 @@ def test_16_bit_weights_load_into_the_model(tmp_path, file_name, tie):
 
 def test_the_section_offload_sets_budgets(tmp_path):
     config = configuration(tmp_path)
-    config["offload"] = {**SMALL, "host_memory": "1GB", "micro_batches": 2}
+    config["offload"] = {**SMALL, "host_memory": "1GB", "micro_batches": 2, "blocks": "LlamaDecoderLayer"}
     engine, *_ = deepspeed.initialize(model=build("llama"), config=config)
     assert all(engine.offload.placement.params_in_host)
     assert engine.offload.placement.storage_nbytes == 0
     assert engine.offload.micro_batches == 2
+    engine.destroy()
+    config["offload"] = {**SMALL, "blocks": "LlamaMLP"}
+    engine, *_ = deepspeed.initialize(model=build("llama"), config=config)
+    assert [block.name for block in engine.offload.blocks] == [f"model.layers.{i}.mlp" for i in range(4)]
     engine.destroy()
     config["offload"] = {"host_memry": "1GB"}
     with pytest.raises(ConfigError, match="host_memry"):
