@@ -163,7 +163,6 @@ def check_with_deepspeed(config: Mapping[str, Any]) -> bool:
 
     Returns whether it was there. Raises ConfigError with its message.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         from deepspeed.runtime.precision_config import (
             get_bfloat16_config,

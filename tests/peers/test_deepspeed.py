@@ -13,7 +13,8 @@ import sys
 import pytest
 import torch
 
-from offload.deepspeed import keys, schedules
+from offload.deepspeed import config, keys, schedules
+from offload.errors import ConfigError
 
 pytestmark = [pytest.mark.peer, pytest.mark.slow, pytest.mark.timeout(600)]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -99,14 +100,29 @@ def test_every_field_of_deepspeeds_own_models_has_a_fate():
     assert [path for path in found if keys.find(keys.OLDER_SPELLINGS.get(path, path)) is None] == []
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        {"fp16": {"enabled": True, "loss_scale_window": 0}},
+        {"fp16": {"loss_scale": -1}},
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "buffer_count": -1}}},
+        {"bf16": {"enabled": "perhaps"}},
+    ],
+)
+def test_deepspeeds_own_models_refuse_what_they_would_refuse_there(read):
+    with pytest.raises(ConfigError, match="DeepSpeed's own check"):
+        config.read({"train_batch_size": 1, **read})
+
+
 def test_every_constant_that_names_a_key_at_the_top_has_a_fate():
     """Constants that DeepSpeedConfig passes to its readers; a few are names of other things."""
     import inspect
     import re
 
-    from deepspeed.runtime import config, constants
+    from deepspeed.runtime import config as theirs
+    from deepspeed.runtime import constants
 
-    used = set(re.findall(r"param_dict(?:\.get\(|\[|, )\s*\(?([A-Z_]+)", inspect.getsource(config)))
+    used = set(re.findall(r"param_dict(?:\.get\(|\[|, )\s*\(?([A-Z_]+)", inspect.getsource(theirs)))
     found = {getattr(constants, name) for name in used if isinstance(getattr(constants, name, None), str)}
     assert {"train_batch_size", "gradient_clipping", "steps_per_print"} <= found
     assert [path for path in sorted(found) if not keys.find(path) and not keys.is_section(path)] == []
