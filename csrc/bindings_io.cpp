@@ -3,11 +3,13 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <variant>
 
 #include "bindings.h"
 #include "common/aligned_buffer.h"
 #include "common/crc32c.h"
 #include "io/engine.h"
+#include "io/file_engine.h"
 
 namespace py = pybind11;
 
@@ -29,6 +31,23 @@ void delete_engine(io::Engine* engine) {
   }
   py::gil_scoped_release release;
   delete engine;
+}
+
+void delete_file_engine(io::FileEngine* engine) {
+  if (engine->inherited()) return;
+  if (PyGILState_Check() == 0) {
+    delete engine;
+    return;
+  }
+  py::gil_scoped_release release;
+  delete engine;
+}
+
+std::shared_ptr<io::Ticket> transfer_file(io::FileEngine& engine, io::Op op, const std::variant<int, std::string>& file,
+                                          std::uintptr_t address, std::size_t nbytes, std::uint64_t offset) {
+  void* const memory = reinterpret_cast<void*>(address);
+  if (std::holds_alternative<int>(file)) return engine.submit(op, std::get<int>(file), memory, nbytes, offset);
+  return engine.submit(op, std::get<std::string>(file), memory, nbytes, offset);
 }
 
 // Waits in slices so that Ctrl-C is seen; the GIL is free inside each.
@@ -191,6 +210,39 @@ void bind_io(py::module_& module) {
       .def_property_readonly("backend", &io::Engine::backend)
       .def_property_readonly("backend_reason", &io::Engine::backend_reason)
       .def_property_readonly("direct", &io::Engine::direct);
+
+  py::class_<io::FileEngine, std::shared_ptr<io::FileEngine>>(module, "FileEngine")
+      .def(py::init([](std::string backend, std::size_t block_nbytes, unsigned queue_depth,
+                       const std::optional<py::dict>& inject) {
+             io::FileEngineOptions options{std::move(backend), block_nbytes, queue_depth, nullptr};
+             if (inject) options.faults = faults_from(*inject);
+             return std::shared_ptr<io::FileEngine>(new io::FileEngine(std::move(options)), &delete_file_engine);
+           }),
+           py::kw_only(), py::arg("backend") = "auto", py::arg("block_nbytes") = std::size_t{1} << 20,
+           py::arg("queue_depth") = 32, py::arg("inject") = py::none())
+      .def(
+          "read",
+          [](io::FileEngine& engine, const std::variant<int, std::string>& file, std::uintptr_t address,
+             std::size_t nbytes,
+             std::uint64_t offset) { return transfer_file(engine, io::Op::read, file, address, nbytes, offset); },
+          py::arg("file"), py::arg("address"), py::arg("nbytes"), py::arg("offset") = 0,
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "write",
+          [](io::FileEngine& engine, const std::variant<int, std::string>& file, std::uintptr_t address,
+             std::size_t nbytes,
+             std::uint64_t offset) { return transfer_file(engine, io::Op::write, file, address, nbytes, offset); },
+          py::arg("file"), py::arg("address"), py::arg("nbytes"), py::arg("offset") = 0,
+          py::call_guard<py::gil_scoped_release>())
+      .def("counters",
+           [](const io::FileEngine& engine) {
+             const io::Counters& counted = engine.counters();
+             return py::dict(py::arg("read_bytes") = counted.read_nbytes.load(),
+                             py::arg("written_bytes") = counted.written_nbytes.load());
+           })
+      .def("close", &io::FileEngine::close, py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("backend", &io::FileEngine::backend)
+      .def_property_readonly("backend_reason", &io::FileEngine::backend_reason);
 }
 
 }  // namespace offload

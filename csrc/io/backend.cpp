@@ -27,7 +27,8 @@ void Backend::fail(Piece& piece, int code, const std::string& what) const {
   if (code == ENODEV || code == ENXIO || code == ESTALE) remedy = "; the drive is gone: check its connection (dmesg)";
   if (code == EROFS) remedy = "; the drive has become read-only: check it (dmesg)";
   piece.ticket->settle_piece({code, verb + " of " + std::to_string(piece.nbytes) + " bytes at offset " +
-                                        std::to_string(piece.offset) + " of " + options_.path + ": " + what + " (" +
+                                        std::to_string(piece.offset) + " of " +
+                                        (piece.file ? piece.file->path : options_.path) + ": " + what + " (" +
                                         std::strerror(code) + ")" + remedy});
 }
 
@@ -96,18 +97,24 @@ std::int64_t Backend::injected(const Piece& piece, std::int64_t result) const {
   if (faults->short_every != 0 && nth % faults->short_every == 0)
     result = std::min(result, static_cast<std::int64_t>(faults->short_nbytes));
   if (result == true_result) return result;
-  const std::size_t moved = result < 0 ? 0 : static_cast<std::size_t>(result) / kPageNbytes * kPageNbytes;
+  const std::size_t alignment = piece.file ? piece.file->alignment : kPageNbytes;
+  const std::size_t moved = result < 0 ? 0 : static_cast<std::size_t>(result) / alignment * alignment;
   if (true_result <= 0) return result;
   if (is_read) {
     std::memset(piece.address + moved, 0xFF, piece.nbytes - moved);
   } else {
     const AlignedBuffer spoilt(piece.nbytes - moved);
     std::memset(spoilt.address(), 0xFF, spoilt.nbytes());
-    if (::pwrite(options_.descriptor, spoilt.address(), piece.nbytes - moved,
+    if (::pwrite(descriptor_of(piece), spoilt.address(), piece.nbytes - moved,
                  static_cast<off_t>(piece.offset + moved)) < 0)
       return -errno;
   }
   return result;
+}
+
+std::size_t Backend::alignment_of(const Piece& piece) const {
+  if (piece.file) return piece.file->alignment;
+  return options_.direct ? kPageNbytes : 1;
 }
 
 bool Backend::settle(Piece& piece, std::int64_t result) {
@@ -127,8 +134,9 @@ bool Backend::settle(Piece& piece, std::int64_t result) {
     fail(piece, is_read ? EIO : ENOSPC, is_read ? "the file ends here; it was truncated" : "nothing was written");
     return false;
   }
-  if (moved < piece.nbytes && options_.direct) {
-    moved = moved / kPageNbytes * kPageNbytes;  // a resumed O_DIRECT transfer starts on a page again
+  const std::size_t alignment = alignment_of(piece);
+  if (moved < piece.nbytes && alignment > 1) {
+    moved = moved / alignment * alignment;  // a resumed O_DIRECT transfer starts on a page again
     if (moved == 0 && ++piece.attempts > kAttemptsMax) {
       fail(piece, EIO, "less than a page moved, again and again");
       return false;

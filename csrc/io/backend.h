@@ -16,6 +16,19 @@ namespace offload::io {
 
 enum class Op { read, write };
 
+// A file that is open for the pieces that hold it. `alignment` is what its transfers start on.
+struct File {
+  File(int descriptor_, std::string path_, std::size_t alignment_)
+      : descriptor(descriptor_), path(std::move(path_)), alignment(alignment_) {}
+  ~File();
+  File(const File&) = delete;
+  File& operator=(const File&) = delete;
+
+  const int descriptor;
+  const std::string path;
+  const std::size_t alignment;
+};
+
 struct Piece {
   Op op;
   char* address;
@@ -24,6 +37,7 @@ struct Piece {
   std::shared_ptr<Ticket> ticket;
   bool urgent = false;
   unsigned attempts = 0;
+  std::shared_ptr<const File> file{};  // null: the backend's own
 };
 
 // What a write has replaced, until it is known to be on the drive.
@@ -95,6 +109,8 @@ class Backend {
   void maybe_lose_power() const;
   bool over_quota(const Piece& piece) const;
   void fail(Piece& piece, int code, const std::string& what) const;
+  int descriptor_of(const Piece& piece) const { return piece.file ? piece.file->descriptor : options_.descriptor; }
+  std::size_t alignment_of(const Piece& piece) const;
   void count_in_flight(std::uint64_t in_flight);  // from one thread at a time
 
   BackendOptions options_;

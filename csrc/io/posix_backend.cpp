@@ -81,8 +81,8 @@ class PosixBackend final : public Backend {
   std::int64_t transfer(const Piece& piece) {
     counters_.submit_calls.fetch_add(1, std::memory_order_relaxed);
     const auto offset = static_cast<off_t>(piece.offset);
-    const ssize_t result = piece.op == Op::read ? ::pread(options_.descriptor, piece.address, piece.nbytes, offset)
-                                                : ::pwrite(options_.descriptor, piece.address, piece.nbytes, offset);
+    const ssize_t result = piece.op == Op::read ? ::pread(descriptor_of(piece), piece.address, piece.nbytes, offset)
+                                                : ::pwrite(descriptor_of(piece), piece.address, piece.nbytes, offset);
     return result < 0 ? -errno : result;
   }
 

@@ -160,7 +160,7 @@ class UringBackend final : public Backend {
       io_uring_queue_exit(&ring_);
       return -EOPNOTSUPP;
     }
-    file_registered_ = io_uring_register_files(&ring_, &options_.descriptor, 1) == 0;
+    file_registered_ = options_.descriptor >= 0 && io_uring_register_files(&ring_, &options_.descriptor, 1) == 0;
     sparse_buffers_ = io_uring_register_buffers_sparse(&ring_, kRegisteredMax) == 0;
     return 0;
   }
@@ -198,7 +198,8 @@ class UringBackend final : public Backend {
     io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
     const auto nbytes = static_cast<unsigned>(piece.nbytes);
     const int buffer = registered_index(piece.address, nbytes);
-    const int file = file_registered_ ? 0 : options_.descriptor;
+    const bool registered = file_registered_ && !piece.file;
+    const int file = registered ? 0 : descriptor_of(piece);
     if (piece.op == Op::read) {
       if (buffer >= 0)
         io_uring_prep_read_fixed(sqe, file, piece.address, nbytes, piece.offset, buffer);
@@ -210,7 +211,7 @@ class UringBackend final : public Backend {
       else
         io_uring_prep_write(sqe, file, piece.address, nbytes, piece.offset);
     }
-    if (file_registered_) sqe->flags |= IOSQE_FIXED_FILE;
+    if (registered) sqe->flags |= IOSQE_FIXED_FILE;
     io_uring_sqe_set_data64(sqe, slot);  // after prep, which clears it
   }
 
@@ -292,6 +293,7 @@ class UringBackend final : public Backend {
           prepare(slot);
         } else {
           in_flight_[slot].ticket.reset();
+          in_flight_[slot].file.reset();
           free_.push_back(slot);
         }
       }

@@ -255,27 +255,40 @@ class OffloadEngine:
             for segment in buffer.segments
             if id(segment.parameter) in block.touched
         ]
-        if self.config.max_grad_norm is None:
+        if self.config.max_grad_norm is None and plane.dtype == torch.float32:
             return [torch.dot(grad.view(-1), grad.view(-1)).sqrt() for grad in grads]
-        return [torch.linalg.vector_norm(grad) for grad in grads]
+        return [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
 
-    def _clip(self) -> float:
-        """Factor that brings the global norm to `max_grad_norm`, as torch.nn.utils.clip_grad_norm_ computes it."""
+    def grad_norm(self) -> torch.Tensor | None:
+        """Global norm of the gradients that wait for `optimizer.step()`, divided by the loss scale.
+
+        None without `max_grad_norm` (which may be infinite) or durability 'step', and when there is no gradient.
+        """
         optimizer = self._optimizer()
         if (self.config.max_grad_norm is None and self.commits is None) or optimizer is None:
-            return 1.0
+            return None
         norms = self._norms(self.root) if self.root.touched else []
         for block in [self.root, *self.blocks]:
             if block.updated_since_step or (block.touched and not block.is_root):
                 norms += block.grad_norms
         if not norms:
-            optimizer.grad_norm = None  # nothing to judge the step by
+            return None
+        return torch.linalg.vector_norm(torch.stack(norms)) / optimizer.loss_scale
+
+    def _grad_scale(self) -> float:
+        """Factor that undoes the loss scale and brings the global norm to `max_grad_norm`, as
+        torch.nn.utils.clip_grad_norm_ computes it."""
+        optimizer, total = self._optimizer(), self.grad_norm()
+        if optimizer is None:
             return 1.0
-        total = torch.linalg.vector_norm(torch.stack(norms))
+        if total is None:
+            if self.commits is not None:
+                optimizer.grad_norm = None  # nothing to judge the step by
+            return 1.0 / optimizer.loss_scale
         optimizer.grad_norm = total
         if self.config.max_grad_norm is None:
-            return 1.0
-        return min(1.0, float(self.config.max_grad_norm / (total + 1e-6)))
+            return 1.0 / optimizer.loss_scale
+        return min(1.0, float(self.config.max_grad_norm / (total + 1e-6))) / optimizer.loss_scale
 
     def _live_optimizer(self) -> OffloadOptimizer:
         optimizer = self._optimizer()
@@ -327,7 +340,7 @@ class OffloadEngine:
         if any(b.pending_update for b in [*waiting, self.root]):
             self._scheduler.flush()  # a block was skipped by this step's forward
         self._previous_step_durable()
-        scale = self._clip()
+        scale = self._grad_scale()
         discarded = self._is_to_be_discarded(optimizer)
         if discarded and self.commits is not None:
             self._discard_step(optimizer, self.commits)

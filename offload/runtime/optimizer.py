@@ -52,8 +52,10 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self.grad_scale = 1.0
         self.discarded_steps = 0
         """Steps that left the parameters as they were, because their gradients were not finite or too large."""
+        self.loss_scale = 1.0
+        """What the loss was multiplied with before backward; updates that wait for `step()` divide it out."""
         self.grad_norm: torch.Tensor | None = None
-        """Global gradient norm before clipping, of the last step with `max_grad_norm`."""
+        """Global gradient norm before clipping, of the last step with `max_grad_norm`; without the loss scale."""
         super().__init__([dict(group) for group in source.param_groups], dict(source.defaults))
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
 

@@ -1,0 +1,119 @@
+"""The same training script under DeepSpeed and here, only the import changed: losses, seconds a step, peak memory.
+
+    python benchmarks/deepspeed_script.py --storage DIR --peer-python VENV/bin/python --json FILE
+
+ZeRO stage 3 with the optimizer on NVMe and the parameters in DRAM, bf16, clipping, from one JSON file that both read
+(benchmarks/deepspeed_loop.py is the script). Plain torch in memory with the same arithmetic is the third side: how far
+it is from DeepSpeed is what rounding alone does, the noise that our difference from DeepSpeed is held against. Sides
+run one after the other, each a process of its own; the first two steps are not timed. The peer's Python needs torch,
+deepspeed, ninja and libaio; its operations compile at first use. Without --peer-python only our side and torch run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import common
+
+LOOP = pathlib.Path(__file__).with_name("deepspeed_loop.py")
+UNTIMED_STEPS = 2
+BF16_ROUNDING = 2.0**-8
+"""Largest relative change by one rounding to bf16."""
+
+
+def configuration(storage: str) -> dict[str, Any]:
+    """What a user who offloads the optimizer to NVMe writes."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
+        "zero_optimization": {
+            "stage": 3,
+            "offload_param": {"device": "cpu", "pin_memory": False},
+            "offload_optimizer": {
+                "device": "nvme",
+                "nvme_path": storage,
+                "buffer_count": 8,
+                "pin_memory": False,
+            },
+        },
+        "aio": {"block_size": 1 << 20, "queue_depth": 32, "intra_op_parallelism": 2},
+    }
+
+
+def run(python: str, engine: str, storage: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One side's answer."""
+    config = os.path.join(storage, "ds_config.json")
+    pathlib.Path(config).write_text(json.dumps(configuration(storage)))
+    environment = dict(os.environ)
+    environment["PATH"] = os.path.dirname(python) + os.pathsep + environment["PATH"]
+    command = [python, str(LOOP), "--engine", engine, "--config", config]
+    command += ["--model", options.model, "--steps", str(options.steps)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{engine} stopped:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def row_of(engine: str, side: dict[str, Any], sides: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A side's figures, and its distance from DeepSpeed's losses."""
+    timed = side["step_s"][UNTIMED_STEPS:] or side["step_s"]
+    row = {
+        "name": f"deepspeed_script_{engine.replace('.', '_')}",
+        "parameters": side["parameters"],
+        "step_s": common.median(timed),
+        "step_s_spread": common.spread(timed),
+        "rss_over_baseline_bytes": side["rss_over_baseline_bytes"],
+        "read_bytes_per_step": side["read_bytes_per_step"],
+        "written_bytes_per_step": side["written_bytes_per_step"],
+        "losses": [round(loss, 6) for loss in side["losses"]],
+    }
+    reference = sides.get("deepspeed")
+    if reference is not None and engine != "deepspeed":
+        apart = [abs(a - b) for a, b in zip(side["losses"], reference["losses"], strict=True)]
+        row["loss_difference_max"] = max(apart)
+        row["loss_difference_median"] = common.median(apart)
+        row["bf16_rounding_of_loss"] = BF16_ROUNDING * common.median(reference["losses"])
+        row["speedup"] = common.median(reference["step_s"][UNTIMED_STEPS:]) / row["step_s"]
+        row["rss_ratio"] = row["rss_over_baseline_bytes"] / reference["rss_over_baseline_bytes"]
+    return row
+
+
+def main() -> None:
+    """Run the sides, compare, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--storage", required=True)
+    parser.add_argument("--peer-python", help="a Python that has DeepSpeed")
+    parser.add_argument("--model", default="151m")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    directory = tempfile.mkdtemp(prefix="deepspeed-script-", dir=options.storage)
+    sides: dict[str, dict[str, Any]] = {}
+    try:
+        if options.peer_python:
+            os.makedirs(os.path.join(directory, "theirs"))
+            theirs = os.path.join(directory, "theirs")
+            sides["deepspeed"] = run(options.peer_python, "deepspeed", theirs, options)
+            shutil.rmtree(theirs)
+        sides["torch"] = run(sys.executable, "torch", directory, options)
+        sides["offload.deepspeed"] = run(sys.executable, "offload.deepspeed", directory, options)
+        about = common.about(directory, backend=common.backend(directory))
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    rows = [row_of(engine, side, sides) | about for engine, side in sides.items()]
+    common.write_rows(options.json, rows, common.command_line(__file__, sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+#include "io/file_engine.h"
+
+#include <fcntl.h>
+#include <linux/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <system_error>
+
+#include "common/aligned_buffer.h"
+#include "common/check.h"
+
+namespace offload::io {
+
+namespace {
+
+[[noreturn]] void raise_errno(int code, const std::string& message) {
+  throw std::system_error(code, std::generic_category(), message);
+}
+
+// What direct transfers on the file need of memory, offset and length; a page where the kernel does not say (before
+// Linux 6.1).
+std::size_t direct_alignment(int descriptor) {
+#ifdef STATX_DIOALIGN
+  struct statx about {};
+  if (::syscall(SYS_statx, descriptor, "", AT_EMPTY_PATH, STATX_DIOALIGN, &about) == 0 &&
+      (about.stx_mask & STATX_DIOALIGN) != 0 && about.stx_dio_offset_align != 0)
+    return std::max<std::size_t>(about.stx_dio_mem_align, about.stx_dio_offset_align);
+#else
+  (void)descriptor;
+#endif
+  return kPageNbytes;
+}
+
+int open_file(Op op, const char* path, bool direct) {
+  const int flags = (op == Op::read ? O_RDONLY : O_RDWR | O_CREAT) | O_CLOEXEC | (direct ? O_DIRECT : 0);
+  return ::open(path, flags, 0644);
+}
+
+// Null where the file system has no direct I/O.
+std::shared_ptr<const File> opened(Op op, const char* open_as, const std::string& path, bool direct) {
+  const int descriptor = open_file(op, open_as, direct);
+  if (descriptor < 0 && direct && errno == EINVAL) return nullptr;  // tmpfs and some network file systems
+  if (descriptor < 0) raise_errno(errno, "cannot open " + path);
+  return std::make_shared<File>(descriptor, path, direct ? direct_alignment(descriptor) : 1);
+}
+
+void check_length(int descriptor, const std::string& path, std::size_t nbytes, std::uint64_t offset) {
+  const off_t end = ::lseek(descriptor, 0, SEEK_END);
+  if (end < 0) raise_errno(errno, "cannot find the end of " + path);
+  if (static_cast<std::uint64_t>(end) < offset + nbytes)
+    raise_errno(EIO, path + " has " + std::to_string(end) + " bytes, " + std::to_string(offset + nbytes) +
+                         " are to be read: it is not complete");
+}
+
+}  // namespace
+
+File::~File() { ::close(descriptor); }
+
+FileEngine::FileEngine(FileEngineOptions options) : options_(std::move(options)), owner_pid_(::getpid()) {
+  OFFLOAD_CHECK(options_.block_nbytes >= 512 && options_.block_nbytes <= (std::size_t{1} << 30),
+                "block_nbytes must be 512 to 1 GiB");
+  OFFLOAD_CHECK(options_.queue_depth >= 1 && options_.queue_depth <= 4096, "queue_depth must be 1 to 4096");
+  OFFLOAD_CHECK(options_.backend == "auto" || options_.backend == "uring" || options_.backend == "posix",
+                "backend must be auto, uring or posix");
+  const BackendOptions backend_options{"", -1, true, options_.queue_depth, options_.faults};
+  backend_name_ = "uring";
+  if (options_.backend != "posix") backend_ = make_uring_backend(backend_options, backend_reason_);
+  if (backend_) return;
+  if (options_.backend == "uring") raise_errno(ENOSYS, "backend=uring refused: " + backend_reason_);
+  backend_ = make_posix_backend(backend_options);
+  backend_name_ = "posix";
+}
+
+FileEngine::~FileEngine() { close(); }
+
+std::shared_ptr<Ticket> FileEngine::submit(Op op, const std::string& path, void* address, std::size_t nbytes,
+                                           std::uint64_t offset) {
+  FilePtr direct = opened(op, path.c_str(), path, true);
+  const bool whole = direct && offset % direct->alignment == 0 && nbytes % direct->alignment == 0 &&
+                     reinterpret_cast<std::uintptr_t>(address) % direct->alignment == 0;
+  const FilePtr cached = whole ? nullptr : opened(op, path.c_str(), path, false);
+  if (op == Op::read) check_length((whole ? direct : cached)->descriptor, path, nbytes, offset);
+  return start(op, direct, cached, static_cast<char*>(address), nbytes, offset);
+}
+
+std::shared_ptr<Ticket> FileEngine::submit(Op op, int descriptor, void* address, std::size_t nbytes,
+                                           std::uint64_t offset) {
+  const std::string path = "file descriptor " + std::to_string(descriptor);
+  const int flags = ::fcntl(descriptor, F_GETFL);
+  const int own = flags < 0 ? -1 : ::fcntl(descriptor, F_DUPFD_CLOEXEC, 0);
+  if (own < 0) raise_errno(errno, path + " cannot be used");
+  const bool is_direct = (flags & O_DIRECT) != 0;
+  const FilePtr file = std::make_shared<File>(own, path, is_direct ? direct_alignment(own) : 1);
+  if (op == Op::read) check_length(own, path, nbytes, offset);
+  if (!is_direct) return start(op, nullptr, file, static_cast<char*>(address), nbytes, offset);
+  const std::string again = "/proc/self/fd/" + std::to_string(own);
+  return start(op, file, opened(op, again.c_str(), path, false), static_cast<char*>(address), nbytes, offset);
+}
+
+// See [Note: any alignment].
+std::shared_ptr<Ticket> FileEngine::start(Op op, const FilePtr& direct, const FilePtr& cached, char* address,
+                                          std::size_t nbytes, std::uint64_t offset) {
+  OFFLOAD_CHECK(nbytes == 0 || address != nullptr, "a transfer needs an address");
+  std::size_t head = 0;
+  if (direct && offset % direct->alignment == 0 && reinterpret_cast<std::uintptr_t>(address) % direct->alignment == 0)
+    head = nbytes / direct->alignment * direct->alignment;
+  std::vector<Piece> pieces;
+  cut(op, direct, address, head, offset, pieces);
+  cut(op, cached, address + head, nbytes - head, offset + head, pieces);
+  auto ticket = std::make_shared<Ticket>(std::max<std::size_t>(1, pieces.size()));
+  if (pieces.empty()) ticket->settle_piece({});
+  for (Piece& piece : pieces) piece.ticket = ticket;
+  backend_->submit(std::move(pieces));
+  return ticket;
+}
+
+void FileEngine::cut(Op op, const FilePtr& file, char* address, std::size_t nbytes, std::uint64_t offset,
+                     std::vector<Piece>& pieces) const {
+  if (nbytes == 0) return;
+  const std::size_t step = (options_.block_nbytes + file->alignment - 1) / file->alignment * file->alignment;
+  for (std::size_t at = 0; at < nbytes; at += step) {
+    Piece piece{op, address + at, std::min(step, nbytes - at), offset + at, nullptr};
+    piece.file = file;
+    pieces.push_back(std::move(piece));
+  }
+}
+
+bool FileEngine::inherited() const { return ::getpid() != owner_pid_; }
+
+void FileEngine::close() {
+  if (inherited()) return;
+  std::lock_guard<std::mutex> lock(close_mutex_);
+  if (closed_) return;
+  closed_ = true;
+  backend_->close();
+}
+
+}  // namespace offload::io

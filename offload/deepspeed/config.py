@@ -1,0 +1,317 @@
+"""Read a DeepSpeed configuration: every key meets its fate, older spellings and "auto" are resolved."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import copy
+import difflib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from offload.deepspeed import keys
+from offload.deepspeed.keys import Fate
+from offload.errors import ConfigError
+
+logger = logging.getLogger("offload")
+
+_TRAINER_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "max_grad_norm": 1.0,
+    "learning_rate": 5e-5,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "weight_decay": 0.0,
+    "warmup_steps": 0,
+    "num_train_epochs": 3.0,
+    "max_steps": -1,
+    "fp16": False,
+    "bf16": False,
+}
+"""`transformers.TrainingArguments` without arguments; the Trainer fills "auto" from these."""
+
+
+def load(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration as a dict of our own, from a JSON file, a base64 text of JSON, or a dict.
+
+    Raises ConfigError for what is none of these, and for JSON that names a key twice.
+    """
+    if isinstance(source, Mapping):
+        return copy.deepcopy(dict(source))
+    path = os.fspath(source)
+    try:
+        with open(path, encoding="utf-8") as file:
+            return _parse(file.read(), path)
+    except OSError as error:
+        try:
+            text = base64.urlsafe_b64decode(path).decode()
+        except (binascii.Error, UnicodeDecodeError, ValueError):
+            raise ConfigError(f"DeepSpeed configuration {path}: cannot be read: {error.strerror}") from error
+        return _parse(text, "DeepSpeed configuration in base64")
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(f"{where}: key {twice[0]!r} stands there twice: delete one")
+        return dict(pairs)
+
+    try:
+        parsed = json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where}: not JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ConfigError(f"{where}: is {type(parsed).__name__}, a JSON object is needed")
+    return parsed
+
+
+def get(config: Mapping[str, Any], path: str, default: Any = None) -> Any:
+    """The value at a dotted `path`; `default` where it or a section on the way is missing or null."""
+    node: Any = config
+    for name in path.split("."):
+        if not isinstance(node, Mapping) or node.get(name) is None:
+            return default
+        node = node[name]
+    return node
+
+
+def put(config: dict[str, Any], path: str, value: Any) -> None:
+    """Set the value at a dotted `path`, making sections on the way."""
+    *sections, name = path.split(".")
+    for section in sections:
+        if not isinstance(config.get(section), dict):
+            config[section] = {}
+        config = config[section]
+    config[name] = value
+
+
+def _remove(config: dict[str, Any], path: str) -> Any:
+    *sections, name = path.split(".")
+    for section in sections:
+        config = config[section]
+    return config.pop(name)
+
+
+def modernise(config: dict[str, Any]) -> None:
+    """Rename older spellings in place, each with a warning. A newer one beside it wins."""
+    zero = config.get("zero_optimization")
+    if isinstance(zero, bool):
+        logger.warning("zero_optimization: %s is an older spelling; reading it as a stage", str(zero).lower())
+        config["zero_optimization"] = {"stage": int(zero)}
+    for old, new in keys.OLDER_SPELLINGS.items():
+        value = get(config, old)
+        if value is None:
+            continue
+        logger.warning("%s is an older spelling; reading it as %s", old, new)
+        _remove(config, old)
+        if new.endswith(".device"):
+            value = "cpu" if value else "none"
+        if get(config, new) is None:
+            put(config, new, value)
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of everything that is not a section of the table."""
+    for name, value in config.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, Mapping) and keys.is_section(path) and keys.find(path) is None:
+            yield from _leaves(value, path + ".")
+        else:
+            yield path, value
+
+
+def _suggest(path: str) -> str:
+    """The known key that `path` most likely means: the same name elsewhere, else the nearest."""
+    section, _, name = path.rpartition(".")
+    known = {key.path for key in keys.KEYS} | set(keys.OLDER_SPELLINGS)
+    known |= {".".join(k.split(".")[:n]) for k in known for n in range(1, k.count(".") + 1)}
+    same = sorted((k for k in known if k.rpartition(".")[2] == name), key=len)
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    near = [siblings[n] for n in difflib.get_close_matches(name, sorted(siblings), n=1, cutoff=0.6)]
+    found = same or near or difflib.get_close_matches(path, sorted(known), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else ": delete it"
+
+
+_told: set[str] = set()
+
+
+def judge(config: Mapping[str, Any]) -> None:
+    """Let every key meet its fate: unknown and refused ones raise ConfigError, those without effect are logged once."""
+    for path, value in _leaves(config):
+        key = keys.find(path)
+        if key is None:
+            if keys.is_section(path) and (value is None or value == {} or isinstance(value, bool)):
+                continue
+            raise ConfigError(f"{path}: not a key of DeepSpeed's training configuration{_suggest(path)}")
+        if key.fate is Fate.REFUSED and value not in key.neutral:
+            raise ConfigError(f"{path}={json.dumps(value, default=str)} is refused: {key.note}")
+        if key.fate is Fate.WITHOUT_EFFECT and key.path not in _told:
+            _told.add(key.path)
+            logger.info("%s has no effect: %s", path, key.note)
+
+
+def check_with_deepspeed(config: Mapping[str, Any]) -> bool:
+    """Where DeepSpeed is installed, let its own models check the sections that it has models for.
+
+    Returns whether it was there. Raises ConfigError with its message.
+    """
+    try:
+        from deepspeed.runtime.precision_config import (
+            get_bfloat16_config,
+            get_float16_config,
+        )
+        from deepspeed.runtime.zero.config import get_zero_config
+    except ImportError:
+        return False
+    sections = {
+        "zero_optimization": get_zero_config,
+        "fp16": get_float16_config,
+        "bf16": get_bfloat16_config,
+    }
+    for name, read in sections.items():
+        try:
+            read(copy.deepcopy(dict(config)))
+        except (ValueError, AssertionError, TypeError) as error:
+            raise ConfigError(f"{name}: DeepSpeed's own check says: {error}") from error
+    return True
+
+
+class _Trainer:
+    """Values that the Hugging Face Trainer would put where "auto" stands."""
+
+    def __init__(self, args: Any, model: Any, n_samples: int | None) -> None:
+        self._args, self._model, self._n_samples = args, model, n_samples
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._args, name, None)
+        return _TRAINER_DEFAULTS[name] if value is None else value
+
+    def hidden(self, path: str) -> int:
+        config = getattr(self._model, "config", None)
+        for owner in (config, getattr(config, "text_config", None)):
+            sizes = getattr(owner, "hidden_size", None) or getattr(owner, "hidden_sizes", None)
+            if sizes:
+                return int(max(sizes)) if isinstance(sizes, (list, tuple)) else int(sizes)
+        raise ConfigError(f'{path}="auto" needs a model with config.hidden_size: write a number')
+
+    def steps(self, path: str, batch_samples: int) -> int:
+        if self.max_steps > 0:
+            return int(self.max_steps)
+        if self._n_samples is None:
+            raise ConfigError(
+                f'{path}="auto" needs the number of steps: write it, or give training_data, or args with max_steps'
+            )
+        per_epoch = max(1, self._n_samples // batch_samples)
+        return math.ceil(self.num_train_epochs * per_epoch)
+
+    def warmup(self, steps: int) -> int:
+        ratio = getattr(self._args, "warmup_ratio", None) or 0.0
+        given = self.warmup_steps
+        if 0 < given < 1:
+            given, ratio = 0, given
+        return max(1, int(given) if given else math.ceil(steps * ratio))
+
+
+def resolve_auto(
+    config: dict[str, Any], args: Any = None, model: Any = None, n_samples: int | None = None
+) -> None:
+    """Put in place of every "auto" what the Hugging Face Trainer would, in place.
+
+    From `args` where it has the attributes of TrainingArguments, else from their defaults. Raises ConfigError for an
+    "auto" that the Trainer would not fill either.
+    """
+    trainer = _Trainer(args, model, n_samples)
+
+    def fill(path: str, value: Any) -> None:
+        if get(config, path) == "auto":
+            put(config, path, value() if callable(value) else value)
+
+    fill("train_micro_batch_size_per_gpu", trainer.per_device_train_batch_size)
+    fill("gradient_accumulation_steps", trainer.gradient_accumulation_steps)
+    micro = get(config, "train_micro_batch_size_per_gpu", trainer.per_device_train_batch_size)
+    batch_samples = int(micro) * int(get(config, "gradient_accumulation_steps", 1))
+    fill("train_batch_size", batch_samples)
+    fill("gradient_clipping", trainer.max_grad_norm)
+    fill("optimizer.params.lr", trainer.learning_rate)
+    fill("optimizer.params.betas", [trainer.adam_beta1, trainer.adam_beta2])
+    fill("optimizer.params.eps", trainer.adam_epsilon)
+    fill("optimizer.params.weight_decay", trainer.weight_decay)
+    fill("scheduler.params.warmup_min_lr", 0)
+    fill("scheduler.params.warmup_max_lr", trainer.learning_rate)
+    total, warmup = "scheduler.params.total_num_steps", "scheduler.params.warmup_num_steps"
+    fill(total, lambda: trainer.steps(total, batch_samples))
+    fill(warmup, lambda: trainer.warmup(int(get(config, total, 0) or _steps_or_none(trainer, batch_samples))))
+    fill("fp16.enabled", bool(trainer.fp16))
+    fill("bf16.enabled", bool(trainer.bf16))
+    zero = "zero_optimization."
+    fill(zero + "reduce_bucket_size", lambda: trainer.hidden(zero + "reduce_bucket_size") ** 2)
+    prefetch = zero + "stage3_prefetch_bucket_size"
+    fill(prefetch, lambda: int(0.9 * trainer.hidden(prefetch) ** 2))
+    threshold = zero + "stage3_param_persistence_threshold"
+    fill(threshold, lambda: 10 * trainer.hidden(threshold))
+    for path, value in _leaves(config):
+        if value == "auto" and not path.startswith(("pipeline.", "zero_optimization.zenflow", "offload.")):
+            raise ConfigError(f'{path}="auto": the Trainer does not fill this one: write a value')
+    for section in ("optimizer.params", "scheduler.params"):
+        for name, value in get(config, section, {}).items():
+            if value == "auto":
+                raise ConfigError(
+                    f'{section}.{name}="auto": the Trainer does not fill this one: write a value'
+                )
+
+
+def _steps_or_none(trainer: _Trainer, batch_samples: int) -> int:
+    try:
+        return trainer.steps("", batch_samples)
+    except ConfigError:
+        return 0
+
+
+def batch_sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(samples a step, samples a micro-batch, micro-batches a step), the missing ones derived for one process.
+
+    Raises ConfigError when they do not agree, or when neither the first nor the second is given.
+    """
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    given = [get(config, name) for name in names]
+    for name, value in zip(names, given, strict=True):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigError(f"{name}={value!r}: must be a whole number of at least 1")
+    batch, micro, accumulation = given
+    if batch is None and micro is None:
+        raise ConfigError(f"neither {names[0]} nor {names[1]} is given: write one of them")
+    if accumulation is None:
+        accumulation = 1 if batch is None or micro is None else max(1, batch // micro)
+    if micro is None:
+        micro = max(1, int(batch or 1) // accumulation)
+    if batch is None:
+        batch = micro * accumulation
+    if batch != micro * accumulation:
+        raise ConfigError(
+            f"{names[0]}={batch} is not {names[1]}={micro} times {names[2]}={accumulation} in one process: correct one"
+        )
+    return int(batch), int(micro), int(accumulation)
+
+
+def read(
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    args: Any = None,
+    model: Any = None,
+    n_samples: int | None = None,
+) -> dict[str, Any]:
+    """The whole of it: load, modernise, judge, resolve "auto", and let DeepSpeed check where it is installed."""
+    config = load(source)
+    modernise(config)
+    judge(config)
+    resolve_auto(config, args, model, n_samples)
+    check_with_deepspeed(config)
+    return config

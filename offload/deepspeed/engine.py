@@ -1,0 +1,414 @@
+"""The engine that `initialize` returns: the methods that loops written for DeepSpeed's engine call."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.deepspeed import checkpoint, mapping
+from offload.deepspeed.config import batch_sizes, get
+from offload.deepspeed.loss_scale import LossScale, from_config
+from offload.deepspeed.weights import state_dict, write_16bit
+from offload.errors import ConfigError, UsageError
+from offload.runtime.engine import OffloadEngine
+from offload.runtime.optimizer import OffloadOptimizer
+
+logger = logging.getLogger("offload")
+
+
+class DeepSpeedEngine(nn.Module):
+    """A wrapped model with DeepSpeed's manners: `engine(batch)`, `engine.backward(loss)`, `engine.step()`.
+
+    `backward` divides the loss by the accumulation steps and multiplies it with the loss scale; `step` updates at
+    the accumulation boundary and does nothing else in between. One process: rank 0 of 1.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: OffloadOptimizer,
+        config: Mapping[str, Any],
+        training_dataloader: Any = None,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.optimizer = optimizer
+        self.config = dict(config)
+        self.lr_scheduler: Any = None
+        self.training_dataloader = training_dataloader
+        self._batch, self._micro, self._accumulation = batch_sizes(config)
+        self._managed = bool(get(config, "managed_gradient_accumulation", True))
+        self._loss_scale: LossScale = from_config(config, is_fp16=mapping.is_fp16(config))
+        self._checks_overflow = mapping.checks_overflow(config)
+        self._autocast_dtype = mapping.autocast_dtype(config)
+        self._boundary: bool | None = None
+        self._inside_no_sync = False
+        self._inside_step = False
+        self._micro_since_step = 0
+        self._step_applied = False
+        self._global_grad_norm: float | None = None
+        self.global_steps = self.global_samples = self.micro_steps = self.skipped_steps = 0
+        self.local_rank = self.global_rank = 0
+        self.world_size = self.dp_world_size = 1
+        self._publish_scale()
+
+    # ---- what loops call -------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward, under autocast where the configuration says fp16 or torch_autocast."""
+        if self._autocast_dtype is None:
+            return self.module(*args, **kwargs)
+        # A cast weight that is cached would outlive its block's turn on the device.
+        with torch.autocast(self.device.type, dtype=self._autocast_dtype, cache_enabled=False):
+            return self.module(*args, **kwargs)
+
+    def backward(
+        self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
+    ) -> torch.Tensor:
+        """Backward of a scalar loss. Returns the loss divided by the accumulation steps (`scale_wrt_gas`).
+
+        Raises UsageError for a loss that is not a scalar with a graph, and for `retain_graph=True`: a block's graph is
+        made again in backward and gone afterwards.
+        """
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise UsageError("engine.backward(loss) needs a scalar tensor that requires a gradient")
+        if retain_graph:
+            raise UsageError("retain_graph=True: add the losses and call backward once")
+        if scale_wrt_gas:
+            loss = loss / self._accumulation
+        scaled = loss * self._loss_scale.scale if self._loss_scale.scale != 1.0 else loss
+        self._micro_since_step += 1
+        if self._accumulates():
+            with self.offload.no_sync():
+                scaled.backward()
+        else:
+            scaled.backward()
+        return loss.detach()
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """The update, the schedule's step and the counters, at an accumulation boundary; else only the micro-step."""
+        if self._inside_no_sync:
+            raise UsageError("engine.step() inside engine.no_sync(): call it after the with block")
+        self._step_applied = False
+        self._inside_step = True
+        try:
+            if self.is_gradient_accumulation_boundary():
+                self._take_step(lr_kwargs or {})
+        finally:
+            self._inside_step = False
+        self.micro_steps += 1
+
+    def _take_step(self, lr_kwargs: dict[str, Any]) -> None:
+        norm = self.offload.grad_norm()
+        if norm is not None:
+            self._global_grad_norm = float(norm)
+        overflow = self._checks_overflow and norm is not None and not bool(torch.isfinite(norm))
+        if overflow:
+            self.optimizer.zero_grad()
+            self.skipped_steps += 1
+        else:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        self._loss_scale.update(overflow)
+        self._publish_scale()
+        self._step_applied = not overflow
+        if not overflow and self.lr_scheduler is not None:
+            self.lr_scheduler.step(**lr_kwargs)
+        self.global_steps += 1
+        self.global_samples += self._batch if self._managed else self._micro * self._micro_since_step
+        self._micro_since_step = 0
+        self._report()
+
+    def _report(self) -> None:
+        every = get(self.config, "steps_per_print")
+        if every and self.global_steps % int(every) == 0:
+            logger.info(
+                "step=%d, skipped=%d, lr=%s, mom=%s",
+                self.global_steps,
+                self.skipped_steps,
+                self.get_lr(),
+                self.get_mom(),
+            )
+        if get(self.config, "wall_clock_breakdown", False) and self.offload.last_step:
+            last = self.offload.last_step
+            stalls = ", ".join(f"{cause} {seconds:.3f} s" for cause, seconds in last["stall_s"].items())
+            logger.info("step=%d: %.3f s, waited: %s", self.global_steps, last["step_s"], stalls or "nothing")
+
+    def _accumulates(self) -> bool:
+        """Whether gradients of this backward wait for more. Without managed accumulation nobody knows before `step`,
+        and updates wait for it anyway."""
+        if not self._managed:
+            return False
+        return self._inside_no_sync or not self.is_gradient_accumulation_boundary()
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the present micro-step ends a step."""
+        if not self._managed:
+            return self._inside_step
+        if self._boundary is not None:
+            return self._boundary
+        return (self.micro_steps + 1) % self._accumulation == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Say yourself, before each forward, whether the micro-step that follows ends a step."""
+        if not self._managed:
+            raise UsageError(
+                "managed_gradient_accumulation is false: every engine.step() is a boundary already"
+            )
+        self._boundary = is_boundary
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards inside only accumulate."""
+        before, self._inside_no_sync = self._inside_no_sync, True
+        try:
+            yield
+        finally:
+            self._inside_no_sync = before
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Discard gradients that no step has consumed."""
+        self.optimizer.zero_grad(set_to_none)
+
+    # ---- what loops ask --------------------------------------------------------------------------------------
+
+    @property
+    def offload(self) -> OffloadEngine:
+        """This library's engine: counters, stalls, flush, close."""
+        return self.module.offload  # type: ignore[return-value]  # set by offload.wrap
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs belong."""
+        return self.offload.device
+
+    def get_lr(self) -> list[float]:
+        """Learning rate of each group."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def get_mom(self) -> list[tuple[float, float]]:
+        """Betas of each group."""
+        return [tuple(group["betas"]) for group in self.optimizer.param_groups]
+
+    def get_global_grad_norm(self) -> float | None:
+        """Norm of all gradients before clipping, of the last step; None where no norm is computed."""
+        return self._global_grad_norm
+
+    @property
+    def cur_scale(self) -> float:
+        """The loss scale that the next backward uses; 1 without fp16."""
+        return self._loss_scale.scale
+
+    def loss_scale(self) -> float:
+        """`fp16.loss_scale` of the configuration: 0 means dynamic."""
+        return float(get(self.config, "fp16.loss_scale", 0))
+
+    def dynamic_loss_scale(self) -> bool:
+        """Whether the scale is searched for."""
+        return self.loss_scale() == 0
+
+    def was_step_applied(self) -> bool:
+        """Whether the last `step()` updated: false between boundaries and for a skipped step."""
+        return self._step_applied
+
+    def train_batch_size(self) -> int:
+        """Samples a step."""
+        return self._batch
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples a micro-batch."""
+        return self._micro
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches a step."""
+        return self._accumulation
+
+    def managed_gradient_accumulation(self) -> bool:
+        """Whether the engine counts micro-steps."""
+        return self._managed
+
+    def get_batch_info(self) -> tuple[int, int, int]:
+        """(samples a step, samples a micro-batch, micro-batches a step)."""
+        return self._batch, self._micro, self._accumulation
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change the samples a step by changing the accumulation steps."""
+        if train_batch_size < self._micro or train_batch_size % self._micro:
+            raise ConfigError(f"train_batch_size={train_batch_size} must be a multiple of {self._micro}")
+        self._batch, self._accumulation = train_batch_size, train_batch_size // self._micro
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Change the samples a micro-batch; the accumulation steps stay."""
+        self._micro, self._batch = micro_batch_size, micro_batch_size * self._accumulation
+
+    def gradient_clipping(self) -> float:
+        """Largest global norm; 0: no clipping."""
+        return float(get(self.config, "gradient_clipping", 1.0))
+
+    def zero_optimization_stage(self) -> int:
+        """As the configuration has it."""
+        return int(get(self.config, "zero_optimization.stage", 0))
+
+    def zero_optimization(self) -> bool:
+        """Whether the stage is above 0."""
+        return self.zero_optimization_stage() > 0
+
+    def steps_per_print(self) -> int | None:
+        """As the configuration has it."""
+        return get(self.config, "steps_per_print")
+
+    def fp16_enabled(self) -> bool:
+        """As the configuration has it."""
+        return bool(get(self.config, "fp16.enabled", False))
+
+    def bfloat16_enabled(self) -> bool:
+        """As the configuration has it."""
+        return bool(get(self.config, "bf16.enabled", False))
+
+    def _publish_scale(self) -> None:
+        self.optimizer.loss_scale = self._loss_scale.scale
+
+    def deepspeed_io(
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = True,
+        data_sampler: Any = None,
+        collate_fn: Callable[..., Any] | None = None,
+        num_local_io_workers: int | None = None,
+    ) -> Any:
+        """A data loader over `dataset` in the order in which DeepSpeed's would go, for one process."""
+        sampler = data_sampler
+        if sampler is None and not isinstance(dataset, torch.utils.data.IterableDataset):
+            sampler = torch.utils.data.DistributedSampler(
+                dataset, num_replicas=1, rank=0, shuffle=route == "train"
+            )
+        return torch.utils.data.DataLoader(
+            dataset,
+            batch_size=self._micro if batch_size is None else batch_size,
+            sampler=sampler,
+            collate_fn=collate_fn,
+            pin_memory=pin_memory and self.device.type == "cuda",
+            num_workers=num_local_io_workers or 0,
+            drop_last=bool(get(self.config, "dataloader_drop_last", False)),
+        )
+
+    # ---- state on disk ---------------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: object = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write everything training goes on from to `save_dir`/`tag` (default `global_step<n>`), streamed.
+
+        It appears at once, when it is complete; then `save_dir`/latest names it. `client_state` is plain data and
+        tensors. Frozen parameters are always in it. Raises UsageError between two accumulation boundaries.
+        """
+        states = {
+            "engine": self._state(),
+            "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler is not None else None,
+            "client_state": dict(client_state or {}),
+        }
+        name = f"global_step{self.global_steps}" if tag is None else str(tag)
+        checkpoint.write(self.module, os.fspath(save_dir), name, states, save_latest=save_latest)
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: object = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Go on from a checkpoint (default: the one that `load_dir`/latest names). Returns (its path, client_state).
+
+        (None, None), with a warning, when it is not there. May be called at any accumulation boundary. Raises
+        CheckpointError for another model's.
+        """
+        if custom_load_fn is not None or not load_module_strict:
+            raise UsageError(
+                "custom_load_fn and load_module_strict=False: load into the module before initialize"
+            )
+        found = checkpoint.read(
+            self.module,
+            self.optimizer,
+            os.fspath(load_dir),
+            None if tag is None else str(tag),
+            with_optimizer=load_optimizer_states and not load_module_only,
+        )
+        if found is None:
+            return None, None
+        path, states = found
+        if not load_module_only:
+            self._load_state(states["engine"])
+            if (
+                load_lr_scheduler_states
+                and self.lr_scheduler is not None
+                and states["lr_scheduler"] is not None
+            ):
+                self.lr_scheduler.load_state_dict(states["lr_scheduler"])
+        return path, states["client_state"]
+
+    _COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+    def _state(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._COUNTERS} | {
+            "loss_scale": self._loss_scale.state_dict()
+        }
+
+    def _load_state(self, state: Mapping[str, Any]) -> None:
+        for name in self._COUNTERS:
+            setattr(self, name, int(state[name]))
+        self._loss_scale.load_state_dict(state["loss_scale"])
+        self._micro_since_step = 0
+        self._publish_scale()
+
+    def save_16bit_model(
+        self,
+        save_dir: str | os.PathLike[str],
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write the module's weights in 16 bit (fp16 with fp16, else bf16) to one file; one block in memory at a time.
+
+        A name that ends in .safetensors is written in that format, any other as torch.save does.
+        """
+        dtype = torch.float16 if self.fp16_enabled() else torch.bfloat16
+        write_16bit(
+            self.module, os.fspath(save_dir), save_filename, dtype, with_frozen=not exclude_frozen_parameters
+        )
+        return True
+
+    save_fp16_model = save_16bit_model
+
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, torch.Tensor]:
+        """A copy of the module's weights in host memory: it must have room for all of them."""
+        return state_dict(self.module, with_frozen=not exclude_frozen_parameters)
+
+    def destroy(self) -> None:
+        """End the run: finish what is in flight, drop hooks and remove the store."""
+        self.offload.close()
+
+    def __getattr__(self, name: str) -> Any:
+        """What the engine does not have, the module may (`engine.config` is ours, `engine.generate` the module's)."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is None or name.startswith("__"):
+                raise
+            return getattr(module, name)

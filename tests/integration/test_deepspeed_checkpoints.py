@@ -1,0 +1,160 @@
+"""save_checkpoint and load_checkpoint: training goes on with the bits it would have had."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+import offload.deepspeed as deepspeed
+from offload.errors import CheckpointError, UsageError
+from tests.conftest import batches, build
+
+PLACES = ("none", "cpu", "nvme")
+
+
+def start(tmp_path, where="nvme", precision=None, seed=0, **more):
+    device = {"device": where, "nvme_path": str(tmp_path / "store")} if where == "nvme" else {"device": where}
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "optimizer": {"type": "AdamW", "params": {"lr": 2e-3}},
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": {"warmup_max_lr": 2e-3, "warmup_num_steps": 3, "total_num_steps": 10},
+        },
+        "zero_optimization": {"stage": 3, "offload_optimizer": device, "offload_param": device},
+        "offload": {"chunk_elements": 4096},
+        **more,
+    }
+    if precision is not None:
+        config[precision] = {"enabled": True}
+    engine, *_ = deepspeed.initialize(model=build("llama", seed=seed), config=config)
+    return engine
+
+
+def take_steps(engine, n_steps, skip=0):
+    losses = []
+    for batch in batches(skip + n_steps)[skip:]:
+        loss = engine(input_ids=batch, labels=batch).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append((loss.item(), engine.get_lr(), engine.get_global_grad_norm(), engine.cur_scale))
+    return losses
+
+
+def weights(engine):
+    return {name: t.clone() for block in engine.offload.iter_blocks() for name, t in block}
+
+
+@pytest.mark.parametrize("precision", [None, "bf16", "fp16"])
+@pytest.mark.parametrize(("saved_in", "loaded_in"), [("nvme", "nvme"), ("none", "nvme"), ("nvme", "cpu")])
+def test_a_resumed_run_has_the_bits_of_an_uncut_one(tmp_path, precision, saved_in, loaded_in):
+    uncut = start(tmp_path, saved_in, precision)
+    expected = take_steps(uncut, 6)
+    end = weights(uncut)
+    uncut.destroy()
+
+    first = start(tmp_path, saved_in, precision)
+    take_steps(first, 3)
+    assert (
+        first.save_checkpoint(tmp_path / "out", client_state={"seen": 3, "cursor": torch.arange(3)}) is True
+    )
+    first.destroy()
+
+    second = start(tmp_path, loaded_in, precision, seed=5)
+    path, client_state = second.load_checkpoint(tmp_path / "out")
+    assert path == str(tmp_path / "out" / "global_step3")
+    assert client_state["seen"] == 3
+    assert torch.equal(client_state["cursor"], torch.arange(3))
+    assert (second.global_steps, second.global_samples, second.micro_steps) == (3, 12, 3)
+    assert take_steps(second, 3, skip=3) == expected[3:]
+    assert all(torch.equal(tensor, end[name]) for name, tensor in weights(second).items())
+    second.destroy()
+
+
+def test_loading_goes_back_after_steps_too(tmp_path):
+    engine = start(tmp_path)
+    take_steps(engine, 2)
+    engine.save_checkpoint(str(tmp_path / "out"), tag="here")
+    expected = take_steps(engine, 2, skip=2)
+    engine.load_checkpoint(str(tmp_path / "out"), tag="here")
+    assert take_steps(engine, 2, skip=2) == expected
+    engine.destroy()
+
+
+def test_latest_names_the_last_one_saved_unless_told_not_to(tmp_path):
+    engine = start(tmp_path, "none")
+    for tag, latest in (("first", True), ("second", True), ("third", False)):
+        take_steps(engine, 1)
+        engine.save_checkpoint(tmp_path / "out", tag=tag, save_latest=latest)
+    assert (tmp_path / "out" / "latest").read_text() == "second"
+    assert engine.load_checkpoint(tmp_path / "out")[0] == str(tmp_path / "out" / "second")
+    assert engine.global_steps == 2
+    engine.save_checkpoint(tmp_path / "out", tag="first")  # again, under a name that is taken
+    assert len(list((tmp_path / "out" / "first").glob("step-*"))) == 1
+    assert engine.load_checkpoint(tmp_path / "out", tag="first")[0] is not None
+    assert engine.global_steps == 2
+    engine.destroy()
+
+
+@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize("option", [{"load_module_only": True}, {"load_optimizer_states": False}])
+def test_weights_alone_start_a_fresh_optimizer(tmp_path, where, option):
+    """The next step is the one that a new run from these very weights takes."""
+    engine = start(tmp_path, where)
+    take_steps(engine, 3)
+    engine.save_checkpoint(tmp_path / "out")
+    saved = weights(engine)
+    engine.destroy()
+
+    other = start(tmp_path, where, seed=5, scheduler={"type": "ConstantLR", "params": {"factor": 1.0}})
+    other.load_checkpoint(tmp_path / "out", load_lr_scheduler_states=False, **option)
+    assert other.global_steps == (0 if "load_module_only" in option else 3)
+    found = take_steps(other, 2, skip=3)
+    after = weights(other)
+    other.destroy()
+
+    model = build("llama")
+    model.load_state_dict({**model.state_dict(), **saved})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
+    for batch, got in zip(batches(5)[3:], found, strict=True):
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert got[0] == pytest.approx(loss.item(), abs=1e-5)
+    for name, parameter in model.named_parameters():
+        assert (after[name] - parameter.detach()).abs().max() <= 0.02 * 2e-3, name
+
+
+def test_what_is_not_there_is_not_loaded_and_said(tmp_path, caplog):
+    engine = start(tmp_path, "none")
+    with caplog.at_level(logging.WARNING, "offload"):
+        assert engine.load_checkpoint(tmp_path) == (None, None)
+        assert engine.load_checkpoint(tmp_path, tag="never") == (None, None)
+    assert "latest is not there" in caplog.text
+    assert "never holds no checkpoint" in caplog.text
+    engine.destroy()
+
+
+def test_misuse_is_refused(tmp_path):
+    engine = start(tmp_path, "none", gradient_accumulation_steps=2)
+    batch = batches(1)[0]
+    engine.backward(engine(input_ids=batch, labels=batch).loss)
+    engine.step()
+    with pytest.raises(UsageError, match="step"):
+        engine.save_checkpoint(tmp_path / "out")
+    engine.backward(engine(input_ids=batch, labels=batch).loss)
+    engine.step()
+    with pytest.raises(UsageError, match="tag"):
+        engine.save_checkpoint(tmp_path / "out", tag="../elsewhere")
+    with pytest.raises(UsageError, match="client_state"):
+        engine.save_checkpoint(tmp_path / "out", client_state={"model": engine.module})
+    engine.save_checkpoint(tmp_path / "out")
+    engine.destroy()
+    config = json.loads(json.dumps(engine.config))
+    other, *_ = deepspeed.initialize(model=build("llama", layers=3), config=config)
+    with pytest.raises(CheckpointError, match="another model"):
+        other.load_checkpoint(tmp_path / "out")
+    other.destroy()

@@ -1,0 +1,192 @@
+"""DeepSpeed itself beside this library: its swapping through our I/O engine, its losses, its keys and its schedules.
+
+Needs DeepSpeed with its CPU operations (`pip install deepspeed ninja`; libaio's headers for its own handle). Each
+training is a process of its own. `python -m pytest tests/peers` with that Python, this checkout on PYTHONPATH.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from offload.deepspeed import config, keys, schedules
+from offload.errors import ConfigError
+
+pytestmark = [pytest.mark.peer, pytest.mark.slow, pytest.mark.timeout(600)]
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+deepspeed = pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+
+SIDE = pathlib.Path(__file__).with_name("deepspeed_side.py")
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def run(tmp_path, side, *options):
+    """What `deepspeed_side.py` answers: losses and counted bytes."""
+    store = tmp_path / side
+    store.mkdir(exist_ok=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+    command = [sys.executable, str(SIDE), side, "--storage", str(store), *options]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("what", ["optimizer", "both"])
+def test_deepspeed_trains_through_our_engine_with_its_own_losses(tmp_path, what):
+    own = run(tmp_path, "deepspeed", "--swap", what)
+    through = run(tmp_path, "deepspeed-offload-io", "--swap", what)
+    assert through["losses"] == own["losses"]
+    assert len(set(own["losses"])) == len(own["losses"])  # it does train
+    # Each step reads and writes fp32 masters and both moments of what is swapped.
+    assert through["moved"]["read_bytes"] > through["swapped_numel"] * 12
+    assert through["moved"]["written_bytes"] > through["swapped_numel"] * 12
+
+
+def test_the_same_script_with_the_import_changed_gives_the_same_losses_within_bf16_noise(tmp_path):
+    theirs = run(tmp_path, "deepspeed", "--swap", "optimizer", "--steps", "12")["losses"]
+    ours = run(tmp_path, "offload", "--swap", "optimizer", "--steps", "12")["losses"]
+    assert ours[0] == pytest.approx(theirs[0], abs=1e-6)
+    assert ours == pytest.approx(theirs, abs=0.02)
+
+
+def fields(model, prefix):
+    """Dotted names of a pydantic model's fields, those of models inside included."""
+    import typing
+
+    from pydantic import BaseModel
+
+    for name, field in model.model_fields.items():
+        inside = [
+            each
+            for each in (field.annotation, *typing.get_args(field.annotation))
+            if isinstance(each, type) and issubclass(each, BaseModel)
+        ]
+        if inside:
+            yield from fields(inside[0], f"{prefix}{name}.")
+        else:
+            yield prefix + (field.alias or name)
+
+
+def test_every_field_of_deepspeeds_own_models_has_a_fate():
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.compile.config import CompileConfig
+    from deepspeed.monitor.config import DeepSpeedMonitorConfig
+    from deepspeed.runtime.config import HybridEngineConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+    from deepspeed.runtime.tensor_parallel.config import TPTrainingConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+
+    found = [f"aio.{name}" for name in AIO_DEFAULT_DICT]
+    for model, prefix in (
+        (DeepSpeedZeroConfig, "zero_optimization."),
+        (DeepSpeedFP16Config, "fp16."),
+        (DeepSpeedBF16Config, "bf16."),
+        (DeepSpeedMonitorConfig, ""),
+        (CommsLoggerConfig, "comms_logger."),
+        (CompileConfig, "compile."),
+        (HybridEngineConfig, "hybrid_engine."),
+        (TPTrainingConfig, "tensor_parallel."),
+        (DeepSpeedThroughputTimerConfig, "timers.throughput."),
+    ):
+        found += fields(model, prefix)
+    assert len(found) > 100
+    assert [path for path in found if keys.find(keys.OLDER_SPELLINGS.get(path, path)) is None] == []
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        {"fp16": {"enabled": True, "loss_scale_window": 0}},
+        {"fp16": {"loss_scale": -1}},
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "buffer_count": -1}}},
+        {"bf16": {"enabled": "perhaps"}},
+    ],
+)
+def test_deepspeeds_own_models_refuse_what_they_would_refuse_there(read):
+    with pytest.raises(ConfigError, match="DeepSpeed's own check"):
+        config.read({"train_batch_size": 1, **read})
+
+
+def test_every_constant_that_names_a_key_at_the_top_has_a_fate():
+    """Constants that DeepSpeedConfig passes to its readers; a few are names of other things."""
+    import inspect
+    import re
+
+    from deepspeed.runtime import config as theirs
+    from deepspeed.runtime import constants
+
+    used = set(re.findall(r"param_dict(?:\.get\(|\[|, )\s*\(?([A-Z_]+)", inspect.getsource(theirs)))
+    found = {getattr(constants, name) for name in used if isinstance(getattr(constants, name, None), str)}
+    assert {"train_batch_size", "gradient_clipping", "steps_per_print"} <= found
+    assert [path for path in sorted(found) if not keys.find(path) and not keys.is_section(path)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("WarmupLR", {"warmup_min_lr": 0.001, "warmup_max_lr": 0.01, "warmup_num_steps": 7}),
+        ("WarmupLR", {"warmup_num_steps": 7, "warmup_type": "linear"}),
+        ("WarmupDecayLR", {"total_num_steps": 20, "warmup_num_steps": 5}),
+        ("WarmupCosineLR", {"total_num_steps": 20, "warmup_num_steps": 5, "warmup_min_ratio": 0.1}),
+        ("LRRangeTest", {"lr_range_test_step_size": 3, "lr_range_test_step_rate": 2.0}),
+        ("LRRangeTest", {"lr_range_test_step_size": 3, "lr_range_test_staircase": True}),
+        ("OneCycle", {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1, "cycle_first_step_size": 6}),
+        (
+            "OneCycle",
+            {
+                "cycle_min_lr": 0.01,
+                "cycle_max_lr": 0.1,
+                "cycle_first_step_size": 6,
+                "cycle_second_step_size": 9,
+                "cycle_first_stair_count": 3,
+                "decay_step_size": 2,
+                "decay_lr_rate": 0.3,
+                "decay_mom_rate": 0.1,
+            },
+        ),
+    ],
+)
+def test_our_schedules_are_deepspeeds(name, params):
+    from deepspeed.runtime import lr_schedules
+
+    def curve(make):
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.05)
+        schedule = make(optimizer)
+        found = []
+        for _ in range(30):
+            group = optimizer.param_groups[0]
+            found += [group["lr"], *group["betas"]]
+            schedule.step()
+        return found
+
+    theirs = curve(lambda optimizer: getattr(lr_schedules, name)(optimizer, **params))
+    ours = curve(lambda optimizer: schedules.make(name, dict(params), optimizer))
+    assert ours == pytest.approx(theirs, rel=1e-12)
+
+
+def test_our_loss_scale_is_deepspeeds(monkeypatch):
+    from deepspeed.runtime.fp16 import loss_scaler
+
+    from offload.deepspeed.loss_scale import DynamicLossScale
+
+    monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 0)
+    overflows = torch.rand(400, generator=torch.Generator().manual_seed(0)) < 0.2
+    for hysteresis in (1, 2, 4):
+        for consecutive in (False, True):
+            theirs = loss_scaler.DynamicLossScaler(2.0**40, 5, 1.0, hysteresis, consecutive)
+            ours = DynamicLossScale(
+                2.0**40, window=5, hysteresis=hysteresis, consecutive_hysteresis=consecutive, scale_min=1.0
+            )
+            for overflow in overflows.tolist():
+                if theirs.cur_scale == 1.0:
+                    break
+                theirs.update_scale(overflow)
+                ours.update(overflow)
+                assert ours.scale == theirs.cur_scale
