@@ -88,12 +88,16 @@ void UpdatePipeline::check(const UpdateJob& job, std::size_t n_chunks) const {
 std::shared_ptr<io::Ticket> UpdatePipeline::submit(UpdateJob job) {
   OFFLOAD_CHECK(job.n_elements > 0 && job.n_elements % kPlaneElements == 0, "n_elements must be a multiple of 2048");
   auto state = std::make_shared<JobState>();
-  state->n_chunks = (job.n_elements + chunk_elements_ - 1) / chunk_elements_;
-  check(job, state->n_chunks);
-  state->unfinished = state->n_chunks;
+  check(job, (job.n_elements + chunk_elements_ - 1) / chunk_elements_);
+  state->chunks = chunks_of(job);
+  state->unfinished = state->chunks.size();
   state->ticket = std::make_shared<io::Ticket>(1);
   for (const Segment& segment : job.segments) state->scalars.push_back(scalars_of(segment.hyper));
   state->job = std::move(job);
+  if (state->chunks.empty()) {  // all its segments are empty
+    state->ticket->settle_piece({});
+    return state->ticket;
+  }
   {
     std::lock_guard<std::mutex> lock(mutex_);
     OFFLOAD_CHECK(!closing_, "the update pipeline is closed");
@@ -105,6 +109,20 @@ std::shared_ptr<io::Ticket> UpdatePipeline::submit(UpdateJob job) {
   }
   changed_.notify_one();
   return state->ticket;
+}
+
+// The chunks that a job has to move. One without gradients keeps its state untouched, and is only read where the
+// parameters have to come in anyway. A job without any gradient is done chunk by chunk all the same.
+std::vector<UpdatePipeline::Part> UpdatePipeline::chunks_of(const UpdateJob& job) const {
+  std::vector<Part> parts;
+  std::size_t segment = 0;
+  for (std::size_t start = 0; start < job.n_elements; start += chunk_elements_) {
+    const std::size_t end = start + chunk_elements_;
+    while (segment < job.segments.size() && job.segments[segment].start + job.segments[segment].n <= start) ++segment;
+    const bool idle = !job.segments.empty() && (segment == job.segments.size() || job.segments[segment].start >= end);
+    if (!idle || job.read_param) parts.push_back({start / chunk_elements_, idle});
+  }
+  return parts;
 }
 
 bool UpdatePipeline::inherited() const { return ::getpid() != owner_pid_; }
@@ -152,11 +170,13 @@ void UpdatePipeline::take_next_chunk() {
   if (jobs_.empty()) return;
   auto chunk = std::make_shared<Chunk>();
   chunk->job = jobs_.front();
-  chunk->index = next_index_;
+  const Part& part = chunk->job->chunks[next_index_];
+  chunk->index = part.index;
+  chunk->idle = part.idle;
   const UpdateJob& job = chunk->job->job;
   const std::size_t start = chunk->index * chunk_elements_;
   chunk->n = std::min(chunk_elements_, job.n_elements - start);
-  if (++next_index_ == chunk->job->n_chunks) {
+  if (++next_index_ == chunk->job->chunks.size()) {
     jobs_.pop_front();
     next_index_ = 0;
   }
@@ -168,11 +188,11 @@ void UpdatePipeline::take_next_chunk() {
   const std::size_t param_nbytes = param_nbytes_per_element(job.codec);
   const std::size_t record_nbytes = chunk->n * state_nbytes_per_element(job.codec);
   chunk->storage[1] = extent(job.param_offset, param_nbytes);
-  chunk->storage[2] = extent(job.grad_offset, grad_nbytes_per_element(job.grad_dtype));
+  if (!chunk->idle) chunk->storage[2] = extent(job.grad_offset, grad_nbytes_per_element(job.grad_dtype));
   chunk->memory[0] = range(reinterpret_cast<std::uintptr_t>(job.param) + start * param_nbytes, chunk->n * param_nbytes);
   if (chunk->index < job.host_chunks)
     chunk->memory[1] = range(reinterpret_cast<std::uintptr_t>(record(*chunk)), record_nbytes);
-  else
+  else if (!chunk->idle)
     chunk->storage[0] = range(static_cast<std::uint64_t>(record_offset(*chunk)), record_nbytes);
   next_ = std::move(chunk);
 }
@@ -300,7 +320,7 @@ void UpdatePipeline::start_writes(const ChunkPtr& chunk) {
   };
   try {
     write(chunk->buffer, chunk->storage[0]);
-    write(job.param + start * param_nbytes_per_element(job.codec), chunk->storage[1]);
+    if (!chunk->idle) write(job.param + start * param_nbytes_per_element(job.codec), chunk->storage[1]);
   } catch (const std::exception& error) {
     refused = error_of(error);
   }
@@ -357,7 +377,7 @@ void UpdatePipeline::work() {
         compute(*chunk);
         note('u', *chunk, start_s);
         kernel_ns_ += nanoseconds_since(begin);
-        ++chunks_updated_;
+        if (!chunk->idle) ++chunks_updated_;
         start_writes(chunk);
       }
       lock.lock();

@@ -80,9 +80,13 @@ class UpdatePipeline {
   std::vector<ChunkSpan> take_spans();
 
  private:
+  struct Part {
+    std::size_t index;  // of the chunk
+    bool idle;          // no segment touches it
+  };
   struct JobState {
     UpdateJob job;
-    std::size_t n_chunks = 0;
+    std::vector<Part> chunks;
     std::size_t unfinished = 0;
     std::vector<Scalars> scalars;  // of each segment
     io::Error error;               // guarded by the pipeline's mutex
@@ -95,6 +99,7 @@ class UpdatePipeline {
   struct Chunk {
     std::shared_ptr<JobState> job;
     std::size_t index = 0, n = 0;
+    bool idle = false;
     char* buffer = nullptr;
     std::atomic<std::size_t> pending{0};
     io::Error error;               // guarded by the pipeline's mutex
@@ -106,6 +111,7 @@ class UpdatePipeline {
   using ChunkPtr = std::shared_ptr<Chunk>;
 
   void check(const UpdateJob& job, std::size_t n_chunks) const;
+  std::vector<Part> chunks_of(const UpdateJob& job) const;
   void take_next_chunk();
   bool can_issue() const;
   bool drained() const { return next_ == nullptr && in_flight_.empty(); }
@@ -128,7 +134,7 @@ class UpdatePipeline {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<std::shared_ptr<JobState>> jobs_;  // jobs that still have chunks to take
-  std::size_t next_index_ = 0;                  // chunk of jobs_.front()
+  std::size_t next_index_ = 0;                  // in the chunks of jobs_.front()
   ChunkPtr next_;                               // the next chunk to read; null when every job is taken
   std::vector<ChunkPtr> in_flight_;             // chunks that own a buffer
   std::vector<char*> free_buffers_;
