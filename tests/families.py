@@ -24,6 +24,9 @@ class Family:
     lora_targets: tuple[str, ...]
     batch: Callable[[torch.Generator], dict[str, torch.Tensor]]
     n_blocks: int = 3
+    stacks: str = "one stack"
+    shares_activations: bool = False
+    """Blocks read one tensor besides the one they hand on: streamed, its gradients are added in another order."""
 
     def build(self, seed: int = 0) -> Any:
         """The fp32 model, in training mode, with the weights of `seed`."""
@@ -64,14 +67,17 @@ FAMILIES: dict[str, Family] = {
     "Qwen2": Family(
         "Qwen2ForCausalLM", "Qwen2Config", {**_GROUPED, "tie_word_embeddings": True}, _LLAMA_TARGETS, _causal
     ),
-    "Qwen3": Family(
-        "Qwen3ForCausalLM", "Qwen3Config", {**_GROUPED, "head_dim": 8}, _LLAMA_TARGETS, _causal
-    ),
+    "Qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", {**_GROUPED, "head_dim": 8}, _LLAMA_TARGETS, _causal),
     "Gemma": Family("GemmaForCausalLM", "GemmaConfig", {**_GROUPED, "head_dim": 8}, _LLAMA_TARGETS, _causal),
     "Gemma 3": Family(
         "Gemma3ForCausalLM",
         "Gemma3TextConfig",
-        {**_GROUPED, "head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+        {
+            **_GROUPED,
+            "head_dim": 8,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+        },
         _LLAMA_TARGETS,
         _causal,
     ),
@@ -110,6 +116,8 @@ FAMILIES: dict[str, Family] = {
         ("q", "v"),
         _sequence_to_sequence,
         n_blocks=5,
+        stacks="encoder and decoder",
+        shares_activations=True,
     ),
     "ViT": Family(
         "ViTForImageClassification",
