@@ -216,7 +216,7 @@ def _content_of(
     if source is None:
         raise ConfigError(
             f"{files.directory} holds no tensor for {type(model).__name__}.{names[0]}: the checkpoint is incomplete or "
-            "names its tensors in an older way; load it with transformers' from_pretrained, save_pretrained it, and use that"
+            "names its tensors in an unknown way; load it with transformers' from_pretrained, save_pretrained it, and use that"
         )
 
     def shape_only(name: str) -> torch.Tensor:
