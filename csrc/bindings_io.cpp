@@ -6,6 +6,7 @@
 
 #include "bindings.h"
 #include "common/aligned_buffer.h"
+#include "common/crc32c.h"
 #include "io/engine.h"
 
 namespace py = pybind11;
@@ -104,6 +105,16 @@ void bind_io(py::module_& module) {
       PyErr_SetObject(PyExc_OSError, py::make_tuple(error.code().value(), error.what()).ptr());
     }
   });
+
+  module.def(
+      "crc32c",
+      [](std::uintptr_t address, std::size_t nbytes, std::uint32_t crc, bool by_table) {
+        const void* const from = reinterpret_cast<const void*>(address);
+        py::gil_scoped_release release;
+        return by_table ? crc32c_by_table(from, nbytes, crc) : crc32c(from, nbytes, crc);
+      },
+      py::arg("address"), py::arg("nbytes"), py::arg("crc") = 0, py::arg("by_table") = false);
+  module.def("crc32c_kind", &crc32c_kind);
 
   py::class_<AlignedBuffer>(module, "Arena", py::buffer_protocol())
       .def(py::init<std::size_t>(), py::arg("nbytes"))

@@ -1,7 +1,15 @@
 """Full fine-tuning of models far larger than the device, streamed between device, DRAM and NVMe."""
 
-from offload.checkpoint import export, load
-from offload.errors import BudgetError, ConfigError, OffloadError, StoreError, UsageError
+from offload.checkpoint import Resumed, export, inspect, load, resume, save
+from offload.errors import (
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    CorruptError,
+    OffloadError,
+    StoreError,
+    UsageError,
+)
 from offload.runtime.engine import OffloadEngine, wrap
 from offload.runtime.optimizer import OffloadOptimizer
 
@@ -9,13 +17,19 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BudgetError",
+    "CheckpointError",
     "ConfigError",
+    "CorruptError",
     "OffloadEngine",
     "OffloadError",
     "OffloadOptimizer",
+    "Resumed",
     "StoreError",
     "UsageError",
     "export",
+    "inspect",
     "load",
+    "resume",
+    "save",
     "wrap",
 ]

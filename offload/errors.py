@@ -19,5 +19,13 @@ class StoreError(OffloadError):
     """A store file cannot be created, locked, read or written."""
 
 
+class CheckpointError(StoreError):
+    """A checkpoint or a kept store cannot be read: malformed, of a newer version, of another model, or in use."""
+
+
+class CorruptError(CheckpointError):
+    """Stored bytes are not the bytes that were written: a wrong checksum, or a file that has been cut short."""
+
+
 class UsageError(OffloadError):
     """The training loop did something whose result would not be exact, such as two backwards in one step."""

@@ -1,6 +1,9 @@
-"""Models into the store and out of it: loading and exporting Hugging Face directories block by block."""
+"""Models into the store and out of it, and training state to disk and back: load, export, save, resume, inspect."""
 
 from offload.checkpoint.export import export
+from offload.checkpoint.inspect import inspect
 from offload.checkpoint.load import load
+from offload.checkpoint.resume import Resumed, resume
+from offload.checkpoint.save import save
 
-__all__ = ["export", "load"]
+__all__ = ["Resumed", "export", "inspect", "load", "resume", "save"]

@@ -1,4 +1,4 @@
-"""The `offload` command: `finetune`, `plan`, `simulate`, `probe` and `doctor`."""
+"""The `offload` command: `finetune`, `plan`, `simulate`, `probe`, `inspect` and `doctor`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from offload.cli import doctor as doctor_room
 from offload.cli.finetune import Interrupted, Settings, finetune
+from offload.cli.inspect import inspect_command
 from offload.cli.output import JsonOutput, TextOutput
 from offload.cli.plan import PlanSettings, run_plan
 from offload.cli.probe import probe_command
@@ -167,6 +168,31 @@ def finetune_command(
             rich_help_panel=_RESULT,
         ),
     ] = None,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory for checkpoints: one after the last step, one when the run is stopped by a signal, and "
+            "those of --save-every.",
+            rich_help_panel=_RESULT,
+        ),
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, help="Save every so many steps.", rich_help_panel=_RESULT)
+    ] = None,
+    keep_last: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Keep only the last so many checkpoints. Default: all.", rich_help_panel=_RESULT
+        ),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            help="Go on from the newest checkpoint in this directory, with the same numbers as if the run had never "
+            "stopped. Memory, drives and device may be others.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
     save_plan: Annotated[
         str | None, typer.Option(help="Write the plan here, as JSON.", rich_help_panel=_RESULT)
     ] = None,
@@ -206,7 +232,8 @@ def finetune_command(
     and what is kept for backward. Options that are given stay as given. The plan is printed first; the summary has its
     seconds beside the measured ones, and how many steps the drives' endurance lasts.
 
-    Ctrl-C and SIGTERM end the run with a summary and remove the store.
+    Ctrl-C and SIGTERM end the run with a summary and remove the store. With --checkpoints the step is finished and
+    saved first; a second signal stops at once, and the last checkpoint stays as it is.
     """  # fmt: skip
     settings = Settings(
         model=model, data=data, storage=storage or [], host_memory=host_memory, device_memory=device_memory,
@@ -215,6 +242,7 @@ def finetune_command(
         steps=steps, batch_size=batch_size, sequence_length=sequence_length,
         micro_batches=micro_batches, lr=lr, schedule=schedule, warmup_steps=warmup_steps, weight_decay=weight_decay,
         max_grad_norm=max_grad_norm, seed=seed, output=output, trace=trace, plot=plot,
+        checkpoints=checkpoints, save_every=save_every, keep_last=keep_last, resume=resume,
     )  # fmt: skip
     finetune(settings, JsonOutput(sys.stdout) if json_lines else TextOutput(sys.stderr, sys.stdout))
 
@@ -367,6 +395,7 @@ def doctor_command(
 
 
 app.command("probe")(probe_command)
+app.command("inspect")(inspect_command)
 
 
 def main(args: list[str] | None = None) -> Any:

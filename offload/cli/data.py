@@ -103,12 +103,51 @@ class TokenStream:
         length = self.sequence_length
         return torch.tensor([tokens[i * length : (i + 1) * length] for i in order], dtype=torch.long)
 
-    def batches(self, batch_size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    def batches(self, batch_size: int, seed: int) -> Batches:
         """Endless batches of (batch_size, sequence_length) `input_ids` and `labels`, shuffled anew each epoch."""
-        generator = torch.Generator().manual_seed(seed)
-        order: list[int] = []
-        while True:
-            while len(order) < batch_size:
-                order += torch.randperm(self.n_sequences, generator=generator).tolist()
-            chosen, order = order[:batch_size], order[batch_size:]
-            yield {"input_ids": self._rows(self._ids, chosen), "labels": self._rows(self._labels, chosen)}
+        return Batches(self, batch_size, seed)
+
+    def rows(self, order: list[int]) -> dict[str, torch.Tensor]:
+        """The sequences with these numbers as one batch."""
+        return {"input_ids": self._rows(self._ids, order), "labels": self._rows(self._labels, order)}
+
+
+class Batches(Iterator[dict[str, torch.Tensor]]):
+    """An endless shuffled stream of batches whose position can be saved: `state_dict` is a count, not an order."""
+
+    def __init__(self, stream: TokenStream, batch_size: int, seed: int) -> None:
+        self._stream = stream
+        self._identity = {"batch_size": batch_size, "seed": seed, "n_sequences": stream.n_sequences}
+        self._restart()
+
+    def _restart(self) -> None:
+        self._generator = torch.Generator().manual_seed(self._identity["seed"])
+        self._order: list[int] = []
+        self._n_taken = 0
+
+    def _take(self) -> list[int]:
+        batch_size = self._identity["batch_size"]
+        while len(self._order) < batch_size:
+            self._order += torch.randperm(self._stream.n_sequences, generator=self._generator).tolist()
+        chosen, self._order = self._order[:batch_size], self._order[batch_size:]
+        self._n_taken += 1
+        return chosen
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        return self._stream.rows(self._take())
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many batches have been taken, of which data."""
+        return {**self._identity, "batches": self._n_taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where `state_dict` was called. Raises ConfigError when the data or the batch is another."""
+        for name, value in self._identity.items():
+            if state[name] != value:
+                raise ConfigError(
+                    f"the run to be resumed had {name.replace('_', ' ')} {state[name]}, this one has {value}: give "
+                    "it the same --data, --sequence-length, --batch-size and --seed"
+                )
+        self._restart()
+        for _ in range(state["batches"]):
+            self._take()

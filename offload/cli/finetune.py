@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.checkpoint import export, load
+from offload.checkpoint import export, load, resume, save
 from offload.cli.data import TokenStream
 from offload.cli.output import Output, StepReport
 from offload.cli.planned import Planning, Request, planning_of
@@ -72,6 +72,10 @@ class Settings:
     output: str | None = None
     trace: str | None = None
     plot: str | None = None
+    checkpoints: str | None = None
+    save_every: int | None = None
+    keep_last: int | None = None
+    resume: str | None = None
 
 
 def learning_rate_factor(step: int, schedule: str, warmup_steps: int, steps: int) -> float:
@@ -99,6 +103,14 @@ def _check(settings: Settings) -> None:
         raise ConfigError(
             f"--output {settings.output} cannot be written by this user: choose another directory"
         )
+    if settings.save_every is not None and settings.checkpoints is None:
+        raise ConfigError("--save-every needs --checkpoints DIR: where the checkpoints are to be written")
+    if settings.checkpoints is not None and not _can_be_made(settings.checkpoints):
+        raise ConfigError(
+            f"--checkpoints {settings.checkpoints} cannot be written by this user: choose another directory"
+        )
+    if settings.resume is not None and not os.path.isdir(settings.resume):
+        raise ConfigError(f"--resume {settings.resume}: no such directory")
     for option in ("trace", "plot", "save_plan"):
         path = getattr(settings, option)
         if path is not None and not _can_be_made(os.path.dirname(os.path.abspath(path))):
@@ -195,6 +207,7 @@ class _Totals:
     """Sums over the steps made."""
 
     step: int = 0
+    saved_step: int | None = None
     trainable_numel: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
@@ -234,6 +247,34 @@ def _recorded(engine: Any, settings: Settings, step: int, output: Output) -> Ite
     output.note(f"step {step} is drawn in {' and '.join(p for p in (settings.trace, settings.plot) if p)}")
 
 
+class _Checkpoints:
+    """When to save, and going on from what was saved."""
+
+    def __init__(self, model: nn.Module, tracked: dict[str, Any], settings: Settings, output: Output) -> None:
+        self._model, self._tracked, self._settings, self._output = model, tracked, settings, output
+
+    def resume(self) -> int:
+        """Steps made already."""
+        if self._settings.resume is None:
+            return 0
+        found = resume(self._model, self._settings.resume, state=self._tracked)
+        self._output.note(f"resumed from {found.path}, after step {found.step}")
+        return found.step
+
+    def after_step(self, step: int, stopping: bool) -> bool:
+        """Save when it is due. Whether it was."""
+        every = self._settings.save_every
+        if self._settings.checkpoints is None:
+            return False
+        if not stopping and step != self._settings.steps and (every is None or step % every):
+            return False
+        path = save(
+            self._model, self._settings.checkpoints, state=self._tracked, keep_last=self._settings.keep_last
+        )
+        self._output.note(f"saved {path}")
+        return True
+
+
 def _train(
     model: Any,
     optimizer: OffloadOptimizer,
@@ -249,9 +290,15 @@ def _train(
         lambda step: learning_rate_factor(step, settings.schedule, settings.warmup_steps, settings.steps),
     )
     batches = stream.batches(settings.batch_size, settings.seed)
+    checkpoints = _Checkpoints(model, {"scheduler": scheduler, "data": batches}, settings, output)
+    start = checkpoints.resume()
+    if settings.checkpoints is not None:
+        signals.finish_step(
+            lambda: output.note("stopping: this step ends and is saved; once more to stop at once")
+        )
     counted = model.offload.counters()
     start_s = time.perf_counter()
-    for step in range(1, settings.steps + 1):
+    for step in range(start + 1, settings.steps + 1):
         batch = {name: tensor.to(model.offload.device) for name, tensor in next(batches).items()}
         with _recorded(model.offload, settings, step, output):
             loss = model(**batch).loss
@@ -285,9 +332,12 @@ def _train(
             written_bytes=moved["written_bytes"],
             grad_norm=None if optimizer.grad_norm is None else float(optimizer.grad_norm),
         )
-        start_s = now_s
         totals.add(report)
         output.step(report)
+        if checkpoints.after_step(step, signals.requested):
+            totals.saved_step = step
+            counted = model.offload.counters()  # what a checkpoint read and wrote is not the next step's
+        start_s = time.perf_counter()
         signals.check()
 
 
@@ -301,6 +351,7 @@ def _summary(settings: Settings, totals: _Totals, status: str) -> dict[str, Any]
         "steps": totals.step,
         "first_loss": totals.first_loss,
         "last_loss": totals.last_loss,
+        "saved_step": totals.saved_step,
         "trainable_parameters": totals.trainable_numel,
         "median_step_s": median_s,
         "predicted_step_s": totals.expected_step_s,
@@ -367,6 +418,9 @@ def finetune(settings: Settings, output: Output) -> dict[str, Any]:
                 raise
             output.summary(_summary(settings, totals, "interrupted"))
             when = f"after step {totals.step}" if totals.step else "before the first step ended"
-            raise Interrupted(f"{when}; the store has been removed, nothing was exported") from None
+            saved = (
+                f"; step {totals.saved_step} is saved in {settings.checkpoints}" if totals.saved_step else ""
+            )
+            raise Interrupted(f"{when}; the store has been removed, nothing was exported{saved}") from None
     output.summary(summary)
     return summary

@@ -49,6 +49,25 @@ class Placement:
     """Host memory through which activations go to storage; included in `host_nbytes`."""
 
 
+def _run_ahead(spare: int, slot: int, grad: int, least_slots: int, wanted: int) -> tuple[int, int, int]:
+    """(block slots, gradient buffers, bytes left) of `spare` bytes beyond the least.
+
+    A block whose update is under way holds a slot and a gradient buffer, so that more of either alone leave backward
+    waiting for the other. Of what is left then, two thirds are for slots, which save reads at the turns, and the rest
+    is for activations.
+    """
+    n_slots, n_grads = least_slots, 1 if least_slots else 0
+    if grad and least_slots and spare >= grad:
+        n_grads, spare = 2, spare - grad
+    if n_slots < wanted and spare >= 2 * slot:
+        n_slots, spare = n_slots + 1, spare - slot
+    pair = grad + slot
+    while grad and n_slots < wanted and 2 <= n_grads < GRAD_BUFFERS_MAX and spare >= pair + slot:
+        n_slots, n_grads, spare = n_slots + 1, n_grads + 1, spare - pair
+    more = max(0, min(wanted - n_slots, 2 * spare // (3 * slot) if slot else 0))
+    return n_slots + more, n_grads, spare - more * slot
+
+
 def _gb(nbytes: int) -> str:
     unit, name = next(
         ((u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if nbytes >= u), (1, "bytes")
@@ -96,12 +115,8 @@ def place(
         has_storage=has_storage,
     )
     spare = device_nbytes - least_device
-    n_grad_buffers = min(1, len(blocks))
-    while grad and n_grad_buffers < GRAD_BUFFERS_MAX and spare >= grad * (1 if n_grad_buffers == 1 else 1.5):
-        n_grad_buffers, spare = n_grad_buffers + 1, spare - grad
     wanted = len(blocks) if prefetch_blocks is None else min(len(blocks), prefetch_blocks + 1)
-    affordable = least_slots + (spare // 2 // slot if slot else 0)
-    n_slots = max(least_slots, min(wanted, affordable))
+    n_slots, n_grad_buffers, spare = _run_ahead(spare, slot, grad, least_slots, wanted)
     left = host_nbytes - always
     if has_storage:
         more = _more_activation_staging_nbytes(left - n_host_slots * slot)

@@ -40,6 +40,8 @@ class Resources:
     device: DeviceTier
     copies: Copies
     arenas: list[HostArena]
+    staging: torch.Tensor
+    """The pipeline's chunk buffers (uint8); nobody else's unless the pipeline is idle."""
 
     def close(self) -> None:
         """End all threads, release the device and remove the store. Finishes what is in flight first."""
@@ -226,17 +228,17 @@ class _Builder:
 
     def make_resources(self, spans: SpanLog) -> Resources:
         store = self.make_store()
+        staging = self.host_arena.take(self.staging_nbytes)
         try:
-            pipeline = self.make_pipeline(store)
+            pipeline = self.make_pipeline(store, staging)
         except BaseException:
             if store is not None:
                 store.close()
             raise
         arenas = [self.device_arena, self.host_arena]
-        return Resources(store, pipeline, self.device, Copies(self.device, spans), arenas)
+        return Resources(store, pipeline, self.device, Copies(self.device, spans), arenas, staging)
 
-    def make_pipeline(self, store: Store | None) -> UpdatePipeline:
-        staging = self.host_arena.take(self.staging_nbytes)
+    def make_pipeline(self, store: Store | None, staging: torch.Tensor) -> UpdatePipeline:
         n_threads = self.config.update_threads if self.streams else (os.cpu_count() or 1)
         return UpdatePipeline(
             None if store is None else store.engine,

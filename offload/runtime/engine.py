@@ -318,6 +318,31 @@ class OffloadEngine:
                 self.spans.add(lane, f"{name} {labels[index]}", functools.partial(_times, start_s, end_s))
             spans += self.spans.stop()
 
+    @property
+    def parts(self) -> Assembly:
+        """The tiers and everything in them, for who saves, restores or removes them."""
+        return self._assembly
+
+    def at_step_boundary(self, wish: str) -> OffloadOptimizer:
+        """Finish every decided update; the optimizer. Raises UsageError, naming `wish`, in a step or after close."""
+        optimizer = self._optimizer()
+        if self._closed or optimizer is None:
+            raise UsageError(f"{wish}: the offload engine is closed; wrap the model again")
+        self._scheduler.flush()
+        for block in [*self.blocks, self.root]:
+            if block.touched or block.grads_waiting or block.updated_since_step:
+                raise UsageError(
+                    f"{wish}: block {block.name} has gradients that no optimizer.step() has used: call it between two "
+                    "steps, after step()"
+                )
+        return optimizer
+
+    def state_replaced(self) -> None:
+        """Everything a block has on the device or in a slot is outdated: its home has been written anew."""
+        for block in [*self.blocks, self.root]:
+            self._scheduler.drop_copies(block)
+        self._scheduler.rewind()
+
     def flush(self) -> None:
         """Finish every decided update; afterwards the store holds the parameters of the last step."""
         self._scheduler.flush()

@@ -14,7 +14,7 @@ from torch.optim import adam, adamw
 from offload.model.flat import FlatBuffer
 from offload.stores.block_store import BlockRecord
 from offload.tiers.device import DeviceTier
-from offload.transfer.io_engine import Hyper
+from offload.transfer.io_engine import Hyper, merge_master, split_master
 
 Segments = list[tuple[int, int, Hyper]]
 
@@ -108,6 +108,34 @@ class InDeviceState:
                 self._states[position].update(
                     segments, self._grads(self._root.layout.buffers[position], held.plane)
                 )
+
+    def chunk_of(self, position: int, start: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Elements `start` to `start + n` as a parameter plane and a chunk record, uint8 in host memory."""
+        buffer, state = self._root.layout.buffers[position], self._states[position]
+        master, *moments = (
+            t[start : start + n].cpu() for t in (state.master, state.exp_avg, state.exp_avg_sq)
+        )
+        planes = [t.view(torch.uint8) for t in moments]
+        if buffer.codec == "fp32":
+            return master.view(torch.uint8), torch.cat(planes)
+        hi, lo = torch.empty(n, dtype=torch.bfloat16), torch.empty(n, dtype=torch.int16)
+        split_master(master.data_ptr(), hi.data_ptr(), lo.data_ptr(), n)
+        return hi.view(torch.uint8), torch.cat([lo.view(torch.uint8), *planes])
+
+    def set_chunk(self, position: int, start: int, param: torch.Tensor, record: torch.Tensor) -> None:
+        """Replace elements from `start` on by a parameter plane and a chunk record, as `chunk_of` gives them."""
+        buffer, state = self._root.layout.buffers[position], self._states[position]
+        split = buffer.codec == "split_bf16"
+        n = param.numel() // (2 if split else 4)
+        lo_nbytes = 2 * n if split else 0
+        master = param.view(torch.float32) if not split else torch.empty(n, dtype=torch.float32)
+        if split:
+            merge_master(param.data_ptr(), record.data_ptr(), master.data_ptr(), n)
+        state.master[start : start + n].copy_(master)
+        state.exp_avg[start : start + n].copy_(record[lo_nbytes : lo_nbytes + 4 * n].view(torch.float32))
+        state.exp_avg_sq[start : start + n].copy_(record[lo_nbytes + 4 * n :].view(torch.float32))
+        if split:
+            state.plane[start : start + n].copy_(state.master[start : start + n])
 
     @staticmethod
     def _grads(buffer: FlatBuffer, plane: torch.Tensor) -> torch.Tensor:

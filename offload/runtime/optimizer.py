@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from offload.errors import ConfigError, UsageError
+from offload.errors import CheckpointError, ConfigError, UsageError
 from offload.transfer.io_engine import Hyper
 
 
@@ -47,6 +47,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._decoupled = decoupled
         self._steps: dict[torch.nn.Parameter, int] = {}
         self._used: dict[int, tuple[Any, ...]] = {}
+        self.steps_made = 0
+        """Calls of `step()` that ended, those before a resume included."""
         self.grad_scale = 1.0
         self.grad_norm: torch.Tensor | None = None
         """Global gradient norm before clipping, of the last step with `max_grad_norm`."""
@@ -85,6 +87,28 @@ class OffloadOptimizer(torch.optim.Optimizer):
             bool(group.get("maximize")),
         )
 
+    def steps_of(self, parameter: torch.nn.Parameter) -> int:
+        """Updates that one parameter has had."""
+        return self._steps.get(parameter, 0)
+
+    def set_steps_of(self, parameter: torch.nn.Parameter, steps: int) -> None:
+        """As a checkpoint, or the step before one that is discarded, had it."""
+        self._steps[parameter] = steps
+
+    def hyperparameters(self) -> list[dict[str, Any]]:
+        """Everything in the groups but the parameters."""
+        return [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+
+    def set_hyperparameters(self, groups: list[dict[str, Any]], where: str) -> None:
+        """Undo changes since `hyperparameters`. Raises CheckpointError for another number of groups."""
+        if len(groups) != len(self.param_groups):
+            raise CheckpointError(
+                f"{where}: has {len(groups)} parameter groups, this optimizer has {len(self.param_groups)}: "
+                "make the optimizer as it was made for the run that was saved"
+            )
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            group.update(saved)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make (or confirm) the update of every parameter that has a gradient. Returns the closure's loss."""
@@ -103,6 +127,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if self.engine is None:
             raise UsageError("this optimizer is not attached to a model; get it from offload.wrap")
         self.engine.optimizer_step()
+        self.steps_made += 1
         self._used.clear()
         return loss
 

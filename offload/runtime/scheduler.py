@@ -299,6 +299,13 @@ class Scheduler:
         for block in [*self.blocks, self.root]:
             self.wait_resident(block)
 
+    def drop_copies(self, block: BlockRecord) -> None:
+        """The block's bytes in the store, or in the host slot that is its home, are about to be replaced."""
+        self.wait_resident(block)
+        self._residency.outdated(block)
+        if block.param_offset >= 0 and block.slot is not None:
+            self._evict(block)
+
     def rewind(self) -> None:
         """A step has ended: the next use is forward of the first block."""
         self._cursor.rewind()

@@ -1,5 +1,25 @@
 """Typed face of the engine's requests and of the update pipeline in `offload._C`, for the rooms above the tiers."""
 
-from offload._C import Hyper, Ticket, UpdateJob, UpdatePipeline, split_master
+from offload._C import (
+    Engine,
+    Hyper,
+    Ticket,
+    UpdateJob,
+    UpdatePipeline,
+    crc32c,
+    crc32c_kind,
+    merge_master,
+    split_master,
+)
 
-__all__ = ["Hyper", "Ticket", "UpdateJob", "UpdatePipeline", "split_master"]
+__all__ = [
+    "Engine",
+    "Hyper",
+    "Ticket",
+    "UpdateJob",
+    "UpdatePipeline",
+    "crc32c",
+    "crc32c_kind",
+    "merge_master",
+    "split_master",
+]

@@ -1,0 +1,232 @@
+"""Put a saved training state into a wrapped model, whatever its placement, drives, budgets, device and chunk size."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.checkpoint.directory import locked, newest
+from offload.checkpoint.read import ChunkReader, read_manifest
+from offload.checkpoint.save import engine_of, fingerprint_of
+from offload.errors import CheckpointError
+from offload.model.flat import STATE_NBYTES_PER_ELEMENT, FlatBuffer
+from offload.runtime.engine import OffloadEngine
+from offload.runtime.optimizer import OffloadOptimizer
+from offload.runtime.training_state import checked_stateful, load_training_state
+from offload.stores.block_store import BlockRecord
+from offload.stores.state_image import Chunk, chunks_of, fill, param_piece, state_piece
+from offload.tiers.encoding import decode, dtype_name
+from offload.tiers.host import HostArena
+from offload.tiers.manifest import Buffer, Manifest, Parameter
+from offload.transfer.io_engine import merge_master, split_master
+from offload.types import PAGE_NBYTES, round_up
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What `resume` found: the checkpoint's path, and how many optimizer steps it had made."""
+
+    path: str
+    step: int
+
+
+def _planes(record: torch.Tensor, n: int, split: bool) -> list[torch.Tensor]:
+    """(lo), exp_avg, exp_avg_sq of a chunk record of `n` elements, typed."""
+    lo_nbytes = 2 * n if split else 0
+    moments = [
+        record[lo_nbytes + i * 4 * n : lo_nbytes + (i + 1) * 4 * n].view(torch.float32) for i in (0, 1)
+    ]
+    return [record[:lo_nbytes].view(torch.int16), *moments] if split else moments
+
+
+def _convert(
+    param: torch.Tensor, record: torch.Tensor, n: int, to_split: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A chunk of one codec in the other: the fp32 master is the same in both."""
+    moments = record[-8 * n :]
+    if to_split:
+        hi, lo = torch.empty(n, dtype=torch.bfloat16), torch.empty(n, dtype=torch.int16)
+        split_master(param.data_ptr(), hi.data_ptr(), lo.data_ptr(), n)
+        return hi.view(torch.uint8), torch.cat([lo.view(torch.uint8), moments])
+    master = torch.empty(n, dtype=torch.float32)
+    merge_master(param.data_ptr(), record.data_ptr(), master.data_ptr(), n)
+    return master.view(torch.uint8), moments.clone()
+
+
+class _Filler:
+    """Fills target chunks from source chunks, parameter by parameter."""
+
+    def __init__(self, reader: ChunkReader, engine: OffloadEngine) -> None:
+        self._reader, self._engine = reader, engine
+        self._sources = reader.manifest.parameters()
+        self._chunk_elements = engine.config.chunk_elements
+        n = min(
+            self._chunk_elements,
+            max((b.n_elements for x in self._blocks() for b in x.layout.buffers), default=0),
+        )
+        itemsize = max((b.dtype.itemsize for x in self._blocks() for b in x.layout.buffers), default=2)
+        self._param = HostArena(n * itemsize)
+        self._record = HostArena(n * max(STATE_NBYTES_PER_ELEMENT.values()))
+
+    def _blocks(self) -> list[BlockRecord]:
+        return [self._engine.root, *self._engine.blocks]
+
+    def fill(self) -> None:
+        """Every block of the engine."""
+        for block in self._blocks():
+            for position, buffer in enumerate(block.layout.buffers):
+                for chunk in chunks_of(buffer, self._chunk_elements):
+                    self._fill_chunk(block, position, buffer, chunk)
+
+    def _fill_chunk(self, block: BlockRecord, position: int, buffer: FlatBuffer, chunk: Chunk) -> None:
+        itemsize = buffer.dtype.itemsize
+        param = self._param.bytes_tensor[: chunk.n * itemsize]
+        param_whole = self._param.bytes_tensor[: round_up(chunk.n * itemsize, PAGE_NBYTES)]
+        record = self._record.bytes_tensor[:0]
+        if buffer.trainable:
+            record = self._record.bytes_tensor[: chunk.n * STATE_NBYTES_PER_ELEMENT[buffer.codec]]
+        param_whole.zero_()
+        record.zero_()
+        for segment in buffer.segments:
+            begin = max(segment.start, chunk.start)
+            end = min(segment.start + segment.numel, chunk.start + chunk.n)
+            if begin < end:
+                self._copy(
+                    segment.name,
+                    begin - segment.start,
+                    end - begin,
+                    buffer,
+                    begin - chunk.start,
+                    param,
+                    record,
+                )
+        in_device = self._engine.parts.in_device
+        if in_device is not None and buffer.trainable:
+            in_device.set_chunk(position, chunk.start, param, record)
+            return
+        store = self._engine.parts.resources.store
+        fill(param_piece(block, buffer, chunk), param_whole, store)
+        if buffer.trainable:
+            fill(state_piece(block, position, chunk, self._chunk_elements), record, store)
+
+    def _copy(
+        self,
+        name: str,
+        skip: int,
+        n: int,
+        target: FlatBuffer,
+        at: int,
+        param: torch.Tensor,
+        record: torch.Tensor,
+    ) -> None:
+        """Elements `skip` to `skip + n` of a parameter to element `at` of the target chunk."""
+        source, entry = self._sources[name]
+        size = self._reader.manifest.chunk_elements
+        target_n = param.numel() // target.dtype.itemsize
+        done = 0
+        while done < n:
+            first = entry.start + skip + done
+            index, within = divmod(first, size)
+            held_n = self._reader.elements(source, index)
+            count = min(n - done, held_n - within)
+            from_param, from_record = self._reader.chunk(source, index)
+            if target.trainable and source.dtype != dtype_name(target.dtype):
+                from_param, from_record = _convert(
+                    from_param, from_record, held_n, target.codec == "split_bf16"
+                )
+            itemsize = target.dtype.itemsize
+            to = (at + done) * itemsize
+            param[to : to + count * itemsize] = from_param[within * itemsize : (within + count) * itemsize]
+            if target.trainable:
+                split = target.codec == "split_bf16"
+                planes = zip(
+                    _planes(record, target_n, split), _planes(from_record, held_n, split), strict=True
+                )
+                for into, out_of in planes:
+                    into[at + done : at + done + count] = out_of[within : within + count]
+            done += count
+
+
+def check_same_model(manifest: Manifest, engine: OffloadEngine, where: str) -> None:
+    """Raise CheckpointError, naming the first difference, unless the manifest is of the engine's model."""
+    saved = manifest.parameters()
+    for block in [engine.root, *engine.blocks]:
+        for buffer in block.layout.buffers:
+            for segment in buffer.segments:
+                found = saved.pop(segment.name, None)
+                if found is None:
+                    raise CheckpointError(f"{where}: is of another model: it has no parameter {segment.name}")
+                _check_parameter(found, segment.name, list(segment.shape), buffer, where)
+    if saved:
+        raise CheckpointError(f"{where}: is of another model: this one has no parameter {next(iter(saved))}")
+    if manifest.fingerprint != fingerprint_of(engine):
+        raise CheckpointError(
+            f"{where}: its fingerprint is not that of its own parameters: it has been edited"
+        )
+
+
+def _check_parameter(
+    found: tuple[Buffer, Parameter], name: str, shape: list[int], buffer: FlatBuffer, where: str
+) -> None:
+    source, entry = found
+    if entry.shape != shape:
+        raise CheckpointError(
+            f"{where}: is of another model: {name} has shape {entry.shape} there and {shape} here"
+        )
+    if source.trainable != buffer.trainable:
+        there = "trained" if source.trainable else "frozen"
+        raise CheckpointError(f"{where}: {name} was {there} when it was saved: set requires_grad as it was")
+    if not buffer.trainable and source.dtype != dtype_name(buffer.dtype):
+        raise CheckpointError(
+            f"{where}: the frozen {name} is {source.dtype} there and {dtype_name(buffer.dtype)} here: "
+            "build the model in the dtype it had"
+        )
+
+
+def restore(engine: OffloadEngine, optimizer: OffloadOptimizer, reader: ChunkReader) -> None:
+    """Fill the tiers and the step counts from a manifest that is of the engine's model."""
+    engine.state_replaced()
+    _Filler(reader, engine).fill()
+    engine.state_replaced()
+    steps = {name: entry.step for name, (_, entry) in reader.manifest.parameters().items()}
+    for block in [engine.root, *engine.blocks]:
+        for buffer in block.layout.buffers:
+            for segment in buffer.segments:
+                optimizer.set_steps_of(segment.parameter, steps[segment.name])
+    optimizer.steps_made = reader.manifest.step
+
+
+def resume(model: nn.Module, directory: str, *, state: Mapping[str, Any] | None = None) -> Resumed:
+    """Go on where `offload.save` was called: training continues with the bits it would have had.
+
+    `model` is wrapped, with any placement, budgets, drives, device and chunk size; the optimizer has the groups it had.
+    `directory` is a checkpoint, or the directory given to `save`, of which the newest is taken. The objects in `state`
+    are given their saved state by `load_state_dict`. Memory used meanwhile: three chunks with their state, beside the
+    budgets. Raises CheckpointError for another model, a newer format, or nothing to read; CorruptError when stored
+    bytes are not those that were written. After either the model is not to be trained further.
+    """
+    engine = engine_of(model)
+    tracked = checked_stateful(state or {})
+    optimizer = engine.at_step_boundary("resume")
+    path = newest(directory)
+    parent = os.path.dirname(os.path.abspath(path))
+    with locked(parent, exclusive=False):
+        manifest = read_manifest(path)
+        check_same_model(manifest, engine, path)
+        training = decode(manifest.training)
+        config = engine.config
+        paths = [os.path.join(path, name) for name in manifest.files]
+        options = {
+            "backend": config.backend,
+            "direct": config.direct_io,
+            "block_nbytes": config.io_block_nbytes,
+        }
+        with ChunkReader(manifest, paths, **options) as reader:
+            restore(engine, optimizer, reader)
+    load_training_state(training, model, optimizer, tracked, path)
+    return Resumed(path, optimizer.steps_made)

@@ -1,0 +1,79 @@
+"""Where each chunk of a block's training state is, in whichever tier: what checkpoints read from and write into.
+
+A chunk is `chunk_elements` elements of a flat buffer: a piece of its parameter plane and, when it is trainable, one
+record of optimizer state (lo, exp_avg, exp_avg_sq of a split_bf16 buffer, the last two of an fp32 one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from offload.model.flat import STATE_NBYTES_PER_ELEMENT, FlatBuffer
+from offload.stores.block_store import BlockRecord
+from offload.tiers.storage import Store
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`nbytes` of a block, either at `offset` of the store or in `memory` (uint8)."""
+
+    nbytes: int
+    offset: int = -1
+    memory: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Chunk `index` of a buffer: elements `start` to `start + n`."""
+
+    index: int
+    start: int
+    n: int
+
+
+class OwnRecords(Protocol):
+    """Optimizer state that is kept in another form than chunk records."""
+
+    def chunk_of(self, position: int, start: int, n: int) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def set_chunk(self, position: int, start: int, param: torch.Tensor, record: torch.Tensor) -> None: ...
+
+
+def chunks_of(buffer: FlatBuffer, chunk_elements: int) -> Iterator[Chunk]:
+    """All chunks of a flat buffer, in order."""
+    for index, start in enumerate(range(0, buffer.n_elements, chunk_elements)):
+        yield Chunk(index, start, min(chunk_elements, buffer.n_elements - start))
+
+
+def param_piece(block: BlockRecord, buffer: FlatBuffer, chunk: Chunk) -> Piece:
+    """The chunk's part of the parameter plane: on storage, or in the block's own slot."""
+    begin = buffer.plane_offset_nbytes + chunk.start * buffer.dtype.itemsize
+    nbytes = chunk.n * buffer.dtype.itemsize
+    if block.param_offset >= 0:
+        return Piece(nbytes, block.param_offset + begin)
+    if block.slot is None:
+        raise RuntimeError(f"block {block.name} has neither a slot nor an extent")
+    return Piece(nbytes, memory=block.slot.bytes_tensor[begin : begin + nbytes])
+
+
+def state_piece(block: BlockRecord, position: int, chunk: Chunk, chunk_elements: int) -> Piece:
+    """The chunk's record of optimizer state."""
+    extents, per_element = (
+        block.states[position],
+        STATE_NBYTES_PER_ELEMENT[block.layout.buffers[position].codec],
+    )
+    begin, nbytes = chunk.start * per_element, chunk.n * per_element
+    if extents.host is not None and chunk.index < extents.host_chunks:
+        return Piece(nbytes, memory=extents.host[begin : begin + nbytes])
+    return Piece(nbytes, extents.offset + begin - extents.host_chunks * chunk_elements * per_element)
+
+
+def fill(piece: Piece, source: torch.Tensor, store: Store | None) -> None:
+    """Write page-aligned uint8 `source` (`piece.nbytes` and up to a whole page more) to where `piece` is, and wait."""
+    if piece.memory is not None:
+        piece.memory.copy_(source[: piece.nbytes])
+    elif store is not None:
+        store.engine.write(source.data_ptr(), source.numel(), piece.offset).wait()

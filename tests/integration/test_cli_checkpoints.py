@@ -1,0 +1,106 @@
+"""`finetune` saves, stops at a signal with a checkpoint, and goes on from it with the numbers it would have had."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+
+import pytest
+
+from offload.cli import main
+from tests.child import end, start
+from tests.integration.command_line import TEXT, finetune, make_tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+
+def lines_of(capsys):
+    """The JSON lines of a run: losses by step, the summary, and what was said beside."""
+    printed = capsys.readouterr()
+    lines = [json.loads(line) for line in printed.out.splitlines()]
+    steps = {line["step"]: line["loss"] for line in lines if "step" in line}
+    return steps, lines[-1].get("summary"), printed.err
+
+
+def test_a_resumed_run_repeats_the_uninterrupted_ones_losses(workplace, capsys):
+    more = ["--json", "--schedule", "cosine", "--warmup-steps", "1", "--steps", "5"]
+    saved = f"{workplace}/saved"
+    assert finetune(workplace, *more, "--checkpoints", saved, "--save-every", "2") == 0
+    expected, summary, said = lines_of(capsys)
+    assert [os.path.basename(line.split()[1]) for line in said.splitlines() if line.startswith("saved ")] == [
+        "step-000000002", "step-000000004", "step-000000005",
+    ]  # fmt: skip
+    assert summary["saved_step"] == 5
+    arguments = ["--checkpoints", saved, "--keep-last", "1", "--host-memory", "200MB"]
+    assert finetune(workplace, *more, *arguments, "--resume", f"{saved}/step-000000002") == 0
+    resumed, _, said = lines_of(capsys)
+    assert "after step 2" in said
+    assert resumed == {step: expected[step] for step in (3, 4, 5)}
+    assert sorted(os.listdir(saved)) == [".lock", "step-000000005-1"]
+
+
+def test_resuming_with_other_data_is_refused(workplace, capsys):
+    saved = f"{workplace}/saved"
+    assert finetune(workplace, "--checkpoints", saved, "--steps", "1") == 0
+    assert finetune(workplace, "--resume", saved, "--batch-size", "3") == 2
+    assert "had batch size 2, this one has 3" in capsys.readouterr().err
+    assert finetune(workplace, "--resume", f"{workplace}/nowhere") == 2
+    assert finetune(workplace, "--save-every", "2") == 2
+    assert "--save-every needs --checkpoints" in capsys.readouterr().err
+
+
+def test_inspect_describes_and_verifies(workplace, capsys):
+    saved = f"{workplace}/saved"
+    assert finetune(workplace, "--checkpoints", saved, "--steps", "1") == 0
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect", saved, "--verify", "--json"])
+    assert not stopped.value.code
+    found = json.loads(capsys.readouterr().out)
+    assert found["step"] == 1
+    assert found["tracked"] == ["scheduler", "data"]
+    assert found["damage"] == []
+    assert found["verified_chunks"] > 4
+    extents = pathlib.Path(saved, "step-000000001", "extents.bin")
+    held = bytearray(extents.read_bytes())
+    held[5] ^= 1
+    extents.write_bytes(held)
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect", saved, "--verify"])
+    assert stopped.value.code == 1
+    printed = capsys.readouterr()
+    assert "1 damaged" in printed.out
+    assert "CRC32C" in printed.err
+
+
+@pytest.mark.fault
+@pytest.mark.timeout(200)
+def test_sigterm_finishes_the_step_saves_it_and_the_next_run_goes_on(tmp_path):
+    from tests.conftest import build
+
+    build("llama", layers=2).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    command = "import sys, torch; torch.set_num_threads(1); from offload.cli import main; main(sys.argv[1:])"
+    arguments = [
+        "finetune", "--model", tmp_path / "model", "--data", tmp_path / "text.txt", "--storage", tmp_path / "store",
+        "--host-memory", "100MB", "--device-memory", "100MB", "--step-aside", "never", "--batch-size", 2,
+        "--sequence-length", 16, "--json", "--checkpoints", tmp_path / "saved",
+    ]  # fmt: skip
+    child = start(command, *arguments, "--steps", 100_000)
+    seen = [json.loads(child.stdout.readline()) for _ in range(3)]
+    child.send_signal(signal.SIGTERM)
+    status, out, err = end(child, 60)
+    assert status == 130, err
+    assert "stopping: this step ends and is saved" in err
+    losses = {line["step"]: line["loss"] for line in seen}
+    losses |= {line["step"]: line["loss"] for line in map(json.loads, out.splitlines()) if "step" in line}
+    last = max(losses)
+    assert f"step {last} is saved in {tmp_path}/saved" in err
+    assert os.listdir(tmp_path / "store") == []
+    child = start(command, *arguments, "--steps", last + 1, "--resume", tmp_path / "saved")
+    status, out, err = end(child, 60)
+    assert status == 0, err
+    assert [json.loads(line).get("step") for line in out.splitlines()] == [last + 1, None]
