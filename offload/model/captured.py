@@ -62,7 +62,7 @@ def without_cache(block_name: str, leaves: list[Any]) -> list[Any]:
             if int(length()) > 0:
                 raise UsageError(
                     f"block {block_name} was called with gradients and a cache of {int(length())} tokens (as prefix "
-                    "tuning does): a block runs again in backward, and the cache would change in between; train without it"
+                    "tuning does): a block runs again in backward, and the cache would change in between"
                 )
             leaf = None
         kept.append(leaf)

@@ -216,7 +216,8 @@ def _content_of(
     if source is None:
         raise ConfigError(
             f"{files.directory} holds no tensor for {type(model).__name__}.{names[0]}: the checkpoint is incomplete or "
-            "names its tensors in an unknown way; load it with transformers' from_pretrained, save_pretrained it, and use that"
+            "names its tensors in an unknown way; load it with transformers' from_pretrained, save it with "
+            "save_pretrained, and use that"
         )
 
     def shape_only(name: str) -> torch.Tensor:
