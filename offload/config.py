@@ -65,7 +65,8 @@ class Config(BaseModel):
     a sequence) the planner chooses placement, micro-batches, prefetch window and what is kept for backward, for the
     machine that `hardware` names (a profile's name or file; default: what `offload probe` has stored); settings given
     explicitly stay as given. `plan`: a saved plan's file, or its text, to be used as it is. `step_aside`: when all
-    training state takes at most half of `device_memory`, do not stream. `pin`: page-lock host memory for a CUDA device.
+    training state takes at most half of `device_memory`, do not stream. `adapters`: whether small trainable parameters
+    of frozen blocks stay in device memory. `pin`: page-lock host memory for a CUDA device.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -79,6 +80,7 @@ class Config(BaseModel):
     micro_batches: int = Field(default=1, ge=1)
     activations: Literal["auto", "device", "host", "storage", "keep"] = "auto"
     saved_activations: Literal["recompute", "device", "host", "storage"] = "recompute"
+    adapters: Literal["auto", "resident", "streamed"] = "auto"
     prefetch_blocks: int | None = Field(default=None, ge=0)
     backend: Literal["auto", "uring", "posix"] = "auto"
     direct_io: bool = True

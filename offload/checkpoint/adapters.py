@@ -10,14 +10,9 @@ import torch
 from torch import nn
 
 from offload.errors import ConfigError
+from offload.model.blocks import base_of
 
 _PREFIX = "base_model.model."
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    """The model that adapters were put into; the model itself where there are none."""
-    get_base_model = getattr(model, "get_base_model", None)
-    return get_base_model() if callable(get_base_model) else model
 
 
 class Merge:

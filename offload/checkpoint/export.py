@@ -15,9 +15,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
-from offload.checkpoint.adapters import Merge, base_of, write_adapter
+from offload.checkpoint.adapters import Merge, write_adapter
 from offload.errors import ConfigError, StoreError, UsageError
 from offload.model import disk_names
+from offload.model.blocks import base_of
 from offload.model.loading import INDEX_FILE, SINGLE_FILE
 from offload.runtime.engine import OffloadEngine
 from offload.stores.block_store import BlockRecord

@@ -15,7 +15,7 @@ from torch import nn
 
 from offload.config import Config
 from offload.errors import ConfigError, UsageError
-from offload.model.blocks import Cut
+from offload.model.blocks import Cut, base_of
 from offload.model.blocks import cut as cut_model
 from offload.model.causal_lm_loss import chunk_loss, why_not_chunked
 from offload.model.flat import FlatBuffer
@@ -28,6 +28,7 @@ from offload.runtime.gradients import Gradients
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.planning import RunPlan, plan_run
 from offload.runtime.recompute import Recipe
+from offload.runtime.resident import place_adapters
 from offload.runtime.scheduler import Scheduler
 from offload.stores.activations import ActivationStore, Tier
 from offload.stores.block_store import BlockRecord
@@ -68,6 +69,8 @@ class OffloadEngine:
             if self.aside:
                 cut = cut.all_root()
             self._planned = None if self.aside else _plan(model, config, blocks, device)
+            if not self.aside:
+                cut = place_adapters(cut, config, device, self._planned is not None)
             self.plan = None if self._planned is None else self._planned.plan
             self.micro_batches = config.micro_batches if self.plan is None else self.plan.micro_batches
             parts = self._assembly = assemble(cut, config, dtype, device, self.spans, self.plan)
@@ -92,6 +95,7 @@ class OffloadEngine:
         """Take over the model: its blocks' forward, its gradients, its buffers."""
         self._modules = [module for _, module in cut.blocks]
         for block, module in zip(self.blocks, self._modules, strict=True):
+            block.trains = any(parameter.requires_grad for parameter in module.parameters())
             hooks.replace_forward(module, functools.partial(run_block, block, self))
             self._handles += hooks.on_gradient(block, self._gradients.accumulate)
         self._handles += hooks.on_gradient(self.root, self._receive_root_gradient)
@@ -496,7 +500,7 @@ def wrap(
     config = Config.checked(**settings)
     if compute_dtype not in (None, torch.bfloat16):
         raise ConfigError(f"compute_dtype={compute_dtype} is not supported: use torch.bfloat16 or None")
-    if chunked_loss and (reason := why_not_chunked(model)) is not None:
+    if chunked_loss and (reason := why_not_chunked(base_of(model))) is not None:
         raise ConfigError(f"chunked_loss=True: {reason}")
     wrapped = OffloadOptimizer(optimizer)
     hf_config = getattr(model, "config", None)
@@ -507,7 +511,7 @@ def wrap(
         hf_config.use_cache = False  # type: ignore[union-attr]  # a cache would grow twice when a block recomputes
     engine = OffloadEngine(model, wrapped, config, blocks, compute_dtype)
     if chunked_loss:
-        chunk_loss(model)
+        chunk_loss(base_of(model))
     wrapped.engine = engine
     model.offload = engine  # type: ignore[assignment]  # documented attribute
     return model, wrapped

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from offload.checkpoint import resume, save
-from offload.checkpoint.adapters import base_of
 from offload.checkpoint.export import export
 from offload.errors import CheckpointError
+from offload.model.blocks import base_of
 from offload.runtime.training_state import random_states, set_random_states
 
 __all__ = ["check_has_state", "load_state", "save_state", "set_random_states", "write_model"]
