@@ -19,6 +19,7 @@ from offload.model.blocks import Cut, base_of
 from offload.model.blocks import cut as cut_model
 from offload.model.causal_lm_loss import chunk_loss, why_not_chunked
 from offload.model.flat import FlatBuffer
+from offload.model.quantized import prepare_quantized
 from offload.planner.report import plan_lines
 from offload.runtime import hooks
 from offload.runtime.assembly import Assembly, assemble, budgets, choose_device, steps_aside
@@ -103,6 +104,7 @@ class OffloadEngine:
         modules = dict(self.model.named_modules())
         owning = [self.model, *(modules[name] for name in owners)]
         self._handles += hooks.before_forward(owning, self._root_needed)
+        self._handles += prepare_quantized(self.model)
         _move_buffers(self.model, self.device)
         self._scheduler.hold_root()
 

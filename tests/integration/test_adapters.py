@@ -163,6 +163,38 @@ def test_the_chunked_loss_reaches_the_model_under_its_adapters(tmp_path):
     assert max(abs(a - b) for a, b in zip(got, expected, strict=True)) <= 5e-6
 
 
+@pytest.mark.parametrize("adapters", ["resident", "streamed"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_base_in_eight_or_four_bits_is_streamed_as_it_is(tmp_path, bits, adapters):
+    """The losses of the quantized model in memory, bit for bit, with its bytes on storage; evaluation in between."""
+    pytest.importorskip("bitsandbytes")
+    FAMILIES["Llama"].build().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    how = {8: {"load_in_8bit": True}, 4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}[bits]
+    quantization = transformers.BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=torch.bfloat16)
+
+    def quantized():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", quantization_config=quantization, dtype=torch.bfloat16, device_map={"": "cpu"}
+        )
+        torch.manual_seed(3)
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
+        return peft.get_peft_model(model, lora).train()
+
+    plain = quantized()
+    expected = train(plain, adamw(plain))
+    model, optimizer = streamed(quantized(), tmp_path, adapters=adapters)
+    bytes_of = {str(buffer.dtype) for buffer in model.offload.blocks[0].layout.buffers}
+    before = model.offload.counters()["read_bytes"]
+    got = train(model, optimizer)
+    assert model.offload.counters()["read_bytes"] > before
+    batch = FAMILIES["Llama"].batch(torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        assert torch.equal(model(**batch).loss, plain(**batch).loss)
+    model.offload.close()
+    assert got == expected
+    assert ("torch.int8" if bits == 8 else "torch.uint8") in bytes_of
+
+
 def test_the_trainer_saves_an_adapter_and_resumes(tmp_path):
     pytest.importorskip("accelerate")
     from offload.transformers import OffloadTrainer
