@@ -66,7 +66,8 @@ class Config(BaseModel):
     machine that `hardware` names (a profile's name or file; default: what `offload probe` has stored); settings given
     explicitly stay as given. `plan`: a saved plan's file, or its text, to be used as it is. `step_aside`: when all
     training state takes at most half of `device_memory`, do not stream. `adapters`: whether small trainable parameters
-    of frozen blocks stay in device memory. `pin`: page-lock host memory for a CUDA device.
+    of frozen blocks stay in device memory. `compile_blocks`: compile each block's training forward with torch.compile
+    (True, or the name of a backend). `pin`: page-lock host memory for a CUDA device.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -81,6 +82,7 @@ class Config(BaseModel):
     activations: Literal["auto", "device", "host", "storage", "keep"] = "auto"
     saved_activations: Literal["recompute", "device", "host", "storage"] = "recompute"
     adapters: Literal["auto", "resident", "streamed"] = "auto"
+    compile_blocks: bool | str = False
     prefetch_blocks: int | None = Field(default=None, ge=0)
     backend: Literal["auto", "uring", "posix"] = "auto"
     direct_io: bool = True
@@ -110,6 +112,11 @@ class Config(BaseModel):
         if config.update == "backward" and config.max_grad_norm is not None:
             raise ConfigError(
                 "max_grad_norm needs every gradient before the first update: use update='deferred' or 'auto'"
+            )
+        if config.compile_blocks and config.saved_activations != "recompute":
+            raise ConfigError(
+                f"saved_activations={config.saved_activations!r} picks single operations, which a compiled block does "
+                "not have: leave it at 'recompute', or set compile_blocks=False"
             )
         return config
 

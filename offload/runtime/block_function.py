@@ -8,8 +8,8 @@ block's slot a saved tensor is, so the block may be evicted and fetched again be
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -40,6 +40,8 @@ class Runner(Protocol):
     def activations(self) -> ActivationStore: ...
     @property
     def keeps_graph(self) -> bool: ...
+    @property
+    def uses_recipes(self) -> bool: ...
 
 
 @dataclass(eq=False)
@@ -84,9 +86,21 @@ def _autocast_contexts(device_type: str) -> list[AbstractContextManager[Any]]:
             device_type,
             enabled=torch.is_autocast_enabled(device_type),
             dtype=torch.get_autocast_dtype(device_type),
-            cache_enabled=torch.is_autocast_cache_enabled(),
+            cache_enabled=False,
         )
     ]
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Autocast keeps the low-precision copy of every weight until its context ends: the whole model in the end,
+    outdated after an update. A block's weights are used once a pass, so nothing is gained by it either."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def saved_by_reference(block: BlockRecord) -> torch.autograd.graph.saved_tensors_hooks:
@@ -124,7 +138,7 @@ def _is_differentiable(tensor: torch.Tensor) -> bool:
 
 def _run_micro(call: Call, leaves: list[Any]) -> list[Any]:
     args, kwargs = pytree.tree_unflatten(leaves, call.spec)
-    with captured.apart(call.captured_keys) as collected:
+    with _without_autocast_cache(), captured.apart(call.captured_keys) as collected:
         returned = call.forward(*args, **kwargs)
     out_leaves, call.out_spec = pytree.tree_flatten((returned, collected))
     call.n_captured = sum(map(len, collected.values()))
@@ -252,7 +266,7 @@ def _forward_saving(call: Call, micro: list[Any]) -> list[Any]:
     """Forward without a graph; results of operations that the policy names are put away for recomputation."""
     call.saved.append({})
     recipe = call.block.recipes.get(_signature(call, micro))
-    if recipe is None or recipe.why_not:
+    if recipe is None or recipe.why_not or not call.runner.uses_recipes:
         return _run_micro(call, micro)
     tiers = call.runner.tiers_of_saved(call.block, recipe)
     if not tiers:
@@ -296,7 +310,9 @@ def _recompute(
             stack.enter_context(context)
         _set_random_state(call.random_states[number], device)
         inputs = _detach_inputs(call, micro)
-        if recipe is not None and not recipe.why_not:
+        if not call.runner.uses_recipes:
+            out_leaves = _run_micro(call, micro)
+        elif recipe is not None and not recipe.why_not:
             try:
                 with Replayer(recipe, saved):
                     out_leaves = _run_micro(call, micro)
@@ -385,7 +401,8 @@ def run_block(
     if not torch.is_grad_enabled():
         runner.begin_forward(block)
         try:
-            return forward(*args, **kwargs)
+            with _without_autocast_cache():
+                return forward(*args, **kwargs)
         finally:
             runner.end_forward(block)
     leaves, spec = microbatch.flatten(args, kwargs)

@@ -54,7 +54,8 @@ class OffloadEngine:
         self.model = model
         self.config = config
         self.keeps_graph = config.activations == "keep"
-        self.stalls = Stalls()
+        self.stalls = Stalls(lambda cause: torch.profiler.record_function(f"offload wait for {cause}"))
+        self.uses_recipes = not config.compile_blocks
         self.spans = SpanLog()
         self.last_step: dict[str, Any] = {}
         self._closed = False
@@ -97,7 +98,9 @@ class OffloadEngine:
         self._modules = [module for _, module in cut.blocks]
         for block, module in zip(self.blocks, self._modules, strict=True):
             block.trains = any(parameter.requires_grad for parameter in module.parameters())
-            hooks.replace_forward(module, functools.partial(run_block, block, self))
+            hooks.replace_forward(
+                module, functools.partial(run_block, block, self), self.config.compile_blocks
+            )
             self._handles += hooks.on_gradient(block, self._gradients.accumulate)
         self._handles += hooks.on_gradient(self.root, self._receive_root_gradient)
         owners = {name.rpartition(".")[0] for name, _ in cut.root}
@@ -285,10 +288,14 @@ class OffloadEngine:
 
     @contextlib.contextmanager
     def computing(self, kind: str, block: BlockRecord) -> Iterator[None]:
-        """Record what the device computes inside, while spans are recorded."""
-        if not self.spans.recording:
-            yield
-            return
+        """Record what the device computes inside: for torch's profiler, and as a span while spans are recorded."""
+        with torch.profiler.record_function(f"offload {kind} {block.name}"):
+            if not self.spans.recording:
+                yield
+                return
+            yield from self._timed(kind, block)
+
+    def _timed(self, kind: str, block: BlockRecord) -> Iterator[None]:
         device = self._assembly.resources.device
         start = device.stamp()
         yield
