@@ -218,6 +218,11 @@ def export(
         write_adapter(model, trained, out_dir)
         _write_tokenizer(tokenizer, out_dir)
         return [os.path.join(out_dir, "adapter_model.safetensors")]
+    if getattr(getattr(base_of(model), "config", None), "quantization_config", None) is not None:
+        raise ConfigError(
+            f"{type(model).__name__} holds quantized weights, which are not written without their scales: export with "
+            "adapter_only=True, and merge the adapter into the model that is not quantized"
+        )
     items = _items(model, engine, dtype)
     needed_nbytes = sum(item.nbytes for item in items)
     free_nbytes = shutil.disk_usage(out_dir).free

@@ -190,7 +190,11 @@ def test_a_base_in_eight_or_four_bits_is_streamed_as_it_is(tmp_path, bits, adapt
     batch = FAMILIES["Llama"].batch(torch.Generator().manual_seed(9))
     with torch.no_grad():
         assert torch.equal(model(**batch).loss, plain(**batch).loss)
+    with pytest.raises(ConfigError, match="adapter_only"):
+        offload.export(model, str(tmp_path / "merged"))
+    offload.export(model, str(tmp_path / "adapter"), adapter_only=True)
     model.offload.close()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     assert got == expected
     assert ("torch.int8" if bits == 8 else "torch.uint8") in bytes_of
 
