@@ -85,6 +85,19 @@ void UpdatePipeline::check(const UpdateJob& job, std::size_t n_chunks) const {
   }
 }
 
+// The chunks that a job has to move, in order. One without gradients keeps its state untouched, and is only read where
+// the parameters have to come in anyway.
+std::vector<UpdatePipeline::Part> UpdatePipeline::chunks_of(const UpdateJob& job) const {
+  std::vector<Part> parts;
+  auto segment = job.segments.begin();
+  for (std::size_t start = 0; start < job.n_elements; start += chunk_elements_) {
+    while (segment != job.segments.end() && segment->start + segment->n <= start) ++segment;
+    const bool idle = segment == job.segments.end() || segment->start >= start + chunk_elements_;
+    if (!idle || job.read_param) parts.push_back({start / chunk_elements_, idle});
+  }
+  return parts;
+}
+
 std::shared_ptr<io::Ticket> UpdatePipeline::submit(UpdateJob job) {
   OFFLOAD_CHECK(job.n_elements > 0 && job.n_elements % kPlaneElements == 0, "n_elements must be a multiple of 2048");
   auto state = std::make_shared<JobState>();
@@ -92,12 +105,12 @@ std::shared_ptr<io::Ticket> UpdatePipeline::submit(UpdateJob job) {
   state->chunks = chunks_of(job);
   state->unfinished = state->chunks.size();
   state->ticket = std::make_shared<io::Ticket>(1);
-  for (const Segment& segment : job.segments) state->scalars.push_back(scalars_of(segment.hyper));
-  state->job = std::move(job);
-  if (state->chunks.empty()) {  // all its segments are empty
+  if (state->chunks.empty()) {
     state->ticket->settle_piece({});
     return state->ticket;
   }
+  for (const Segment& segment : job.segments) state->scalars.push_back(scalars_of(segment.hyper));
+  state->job = std::move(job);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     OFFLOAD_CHECK(!closing_, "the update pipeline is closed");
@@ -109,20 +122,6 @@ std::shared_ptr<io::Ticket> UpdatePipeline::submit(UpdateJob job) {
   }
   changed_.notify_one();
   return state->ticket;
-}
-
-// The chunks that a job has to move. One without gradients keeps its state untouched, and is only read where the
-// parameters have to come in anyway. A job without any gradient is done chunk by chunk all the same.
-std::vector<UpdatePipeline::Part> UpdatePipeline::chunks_of(const UpdateJob& job) const {
-  std::vector<Part> parts;
-  std::size_t segment = 0;
-  for (std::size_t start = 0; start < job.n_elements; start += chunk_elements_) {
-    const std::size_t end = start + chunk_elements_;
-    while (segment < job.segments.size() && job.segments[segment].start + job.segments[segment].n <= start) ++segment;
-    const bool idle = !job.segments.empty() && (segment == job.segments.size() || job.segments[segment].start >= end);
-    if (!idle || job.read_param) parts.push_back({start / chunk_elements_, idle});
-  }
-  return parts;
 }
 
 bool UpdatePipeline::inherited() const { return ::getpid() != owner_pid_; }

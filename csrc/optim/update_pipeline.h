@@ -64,7 +64,8 @@ class UpdatePipeline {
   static std::size_t buffer_nbytes_required(std::size_t chunk_elements, std::size_t n_buffers);
 
   // Queues a job; its ticket completes when every write of it has. Jobs may be queued on bytes that earlier jobs still
-  // write: the later chunk waits. Throws std::invalid_argument for a job that cannot run as described.
+  // write: the later chunk waits. Chunks that no segment touches are neither read nor written, unless read_param is
+  // set. Throws std::invalid_argument for a job that cannot run as described.
   std::shared_ptr<io::Ticket> submit(UpdateJob job);
   // Finishes what is queued and stops the threads.
   void close();

@@ -25,6 +25,7 @@ from offload.runtime import hooks
 from offload.runtime.assembly import Assembly, assemble, budgets, choose_device, steps_aside
 from offload.runtime.block_function import run_block
 from offload.runtime.device_residency import CopiedResidency, Residency, SharedResidency
+from offload.runtime.early_root import EarlyRoot
 from offload.runtime.gradients import Gradients
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.planning import RunPlan, plan_run
@@ -83,6 +84,7 @@ class OffloadEngine:
         self._optimizer = weakref.ref(optimizer)
         self._scheduler = _make_scheduler(parts, self.stalls, self.spans)
         self._gradients = self._scheduler.gradients
+        self._early_root = EarlyRoot(self.root, config.chunk_elements)
         self.activations = _make_activations(parts, config, self.stalls, self.spans, self.plan is not None)
         self._step_start_s = time.perf_counter()
         try:
@@ -126,6 +128,7 @@ class OffloadEngine:
         self, block: BlockRecord, buffer: FlatBuffer, position: int, parameter: nn.Parameter
     ) -> None:
         self._open_backward()
+        self._early_root.received(parameter)
         self._gradients.accumulate(block, buffer, position, parameter)
 
     def begin_forward(self, block: BlockRecord) -> None:
@@ -141,6 +144,8 @@ class OffloadEngine:
     def begin_backward(self, block: BlockRecord) -> None:
         """Before the block's backward."""
         self._open_backward()
+        if self._early_root.blocks_begin():
+            self._update_root_early()
         self._scheduler.begin(block, "backward")
         self._gradients.begin(block)
 
@@ -193,15 +198,32 @@ class OffloadEngine:
         with contextlib.suppress(RuntimeError):  # outside a backward, as when a test sets .grad by hand
             hooks.at_end_of_backward(self._backward_ended)
             self._backward_open = True
+            self._early_root.begin()
+
+    def _update_root_early(self) -> None:
+        """Update what the blocks' backward does not use or change; see runtime/early_root.py."""
+        if not self._sync or self._defers(self.root) or self._assembly.in_device is not None:
+            return
+        final, chunks = self._early_root.take()
+        if not final:
+            return
+        self._refuse_second_backward()
+        self._scheduler.update_early(final, chunks, self._hyper_of)
+        self.root.updated_since_step = True
+
+    def _refuse_second_backward(self) -> None:
+        if self.root.updated_since_step:
+            raise UsageError("backward ran again before optimizer.step(); use model.offload.no_sync()")
 
     def _backward_ended(self) -> None:
         self._backward_open = False
-        if self._sync and not self._defers(self.root) and self.root.touched:
-            if self.root.updated_since_step:
-                raise UsageError("backward ran again before optimizer.step(); use model.offload.no_sync()")
+        if self._sync and not self._defers(self.root) and self._scheduler.root_has_gradients():
+            if not self._early_root.has_updated:
+                self._refuse_second_backward()
             self._scheduler.wait_resident(self.root)
             self._scheduler.update_now(self.root, self._hyper_of)
             self.root.updated_since_step = True
+        self._early_root.end()
 
     # ---- called by the optimizer -----------------------------------------------------------------------------
 
@@ -253,7 +275,7 @@ class OffloadEngine:
         optimizer.grad_scale = self._clip()
         for block in waiting:
             self._scheduler.update_later(block, self._hyper_of)
-        if self.root.touched:
+        if self._scheduler.root_has_gradients():
             self._scheduler.wait_resident(self.root)
             self._scheduler.update_now(self.root, self._hyper_of)
         optimizer.grad_scale = 1.0
@@ -269,6 +291,7 @@ class OffloadEngine:
     def discard_gradients(self) -> None:
         """Forget gradients that no step has consumed."""
         self._backward_open = False
+        self._scheduler.drop_rest_of_root()
         for block in [*self.blocks, self.root]:
             if block.pending_update or block.tickets:
                 continue

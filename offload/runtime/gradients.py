@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,6 +13,7 @@ from offload.telemetry import SpanLog, Stalls
 from offload.tiers.device import DeviceTier
 from offload.tiers.storage import Store
 from offload.transfer.copies import Copies
+from offload.types import SEGMENT_ELEMENTS
 
 
 class Gradients:
@@ -83,8 +84,11 @@ class Gradients:
 
     # ---- out of the device -----------------------------------------------------------------------------------
 
-    def hand_over(self, block: BlockRecord) -> None:
-        """Let the update have the gradients: `grad_out` holds them once `grad_gate` (None: now) has completed."""
+    def hand_over(self, block: BlockRecord, segments_of: Sequence[Sequence[tuple[int, int, object]]]) -> None:
+        """Let the update have the gradients: `grad_out` holds them once `grad_gate` (None: now) has completed.
+
+        `segments_of`: per flat buffer the (start, n, ...) that the update reads; of the root no more leaves the device.
+        """
         buffer = block.grad_buffer
         if buffer is None:
             return
@@ -93,7 +97,7 @@ class Gradients:
         else:
             out = block.grad_out_home or self._take(self._out_buffers)
             out.owner, block.grad_out = block, out
-            self._copy_out(block, buffer, out.plane)
+            self._copy_out(block, buffer, out.plane, _ranges(block, segments_of) if block.is_root else None)
         if not block.is_root:
             if not self._device.shares_host:
                 buffer.release()
@@ -141,14 +145,23 @@ class Gradients:
             block.grad_out.release()
             block.grad_out = None
 
-    def _copy_out(self, block: BlockRecord, buffer: GradBuffer, target: torch.Tensor) -> None:
+    def _copy_out(
+        self,
+        block: BlockRecord,
+        buffer: GradBuffer,
+        target: torch.Tensor,
+        ranges: list[tuple[int, int]] | None = None,
+    ) -> None:
+        """All of the block's gradients, or the elements in `ranges`."""
         n = block.layout.grad_elements
         if self._device.shares_host:
             target[:n].copy_(buffer.plane[:n])
             return
-        copied = self._copies.d2h(f"grad_out {block.label}", target[:n], buffer.plane[:n])
-        buffer.free_after = copied
-        block.grad_gate = self._copies.gate(copied)
+        for start, stop in [(0, n)] if ranges is None else ranges:
+            buffer.free_after = self._copies.d2h(
+                f"grad_out {block.label}", target[start:stop], buffer.plane[start:stop]
+            )
+        block.grad_gate = self._copies.gate(buffer.free_after)
 
     # ---- waiting ---------------------------------------------------------------------------------------------
 
@@ -216,3 +229,18 @@ class Gradients:
             )
         self._spare_host_nbytes -= nbytes
         block.grad_host = torch.empty(block.layout.grad_elements, dtype=torch.float32)
+
+
+def _ranges(
+    block: BlockRecord, segments_of: Sequence[Sequence[tuple[int, int, object]]]
+) -> list[tuple[int, int]]:
+    """Elements of the block's gradient plane that the segments cover; what touches is one range."""
+    ranges: list[tuple[int, int]] = []
+    for buffer, segments in zip(block.layout.buffers, segments_of, strict=True):
+        for start, n, _ in segments:
+            first = buffer.grad_start + start
+            if ranges and first - ranges[-1][1] < SEGMENT_ELEMENTS:
+                ranges[-1] = (ranges[-1][0], first + n)
+            else:
+                ranges.append((first, first + n))
+    return ranges

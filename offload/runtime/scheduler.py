@@ -18,6 +18,7 @@ import torch
 
 from offload.errors import BudgetError
 from offload.runtime.device_residency import Residency
+from offload.runtime.early_root import Range, split
 from offload.runtime.gradients import Gradients
 from offload.runtime.in_device import InDeviceState
 from offload.schedule.operations import Phase, Use, UseCursor
@@ -26,6 +27,9 @@ from offload.telemetry import SpanLog, Stalls
 from offload.tiers.storage import Store
 from offload.transfer.io_engine import Hyper, UpdateJob, UpdatePipeline
 from offload.types import BlockState
+
+Segments = list[list[tuple[int, int, Hyper]]]
+"""Per flat buffer, (start, n, hyperparameters) of what is updated."""
 
 HyperOf = Callable[[torch.nn.Parameter], "Hyper"]
 """Hyperparameters of this step's update of one parameter; counts the step."""
@@ -58,7 +62,8 @@ class Scheduler:
         self._in_device = in_device
         self.gradients = make_gradients(self._complete)
         self._cursor = UseCursor(len(blocks))
-        self._pending_segments: dict[int, list[list[tuple[int, int, Hyper]]]] = {}
+        self._pending_segments: dict[int, Segments] = {}
+        self._rest_of_root: Segments = []
 
     # ---- host slots ------------------------------------------------------------------------------------------
 
@@ -208,9 +213,9 @@ class Scheduler:
 
     # ---- updates ---------------------------------------------------------------------------------------------
 
-    def segments(self, block: BlockRecord, hyper_of: HyperOf) -> list[list[tuple[int, int, Hyper]]]:
-        """Per flat buffer, the (start, n, hyperparameters) of every parameter that has a gradient."""
-        return [
+    def segments(self, block: BlockRecord, hyper_of: HyperOf) -> Segments:
+        """Every parameter that has a gradient."""
+        segments_of = [
             [
                 (segment.start, segment.numel, hyper_of(segment.parameter))
                 for segment in buffer.segments
@@ -218,6 +223,12 @@ class Scheduler:
             ]
             for buffer in block.layout.buffers
         ]
+        if block.is_root and self._rest_of_root:
+            for segments, rest in zip(segments_of, self._rest_of_root, strict=True):
+                segments += rest
+                segments.sort(key=lambda segment: segment[0])
+            self._rest_of_root = []
+        return segments_of
 
     def update_now(self, block: BlockRecord, hyper_of: HyperOf) -> None:
         """Start the update of a block whose gradients are in its gradient buffer."""
@@ -226,14 +237,43 @@ class Scheduler:
             self._in_device.update(segments_of)
             block.touched.clear()
             return
+        self._update_segments(block, segments_of)
+
+    def _update_segments(self, block: BlockRecord, segments_of: Segments) -> None:
         self._pending_segments[block.index] = segments_of
         self.wait_resident(block)
-        self.gradients.hand_over(block)
+        self.gradients.hand_over(block, segments_of)
         self._residency.outdated(block)
         read_param = block.state is BlockState.STORED
         if read_param:
             self._take_slot(block, must=True)
         self._submit_update(block, read_param=read_param)
+
+    def update_early(self, final: set[int], chunks: list[list[Range]], hyper_of: HyperOf) -> None:
+        """Start the update of those `chunks` of the root whose gradients are `final` (runtime/early_root.py).
+
+        The root's last update of the step makes the rest of these parameters' too.
+        """
+        root = self.root
+        later = root.touched - final
+        root.touched &= final
+        now: Segments = []
+        for segments, ranges in zip(self.segments(root, hyper_of), chunks, strict=True):
+            pieces = [(split(start, n, ranges), hyper) for start, n, hyper in segments]
+            now.append([(*piece, hyper) for (inside, _), hyper in pieces for piece in inside])
+            self._rest_of_root.append(
+                [(*piece, hyper) for (_, outside), hyper in pieces for piece in outside]
+            )
+        self._update_segments(root, now)
+        root.touched = later
+
+    def root_has_gradients(self) -> bool:
+        """Whether the root has some that no update has taken."""
+        return bool(self.root.touched or any(self._rest_of_root))
+
+    def drop_rest_of_root(self) -> None:
+        """Forget what an early update has left for the last one."""
+        self._rest_of_root = []
 
     def update_later(self, block: BlockRecord, hyper_of: HyperOf) -> None:
         """Decide the update now; it runs with the block's next fetch."""

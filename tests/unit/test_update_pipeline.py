@@ -371,3 +371,24 @@ def test_a_pipeline_without_an_engine_updates_what_is_in_host_memory_and_refuses
     with pytest.raises(ValueError, match="no engine"):
         pipeline.submit(job_on(None, param, grad))
     pipeline.close()
+
+
+def test_chunks_without_anything_to_update_are_neither_read_nor_written(tmp_path):
+    n, chunk = 10240, 2048
+    harness = Harness(tmp_path, chunk, 2)
+    harness.view.fill_(0)
+    harness.store(records_of(first_planes("fp32", torch.zeros(n)), chunk), STATE_OFFSET)
+    param = harness.view[: 4 * n].view(torch.float32)
+    before = harness.engine.counters()
+    hyper = _C.Hyper(1e-2, 0.9, 0.99, 1e-8, 0.0, 1, True, 1.0, False)
+    grad = torch.ones(n)
+    job = _C.UpdateJob(
+        param_codec="fp32", n_elements=n, param_address=param.data_ptr(), param_offset=0, state_offset=STATE_OFFSET,
+        grad_address=grad.data_ptr(), segments=[(2 * chunk + 5, 10, hyper)],
+    )  # fmt: skip
+    harness.pipeline.submit(job).wait(timeout_s=30)
+    after = harness.engine.counters()
+    assert after["read_bytes"] - before["read_bytes"] == 8 * chunk
+    assert after["written_bytes"] - before["written_bytes"] == 12 * chunk
+    assert param.nonzero().flatten().tolist() == list(range(2 * chunk + 5, 2 * chunk + 15))
+    harness.close()
