@@ -68,7 +68,9 @@ class Config(BaseModel):
     `plan`: a saved plan's file, or its text, to be used as it is. `step_aside`: when all training state takes at most
     half of `device_memory`, do not stream. `durability`: what survives a kill or a power loss: nothing, the last
     `offload.save`, or the last step (docs/durability.md has what each costs); with the last, `verify_reads` checks
-    what updates read against its checksums. `pin`: page-lock host memory for a CUDA device.
+    what updates read against its checksums. `adapters`: whether small trainable parameters of frozen blocks stay in
+    device memory. `compile_blocks`: compile each block's training forward with torch.compile (True, or the name of a
+    backend). `pin`: page-lock host memory for a CUDA device.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -82,6 +84,8 @@ class Config(BaseModel):
     micro_batches: int = Field(default=1, ge=1)
     activations: Literal["auto", "device", "host", "storage", "keep"] = "auto"
     saved_activations: Literal["recompute", "device", "host", "storage"] = "recompute"
+    adapters: Literal["auto", "resident", "streamed"] = "auto"
+    compile_blocks: bool | str = False
     prefetch_blocks: int | None = Field(default=None, ge=0)
     backend: Literal["auto", "uring", "posix"] = "auto"
     direct_io: bool = True
@@ -123,6 +127,11 @@ class Config(BaseModel):
         if config.written_per_step is not None and config.batch is None and config.plan is None:
             raise ConfigError(
                 f"written_per_step={config.written_per_step!r} is kept by planning: give batch=(sequences, tokens) too"
+            )
+        if config.compile_blocks and config.saved_activations != "recompute":
+            raise ConfigError(
+                f"saved_activations={config.saved_activations!r} picks single operations, which a compiled block does "
+                "not have: leave it at 'recompute', or set compile_blocks=False"
             )
         return config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 
@@ -66,17 +66,22 @@ class SpanLog:
 
 
 class Stalls:
-    """Seconds waited since the last `reset`, per cause: `fetch`, `update`, `slot`, `gradient`, `activation`."""
+    """Seconds waited since the last `reset`, per cause: `fetch`, `update`, `slot`, `gradient`, `activation`.
 
-    def __init__(self) -> None:
+    Each wait is made inside `annotate(cause)`, which names it to a profiler.
+    """
+
+    def __init__(self, annotate: Callable[[str], AbstractContextManager[object]] = nullcontext) -> None:
         self.seconds_by_cause: dict[str, float] = defaultdict(float)
+        self._annotate = annotate
 
     @contextmanager
     def waiting(self, cause: str) -> Iterator[None]:
         """Charge the time spent inside to `cause`."""
         start = time.perf_counter()
         try:
-            yield
+            with self._annotate(cause):
+                yield
         finally:
             self.seconds_by_cause[cause] += time.perf_counter() - start
 

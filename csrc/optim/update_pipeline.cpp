@@ -94,24 +94,25 @@ void UpdatePipeline::check(const UpdateJob& job, std::size_t n_chunks) const {
   }
 }
 
-// Chunks with something to update, in order; all of them where the parameters have to be read or moved anyway.
-std::vector<std::size_t> UpdatePipeline::chunks_to_do(const UpdateJob& job, std::size_t n_chunks) const {
-  std::vector<std::size_t> chunks;
+// The chunks that a job has to move, in order. One without gradients keeps its state untouched, and is only read where
+// the parameters have to come in anyway; where the job writes to another place, every chunk goes there.
+std::vector<UpdatePipeline::Part> UpdatePipeline::chunks_of(const UpdateJob& job) const {
+  std::vector<Part> parts;
   auto segment = job.segments.begin();
-  for (std::size_t index = 0; index < n_chunks; ++index) {
-    while (segment != job.segments.end() && segment->start + segment->n <= index * chunk_elements_) ++segment;
-    const bool touched = segment != job.segments.end() && segment->start < (index + 1) * chunk_elements_;
-    if (touched || job.read_param || job.state_out_offset >= 0) chunks.push_back(index);
+  for (std::size_t start = 0; start < job.n_elements; start += chunk_elements_) {
+    while (segment != job.segments.end() && segment->start + segment->n <= start) ++segment;
+    const bool touched = segment != job.segments.end() && segment->start < start + chunk_elements_;
+    const bool idle = !touched && job.state_out_offset < 0;
+    if (!idle || job.read_param) parts.push_back({start / chunk_elements_, idle});
   }
-  return chunks;
+  return parts;
 }
 
 std::shared_ptr<io::Ticket> UpdatePipeline::submit(UpdateJob job) {
   OFFLOAD_CHECK(job.n_elements > 0 && job.n_elements % kPlaneElements == 0, "n_elements must be a multiple of 2048");
   auto state = std::make_shared<JobState>();
-  const std::size_t n_chunks = (job.n_elements + chunk_elements_ - 1) / chunk_elements_;
-  check(job, n_chunks);
-  state->chunks = chunks_to_do(job, n_chunks);
+  check(job, (job.n_elements + chunk_elements_ - 1) / chunk_elements_);
+  state->chunks = chunks_of(job);
   state->unfinished = state->chunks.size();
   state->ticket = std::make_shared<io::Ticket>(1);
   if (state->chunks.empty()) {
@@ -184,7 +185,9 @@ void UpdatePipeline::take_next_chunk() {
   if (jobs_.empty()) return;
   auto chunk = std::make_shared<Chunk>();
   chunk->job = jobs_.front();
-  chunk->index = chunk->job->chunks[next_index_];
+  const Part& part = chunk->job->chunks[next_index_];
+  chunk->index = part.index;
+  chunk->idle = part.idle;
   const UpdateJob& job = chunk->job->job;
   const std::size_t start = chunk->index * chunk_elements_;
   chunk->n = std::min(chunk_elements_, job.n_elements - start);
@@ -200,11 +203,11 @@ void UpdatePipeline::take_next_chunk() {
   const std::size_t param_nbytes = param_nbytes_per_element(job.codec);
   const std::size_t record_nbytes = chunk->n * state_nbytes_per_element(job.codec);
   chunk->storage[1] = extent(job.param_offset, param_nbytes);
-  chunk->storage[2] = extent(job.grad_offset, grad_nbytes_per_element(job.grad_dtype));
+  if (!chunk->idle) chunk->storage[2] = extent(job.grad_offset, grad_nbytes_per_element(job.grad_dtype));
   chunk->memory[0] = range(reinterpret_cast<std::uintptr_t>(job.param) + start * param_nbytes, chunk->n * param_nbytes);
   if (chunk->index < job.host_chunks)
     chunk->memory[1] = range(reinterpret_cast<std::uintptr_t>(record(*chunk)), record_nbytes);
-  else
+  else if (!chunk->idle)
     chunk->storage[0] = range(static_cast<std::uint64_t>(record_offset(*chunk)), record_nbytes);
   chunk->written = {chunk->storage[0], chunk->storage[1]};
   if (job.state_out_offset >= 0) chunk->written[0] = extent(job.state_out_offset, state_nbytes_per_element(job.codec));
@@ -363,7 +366,7 @@ void UpdatePipeline::start_writes(const ChunkPtr& chunk) {
   };
   try {
     write(record(*chunk), chunk->written[0]);
-    write(job.param + start * param_nbytes_per_element(job.codec), chunk->written[1]);
+    if (!chunk->idle) write(job.param + start * param_nbytes_per_element(job.codec), chunk->written[1]);
   } catch (const std::exception& error) {
     refused = error_of(error);
   }
@@ -426,7 +429,7 @@ void UpdatePipeline::work() {
         sum(*chunk);
         note('u', *chunk, start_s);
         kernel_ns_ += nanoseconds_since(begin);
-        ++chunks_updated_;
+        if (!chunk->idle) ++chunks_updated_;
         start_writes(chunk);
       }
       lock.lock();

@@ -89,9 +89,13 @@ class UpdatePipeline {
   std::vector<ChunkSpan> take_spans();
 
  private:
+  struct Part {
+    std::size_t index;  // of the chunk
+    bool idle;          // no segment touches it
+  };
   struct JobState {
     UpdateJob job;
-    std::vector<std::size_t> chunks;  // those it works on
+    std::vector<Part> chunks;
     std::size_t unfinished = 0;
     std::vector<Scalars> scalars;  // of each segment
     io::Error error;               // guarded by the pipeline's mutex
@@ -104,6 +108,7 @@ class UpdatePipeline {
   struct Chunk {
     std::shared_ptr<JobState> job;
     std::size_t index = 0, n = 0;
+    bool idle = false;
     char* buffer = nullptr;
     std::atomic<std::size_t> pending{0};
     io::Error error;               // guarded by the pipeline's mutex
@@ -116,7 +121,7 @@ class UpdatePipeline {
   using ChunkPtr = std::shared_ptr<Chunk>;
 
   void check(const UpdateJob& job, std::size_t n_chunks) const;
-  std::vector<std::size_t> chunks_to_do(const UpdateJob& job, std::size_t n_chunks) const;
+  std::vector<Part> chunks_of(const UpdateJob& job) const;
   void take_next_chunk();
   bool can_issue() const;
   bool drained() const { return next_ == nullptr && in_flight_.empty(); }

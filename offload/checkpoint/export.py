@@ -15,9 +15,13 @@ from typing import Any, BinaryIO
 import torch
 from torch import nn
 
+from offload.checkpoint.adapters import Merge, write_adapter
 from offload.errors import ConfigError, StoreError, UsageError
+from offload.model import disk_names
+from offload.model.blocks import base_of
 from offload.model.loading import INDEX_FILE, SINGLE_FILE
 from offload.runtime.engine import OffloadEngine
+from offload.stores.block_store import BlockRecord
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -118,30 +122,42 @@ class ShardWriter:
             os.unlink(self.path + ".partial")
 
 
-def _buffers(model: nn.Module, parameters: set[str]) -> dict[str, torch.Tensor]:
+def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """Persistent buffers by name."""
     names = {name for name, _ in model.named_buffers()}
-    return {n: t for n, t in model.state_dict().items() if n in names and n not in parameters}
+    return {n: t for n, t in model.state_dict().items() if n in names}
 
 
 def _items(model: nn.Module, engine: OffloadEngine, dtype: torch.dtype | None) -> list[Item]:
+    """What will be written, in order. A given `dtype` is that of every parameter; buffers keep theirs."""
+
+    def on_meta(block: BlockRecord) -> dict[str, torch.Tensor]:
+        return {
+            segment.name: torch.empty(segment.shape, dtype=dtype or buffer.dtype, device="meta")
+            for buffer in block.layout.buffers
+            for segment in buffer.segments
+        }
+
+    root = on_meta(engine.root)
+    merge, base = Merge(model, root), base_of(model)
+    blocks = (root, *map(on_meta, engine.blocks))
     items = [
-        Item(segment.name, tuple(segment.shape), dtype or buffer.dtype)
-        for block in [engine.root, *engine.blocks]
-        for buffer in block.layout.buffers
-        for segment in buffer.segments
+        Item(name, tuple(tensor.shape), tensor.dtype)
+        for block in blocks
+        for name, tensor in disk_names.to_directory(base, merge(block)).items()
     ]
-    buffers = _buffers(model, {item.name for item in items})
+    buffers = disk_names.to_directory(base, _buffers(base))
     return items + [Item(name, tuple(t.shape), t.dtype) for name, t in buffers.items()]
 
 
 def _tensors(model: nn.Module, engine: OffloadEngine) -> Iterator[tuple[str, torch.Tensor]]:
-    names: set[str] = set()
+    base = base_of(model)
+    merge: Merge | None = None
     for block in engine.iter_blocks():
-        for name, tensor in block:
-            names.add(name)
-            yield name, tensor
-    yield from _buffers(model, names).items()
+        held = dict(block)
+        merge = merge or Merge(model, held)  # the root comes first, and stays
+        yield from disk_names.to_directory(base, merge(held)).items()
+    yield from disk_names.to_directory(base, _buffers(base)).items()
 
 
 def _write_tokenizer(tokenizer: Any, out_dir: str) -> None:
@@ -179,13 +195,15 @@ def export(
     tokenizer: Any = None,
     dtype: torch.dtype | None = torch.bfloat16,
     max_shard_nbytes: float = 2e9,
+    adapter_only: bool = False,
 ) -> list[str]:
     """Write a model returned by `offload.wrap` or `offload.load` as a Hugging Face directory. Returns its weight files.
 
     Memory used is one block. `tokenizer`: an object with `save_pretrained`, or a directory to copy the tokenizer's
     files from; a model made by `offload.load` brings its own. `dtype` None keeps the dtype computed in. Tied
-    tensors are written once. Raises UsageError for a model that is not wrapped, ConfigError when `out_dir` has
-    weights already, StoreError when they would not fit there.
+    tensors are written once. Adapters of `peft` are merged into the base weights, layer by layer; with
+    `adapter_only` a directory that peft reads is written instead, without the base. Raises UsageError for a model
+    that is not wrapped, ConfigError when `out_dir` has weights already, StoreError when they would not fit there.
     """
     engine = getattr(model, "offload", None)
     if not isinstance(engine, OffloadEngine):
@@ -194,6 +212,17 @@ def export(
     present = sorted(name for name in os.listdir(out_dir) if name.endswith(".safetensors"))
     if present:
         raise ConfigError(f"{out_dir} holds {present[0]} already: choose another directory, or empty it")
+    if adapter_only:
+        trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        trained = {n: t.clone() for block in engine.iter_blocks() for n, t in block if n in trainable}
+        write_adapter(model, trained, out_dir)
+        _write_tokenizer(tokenizer, out_dir)
+        return [os.path.join(out_dir, "adapter_model.safetensors")]
+    if getattr(getattr(base_of(model), "config", None), "quantization_config", None) is not None:
+        raise ConfigError(
+            f"{type(model).__name__} holds quantized weights, which are not written without their scales: export with "
+            "adapter_only=True, and merge the adapter into the model that is not quantized"
+        )
     items = _items(model, engine, dtype)
     needed_nbytes = sum(item.nbytes for item in items)
     free_nbytes = shutil.disk_usage(out_dir).free
@@ -222,5 +251,5 @@ def export(
         with open(os.path.join(out_dir, INDEX_FILE), "w", encoding="utf-8") as file:
             json.dump(index, file, indent=2, sort_keys=True)
     _write_tokenizer(tokenizer if tokenizer is not None else getattr(model, "offload_source", None), out_dir)
-    _write_config(model, out_dir, dtype)
+    _write_config(base_of(model), out_dir, dtype)
     return [os.path.join(out_dir, name) for name in names]

@@ -21,6 +21,19 @@ class Cut:
         """The same parameters without blocks: nothing will be streamed."""
         return Cut([], [], [*self.root, *(p for block in self.block_parameters for p in block)])
 
+    def with_in_root(self, parameters: list[nn.Parameter]) -> Cut:
+        """The same cut, with `parameters` in the root instead of in their blocks."""
+        moved = set(parameters)
+        kept = [[entry for entry in block if entry[1] not in moved] for block in self.block_parameters]
+        root = [entry for block in self.block_parameters for entry in block if entry[1] in moved]
+        return Cut(self.blocks, kept, [*self.root, *root])
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    """The model that adapters were put into (by `peft`); the model itself where there are none."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
 
 def _stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList | nn.Sequential]]:
     found = []

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from offload.errors import ConfigError
+from offload.model import disk_names
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -189,41 +190,69 @@ def _parameters_without_memory() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def stored_name(name: str, names: TensorFiles, model: nn.Module, aliases: list[str]) -> str:
-    """Under which name the files hold parameter `name`: its own, a tied one's, or without the base model's prefix."""
+def stored_name(name: str, names: TensorFiles, model: nn.Module, aliases: list[str]) -> str | None:
+    """Under which name the files hold parameter `name`: its own, a tied one's, or without the base model's prefix.
+
+    None when they hold it under none of these.
+    """
     prefix = getattr(model, "base_model_prefix", "")
     for candidate in [name, *aliases]:
         if candidate in names:
             return candidate
         if prefix and candidate.startswith(prefix + ".") and candidate[len(prefix) + 1 :] in names:
             return candidate[len(prefix) + 1 :]
-    raise ConfigError(
-        f"{names.directory} holds no tensor for {type(model).__name__}.{name}: the checkpoint is incomplete or names "
-        "its tensors in an older way; load it with transformers' from_pretrained, save_pretrained it, and use that"
-    )
+    return None
+
+
+def _content_of(
+    names: list[str], files: TensorFiles, model: nn.Module, sources: dict[str, disk_names.Source]
+) -> tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]:
+    """(where it is, shape, how to read it) of the parameter that the model calls by `names`."""
+    stored = stored_name(names[0], files, model, names[1:])
+    if stored is not None:
+        entry = files.entries[stored]
+        return f"{entry.path}: tensor {stored}", entry.shape, lambda: files.read(stored)
+    source = next((sources[name] for name in names if name in sources), None)
+    if source is None:
+        raise ConfigError(
+            f"{files.directory} holds no tensor for {type(model).__name__}.{names[0]}: the checkpoint is incomplete or "
+            "names its tensors in an unknown way; load it with transformers' from_pretrained, save it with "
+            "save_pretrained, and use that"
+        )
+
+    def shape_only(name: str) -> torch.Tensor:
+        return torch.empty(files.entries[name].shape, dtype=files.entries[name].dtype, device="meta")
+
+    try:
+        shape = tuple(source.read(model, shape_only).shape)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{files.directory}: {source.name} cannot be made of {source.parts[0][0]} and {len(source.parts) - 1} more "
+            f"tensors: {error}"
+        ) from error
+    return f"{files.directory}: tensor {source.parts[0][0]}", shape, lambda: source.read(model, files.read)
 
 
 def _store_parameters(model: nn.Module, files: TensorFiles) -> None:
     aliases: dict[nn.Parameter, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         aliases.setdefault(parameter, []).append(name)
+    sources = disk_names.sources(model, files.entries)
     stored: dict[nn.Parameter, StoredParameter] = {}
     for parameter, names in aliases.items():
-        source = stored_name(names[0], files, model, names[1:])
-        entry = files.entries[source]
-        if entry.shape != tuple(parameter.shape):
-            raise ConfigError(
-                f"{entry.path}: tensor {source} has shape {entry.shape}, the model wants {tuple(parameter.shape)}"
-            )
-        stored[parameter] = StoredParameter.make(
-            parameter.shape,
-            parameter.dtype,
-            lambda source=source: files.read(source),  # type: ignore[misc]
-        )
+        where, shape, read = _content_of(names, files, model, sources)
+        if shape != tuple(parameter.shape):
+            raise ConfigError(f"{where} has shape {shape}, the model wants {tuple(parameter.shape)}")
+        stored[parameter] = StoredParameter.make(parameter.shape, parameter.dtype, read)
     for module in model.modules():
         for name, held in module._parameters.items():
             if held is not None:
                 module._parameters[name] = stored[held]
+    for name, buffer in model.named_buffers():
+        if name in files:
+            buffer.copy_(files.read(name))
+        elif name in sources:
+            buffer.copy_(sources[name].read(model, files.read))
 
 
 def build_model(directory: str, dtype: str | torch.dtype = "auto") -> nn.Module:
@@ -247,9 +276,6 @@ def build_model(directory: str, dtype: str | torch.dtype = "auto") -> nn.Module:
         )
         model = cast(nn.Module, maker(config, dtype=wanted))
     _store_parameters(model, files)
-    for name, buffer in model.named_buffers():
-        if name in files:
-            buffer.copy_(files.read(name))
     if os.path.exists(os.path.join(directory, "generation_config.json")):
         settings = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
         model.generation_config = settings  # type: ignore[assignment]  # HF attribute

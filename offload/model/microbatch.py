@@ -57,11 +57,15 @@ def slice_leaves(leaves: list[Any], n_samples: int, start: int, stop: int) -> li
     return [leaf[start:stop] if is_batched(leaf, n_samples) else leaf for leaf in leaves]
 
 
-def join(parts: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
-    """Put micro-batch outputs together along the batch. Raises UsageError for an output without a batch dimension."""
+def join(parts: list[torch.Tensor], sizes: list[int], *, may_be_flat: bool = False) -> torch.Tensor:
+    """Put micro-batch outputs together along the batch; `may_be_flat`: its dimension may be one with the next ones.
+
+    Raises UsageError for an output without a batch dimension.
+    """
     if len(parts) == 1:
         return parts[0]
-    if any(p.dim() == 0 or p.shape[0] != n for p, n in zip(parts, sizes, strict=True)):
+    rows = parts[0].shape[0] // sizes[0] if may_be_flat and parts[0].dim() else 1
+    if any(p.dim() == 0 or p.shape[0] != rows * n for p, n in zip(parts, sizes, strict=True)):
         raise UsageError(
             f"micro-batches: a block returned a tensor of shape {tuple(parts[0].shape)}, whose first dimension is "
             "not the batch; use micro_batches=1 for this model"

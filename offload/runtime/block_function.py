@@ -8,8 +8,8 @@ block's slot a saved tensor is, so the block may be evicted and fetched again be
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from offload.errors import UsageError
-from offload.model import microbatch
+from offload.model import captured, microbatch
 from offload.runtime.recompute import Departed, Keeper, Recipe, Recorder, Replayer
 from offload.stores.activations import Activation, ActivationStore, Tier
 from offload.stores.block_store import BlockRecord
@@ -40,6 +40,8 @@ class Runner(Protocol):
     def activations(self) -> ActivationStore: ...
     @property
     def keeps_graph(self) -> bool: ...
+    @property
+    def uses_recipes(self) -> bool: ...
 
 
 @dataclass(eq=False)
@@ -58,6 +60,9 @@ class Call:
     random_states: list[Any] = field(default_factory=list)
     out_spec: pytree.TreeSpec | None = None
     constants: list[Any] = field(default_factory=list)
+    captured_keys: tuple[str, ...] = ()
+    n_captured: int = 0
+    """The last results, which the model collects beside the block's return value (model/captured.py)."""
     kept: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = field(default_factory=list)
     """Per micro-batch: inputs and outputs of a graph that was kept whole."""
     saved: list[dict[int, list[Activation]]] = field(default_factory=list)
@@ -81,9 +86,21 @@ def _autocast_contexts(device_type: str) -> list[AbstractContextManager[Any]]:
             device_type,
             enabled=torch.is_autocast_enabled(device_type),
             dtype=torch.get_autocast_dtype(device_type),
-            cache_enabled=torch.is_autocast_cache_enabled(),
+            cache_enabled=False,
         )
     ]
+
+
+@contextmanager
+def _without_autocast_cache() -> Iterator[None]:
+    """Autocast keeps the low-precision copy of every weight until its context ends: the whole model in the end,
+    outdated after an update. A block's weights are used once a pass, so nothing is gained by it either."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 def saved_by_reference(block: BlockRecord) -> torch.autograd.graph.saved_tensors_hooks:
@@ -121,8 +138,10 @@ def _is_differentiable(tensor: torch.Tensor) -> bool:
 
 def _run_micro(call: Call, leaves: list[Any]) -> list[Any]:
     args, kwargs = pytree.tree_unflatten(leaves, call.spec)
-    out_leaves, out_spec = pytree.tree_flatten(call.forward(*args, **kwargs))
-    call.out_spec = out_spec
+    with _without_autocast_cache(), captured.apart(call.captured_keys) as collected:
+        returned = call.forward(*args, **kwargs)
+    out_leaves, call.out_spec = pytree.tree_flatten((returned, collected))
+    call.n_captured = sum(map(len, collected.values()))
     return out_leaves
 
 
@@ -130,10 +149,11 @@ def _join_outputs(call: Call, outputs: list[list[Any]]) -> tuple[torch.Tensor, .
     sizes = [stop - start for start, stop in call.ranges]
     joined: list[torch.Tensor] = []
     call.constants = []
-    for parts in zip(*outputs, strict=True):
+    n_returned = len(outputs[0]) - call.n_captured
+    for position, parts in enumerate(zip(*outputs, strict=True)):
         if isinstance(parts[0], torch.Tensor):
             call.constants.append(None)
-            joined.append(microbatch.join(list(parts), sizes))
+            joined.append(microbatch.join(list(parts), sizes, may_be_flat=position >= n_returned))
         else:
             call.constants.append((parts[0],))
     return tuple(joined)
@@ -246,7 +266,7 @@ def _forward_saving(call: Call, micro: list[Any]) -> list[Any]:
     """Forward without a graph; results of operations that the policy names are put away for recomputation."""
     call.saved.append({})
     recipe = call.block.recipes.get(_signature(call, micro))
-    if recipe is None or recipe.why_not:
+    if recipe is None or recipe.why_not or not call.runner.uses_recipes:
         return _run_micro(call, micro)
     tiers = call.runner.tiers_of_saved(call.block, recipe)
     if not tiers:
@@ -290,7 +310,9 @@ def _recompute(
             stack.enter_context(context)
         _set_random_state(call.random_states[number], device)
         inputs = _detach_inputs(call, micro)
-        if recipe is not None and not recipe.why_not:
+        if not call.runner.uses_recipes:
+            out_leaves = _run_micro(call, micro)
+        elif recipe is not None and not recipe.why_not:
             try:
                 with Replayer(recipe, saved):
                     out_leaves = _run_micro(call, micro)
@@ -316,9 +338,10 @@ def _backward_micro(
 ) -> None:
     start, stop = call.ranges[number]
     whole = len(call.ranges) == 1
+    rows = [1 if grad is None or whole else grad.shape[0] // call.n_samples for grad in grad_outputs]
     pairs = [
-        (output, grad if whole else grad[start:stop])
-        for output, grad in zip(outputs, grad_outputs, strict=True)
+        (output, grad if whole else grad[start * n : stop * n])
+        for output, grad, n in zip(outputs, grad_outputs, rows, strict=True)
         if grad is not None and output.requires_grad
     ]
     if pairs:
@@ -378,21 +401,26 @@ def run_block(
     if not torch.is_grad_enabled():
         runner.begin_forward(block)
         try:
-            return forward(*args, **kwargs)
+            with _without_autocast_cache():
+                return forward(*args, **kwargs)
         finally:
             runner.end_forward(block)
     leaves, spec = microbatch.flatten(args, kwargs)
+    leaves = captured.without_cache(block.name, leaves)
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     n_samples = microbatch.batch_numel(leaves)
     ranges = microbatch.cut_points(n_samples, runner.micro_batches)
     if len(ranges) > 1:
         microbatch.check_unambiguous(leaves, n_samples)
     call = Call(forward, block, runner, leaves, spec, positions, n_samples, ranges)
+    call.captured_keys = captured.wanted_keys()
     tensors = [leaves[i] for i in positions]
     # Blocks are trained even when their input needs no gradient (a frozen embedding): the anchor keeps the node.
-    anchor = torch.empty(0, requires_grad=block.layout.grad_elements > 0)
+    anchor = torch.empty(0, requires_grad=block.trains)
     results = iter(_BlockFunction.apply(call, anchor, *tensors))
     if call.out_spec is None:
         raise UsageError(f"block {block.name} returned nothing")
     out_leaves = [next(results) if constant is None else constant[0] for constant in call.constants]
-    return pytree.tree_unflatten(out_leaves, call.out_spec)
+    returned, collected = pytree.tree_unflatten(out_leaves, call.out_spec)
+    captured.hand_on(collected)
+    return returned

@@ -17,10 +17,11 @@ from torch import nn
 
 from offload.config import Config
 from offload.errors import ConfigError, UsageError
-from offload.model.blocks import Cut
+from offload.model.blocks import Cut, base_of
 from offload.model.blocks import cut as cut_model
 from offload.model.causal_lm_loss import chunk_loss, why_not_chunked
 from offload.model.flat import FlatBuffer
+from offload.model.quantized import prepare_quantized
 from offload.planner.report import plan_lines
 from offload.runtime import hooks
 from offload.runtime.assembly import Assembly, assemble, budgets, choose_device, steps_aside
@@ -32,6 +33,7 @@ from offload.runtime.gradients import Gradients
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.planning import RunPlan, plan_run
 from offload.runtime.recompute import Recipe
+from offload.runtime.resident import place_adapters
 from offload.runtime.scheduler import Scheduler
 from offload.runtime.training_state import Stateful, checked_stateful
 from offload.stores.activations import ActivationStore, Tier
@@ -57,7 +59,8 @@ class OffloadEngine:
         self.model = model
         self.config = config
         self.keeps_graph = config.activations == "keep"
-        self.stalls = Stalls()
+        self.stalls = Stalls(lambda cause: torch.profiler.record_function(f"offload wait for {cause}"))
+        self.uses_recipes = not config.compile_blocks
         self.spans = SpanLog()
         self.last_step: dict[str, Any] = {}
         self._closed = False
@@ -73,6 +76,8 @@ class OffloadEngine:
             if self.aside:
                 cut = cut.all_root()
             self._planned = None if self.aside else _plan(model, config, blocks, dtype, device)
+            if not self.aside:
+                cut = place_adapters(cut, config, device, self._planned is not None)
             self.plan = None if self._planned is None else self._planned.plan
             self.micro_batches = config.micro_batches if self.plan is None else self.plan.micro_batches
             parts = self._assembly = assemble(cut, config, dtype, device, self.spans, self.plan)
@@ -100,13 +105,17 @@ class OffloadEngine:
         """Take over the model: its blocks' forward, its gradients, its buffers."""
         self._modules = [module for _, module in cut.blocks]
         for block, module in zip(self.blocks, self._modules, strict=True):
-            hooks.replace_forward(module, functools.partial(run_block, block, self))
+            block.trains = any(parameter.requires_grad for parameter in module.parameters())
+            hooks.replace_forward(
+                module, functools.partial(run_block, block, self), self.config.compile_blocks
+            )
             self._handles += hooks.on_gradient(block, self._gradients.accumulate)
         self._handles += hooks.on_gradient(self.root, self._receive_root_gradient)
         owners = {name.rpartition(".")[0] for name, _ in cut.root}
         modules = dict(self.model.named_modules())
         owning = [self.model, *(modules[name] for name in owners)]
         self._handles += hooks.before_forward(owning, self._root_needed)
+        self._handles += prepare_quantized(self.model)
         _move_buffers(self.model, self.device)
         self._scheduler.hold_root()
 
@@ -391,10 +400,14 @@ class OffloadEngine:
 
     @contextlib.contextmanager
     def computing(self, kind: str, block: BlockRecord) -> Iterator[None]:
-        """Record what the device computes inside, while spans are recorded."""
-        if not self.spans.recording:
-            yield
-            return
+        """Record what the device computes inside: for torch's profiler, and as a span while spans are recorded."""
+        with torch.profiler.record_function(f"offload {kind} {block.name}"):
+            if not self.spans.recording:
+                yield
+                return
+            yield from self._timed(kind, block)
+
+    def _timed(self, kind: str, block: BlockRecord) -> Iterator[None]:
         device = self._assembly.resources.device
         start = device.stamp()
         yield
@@ -662,7 +675,7 @@ def wrap(
     config = Config.checked(**settings)
     if compute_dtype not in (None, torch.bfloat16):
         raise ConfigError(f"compute_dtype={compute_dtype} is not supported: use torch.bfloat16 or None")
-    if chunked_loss and (reason := why_not_chunked(model)) is not None:
+    if chunked_loss and (reason := why_not_chunked(base_of(model))) is not None:
         raise ConfigError(f"chunked_loss=True: {reason}")
     wrapped = OffloadOptimizer(optimizer)
     hf_config = getattr(model, "config", None)
@@ -673,7 +686,7 @@ def wrap(
         hf_config.use_cache = False  # type: ignore[union-attr]  # a cache would grow twice when a block recomputes
     engine = OffloadEngine(model, wrapped, config, blocks, compute_dtype)
     if chunked_loss:
-        chunk_loss(model)
+        chunk_loss(base_of(model))
     wrapped.engine = engine
     model.offload = engine  # type: ignore[assignment]  # documented attribute
     return model, wrapped

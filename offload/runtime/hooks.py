@@ -13,13 +13,21 @@ from offload.stores.block_store import BlockRecord
 
 
 def replace_forward(
-    module: nn.Module, run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+    module: nn.Module,
+    run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
+    compile_with: bool | str = False,
 ) -> None:
-    """Let `run(original_forward, args, kwargs)` stand in for `module.forward`."""
-    original = module.forward
+    """Let `run(original_forward, args, kwargs)` stand in for `module.forward`.
+
+    `compile_with`: True, or the name of a backend of torch.compile: in training the original is compiled. The stand-in
+    stays outside of what is compiled, and parameters are inputs of it, so their memory may change.
+    """
+    original = trained = module.forward
+    if compile_with:
+        trained = torch.compile(module.forward, backend="inductor" if compile_with is True else compile_with)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return run(original, args, kwargs)
+        return run(trained if torch.is_grad_enabled() else original, args, kwargs)
 
     module.forward = forward
 

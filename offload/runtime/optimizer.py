@@ -59,6 +59,11 @@ class OffloadOptimizer(torch.optim.Optimizer):
         super().__init__([dict(group) for group in source.param_groups], dict(source.defaults))
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Torch puts new groups in place of the old ones when a state is loaded."""
+        super().__setstate__(state)
+        self._group_of = {p: group for group in self.param_groups for p in group["params"]}
+
     @staticmethod
     def _values(group: dict[str, Any]) -> tuple[Any, ...]:
         return (

@@ -96,6 +96,13 @@ def _draws_random_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     return bool(p != 0.0)
 
 
+def _shape_depends_on_data(func: Any, inputs: list[torch.Tensor]) -> bool:
+    """Such an operation may give another shape, or send Python another way, the next time."""
+    if func is torch.ops.aten.index.Tensor:  # only with a mask
+        return any(t.dtype in (torch.bool, torch.uint8) for t in inputs[1:])
+    return torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags
+
+
 class Recorder(TorchDispatchMode):
     """Runs everything and writes the recipe down. `given` are the tensors that are there before: inputs, parameters,
     buffers. What is neither given nor made by an operation seen here makes the recipe unusable."""
@@ -110,6 +117,7 @@ class Recorder(TorchDispatchMode):
         self._saved: dict[int, SavedValue] = {}
         self._output: dict[int, int] = {}
         self._why_not = ""
+        self._depends_on_data = False
 
     def _number(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()
@@ -129,6 +137,8 @@ class Recorder(TorchDispatchMode):
         if name in _UNCOUNTED:
             return result
         inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if _shape_depends_on_data(func, inputs):
+            self._depends_on_data = True
         leaves = pytree.tree_leaves(result)
         outputs = [t for t in leaves if isinstance(t, torch.Tensor)]
         reads = tuple(dict.fromkeys(self._number(t) for t in inputs))
@@ -187,6 +197,8 @@ class Recorder(TorchDispatchMode):
         """What was seen."""
         if not self._saved:
             self._why_not = self._why_not or "it saves nothing for backward"
+        if self._depends_on_data:
+            self._why_not = self._why_not or "what it computes, or in which shape, depends on data"
         for writers in self._writers.values():
             if len(writers) > 1:  # changed in place: the kept value would not be the one that is read later
                 for index in writers:

@@ -107,6 +107,8 @@ class BlockRecord:
     awaiting_backward: weakref.WeakSet[object] = field(default_factory=weakref.WeakSet)
     """Calls whose backward may still come; a graph that is dropped leaves it."""
     updated_since_step: bool = False
+    trains: bool = False
+    """Its module has trainable parameters, its own or the root's."""
     in_use: int = 0
     """Uses of the parameters on the device that are going on."""
     host_in_use: int = 0

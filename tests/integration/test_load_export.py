@@ -23,6 +23,7 @@ from offload.model.loading import (
     read_header,
 )
 from tests.conftest import batches, build
+from tests.families import FAMILIES
 
 transformers = pytest.importorskip("transformers")
 
@@ -68,6 +69,22 @@ def test_a_built_model_has_no_memory_and_the_right_content(tmp_path, kind):
         assert torch.equal(built.get_buffer(name), buffer), name
     ids = batches(1)[0]
     assert torch.equal(built.eval()(ids).logits, model.eval()(ids).logits)
+
+
+@pytest.mark.parametrize("name", ["GPT-NeoX", "T5", "ViT", "Mixtral", "Qwen3-MoE"])
+def test_a_directory_with_other_names_or_shapes_than_the_model_is_read_and_written(tmp_path, name):
+    """As the hub has them: experts one by one, older names. What goes in comes out."""
+    model = FAMILIES[name].build()
+    model.save_pretrained(tmp_path / "in")
+    written = load_file(tmp_path / "in" / "model.safetensors")
+    loaded, _ = load(str(tmp_path / "in"), dtype="float32", **BUDGET, storage=[str(tmp_path / "store")])
+    export(loaded, str(tmp_path / "out"), dtype=None)
+    loaded.offload.close()
+    again = load_file(tmp_path / "out" / "model.safetensors")
+    if name in ("Mixtral", "ViT", "GPT-NeoX", "Qwen3-MoE"):
+        assert written.keys() - dict(model.named_parameters()).keys()
+    assert again.keys() == written.keys()
+    assert all(torch.equal(again[n], tensor) for n, tensor in written.items())
 
 
 @pytest.mark.parametrize("storage", [True, False])

@@ -228,6 +228,38 @@ def job_on(harness, param, grad, lr=1e-3, **changes):
     return _C.UpdateJob(**{**settings, **changes})
 
 
+@pytest.mark.parametrize("read_param", [False, True])
+@pytest.mark.parametrize("backend", ["posix", "uring"])
+def test_chunks_without_gradients_cost_no_traffic_and_keep_their_bits(tmp_path, read_param, backend):
+    """Of five chunks, gradients for parts of the second and fourth: their records and parameters move, no others."""
+    n, chunk = 5 * 2048, 2048
+    try:
+        harness = Harness(tmp_path, chunk, 2, backend=backend)
+    except OSError as error:
+        pytest.skip(f"no io_uring here: {error}")
+    master = torch.randn(n, generator=torch.Generator().manual_seed(1))
+    param = harness.view[: n * 4].view(torch.float32)
+    harness.store(master, 0)
+    harness.store(torch.zeros(n * 2), STATE_OFFSET)
+    param.copy_(torch.zeros(n) if read_param else master)
+    before = harness.engine.counters()
+    hyper = _C.Hyper(1e-2, 0.9, 0.99, 1e-8, 0.1, 1)
+    segments = [(chunk, 64, hyper), (chunk + 128, 64, hyper), (3 * chunk + 64, chunk - 64, hyper)]
+    grad = torch.ones(n)
+    job = job_on(harness, param, grad, segments=segments, param_offset=0, read_param=read_param)
+    harness.pipeline.submit(job).wait(timeout_s=30)
+    after = harness.engine.counters()
+    expected, _ = reference("fp32", master, [grad], [segments])
+    assert torch.equal(param, expected)
+    assert after["written_bytes"] - before["written_bytes"] == 2 * chunk * (8 + 4)
+    assert after["read_bytes"] - before["read_bytes"] == 2 * chunk * 8 + read_param * n * 4
+    stored_param = harness.view[3 << 19 : (3 << 19) + n * 4].view(torch.float32)
+    harness.move("read", stored_param, 0)
+    assert torch.equal(stored_param, expected)
+    assert harness.pipeline.stats()["chunks"] == 2
+    harness.close()
+
+
 @pytest.mark.parametrize(("n_buffers", "n_threads"), [(2, 2), (1, 1), (2, 4)])
 def test_many_queued_jobs_finish_with_few_buffers(tmp_path, n_buffers, n_threads):
     harness = Harness(tmp_path, 2048, n_buffers, n_threads=n_threads)

@@ -1,0 +1,207 @@
+"""`OffloadTrainer`: transformers' Trainer with the model's training state in the tiers of this library.
+
+The Trainer's own loop runs unchanged. What is different, and where: the optimizer is wrapped when it is created;
+backwards that another one follows run under `no_sync`; clipping is made by the engine, which alone sees all gradients;
+models are exported block by block; a checkpoint holds the complete training state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+
+from offload.errors import ConfigError
+from offload.runtime.engine import OffloadEngine, wrap
+from offload.runtime.optimizer import OffloadOptimizer
+from offload.transformers import checkpoints
+
+logger = logging.getLogger("offload")
+
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
+
+
+def _refuse(args: TrainingArguments) -> None:
+    """Raise ConfigError for arguments that cannot be kept, naming each and what to do."""
+    remedies = {
+        "fp16": (args.fp16, "fp16 needs its loss scaled: set bf16=True, or load the model in bfloat16"),
+        "deepspeed": (bool(args.deepspeed), "the model is offloaded already: leave it out"),
+        "fsdp": (bool(args.fsdp), "this library runs in one process: leave it out"),
+        "torch_compile": (
+            args.torch_compile,
+            'the whole model cannot be compiled while its blocks move: use offload={"compile_blocks": True}',
+        ),
+        "auto_find_batch_size": (
+            args.auto_find_batch_size,
+            'set per_device_train_batch_size, and offload={"micro_batches": n} to need less memory for it',
+        ),
+        "load_best_model_at_end": (
+            args.load_best_model_at_end and args.save_only_model,
+            "with save_only_model there is no training state to go back to: leave one of the two out",
+        ),
+    }
+    for name, (is_set, remedy) in remedies.items():
+        if is_set:
+            raise ConfigError(f"OffloadTrainer: {name}={getattr(args, name)!r} is not supported: {remedy}")
+    if args.world_size > 1 or args.n_gpu > 1:
+        n = max(args.world_size, args.n_gpu)
+        raise ConfigError(
+            f"OffloadTrainer: {n} devices or processes are in use, and it runs in one process on one device: start it "
+            "without torchrun, and set CUDA_VISIBLE_DEVICES=0"
+        )
+
+
+class OffloadMixin(_Base):
+    """Put before any class derived from Trainer: `class MyTrainer(OffloadMixin, SFTTrainer): ...`.
+
+    `offload`: the settings of `offload.wrap` (budgets, `storage`, `micro_batches`, `compute_dtype` ...).
+    """
+
+    def __init__(self, *args: Any, offload: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self._settings = dict(offload or {})
+        self._resumed_random: dict[str, Any] | None = None
+        super().__init__(*args, **kwargs)
+        _refuse(self.args)
+        if "max_grad_norm" in self._settings:
+            raise ConfigError(
+                "OffloadTrainer: set max_grad_norm in TrainingArguments, not among offload's settings"
+            )
+        if self.args.gradient_checkpointing:
+            logger.info("gradient_checkpointing is off: blocks recompute by themselves")
+            self.args.gradient_checkpointing = False
+
+    # ---- the optimizer ---------------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> OffloadEngine | None:
+        """The engine of the model being trained; None before the optimizer is created."""
+        found = getattr(self.model, "offload", None)
+        return found if isinstance(found, OffloadEngine) else None
+
+    @property
+    def _model(self) -> nn.Module:
+        model: Any = self.model
+        return model
+
+    @property
+    def _own_optimizer(self) -> OffloadOptimizer:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate puts its own around it
+        if not isinstance(inner, OffloadOptimizer):
+            raise ConfigError(f"OffloadTrainer: the optimizer has been replaced by a {type(inner).__name__}")
+        return inner
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """The engine decides what is on the device."""
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer as the arguments say, and hand the model's training state to the engine."""
+        engine = self.engine
+        if engine is None:
+            super().create_optimizer(model)
+            source: Any = self.optimizer
+            clip = self.args.max_grad_norm or None
+            _, self.optimizer = wrap(self.model, source, max_grad_norm=clip, **self._settings)  # type: ignore[arg-type]
+            if self.lr_scheduler is not None and getattr(self.lr_scheduler, "optimizer", None) is source:
+                self.lr_scheduler.optimizer = self.optimizer  # a scheduler of the user's own
+            return self.optimizer
+        if self.optimizer is None:
+            raise ConfigError(
+                "OffloadTrainer: the model is wrapped already: pass its optimizer too, as optimizers=(optimizer, None)"
+            )
+        if (engine.config.max_grad_norm or 0) != self.args.max_grad_norm:
+            raise ConfigError(
+                f"OffloadTrainer: the model was wrapped with max_grad_norm={engine.config.max_grad_norm}, and "
+                f"TrainingArguments say {self.args.max_grad_norm} (0 is none): make them equal"
+            )
+        return self.optimizer
+
+    def close(self) -> None:
+        """Finish what is in flight and remove the store. Save the model before."""
+        if self.engine is not None:
+            self.engine.close()
+
+    # ---- one step --------------------------------------------------------------------------------------------
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Forward and backward; gradients wait for the last backward of the step."""
+        engine = self.engine
+        if engine is None:
+            raise ConfigError("OffloadTrainer: the model has been replaced since the optimizer was created")
+        with contextlib.nullcontext() if self.accelerator.sync_gradients else engine.no_sync():
+            return super().training_step(*args, **kwargs)
+
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        """The engine clips in `optimizer.step()`, to the same norm."""
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """Known after `optimizer.step()`; see `_maybe_log_save_evaluate`."""
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        super()._maybe_log_save_evaluate(tr_loss, self._own_optimizer.grad_norm, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate or predict by streaming, before training as well."""
+        if self.engine is None:
+            self.create_optimizer()
+        return super().evaluation_loop(*args, **kwargs)
+
+    # ---- files -----------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The model (or its adapter) as `from_pretrained` reads it, one block in memory at a time."""
+        if self.engine is None:
+            super()._save(output_dir, state_dict)
+            return
+        directory = output_dir if output_dir is not None else str(self.args.output_dir)
+        processing = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        checkpoints.write_model(self._model, directory, processing)
+        torch.save(self.args, os.path.join(directory, TRAINING_ARGS_NAME))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        checkpoints.save_state(self._model, output_dir, self.lr_scheduler)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Part of the training state."""
+
+    def _save_scaler(self, output_dir: str) -> None:
+        """There is none: fp16 is refused."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Only checked here: the parameters come with the rest of the state, when the model is wrapped."""
+        checkpoints.check_has_state(resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._resumed_random = checkpoints.load_state(self._model, checkpoint, self.lr_scheduler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self._resumed_random is not None:
+            checkpoints.set_random_states(self._resumed_random)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """There is none."""
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is not None:
+            logger.info("going back to %s, of metric %s", best, self.state.best_metric)
+            checkpoints.load_state(self._model, best, self.lr_scheduler)
+
+
+class OffloadTrainer(OffloadMixin, Trainer):
+    """transformers' Trainer; `offload={"storage": [...], "device_memory": ..., ...}` says what may be used."""
+
+
+class OffloadSeq2SeqTrainer(OffloadMixin, Seq2SeqTrainer):
+    """transformers' Seq2SeqTrainer, with generation in evaluation, in the same way."""

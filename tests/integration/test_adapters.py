@@ -1,0 +1,219 @@
+"""LoRA and DoRA on a frozen base that is streamed: as peft in memory, whether adapters are resident or streamed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+import offload  # noqa: E402
+from offload.errors import BudgetError, ConfigError  # noqa: E402
+from tests.families import FAMILIES  # noqa: E402
+from tests.fault.training import smallest_budgets  # noqa: E402
+
+N_STEPS = 4
+ACTIVATIONS_NBYTES = 2**20
+
+
+def adapted(dtype=torch.bfloat16, name="Llama", **changes):
+    """A frozen base in `dtype` with fp32 adapters, as peft makes them."""
+    model = FAMILIES[name].build().to(dtype)
+    torch.manual_seed(3)
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "down_proj"], **changes}
+    return peft.get_peft_model(model, peft.LoraConfig(init_lora_weights="gaussian", **settings))
+
+
+def adamw(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def train(model, optimizer, n_steps=N_STEPS):
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(n_steps):
+        loss = model(**FAMILIES["Llama"].batch(generator)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def streamed(model, directory, **settings):
+    """In the smallest host memory that would do, so that all else is on storage."""
+    settings = {
+        "storage": [str(directory / "store")], "chunk_elements": 2048, "step_aside": "never", "prefetch_blocks": 1,
+        **settings,
+    }  # fmt: skip
+    with pytest.raises(BudgetError) as refused:
+        offload.wrap(model, adamw(model), device_memory=1, host_memory=1, **settings)
+    budgets = smallest_budgets(str(refused.value))
+    budgets["device_memory"] += ACTIVATIONS_NBYTES
+    return offload.wrap(model, adamw(model), **budgets, **settings)
+
+
+@pytest.mark.parametrize("adapters", ["resident", "streamed"])
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_adapters_learn_what_they_learn_in_memory(tmp_path, dtype, use_dora, adapters):
+    """The same bits as plain torch in the losses of bf16 bases; fp32 within the roundings of the two AdamW."""
+    plain = adapted(dtype, use_dora=use_dora)
+    expected = train(plain, adamw(plain))
+    assert len(set(expected)) == N_STEPS
+    model, optimizer = streamed(adapted(dtype, use_dora=use_dora), tmp_path, adapters=adapters)
+    got = train(model, optimizer)
+    held_by_root = {n for n, _ in next(iter(model.offload.iter_blocks())) if "lora" in n}
+    model.offload.close()
+    assert max(abs(a - b) for a, b in zip(got, expected, strict=True)) <= 5e-6
+    assert bool(held_by_root) == (adapters == "resident")
+
+
+def test_resident_adapters_leave_the_blocks_clean(tmp_path):
+    """Of a frozen base only parameters are read; written is the state of streamed adapters, or nothing of blocks."""
+    written = {}
+    for adapters in ("resident", "streamed"):
+        model, optimizer = streamed(adapted(), tmp_path, adapters=adapters)
+        before = model.offload.counters()["written_bytes"]
+        train(model, optimizer)
+        model.offload.flush()
+        written[adapters] = model.offload.counters()["written_bytes"] - before
+        padded = {block.layout.trainable_elements for block in model.offload.blocks}
+        root = model.offload.root.layout.trainable_elements
+        model.offload.close()
+        if adapters == "resident":
+            assert padded == {0}
+            # Moments of the root, which has no other place in this little host memory; its parameters stay.
+            assert written[adapters] in (0, N_STEPS * root * 8)
+        else:
+            assert written[adapters] == N_STEPS * 3 * padded.pop() * 12
+    assert written["resident"] < written["streamed"]
+
+
+def test_small_adapters_stay_and_large_ones_are_streamed_by_themselves(tmp_path):
+    def in_root(**changes):
+        settings = {
+            "step_aside": "never",
+            "host_memory": "20MB",
+            "chunk_elements": 2048,
+            "storage": [str(tmp_path)],
+        }
+        model = adapted(**changes)
+        model, _ = offload.wrap(model, adamw(model), device_memory="1MB", **settings)
+        names = {n for n, _ in next(iter(model.offload.iter_blocks()))}
+        model.offload.close()
+        return any("lora_A" in name for name in names)
+
+    # 16 bytes an element against an eighth of 1 MB: 384 and 12 x 384 elements in each of 3 layers.
+    assert in_root(r=4, target_modules=["q_proj", "v_proj"])
+    assert not in_root(r=24)
+
+
+def test_a_plan_and_resident_adapters_contradict_each_other(tmp_path):
+    model = adapted()
+    with pytest.raises(ConfigError, match="contradict"):
+        offload.wrap(
+            model, adamw(model), adapters="resident", batch=(4, 12), hardware="rtx4090", step_aside="never",
+            device="emulated", device_memory="20MB", host_memory="20MB", storage=[str(tmp_path)], chunk_elements=2048,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("adapters", ["resident", "streamed"])
+def test_the_merged_export_is_what_peft_merges_in_memory(tmp_path, adapters, use_dora):
+    model, optimizer = streamed(
+        adapted(torch.float32, use_dora=use_dora, modules_to_save=["lm_head"]), tmp_path, adapters=adapters
+    )
+    train(model, optimizer)
+    trained = {n: t.clone() for block in model.offload.iter_blocks() for n, t in block}
+    offload.export(model, str(tmp_path / "merged"), dtype=None)
+    offload.export(model, str(tmp_path / "adapter"), adapter_only=True)
+    model.offload.close()
+
+    reference = adapted(torch.float32, use_dora=use_dora, modules_to_save=["lm_head"])
+    reference.load_state_dict(trained, strict=False)
+    merged = reference.merge_and_unload().state_dict()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert again.state_dict().keys() == merged.keys()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, merged[name]), name
+
+    beside = peft.PeftModel.from_pretrained(FAMILIES["Llama"].build(), tmp_path / "adapter")
+    batch = FAMILIES["Llama"].batch(torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            beside.eval()(**batch).logits, again.eval()(**batch).logits, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_the_chunked_loss_reaches_the_model_under_its_adapters(tmp_path):
+    """Logits of a whole batch never exist, and the loss is the same."""
+    plain = adapted(torch.float32)
+    expected = train(plain, adamw(plain))
+    model = adapted(torch.float32)
+    model, optimizer = offload.wrap(
+        model, adamw(model), chunked_loss=True, step_aside="never", device_memory="20MB", host_memory="20MB",
+        storage=[str(tmp_path)], chunk_elements=2048,
+    )  # fmt: skip
+    batch = FAMILIES["Llama"].batch(torch.Generator().manual_seed(1))
+    assert not model(**batch).logits.is_materialised
+    got = train(model, optimizer)
+    model.offload.close()
+    assert max(abs(a - b) for a, b in zip(got, expected, strict=True)) <= 5e-6
+
+
+@pytest.mark.parametrize("adapters", ["resident", "streamed"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_base_in_eight_or_four_bits_is_streamed_as_it_is(tmp_path, bits, adapters):
+    """The losses of the quantized model in memory, bit for bit, with its bytes on storage; evaluation in between."""
+    pytest.importorskip("bitsandbytes")
+    FAMILIES["Llama"].build().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    how = {8: {"load_in_8bit": True}, 4: {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}[bits]
+    quantization = transformers.BitsAndBytesConfig(**how, bnb_4bit_compute_dtype=torch.bfloat16)
+
+    def quantized():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model", quantization_config=quantization, dtype=torch.bfloat16, device_map={"": "cpu"}
+        )
+        torch.manual_seed(3)
+        lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights="gaussian")
+        return peft.get_peft_model(model, lora).train()
+
+    plain = quantized()
+    expected = train(plain, adamw(plain))
+    model, optimizer = streamed(quantized(), tmp_path, adapters=adapters)
+    bytes_of = {str(buffer.dtype) for buffer in model.offload.blocks[0].layout.buffers}
+    before = model.offload.counters()["read_bytes"]
+    got = train(model, optimizer)
+    assert model.offload.counters()["read_bytes"] > before
+    batch = FAMILIES["Llama"].batch(torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        assert torch.equal(model(**batch).loss, plain(**batch).loss)
+    with pytest.raises(ConfigError, match="adapter_only"):
+        offload.export(model, str(tmp_path / "merged"))
+    offload.export(model, str(tmp_path / "adapter"), adapter_only=True)
+    model.offload.close()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+    assert got == expected
+    assert ("torch.int8" if bits == 8 else "torch.uint8") in bytes_of
+
+
+def test_the_trainer_saves_an_adapter_and_resumes(tmp_path):
+    pytest.importorskip("accelerate")
+    from offload.transformers import OffloadTrainer
+    from tests.integration.test_trainer import curve, make
+
+    trainer = make(
+        OffloadTrainer, tmp_path, model=adapted(), save_strategy="steps", save_steps=2, max_steps=4
+    )
+    trainer.train()
+    whole = curve(trainer)
+    trainer.close()
+    files = {path.name for path in (tmp_path / "checkpoint-2").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= files
+    assert "model.safetensors" not in files
+    resumed = make(OffloadTrainer, tmp_path, model=adapted(), max_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert curve(resumed) == whole
+    resumed.close()

@@ -1,0 +1,149 @@
+"""torch.compile of blocks, autocast, attention backends and the profiler, on a model that is streamed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import offload
+from offload.errors import ConfigError
+from tests.families import FAMILIES
+
+pytest.importorskip("transformers")
+
+
+def start(directory=None, layers=6, attention="sdpa", frozen_root=False, **settings):
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**FAMILIES["Llama"].settings, "num_hidden_layers": layers})
+    config._attn_implementation = attention
+    model = transformers.LlamaForCausalLM(config).train()
+    if frozen_root:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(".layers." in name)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    if directory is None:
+        return model, optimizer
+    settings = {"step_aside": "never", "device_memory": "1MB", "host_memory": "4MB", **settings}
+    where = {"storage": [str(directory)], "chunk_elements": 4096, "prefetch_blocks": 1}
+    return offload.wrap(model, optimizer, **where, **settings)
+
+
+def train(model, optimizer, n_steps=4, **context):
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(n_steps):
+        batch = FAMILIES["Llama"].batch(generator)
+        with torch.autocast("cpu", torch.bfloat16, enabled=context.get("autocast", False)):
+            loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def graphs_compiled():
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def check_compiled(directory, backend, layers, bound, **settings):
+    """Number of graphs; no further one may come after the first step, whatever slot a block is in."""
+    expected = train(*start(layers=layers))
+    torch._dynamo.reset()
+    before = graphs_compiled()
+    model, optimizer = start(directory, layers, compile_blocks=backend, **settings)
+    places = set()
+    first = train(model, optimizer, 1)
+    n_graphs = graphs_compiled() - before
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            places.add(model.model.layers[0].mlp.up_proj.weight.data_ptr())
+            rest = train(model, optimizer, 4)
+    assert graphs_compiled() - before == n_graphs
+    with torch.no_grad():
+        assert torch.isfinite(model(**FAMILIES["Llama"].batch(torch.Generator().manual_seed(9))).loss)
+    model.offload.close()
+    assert abs(first[0] - expected[0]) <= bound
+    assert rest[-1] < expected[0], "it does not learn"
+    return n_graphs
+
+
+@pytest.mark.parametrize("activations", ["auto", "keep"])
+def test_blocks_are_compiled_once_for_all_and_never_again(tmp_path, activations):
+    """As many graphs for six layers as for two: forward, and forward with its backward; none when memory moves."""
+    few, many = (
+        check_compiled(tmp_path / str(layers), "aot_eager", layers, 1e-6, activations=activations)
+        for layers in (2, 6)
+    )
+    assert 1 <= few == many <= 2
+
+
+def test_compiled_blocks_train_as_plain_torch_does(tmp_path):
+    expected = train(*start())
+    torch._dynamo.reset()
+    model, optimizer = start(tmp_path, compile_blocks="aot_eager")
+    got = train(model, optimizer)
+    model.offload.close()
+    assert max(abs(a - b) for a, b in zip(got, expected, strict=True)) <= 5e-6
+
+
+@pytest.mark.slow
+def test_blocks_compiled_by_inductor_train_as_plain_torch_does(tmp_path):
+    assert check_compiled(tmp_path, True, 3, 1e-5) <= 2
+
+
+def test_a_compiled_block_has_no_single_operations_to_keep(tmp_path):
+    with pytest.raises(ConfigError, match="compile_blocks"):
+        start(tmp_path, compile_blocks=True, saved_activations="host")
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_backends_and_autocast_have_the_bits_of_memory(tmp_path, attention, autocast):
+    """Of the same arithmetic; and near plain torch, whose AdamW rounds otherwise, which bf16 at times makes visible."""
+    losses = []
+    for step_aside in ("always", "never"):
+        model, optimizer = start(tmp_path, attention=attention, step_aside=step_aside)
+        losses.append(train(model, optimizer, autocast=autocast))
+        model.offload.close()
+    assert losses[0] == losses[1]
+    expected = train(*start(attention=attention), autocast=autocast)
+    assert max(abs(a - b) for a, b in zip(losses[1], expected, strict=True)) <= (1e-3 if autocast else 5e-6)
+    assert train(*start(attention=attention), autocast=not autocast) != expected, "autocast changed nothing"
+
+
+def test_one_autocast_around_everything_keeps_no_copies_of_blocks(tmp_path):
+    """A copy that autocast had kept from the evaluation before the step would give the one after it the old loss."""
+    model, optimizer = start(tmp_path, frozen_root=True)
+    batch = FAMILIES["Llama"].batch(torch.Generator().manual_seed(9))
+
+    def evaluate():
+        with torch.no_grad():
+            return model(**batch).loss.item()
+
+    with torch.autocast("cpu", torch.bfloat16):
+        before = evaluate()
+        train(model, optimizer, 1, autocast=True)
+        inside = evaluate()
+    with torch.autocast("cpu", torch.bfloat16):
+        outside = evaluate()
+    model.offload.close()
+    assert inside == outside
+    assert inside != before
+
+
+def test_a_profile_names_what_every_block_does_and_what_is_waited_for(tmp_path):
+    model, optimizer = start(tmp_path, layers=3)
+    train(model, optimizer, 1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train(model, optimizer, 1)
+    model.offload.close()
+    names = [event.name for event in profile.events() if event.name.startswith("offload ")]
+    for kind in ("forward", "recompute", "backward"):
+        for layer in range(3):
+            assert names.count(f"offload {kind} model.layers.{layer}") == 1
+    assert {name for name in names if name.startswith("offload wait for ")} & {
+        f"offload wait for {cause}" for cause in ("fetch", "update", "slot")
+    }
