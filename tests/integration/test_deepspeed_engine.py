@@ -14,7 +14,10 @@ from offload.errors import ConfigError, UsageError
 from tests.conftest import batches, build
 
 LR = 2e-3
-SMALL = {"chunk_elements": 4096}  # several chunks a block, and little staging
+SMALL = {
+    "chunk_elements": 4096,
+    "prefetch_blocks": 1,
+}  # several chunks a block, little staging, no block that stays
 
 
 def configuration(tmp_path, where="nvme", **more):

@@ -20,7 +20,10 @@ BASE = {
         "type": "Adam",
         "params": {"lr": 1e-3, "betas": [0.8, 0.999], "eps": 1e-8, "weight_decay": 3e-7},
     },
-    "offload": {"chunk_elements": 4096},
+    "offload": {
+        "chunk_elements": 4096,
+        "prefetch_blocks": 1,
+    },  # too few slots for every block to stay on the device
 }
 NVME = "/local_nvme"
 
