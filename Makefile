@@ -11,6 +11,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
 EXTENSION_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
@@ -79,7 +80,7 @@ demo: $(VENV)/.stamp-demo
 	@$(BIN)/python examples/demo_smollm2.py $(ARGS)
 
 test: $(VENV)/.stamp-package
-	@$(BIN)/python -m pytest -q -m "not slow and not gpu" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" $(ARGS)
 
 test-slow: $(VENV)/.stamp-demo
 	@$(BIN)/python -m pytest -q -m "slow and not gpu" $(ARGS) || { rc=$$?; [ $$rc = 5 ] && echo "no slow tests" || exit $$rc; }

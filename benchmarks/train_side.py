@@ -16,6 +16,7 @@ import time
 
 BATCH, TOKENS = 1, 128
 DEVICE_MEMORY = {"tiny": "8MB", "151m": "600MB", "1b": "1500MB"}
+SAVED_ACTIVATIONS = {"tiny": "recompute", "151m": "device", "1b": "recompute"}
 STATE_NBYTES_PER_PARAM = 12
 
 
@@ -120,6 +121,7 @@ def make_ours(options: argparse.Namespace):
         device_memory=DEVICE_MEMORY[options.model],
         host_memory=staging_nbytes + int(share * numel * STATE_NBYTES_PER_PARAM),
         storage=[] if in_dram else [options.storage],
+        saved_activations=SAVED_ACTIVATIONS[options.model],
     )
 
     def step(batch):

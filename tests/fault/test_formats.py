@@ -96,6 +96,7 @@ def test_an_oversized_manifest_is_not_even_read(tmp_path):
         read_manifest(str(place))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_manifest_of_a_million_entries_is_refused_soon(tmp_path, saved):
     body = body_of(saved[0])

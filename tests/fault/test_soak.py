@@ -89,6 +89,7 @@ def check(place, n_steps, seed):
     assert os.listdir(place / "store") == []
 
 
+@pytest.mark.slow
 def test_three_hundred_steps_over_many_lives_change_no_number_and_leave_nothing(tmp_path):
     check(tmp_path, 300, secrets.randbits(32))
 

@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
 
 
@@ -24,6 +26,7 @@ def test_the_gpu_benchmark_trains_on_an_emulated_device_with_the_same_losses_eve
         assert row["hardware_tflops"] > row["model_tflops"] > 0
 
 
+@pytest.mark.slow
 def test_the_swapping_benchmark_runs_all_three_policies_with_the_same_bits(tmp_path):
     report = tmp_path / "rows.json"
     command = [
@@ -39,6 +42,7 @@ def test_the_swapping_benchmark_runs_all_three_policies_with_the_same_bits(tmp_p
     assert rows["swap_all"]["swapped_bytes_per_step"] > rows["planned"]["swapped_bytes_per_step"]
 
 
+@pytest.mark.slow
 def test_the_durability_benchmark_gives_a_row_for_each_level(tmp_path):
     report = tmp_path / "rows.json"
     command = [

@@ -106,6 +106,7 @@ def test_sigterm_finishes_the_step_saves_it_and_the_next_run_goes_on(tmp_path):
     assert [json.loads(line).get("step") for line in out.splitlines()] == [last + 1, None]
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 @pytest.mark.timeout(200)
 def test_a_killed_run_with_durable_steps_goes_on_from_its_store(tmp_path):

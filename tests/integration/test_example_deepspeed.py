@@ -6,11 +6,13 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_the_deepspeed_script_runs_in_under_two_minutes(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "deepspeed_config.py"), "--out", str(tmp_path / "out")]
     command += ["--deepspeed_config", str(ROOT / "examples" / "deepspeed_config.json")]

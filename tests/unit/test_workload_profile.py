@@ -375,6 +375,7 @@ def test_aliases_and_unknown_names():
         workload_of("./nowhere/config.json", 8)
 
 
+@pytest.mark.slow
 def test_a_preset_of_any_number_of_parameters_takes_no_memory():
     workload = workload_of("175b", 2048)
     assert workload.param_nbytes == 2
