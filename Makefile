@@ -16,10 +16,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check -q
 EXTENSION_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' 2>/dev/null)
 
-.PHONY: help system setup demo demo-packages test test-slow lint format cpp-tests bench check clean
+.PHONY: help system setup demo demo-packages test test-slow test-long lint format cpp-tests bench check clean
 
 help:
-	@echo "make demo | test | test-slow | lint | format | cpp-tests SANITIZE=address,undefined|thread | bench | check | clean"
+	@echo "make demo | test | test-slow | test-long | lint | format | cpp-tests SANITIZE=address,undefined|thread | bench | check | clean"
 
 # The compiler, Python's venv and headers are required; liburing is not: without it the POSIX backend is built.
 system:
@@ -80,10 +80,14 @@ demo: $(VENV)/.stamp-demo
 	@$(BIN)/python examples/demo_smollm2.py $(ARGS)
 
 test: $(VENV)/.stamp-package
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not gpu" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow and not long and not gpu" $(ARGS)
 
 test-slow: $(VENV)/.stamp-demo
-	@$(BIN)/python -m pytest -q -m "slow and not gpu" $(ARGS) || { rc=$$?; [ $$rc = 5 ] && echo "no slow tests" || exit $$rc; }
+	@$(BIN)/python -m pytest -q -m "slow and not long and not gpu" $(ARGS) || { rc=$$?; [ $$rc = 5 ] && echo "no slow tests" || exit $$rc; }
+
+# The crash campaign (OFFLOAD_CRASH_KILLS, OFFLOAD_CRASH_SEED), the soak, and predicted against measured times.
+test-long: $(VENV)/.stamp-demo
+	@$(BIN)/python -m pytest -q -s -m "long and not gpu" $(ARGS)
 
 LINTED_CPP = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
 lint: $(VENV)/.stamp-dev

@@ -39,7 +39,7 @@ def test_a_few_kills_and_power_losses_lose_nothing(tmp_path):
     assert done["complete_runs"] >= 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_hundred_kills_and_power_losses_lose_nothing(tmp_path):
     done = run_campaign(tmp_path, 220)
     assert done["kill"] + done["power"] >= 220

@@ -94,6 +94,6 @@ def test_three_hundred_steps_over_many_lives_change_no_number_and_leave_nothing(
     check(tmp_path, 300, secrets.randbits(32))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_thousand_steps_over_many_lives_grow_nothing(tmp_path):
     check(tmp_path, 2000, secrets.randbits(32))

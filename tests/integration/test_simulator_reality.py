@@ -91,7 +91,7 @@ def test_bytes_moved_and_held_are_those_of_the_simulation(tmp_path, kind, batch,
         assert nbytes <= simulated.peak_nbytes[tier] <= 1.1 * nbytes, tier
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_predicted_steps_are_within_15_percent_of_the_median_measured_in_the_same_run(tmp_path):
     """Alone on the machine; each of three runs may be disturbed by whoever else uses the drive."""
