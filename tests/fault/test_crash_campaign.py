@@ -33,6 +33,7 @@ def run_campaign(place, n_kills):
     return done
 
 
+@pytest.mark.slow
 def test_a_few_kills_and_power_losses_lose_nothing(tmp_path):
     done = run_campaign(tmp_path, 10)
     assert done["kill"] + done["power"] >= 10

@@ -277,7 +277,7 @@ def test_a_fuzzed_store_is_read_or_refused(tmp_path, saved, data):
             os.link(path, target)
     try:
         with taken_over(str(place), []) as found:
-            assert found.manifest.step == 2
+            assert found.manifest.step in (1, 2)  # without the place of the newest record, the one before it
     except OffloadError as error:
         assert str(error)
 

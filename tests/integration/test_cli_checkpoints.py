@@ -75,6 +75,7 @@ def test_inspect_describes_and_verifies(workplace, capsys):
     assert "CRC32C" in printed.err
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 @pytest.mark.timeout(200)
 def test_sigterm_finishes_the_step_saves_it_and_the_next_run_goes_on(tmp_path):

@@ -256,9 +256,8 @@ def test_doctor_says_that_there_is_no_profile_or_that_it_is_damaged(small_probe,
     assert "cannot be used" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "signal_number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_probe_removes_its_files(tmp_path, signal_number):
     drive = tmp_path / "drive"
     drive.mkdir()

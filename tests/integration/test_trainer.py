@@ -98,6 +98,7 @@ trainer.train()
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_and_resumed_has_the_curve_it_would_have_had(tmp_path):
     """Killed in step 5, resumed from the checkpoint of step 4: bit for bit, the shuffling of the data included."""
     whole = make(OffloadTrainer, tmp_path / "whole", max_steps=7)
