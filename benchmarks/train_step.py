@@ -10,8 +10,9 @@ rate in the same run: fio's mixed rate, or its separate read and write rates, wh
 
 Rows: `storage` (no host memory but staging), `half` (host memory for half of the state) and `1b` (a 1 B-parameter
 model, floor only). The peer is run in the chosen PEER_CONFIGURATIONS beside the first row; `peer_step_s` is that of the
-fastest with everything on storage (its default where the spreads overlap), `peers` has them all. Rows of other names stay in the file. The peer's Python needs
-torch, deepspeed, ninja and the system's libaio; its operations compile at first use.
+fastest with everything on storage (its default where the spreads overlap), `peers` has them all. Rows of other names
+stay in the file. The peer's Python needs torch, deepspeed, ninja and the system's libaio; its operations compile at
+first use.
 
 After timing, the parameters are compared, bit for bit, with as many steps of the same training in host memory.
 """
