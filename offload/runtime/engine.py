@@ -22,25 +22,19 @@ from offload.model.blocks import cut as cut_model
 from offload.model.causal_lm_loss import chunk_loss, why_not_chunked
 from offload.model.flat import FlatBuffer
 from offload.model.quantized import prepare_quantized
-from offload.planner.report import plan_lines
 from offload.runtime import hooks
-from offload.runtime.assembly import Assembly, assemble, budgets, choose_device, steps_aside
+from offload.runtime.assembly import Assembly, assemble, choose_device, steps_aside
 from offload.runtime.block_function import run_block
 from offload.runtime.commits import StepCommits
-from offload.runtime.device_residency import CopiedResidency, Residency, SharedResidency
 from offload.runtime.early_root import EarlyRoot
-from offload.runtime.gradients import Gradients
 from offload.runtime.optimizer import OffloadOptimizer
-from offload.runtime.planning import RunPlan, plan_run
 from offload.runtime.recompute import Recipe
 from offload.runtime.resident import place_adapters
-from offload.runtime.scheduler import Scheduler
 from offload.runtime.training_state import Stateful, checked_stateful
-from offload.stores.activations import ActivationStore, Tier
+from offload.runtime.wiring import make_activations, make_commits, make_run_plan, make_scheduler, move_buffers
+from offload.stores.activations import Tier
 from offload.stores.block_store import BlockRecord
 from offload.telemetry import Span, SpanLog, Stalls
-from offload.tiers.device import DeviceTier
-from offload.transfer.io_engine import UpdatePipeline
 
 logger = logging.getLogger("offload")
 
@@ -75,7 +69,7 @@ class OffloadEngine:
             self.aside = steps_aside(cut, config, device, dtype)
             if self.aside:
                 cut = cut.all_root()
-            self._planned = None if self.aside else _plan(model, config, blocks, dtype, device)
+            self._planned = None if self.aside else make_run_plan(model, config, blocks, dtype, device)
             if not self.aside:
                 cut = place_adapters(cut, config, device, self._planned is not None)
             self.plan = None if self._planned is None else self._planned.plan
@@ -86,12 +80,12 @@ class OffloadEngine:
             raise
         self.root, self.blocks, self.placement = parts.root, parts.blocks, parts.placement
         self._optimizer = weakref.ref(optimizer)
-        self._scheduler = _make_scheduler(parts, self.stalls, self.spans, holds=self.plan is None)
+        self._scheduler = make_scheduler(parts, self.stalls, self.spans, holds=self.plan is None)
         self._gradients = self._scheduler.gradients
         self._early_root = EarlyRoot(self.root, config.chunk_elements)
         self.tracked: dict[str, Stateful] = {}
-        self.commits = _make_commits(model, parts, config, self.tracked)
-        self.activations = _make_activations(parts, config, self.stalls, self.spans, self.plan is not None)
+        self.commits = make_commits(model, parts, config, self.tracked)
+        self.activations = make_activations(parts, config, self.stalls, self.spans, self.plan is not None)
         self._step_start_s = time.perf_counter()
         try:
             self._attach(cut)
@@ -116,7 +110,7 @@ class OffloadEngine:
         owning = [self.model, *(modules[name] for name in owners)]
         self._handles += hooks.before_forward(owning, self._root_needed)
         self._handles += prepare_quantized(self.model)
-        _move_buffers(self.model, self.device)
+        move_buffers(self.model, self.device)
         self._scheduler.hold_root()
 
     def _detach(self) -> None:
@@ -358,7 +352,6 @@ class OffloadEngine:
         for block in waiting:
             self._scheduler.update_later(block, self._hyper_of)
         if self._scheduler.root_has_gradients():
-            self._scheduler.wait_resident(self.root)
             self._scheduler.update_now(self.root, self._hyper_of)
         optimizer.grad_scale = 1.0
         for block in [*self.blocks, self.root]:
@@ -555,98 +548,6 @@ class OffloadEngine:
                 self.commits.join()
             self._detach()
             self._finalizer()
-
-
-def _make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog, *, holds: bool) -> Scheduler:
-    residency: Residency = SharedResidency(parts.resources.device.torch_device)
-    if not parts.resources.device.shares_host:
-        residency = CopiedResidency(parts.device_slots, parts.resources.device, parts.resources.copies)
-    return Scheduler(
-        parts.blocks,
-        parts.root,
-        parts.slots,
-        parts.resources.store,
-        parts.resources.pipeline,
-        residency,
-        stalls,
-        spans,
-        parts.in_device,
-        lambda complete: Gradients(
-            parts.grad_buffers,
-            parts.out_buffers,
-            parts.resources.device,
-            parts.resources.copies,
-            parts.resources.store,
-            stalls,
-            spans,
-            parts.host_nbytes - parts.placement.host_nbytes,
-            parts.one_gradient_each,
-            complete,
-        ),
-        holds=holds,
-    )
-
-
-def _make_commits(
-    model: nn.Module, parts: Assembly, config: Config, tracked: dict[str, Stateful]
-) -> StepCommits | None:
-    store = parts.resources.store
-    if config.durability != "step" or store is None:
-        return None
-    return StepCommits(
-        model, [parts.root, *parts.blocks], store, config.chunk_elements, tracked, config.verify_reads
-    )
-
-
-def _make_activations(
-    parts: Assembly, config: Config, stalls: Stalls, spans: SpanLog, planned: bool
-) -> ActivationStore:
-    """A device of its own leaves half of what is free to the block that is running, unless a plan has counted that."""
-    if config.activations == "storage" and parts.resources.store is None:
-        raise ConfigError("activations='storage' needs storage=[directory]")
-    fixed: dict[str, Tier] = {"device": "device", "host": "host", "storage": "storage"}
-    spare_nbytes = parts.device_nbytes - parts.placement.device_nbytes
-    return ActivationStore(
-        parts.resources.device,
-        parts.resources.copies,
-        parts.resources.store,
-        stalls,
-        spans,
-        tier=fixed.get(config.activations),
-        device_nbytes=spare_nbytes if planned or parts.resources.device.shares_host else spare_nbytes // 2,
-        host_nbytes=parts.host_nbytes - parts.placement.host_nbytes,
-        staging=parts.activation_staging,
-        pin=config.pin,
-    )
-
-
-def _plan(
-    model: nn.Module, config: Config, blocks: object, dtype: torch.dtype | None, device: DeviceTier
-) -> RunPlan | None:
-    device_nbytes, host_nbytes = budgets(device, config)
-    staging_nbytes = UpdatePipeline.buffer_nbytes_required(config.chunk_elements, config.chunk_buffers)
-    planned = plan_run(
-        model,
-        config,
-        blocks,
-        device_nbytes=device_nbytes,
-        host_nbytes=host_nbytes,
-        staging_nbytes=staging_nbytes,
-        shares_host=device.shares_host,
-        compute_dtype=dtype,
-    )
-    if planned is not None:
-        for line in plan_lines(planned.plan):
-            logger.info("%s", line)
-    return planned
-
-
-def _move_buffers(model: nn.Module, torch_device: torch.device) -> None:
-    """Buffers (masks, rotary frequencies) are computed with on the device all the time."""
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != torch_device:
-                module._buffers[name] = buffer.to(torch_device)
 
 
 def _times(start_s: float, end_s: float) -> tuple[float, float]:

@@ -1,0 +1,120 @@
+"""The engine's parts, made from what was assembled: scheduler, commits, activation store, plan."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import nn
+
+from offload.config import Config
+from offload.errors import ConfigError
+from offload.planner.report import plan_lines
+from offload.runtime.assembly import Assembly, budgets
+from offload.runtime.commits import StepCommits
+from offload.runtime.device_residency import CopiedResidency, Residency, SharedResidency
+from offload.runtime.gradients import Gradients
+from offload.runtime.planning import RunPlan, plan_run
+from offload.runtime.scheduler import Scheduler
+from offload.runtime.training_state import Stateful
+from offload.stores.activations import ActivationStore, Tier
+from offload.telemetry import SpanLog, Stalls
+from offload.tiers.device import DeviceTier
+from offload.transfer.io_engine import UpdatePipeline
+
+logger = logging.getLogger("offload")
+
+
+def make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog, *, holds: bool) -> Scheduler:
+    """The executor over what was assembled, with the gradients it hands to updates."""
+    residency: Residency = SharedResidency(parts.resources.device.torch_device)
+    if not parts.resources.device.shares_host:
+        residency = CopiedResidency(parts.device_slots, parts.resources.device, parts.resources.copies)
+    return Scheduler(
+        parts.blocks,
+        parts.root,
+        parts.slots,
+        parts.resources.store,
+        parts.resources.pipeline,
+        residency,
+        stalls,
+        spans,
+        parts.in_device,
+        lambda complete: Gradients(
+            parts.grad_buffers,
+            parts.out_buffers,
+            parts.resources.device,
+            parts.resources.copies,
+            parts.resources.store,
+            stalls,
+            spans,
+            parts.host_nbytes - parts.placement.host_nbytes,
+            parts.one_gradient_each,
+            complete,
+        ),
+        holds=holds,
+    )
+
+
+def make_commits(
+    model: nn.Module, parts: Assembly, config: Config, tracked: dict[str, Stateful]
+) -> StepCommits | None:
+    """What makes every step durable; None where durability does not ask for it."""
+    store = parts.resources.store
+    if config.durability != "step" or store is None:
+        return None
+    return StepCommits(
+        model, [parts.root, *parts.blocks], store, config.chunk_elements, tracked, config.verify_reads
+    )
+
+
+def make_activations(
+    parts: Assembly, config: Config, stalls: Stalls, spans: SpanLog, planned: bool
+) -> ActivationStore:
+    """A device of its own leaves half of what is free to the block that is running, unless a plan has counted that."""
+    if config.activations == "storage" and parts.resources.store is None:
+        raise ConfigError("activations='storage' needs storage=[directory]")
+    fixed: dict[str, Tier] = {"device": "device", "host": "host", "storage": "storage"}
+    spare_nbytes = parts.device_nbytes - parts.placement.device_nbytes
+    return ActivationStore(
+        parts.resources.device,
+        parts.resources.copies,
+        parts.resources.store,
+        stalls,
+        spans,
+        tier=fixed.get(config.activations),
+        device_nbytes=spare_nbytes if planned or parts.resources.device.shares_host else spare_nbytes // 2,
+        host_nbytes=parts.host_nbytes - parts.placement.host_nbytes,
+        staging=parts.activation_staging,
+        pin=config.pin,
+    )
+
+
+def make_run_plan(
+    model: nn.Module, config: Config, blocks: object, dtype: torch.dtype | None, device: DeviceTier
+) -> RunPlan | None:
+    """The plan of the run, told line by line; None where none is to be made."""
+    device_nbytes, host_nbytes = budgets(device, config)
+    staging_nbytes = UpdatePipeline.buffer_nbytes_required(config.chunk_elements, config.chunk_buffers)
+    planned = plan_run(
+        model,
+        config,
+        blocks,
+        device_nbytes=device_nbytes,
+        host_nbytes=host_nbytes,
+        staging_nbytes=staging_nbytes,
+        shares_host=device.shares_host,
+        compute_dtype=dtype,
+    )
+    if planned is not None:
+        for line in plan_lines(planned.plan):
+            logger.info("%s", line)
+    return planned
+
+
+def move_buffers(model: nn.Module, torch_device: torch.device) -> None:
+    """Buffers (masks, rotary frequencies) are computed with on the device all the time."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device != torch_device:
+                module._buffers[name] = buffer.to(torch_device)
