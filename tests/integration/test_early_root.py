@@ -132,3 +132,39 @@ def test_head_that_blocks_begin_to_use_is_refused_or_right_but_never_wrong(tmp_p
         assert "update='deferred'" in str(error)
     else:
         assert same(during, after)
+
+
+class Reaching(nn.Module):
+    """Its blocks reach for the head's weight by themselves, so that each of their backwards adds to its gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(256, 64)
+        self.layers = nn.ModuleList([ReachingBlock([self]) for _ in range(3)])
+        self.head = nn.Linear(64, 256)
+        self.share = False
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+class ReachingBlock(nn.Module):
+    def __init__(self, owner):
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+        self.owner = owner
+
+    def forward(self, x):
+        x = x + torch.tanh(self.linear(x))
+        weight = self.owner[0].head.weight
+        return x + torch.tanh(x @ weight.T) @ weight if self.owner[0].share else x
+
+
+def test_gradient_that_comes_after_the_update_of_its_parameter_is_refused(tmp_path, early_updates):
+    with pytest.raises(UsageError, match="update='deferred'"):
+        trained(Reaching, "backward", tmp_path, loss_of=shared_loss(3))
+    assert any("head.weight" in names for names in early_updates)
+    trained(Reaching, "deferred", tmp_path, loss_of=shared_loss(3))
