@@ -10,8 +10,9 @@ from offload.errors import (
     StoreError,
     UsageError,
 )
-from offload.runtime.engine import OffloadEngine, wrap
+from offload.runtime.engine import OffloadEngine
 from offload.runtime.optimizer import OffloadOptimizer
+from offload.runtime.wrap import wrap
 
 __version__ = "0.1.0"
 

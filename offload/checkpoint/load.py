@@ -10,8 +10,8 @@ from torch import nn
 
 from offload.model.causal_lm_loss import why_not_chunked
 from offload.model.loading import build_model
-from offload.runtime.engine import wrap
 from offload.runtime.optimizer import OffloadOptimizer
+from offload.runtime.wrap import wrap
 
 DEFAULT_LEARNING_RATE = 1e-5
 

@@ -9,11 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from offload.cli import doctor as doctor_room
-from offload.cli.finetune import Interrupted, Settings, finetune
+from offload.cli.finetune import Interrupted, finetune
 from offload.cli.inspect import inspect_command
 from offload.cli.output import JsonOutput, TextOutput
 from offload.cli.plan import PlanSettings, run_plan
 from offload.cli.probe import probe_command
+from offload.cli.settings import Settings
 from offload.cli.simulate import SimulateSettings, run_simulate
 from offload.cli.sources import BudgetTexts
 from offload.errors import ConfigError, OffloadError

@@ -5,12 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import statistics
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,22 +16,20 @@ from offload.checkpoint import export, load, resume, save
 from offload.cli.data import TokenStream
 from offload.cli.output import Output, StepReport
 from offload.cli.planned import Planning, Request, planning_of
+from offload.cli.settings import Settings, check
 from offload.cli.stop import StopSignals
+from offload.cli.totals import Totals, summary_of
 from offload.config import parse_budget
 from offload.errors import ConfigError, OffloadError
 from offload.model.causal_lm_loss import why_not_chunked
 from offload.model.loading import dtype_of, load_gguf
 from offload.planner.floor import FloorMeter, StorageRates
-from offload.planner.hardware import Hardware
-from offload.runtime.engine import wrap
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.shutdown import abandon, forget_frames
-from offload.schedule.run import endurance_steps
+from offload.runtime.wrap import wrap
 from offload.schedule.trace import draw_timeline, write_trace
 from offload.tiers.rates import measure_rates
-from offload.tiers.wear import wear_of
 
-SCHEDULES = ("constant", "linear", "cosine")
 RECORDED_STEP = 3
 """Steady: the first writes what later ones follow, the second fills what they find."""
 
@@ -48,45 +42,6 @@ class Interrupted(Exception):
     """The run was stopped; the message says after which step."""
 
 
-@dataclass
-class Settings:
-    """What `offload finetune` was told; the meanings are in its --help. None: not told."""
-
-    model: str
-    data: str
-    storage: list[str] = field(default_factory=list)
-    host_memory: str = "50%"
-    device_memory: str = "50%"
-    activations: str | None = None
-    saved_activations: str | None = None
-    step_aside: str = "auto"
-    device: str = "auto"
-    hardware: str | None = None
-    plan: str | None = None
-    save_plan: str | None = None
-    written_per_step: str | None = None
-    dtype: str = "auto"
-    steps: int = 100
-    batch_size: int = 8
-    sequence_length: int = 512
-    micro_batches: int | None = None
-    lr: float = 1e-5
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    max_grad_norm: float | None = None
-    seed: int = 0
-    output: str | None = None
-    trace: str | None = None
-    plot: str | None = None
-    checkpoints: str | None = None
-    save_every: int | None = None
-    keep_last: int | None = None
-    resume: str | None = None
-    durability: str = "checkpoint"
-    write_budget: str | None = None
-
-
 def learning_rate_factor(step: int, schedule: str, warmup_steps: int, steps: int) -> float:
     """Share of the peak learning rate in step `step`, counted from 0; the last step still learns."""
     if step < warmup_steps:
@@ -97,53 +52,6 @@ def learning_rate_factor(step: int, schedule: str, warmup_steps: int, steps: int
         "linear": 1.0 - progress,
         "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
     }[schedule]
-
-
-def _check(settings: Settings) -> None:
-    if settings.schedule not in SCHEDULES:
-        raise ConfigError(
-            f"--schedule {settings.schedule} not understood; write one of {', '.join(SCHEDULES)}"
-        )
-    if not os.path.exists(settings.model):
-        raise ConfigError(f"--model {settings.model}: no such directory or file")
-    if settings.output is not None and os.path.isdir(settings.output) and os.listdir(settings.output):
-        raise ConfigError(f"--output {settings.output} is not empty: choose another directory")
-    if settings.output is not None and not _can_be_made(settings.output):
-        raise ConfigError(
-            f"--output {settings.output} cannot be written by this user: choose another directory"
-        )
-    if settings.durability == "step" and not settings.storage:
-        raise ConfigError("--durability step keeps every step on storage: give --storage DIR")
-    if settings.write_budget is not None:
-        parse_budget(settings.write_budget, 0)
-        if settings.checkpoints is None and settings.durability != "step":
-            raise ConfigError(
-                "--write-budget stops the run where it can go on later: give --checkpoints DIR or --durability step"
-            )
-    if settings.save_every is not None and settings.checkpoints is None:
-        raise ConfigError("--save-every needs --checkpoints DIR: where the checkpoints are to be written")
-    if settings.checkpoints is not None and not _can_be_made(settings.checkpoints):
-        raise ConfigError(
-            f"--checkpoints {settings.checkpoints} cannot be written by this user: choose another directory"
-        )
-    if settings.resume is not None and not os.path.isdir(settings.resume):
-        raise ConfigError(f"--resume {settings.resume}: no such directory")
-    for option in ("trace", "plot", "save_plan"):
-        path = getattr(settings, option)
-        if path is not None and not _can_be_made(os.path.dirname(os.path.abspath(path))):
-            raise ConfigError(
-                f"--{option.replace('_', '-')} {path} cannot be written by this user: choose another file"
-            )
-    if settings.plot is not None and find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib; run: pip install 'offload[plot]'")
-
-
-def _can_be_made(directory: str) -> bool:
-    """Whether `directory` exists or can be created, and be written to; nothing is created."""
-    place = os.path.abspath(directory)
-    while not os.path.exists(place):
-        place = os.path.dirname(place)
-    return os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)
 
 
 def _optimizer(parameters: Iterable[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:
@@ -221,41 +129,6 @@ def _measure_rates(settings: Settings, output: Output) -> StorageRates | None:
     return StorageRates(read, written)
 
 
-@dataclass
-class _Totals:
-    """Sums over the steps made."""
-
-    step: int = 0
-    saved_step: int | None = None
-    written_by_drive: dict[str, int] = field(default_factory=dict)
-    checkpoint_nbytes: int = 0
-    """Written by checkpoints so far."""
-    trainable_numel: int = 0
-    first_loss: float | None = None
-    last_loss: float | None = None
-    step_s: list[float] = field(default_factory=list)
-    expected_step_s: float | None = None
-    hardware: Hardware | None = None
-    floor_fractions: list[float] = field(default_factory=list)
-    stall_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    read_bytes: int = 0
-    written_bytes: int = 0
-    most_written_nbytes: int = 0
-    """By one step."""
-
-    def add(self, report: StepReport) -> None:
-        """Count one step in."""
-        self.step, self.last_loss = report.step, report.loss
-        self.first_loss = report.loss if self.first_loss is None else self.first_loss
-        self.step_s.append(report.step_s)
-        self.floor_fractions.append(report.floor_fraction)
-        self.read_bytes += report.read_bytes
-        self.written_bytes += report.written_bytes
-        self.most_written_nbytes = max(self.most_written_nbytes, report.written_bytes)
-        for cause, seconds in report.stall_s.items():
-            self.stall_s[cause] += seconds
-
-
 @contextlib.contextmanager
 def _recorded(engine: Any, settings: Settings, step: int, output: Output) -> Iterator[None]:
     """Record the step inside when it is the one to draw: the third, or the last of fewer."""
@@ -317,7 +190,7 @@ def _train(
     stream: TokenStream,
     settings: Settings,
     output: Output,
-    totals: _Totals,
+    totals: Totals,
     meter: FloorMeter,
     signals: StopSignals,
 ) -> None:
@@ -395,46 +268,7 @@ def _train(
         signals.check()
 
 
-def _wear(settings: Settings) -> dict[str, str]:
-    """What each storage drive says of its wear."""
-    found: dict[str, str] = {}
-    for directory in settings.storage:
-        worn = wear_of(directory)
-        found[directory] = worn if isinstance(worn, str) else f"{worn.device}: {worn.used_fraction:.0%} used"
-    return found
-
-
-def _summary(settings: Settings, totals: _Totals, status: str) -> dict[str, Any]:
-    median_s = statistics.median(totals.step_s) if totals.step_s else None
-    fractions = totals.floor_fractions
-    per_step = max(1, totals.trainable_numel * totals.step)
-    written_a_step = totals.written_bytes / max(1, totals.step)
-    return {
-        "status": status,
-        "steps": totals.step,
-        "first_loss": totals.first_loss,
-        "last_loss": totals.last_loss,
-        "saved_step": totals.saved_step,
-        "trainable_parameters": totals.trainable_numel,
-        "median_step_s": median_s,
-        "predicted_step_s": totals.expected_step_s,
-        "tokens_per_s": settings.batch_size * settings.sequence_length / median_s if median_s else None,
-        "median_floor_fraction": statistics.median(fractions) if fractions else None,
-        "waited_for": dict(totals.stall_s),
-        "read_gb": totals.read_bytes / 1e9,
-        "written_gb": totals.written_bytes / 1e9,
-        "written_bytes_per_step": written_a_step,
-        "written_gb_by_drive": {name: nbytes / 1e9 for name, nbytes in totals.written_by_drive.items()},
-        "checkpoints_gb": totals.checkpoint_nbytes / 1e9,
-        "drive_wear": _wear(settings),
-        "endurance_steps": endurance_steps(totals.hardware, written_a_step) if totals.hardware else None,
-        "read_bytes_per_parameter_and_step": totals.read_bytes / per_step,
-        "written_bytes_per_parameter_and_step": totals.written_bytes / per_step,
-        "output": settings.output if status == "done" else None,
-    }
-
-
-def _run(settings: Settings, output: Output, totals: _Totals, signals: StopSignals) -> dict[str, Any]:
+def _run(settings: Settings, output: Output, totals: Totals, signals: StopSignals) -> dict[str, Any]:
     """Load, train and export; the store is gone when it returns or raises."""
     planning = _planning(settings, output)
     totals.hardware = planning.hardware
@@ -463,7 +297,7 @@ def _run(settings: Settings, output: Output, totals: _Totals, signals: StopSigna
                 f"stopped after step {totals.step}: the next would exceed --write-budget {settings.write_budget}"
             )
             engine.close()
-            return _summary(settings, totals, "write budget used")
+            return summary_of(settings, totals, "write budget used")
         engine.flush()
         if settings.output is not None:
             output.note(f"writing {settings.output}")
@@ -473,14 +307,14 @@ def _run(settings: Settings, output: Output, totals: _Totals, signals: StopSigna
         signals.cleaning_up()
         abandon(engine)  # the step was cut in the middle: only files matter now
         raise
-    return _summary(settings, totals, "done")
+    return summary_of(settings, totals, "done")
 
 
 def finetune(settings: Settings, output: Output) -> dict[str, Any]:
     """Run the whole job. Returns the summary that was printed. Raises Interrupted after Ctrl-C, the store removed."""
-    _check(settings)
+    check(settings)
     torch.manual_seed(settings.seed)
-    totals = _Totals()
+    totals = Totals()
     with StopSignals() as signals:
         try:
             summary = _run(settings, output, totals, signals)
@@ -489,7 +323,7 @@ def finetune(settings: Settings, output: Output) -> dict[str, Any]:
             forget_frames(error)
             if not isinstance(error, KeyboardInterrupt):
                 raise
-            output.summary(_summary(settings, totals, "interrupted"))
+            output.summary(summary_of(settings, totals, "interrupted"))
             when = f"after step {totals.step}" if totals.step else "before the first step ended"
             saved = (
                 f"; step {totals.saved_step} is saved in {settings.checkpoints}" if totals.saved_step else ""

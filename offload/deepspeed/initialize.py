@@ -16,8 +16,8 @@ from offload.deepspeed import mapping, schedules
 from offload.deepspeed.config import get
 from offload.deepspeed.engine import DeepSpeedEngine
 from offload.errors import ConfigError
-from offload.runtime.engine import wrap
 from offload.runtime.optimizer import OffloadOptimizer
+from offload.runtime.wrap import wrap
 
 logger = logging.getLogger("offload")
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
-import math
 import os
 import time
 import weakref
@@ -16,27 +14,26 @@ import torch
 from torch import nn
 
 from offload.config import Config
-from offload.errors import ConfigError, UsageError
-from offload.model.blocks import Cut, base_of
+from offload.errors import UsageError
+from offload.model.blocks import Cut
 from offload.model.blocks import cut as cut_model
-from offload.model.causal_lm_loss import chunk_loss, why_not_chunked
 from offload.model.flat import FlatBuffer
 from offload.model.quantized import prepare_quantized
 from offload.runtime import hooks
 from offload.runtime.assembly import Assembly, assemble, choose_device, steps_aside
 from offload.runtime.block_function import run_block
-from offload.runtime.commits import StepCommits
+from offload.runtime.durable_steps import DurableSteps
 from offload.runtime.early_root import EarlyRoot
+from offload.runtime.gradient_norms import GradientNorms
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.recompute import Recipe
+from offload.runtime.recording import computing, recording
 from offload.runtime.resident import place_adapters
 from offload.runtime.training_state import Stateful, checked_stateful
 from offload.runtime.wiring import make_activations, make_commits, make_run_plan, make_scheduler, move_buffers
 from offload.stores.activations import Tier
 from offload.stores.block_store import BlockRecord
 from offload.telemetry import Span, SpanLog, Stalls
-
-logger = logging.getLogger("offload")
 
 
 class OffloadEngine:
@@ -85,6 +82,14 @@ class OffloadEngine:
         self._early_root = EarlyRoot(self.root, config.chunk_elements)
         self.tracked: dict[str, Stateful] = {}
         self.commits = make_commits(model, parts, config, self.tracked)
+        limit = config.max_grad_norm
+        self._norms = GradientNorms(self.root, self.blocks, limit, judged=self.commits is not None)
+        self._durable = None
+        if self.commits is not None:
+            late = None if config.deferred else limit
+            self._durable = DurableSteps(
+                self.commits, self.root, self.blocks, self._scheduler, self.stalls, late
+            )
         self.activations = make_activations(parts, config, self.stalls, self.spans, self.plan is not None)
         self._step_start_s = time.perf_counter()
         try:
@@ -172,14 +177,13 @@ class OffloadEngine:
             return
         if self._sync and not self._defers(block) and not block.awaiting_backward:
             self._previous_step_durable()
-            if self.commits is not None:
-                block.grad_norms = self._norms(block)
+            self._norms.note(block)
             if not self._scheduler.hold(block):
                 self._scheduler.update_now(block, self._hyper_of)
             block.updated_since_step = True
             return
-        if self._sync and (self.config.max_grad_norm is not None or self.commits is not None):
-            block.grad_norms = self._norms(block)
+        if self._sync:
+            self._norms.note(block)
         self._gradients.park(block)
 
     def input_tier(self, block: BlockRecord) -> Tier | None:
@@ -233,8 +237,7 @@ class OffloadEngine:
                 self._refuse_second_backward()
             self._previous_step_durable()
             self._scheduler.wait_resident(self.root)
-            if self.commits is not None:
-                self.root.grad_norms = self._norms(self.root)
+            self._norms.note(self.root)
             self._scheduler.update_now(self.root, self._hyper_of)
             self.root.updated_since_step = True
         self._early_root.end()
@@ -242,56 +245,7 @@ class OffloadEngine:
     # ---- called by the optimizer -----------------------------------------------------------------------------
 
     def _hyper_of(self, parameter: nn.Parameter) -> Any:
-        optimizer = self._optimizer()
-        if optimizer is None:
-            raise UsageError("the optimizer returned by offload.wrap has been deleted")
-        return optimizer.hyper_of(parameter)
-
-    def _norms(self, block: BlockRecord) -> list[torch.Tensor]:
-        """Norm of each gradient of the block, in its order of parameters; the quickest way where nothing is clipped."""
-        if block.grad_buffer is None:
-            return []
-        plane = block.grad_buffer.plane
-        grads = [
-            block.grad_view(buffer, segment, plane)
-            for buffer in block.layout.buffers
-            for segment in buffer.segments
-            if id(segment.parameter) in block.touched
-        ]
-        if self.config.max_grad_norm is None and plane.dtype == torch.float32:
-            return [torch.dot(grad.view(-1), grad.view(-1)).sqrt() for grad in grads]
-        return [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
-
-    def grad_norm(self) -> torch.Tensor | None:
-        """Global norm of the gradients that wait for `optimizer.step()`, divided by the loss scale.
-
-        None without `max_grad_norm` (which may be infinite) or durability 'step', and when there is no gradient.
-        """
-        optimizer = self._optimizer()
-        if (self.config.max_grad_norm is None and self.commits is None) or optimizer is None:
-            return None
-        norms = self._norms(self.root) if self.root.touched else []
-        for block in [self.root, *self.blocks]:
-            if block.updated_since_step or (block.touched and not block.is_root):
-                norms += block.grad_norms
-        if not norms:
-            return None
-        return torch.linalg.vector_norm(torch.stack(norms)) / optimizer.loss_scale
-
-    def _grad_scale(self) -> float:
-        """Factor that undoes the loss scale and brings the global norm to `max_grad_norm`, as
-        torch.nn.utils.clip_grad_norm_ computes it."""
-        optimizer, total = self._optimizer(), self.grad_norm()
-        if optimizer is None:
-            return 1.0
-        if total is None:
-            if self.commits is not None:
-                optimizer.grad_norm = None  # nothing to judge the step by
-            return 1.0 / optimizer.loss_scale
-        optimizer.grad_norm = total
-        if self.config.max_grad_norm is None:
-            return 1.0 / optimizer.loss_scale
-        return min(1.0, float(self.config.max_grad_norm / (total + 1e-6))) / optimizer.loss_scale
+        return self._live_optimizer().hyper_of(parameter)
 
     def _live_optimizer(self) -> OffloadOptimizer:
         optimizer = self._optimizer()
@@ -300,40 +254,12 @@ class OffloadEngine:
         return optimizer
 
     def _previous_step_durable(self) -> None:
-        """Before an update: the step before must have been committed, for the update overwrites the one before that."""
-        if self.commits is None:
-            return
-        if self.commits.due:
-            for block in self.blocks:
-                if block.pending_update:  # not used in this forward
-                    self._scheduler.fetch(block, must=True)
-            self.commits.begin(self._live_optimizer())
-        with self.stalls.waiting("commit"):
-            self.commits.wait()
-
-    def _is_to_be_discarded(self, optimizer: OffloadOptimizer) -> bool:
-        """Whether the step's gradients are not finite, or above the limit that updates did not wait for."""
-        if self.commits is None or optimizer.grad_norm is None:
-            return False
-        total, limit = float(optimizer.grad_norm), self.config.max_grad_norm
-        return not math.isfinite(total) or (limit is not None and not self.config.deferred and total > limit)
-
-    def _discard_step(self, optimizer: OffloadOptimizer, commits: StepCommits) -> None:
-        """Leave the parameters and their states as the step before made them."""
-        for block in [*self.blocks, self.root]:
-            self._scheduler.wait_resident(block)
-        for block in commits.roll_back(optimizer):
-            self._scheduler.drop_copies(block)
-        self.discard_gradients()
-        optimizer.discarded_steps += 1
-        norm = float("nan") if optimizer.grad_norm is None else float(optimizer.grad_norm)
-        logger.warning("step %d is discarded: its gradients' norm is %s", optimizer.steps_made + 1, norm)
+        if self._durable is not None:
+            self._durable.before_update(self._live_optimizer())
 
     def optimizer_step(self) -> None:
         """Decide the updates of this step that have not been made during backward."""
-        optimizer = self._optimizer()
-        if optimizer is None:
-            raise UsageError("the optimizer returned by offload.wrap has been deleted")
+        optimizer = self._live_optimizer()
         self._backward_open = False  # a backward that failed midway leaves it open
         store = self._assembly.resources.store
         if store is not None:
@@ -343,10 +269,11 @@ class OffloadEngine:
         if any(b.pending_update for b in [*waiting, self.root]):
             self._scheduler.flush()  # a block was skipped by this step's forward
         self._previous_step_durable()
-        scale = self._grad_scale()
-        discarded = self._is_to_be_discarded(optimizer)
-        if discarded and self.commits is not None:
-            self._discard_step(optimizer, self.commits)
+        scale = self._norms.scale(optimizer)
+        discarded = self._durable is not None and self._durable.must_discard(optimizer)
+        if discarded and self._durable is not None:
+            self._durable.discard(optimizer)
+            self.discard_gradients()
             waiting = []
         optimizer.grad_scale = scale
         for block in waiting:
@@ -381,6 +308,14 @@ class OffloadEngine:
 
     # ---- for the user ----------------------------------------------------------------------------------------
 
+    def grad_norm(self) -> torch.Tensor | None:
+        """Global norm of the gradients that wait for `optimizer.step()`, divided by the loss scale.
+
+        None without `max_grad_norm` (which may be infinite) or durability 'step', and when there is no gradient.
+        """
+        optimizer = self._optimizer()
+        return None if optimizer is None else self._norms.total(optimizer)
+
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
         """Accumulate: gradients of backwards inside wait for the first backward outside (the DDP convention)."""
@@ -391,50 +326,17 @@ class OffloadEngine:
         finally:
             self._sync = before
 
-    @contextlib.contextmanager
-    def computing(self, kind: str, block: BlockRecord) -> Iterator[None]:
-        """Record what the device computes inside: for torch's profiler, and as a span while spans are recorded."""
-        with torch.profiler.record_function(f"offload {kind} {block.name}"):
-            if not self.spans.recording:
-                yield
-                return
-            yield from self._timed(kind, block)
+    def computing(self, kind: str, block: BlockRecord) -> contextlib.AbstractContextManager[None]:
+        """Record what the device computes inside."""
+        return computing(self._assembly, self.spans, kind, block)
 
-    def _timed(self, kind: str, block: BlockRecord) -> Iterator[None]:
-        device = self._assembly.resources.device
-        start = device.stamp()
-        yield
-        end = device.stamp()
-        self.spans.add("compute", f"{kind} {block.label}", lambda: (start(), end()))
-
-    @contextlib.contextmanager
-    def record(self) -> Iterator[list[Span]]:
+    def record(self) -> contextlib.AbstractContextManager[list[Span]]:
         """Record the steps made inside; the list that is given holds their spans afterwards.
 
         Resources are those of the simulator (compute, h2d, d2h, read, write, cpu), so that
         `offload.schedule.trace` draws both alike. Ends with a flush.
         """
-        resources = self._assembly.resources
-        spans: list[Span] = []
-        self.flush()
-        resources.device.timing = True
-        resources.pipeline.record_spans(True)
-        self.spans.start()
-        try:
-            yield spans
-        finally:
-            self.flush()
-            resources.device.mark().wait()
-            for block in [*self.blocks, self.root]:
-                block.loaded.wait()
-            resources.pipeline.record_spans(False)
-            resources.device.timing = False
-            lane_of = {"r": ("read", "state_in"), "u": ("cpu", "update"), "w": ("write", "state_out")}
-            labels = {-1: self.root.label, **{block.index: block.label for block in self.blocks}}
-            for kind, index, start_s, end_s in resources.pipeline.take_spans():
-                lane, name = lane_of[kind]
-                self.spans.add(lane, f"{name} {labels[index]}", functools.partial(_times, start_s, end_s))
-            spans += self.spans.stop()
+        return recording(self._assembly, self.spans, self.flush)
 
     @property
     def parts(self) -> Assembly:
@@ -548,46 +450,3 @@ class OffloadEngine:
                 self.commits.join()
             self._detach()
             self._finalizer()
-
-
-def _times(start_s: float, end_s: float) -> tuple[float, float]:
-    return start_s, end_s
-
-
-def wrap(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    blocks: object = None,
-    compute_dtype: torch.dtype | None = None,
-    chunked_loss: bool = False,
-    **settings: object,
-) -> tuple[Any, OffloadOptimizer]:
-    """Stream `model`'s training state between memory and storage. Returns the same model and a new optimizer.
-
-    `optimizer` is a fresh torch.optim.AdamW or Adam over the model's parameters. `blocks` names the repeated stack
-    (a class, its name, or a list of modules) where it is not found by itself. `compute_dtype=torch.bfloat16` computes
-    fp32 parameters in bf16 while their exact fp32 value stays the master. `chunked_loss` lets a Hugging Face causal
-    language model compute its loss in chunks of tokens, so that the logits of a whole batch never exist; the model's
-    code is not changed. Other settings: `offload.config.Config`.
-    Raises BudgetError before anything is written when the budgets cannot hold the model, ConfigError for settings
-    that contradict each other.
-    """
-    config = Config.checked(**settings)
-    if compute_dtype not in (None, torch.bfloat16):
-        raise ConfigError(f"compute_dtype={compute_dtype} is not supported: use torch.bfloat16 or None")
-    if chunked_loss and (reason := why_not_chunked(base_of(model))) is not None:
-        raise ConfigError(f"chunked_loss=True: {reason}")
-    wrapped = OffloadOptimizer(optimizer)
-    hf_config = getattr(model, "config", None)
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        model.gradient_checkpointing_disable()  # type: ignore[operator]  # a method of Hugging Face models
-        logger.info("gradient checkpointing of the model is off: blocks recompute by themselves")
-    if getattr(hf_config, "use_cache", False):
-        hf_config.use_cache = False  # type: ignore[union-attr]  # a cache would grow twice when a block recomputes
-    engine = OffloadEngine(model, wrapped, config, blocks, compute_dtype)
-    if chunked_loss:
-        chunk_loss(base_of(model))
-    wrapped.engine = engine
-    model.offload = engine  # type: ignore[assignment]  # documented attribute
-    return model, wrapped

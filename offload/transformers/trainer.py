@@ -18,8 +18,9 @@ from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from offload.errors import ConfigError
-from offload.runtime.engine import OffloadEngine, wrap
+from offload.runtime.engine import OffloadEngine
 from offload.runtime.optimizer import OffloadOptimizer
+from offload.runtime.wrap import wrap
 from offload.transformers import checkpoints
 
 logger = logging.getLogger("offload")

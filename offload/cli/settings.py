@@ -1,0 +1,99 @@
+"""What `offload finetune` was told, checked before anything is read or written."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+
+from offload.config import parse_budget
+from offload.errors import ConfigError
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass
+class Settings:
+    """What `offload finetune` was told; the meanings are in its --help. None: not told."""
+
+    model: str
+    data: str
+    storage: list[str] = field(default_factory=list)
+    host_memory: str = "50%"
+    device_memory: str = "50%"
+    activations: str | None = None
+    saved_activations: str | None = None
+    step_aside: str = "auto"
+    device: str = "auto"
+    hardware: str | None = None
+    plan: str | None = None
+    save_plan: str | None = None
+    written_per_step: str | None = None
+    dtype: str = "auto"
+    steps: int = 100
+    batch_size: int = 8
+    sequence_length: int = 512
+    micro_batches: int | None = None
+    lr: float = 1e-5
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    seed: int = 0
+    output: str | None = None
+    trace: str | None = None
+    plot: str | None = None
+    checkpoints: str | None = None
+    save_every: int | None = None
+    keep_last: int | None = None
+    resume: str | None = None
+    durability: str = "checkpoint"
+    write_budget: str | None = None
+
+
+def check(settings: Settings) -> None:
+    """Raises ConfigError for a path that cannot be used and for options that contradict each other."""
+    if settings.schedule not in SCHEDULES:
+        raise ConfigError(
+            f"--schedule {settings.schedule} not understood; write one of {', '.join(SCHEDULES)}"
+        )
+    if not os.path.exists(settings.model):
+        raise ConfigError(f"--model {settings.model}: no such directory or file")
+    if settings.output is not None and os.path.isdir(settings.output) and os.listdir(settings.output):
+        raise ConfigError(f"--output {settings.output} is not empty: choose another directory")
+    if settings.output is not None and not _can_be_made(settings.output):
+        raise ConfigError(
+            f"--output {settings.output} cannot be written by this user: choose another directory"
+        )
+    if settings.durability == "step" and not settings.storage:
+        raise ConfigError("--durability step keeps every step on storage: give --storage DIR")
+    if settings.write_budget is not None:
+        parse_budget(settings.write_budget, 0)
+        if settings.checkpoints is None and settings.durability != "step":
+            raise ConfigError(
+                "--write-budget stops the run where it can go on later: give --checkpoints DIR or --durability step"
+            )
+    if settings.save_every is not None and settings.checkpoints is None:
+        raise ConfigError("--save-every needs --checkpoints DIR: where the checkpoints are to be written")
+    if settings.checkpoints is not None and not _can_be_made(settings.checkpoints):
+        raise ConfigError(
+            f"--checkpoints {settings.checkpoints} cannot be written by this user: choose another directory"
+        )
+    if settings.resume is not None and not os.path.isdir(settings.resume):
+        raise ConfigError(f"--resume {settings.resume}: no such directory")
+    for option in ("trace", "plot", "save_plan"):
+        path = getattr(settings, option)
+        if path is not None and not _can_be_made(os.path.dirname(os.path.abspath(path))):
+            raise ConfigError(
+                f"--{option.replace('_', '-')} {path} cannot be written by this user: choose another file"
+            )
+    if settings.plot is not None and find_spec("matplotlib") is None:
+        raise ConfigError("--plot needs matplotlib; run: pip install 'offload[plot]'")
+
+
+def _can_be_made(directory: str) -> bool:
+    """Whether `directory` exists or can be created, and be written to; nothing is created."""
+    place = os.path.abspath(directory)
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    return os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)

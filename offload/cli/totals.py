@@ -1,0 +1,89 @@
+"""What a run of `offload finetune` adds up to."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from offload.cli.output import StepReport
+from offload.cli.settings import Settings
+from offload.planner.hardware import Hardware
+from offload.schedule.run import endurance_steps
+from offload.tiers.wear import wear_of
+
+
+@dataclass
+class Totals:
+    """Sums over the steps made."""
+
+    step: int = 0
+    saved_step: int | None = None
+    written_by_drive: dict[str, int] = field(default_factory=dict)
+    checkpoint_nbytes: int = 0
+    """Written by checkpoints so far."""
+    trainable_numel: int = 0
+    first_loss: float | None = None
+    last_loss: float | None = None
+    step_s: list[float] = field(default_factory=list)
+    expected_step_s: float | None = None
+    hardware: Hardware | None = None
+    floor_fractions: list[float] = field(default_factory=list)
+    stall_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    read_bytes: int = 0
+    written_bytes: int = 0
+    most_written_nbytes: int = 0
+    """By one step."""
+
+    def add(self, report: StepReport) -> None:
+        """Count one step in."""
+        self.step, self.last_loss = report.step, report.loss
+        self.first_loss = report.loss if self.first_loss is None else self.first_loss
+        self.step_s.append(report.step_s)
+        self.floor_fractions.append(report.floor_fraction)
+        self.read_bytes += report.read_bytes
+        self.written_bytes += report.written_bytes
+        self.most_written_nbytes = max(self.most_written_nbytes, report.written_bytes)
+        for cause, seconds in report.stall_s.items():
+            self.stall_s[cause] += seconds
+
+
+def _wear(settings: Settings) -> dict[str, str]:
+    """What each storage drive says of its wear."""
+    found: dict[str, str] = {}
+    for directory in settings.storage:
+        worn = wear_of(directory)
+        found[directory] = worn if isinstance(worn, str) else f"{worn.device}: {worn.used_fraction:.0%} used"
+    return found
+
+
+def summary_of(settings: Settings, totals: Totals, status: str) -> dict[str, Any]:
+    """What is told at the end of a run, and is the last line of `--json`."""
+    median_s = statistics.median(totals.step_s) if totals.step_s else None
+    fractions = totals.floor_fractions
+    per_step = max(1, totals.trainable_numel * totals.step)
+    written_a_step = totals.written_bytes / max(1, totals.step)
+    return {
+        "status": status,
+        "steps": totals.step,
+        "first_loss": totals.first_loss,
+        "last_loss": totals.last_loss,
+        "saved_step": totals.saved_step,
+        "trainable_parameters": totals.trainable_numel,
+        "median_step_s": median_s,
+        "predicted_step_s": totals.expected_step_s,
+        "tokens_per_s": settings.batch_size * settings.sequence_length / median_s if median_s else None,
+        "median_floor_fraction": statistics.median(fractions) if fractions else None,
+        "waited_for": dict(totals.stall_s),
+        "read_gb": totals.read_bytes / 1e9,
+        "written_gb": totals.written_bytes / 1e9,
+        "written_bytes_per_step": written_a_step,
+        "written_gb_by_drive": {name: nbytes / 1e9 for name, nbytes in totals.written_by_drive.items()},
+        "checkpoints_gb": totals.checkpoint_nbytes / 1e9,
+        "drive_wear": _wear(settings),
+        "endurance_steps": endurance_steps(totals.hardware, written_a_step) if totals.hardware else None,
+        "read_bytes_per_parameter_and_step": totals.read_bytes / per_step,
+        "written_bytes_per_parameter_and_step": totals.written_bytes / per_step,
+        "output": settings.output if status == "done" else None,
+    }

@@ -1,0 +1,58 @@
+"""When a step is committed and when it is taken back, where every step is durable; `commits.py` says how."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from offload.runtime.commits import StepCommits
+from offload.runtime.optimizer import OffloadOptimizer
+from offload.runtime.scheduler import Scheduler
+from offload.stores.block_store import BlockRecord
+from offload.telemetry import Stalls
+
+logger = logging.getLogger("offload")
+
+
+class DurableSteps:
+    """`limit` is the norm above which a step is discarded whose updates did not wait for it; None: there is none."""
+
+    def __init__(
+        self,
+        commits: StepCommits,
+        root: BlockRecord,
+        blocks: list[BlockRecord],
+        scheduler: Scheduler,
+        stalls: Stalls,
+        limit: float | None,
+    ) -> None:
+        self.commits = commits
+        self._root, self._blocks = root, blocks
+        self._scheduler, self._stalls, self._limit = scheduler, stalls, limit
+
+    def before_update(self, optimizer: OffloadOptimizer) -> None:
+        """The step before must have been committed, for an update overwrites the one before that."""
+        if self.commits.due:
+            for block in self._blocks:
+                if block.pending_update:  # not used in this forward
+                    self._scheduler.fetch(block, must=True)
+            self.commits.begin(optimizer)
+        with self._stalls.waiting("commit"):
+            self.commits.wait()
+
+    def must_discard(self, optimizer: OffloadOptimizer) -> bool:
+        """Whether the step's gradients are not finite, or above the limit that updates did not wait for."""
+        if optimizer.grad_norm is None:
+            return False
+        total = float(optimizer.grad_norm)
+        return not math.isfinite(total) or (self._limit is not None and total > self._limit)
+
+    def discard(self, optimizer: OffloadOptimizer) -> None:
+        """Leave the parameters and their states as the step before made them."""
+        for block in [*self._blocks, self._root]:
+            self._scheduler.wait_resident(block)
+        for block in self.commits.roll_back(optimizer):
+            self._scheduler.drop_copies(block)
+        optimizer.discarded_steps += 1
+        norm = float("nan") if optimizer.grad_norm is None else float(optimizer.grad_norm)
+        logger.warning("step %d is discarded: its gradients' norm is %s", optimizer.steps_made + 1, norm)

@@ -1,0 +1,60 @@
+"""Norms of gradients: what a step is clipped by, and judged by where it can be taken back."""
+
+from __future__ import annotations
+
+import torch
+
+from offload.runtime.optimizer import OffloadOptimizer
+from offload.stores.block_store import BlockRecord
+
+
+class GradientNorms:
+    """`limit` is `max_grad_norm`; `judged`: a step whose norm is not finite is discarded, so it is needed anyway."""
+
+    def __init__(
+        self, root: BlockRecord, blocks: list[BlockRecord], limit: float | None, judged: bool
+    ) -> None:
+        self._root, self._blocks = root, blocks
+        self._limit, self._judged = limit, judged
+
+    def note(self, block: BlockRecord) -> None:
+        """Keep the norms of the block's gradients, which are complete, where somebody will ask for them."""
+        if self._limit is not None or self._judged:
+            block.grad_norms = self._of_block(block)
+
+    def _of_block(self, block: BlockRecord) -> list[torch.Tensor]:
+        """Norm of each gradient of the block, in its order of parameters; the quickest way where nothing is clipped."""
+        if block.grad_buffer is None:
+            return []
+        plane = block.grad_buffer.plane
+        grads = [
+            block.grad_view(buffer, segment, plane)
+            for buffer in block.layout.buffers
+            for segment in buffer.segments
+            if id(segment.parameter) in block.touched
+        ]
+        if self._limit is None and plane.dtype == torch.float32:
+            return [torch.dot(grad.view(-1), grad.view(-1)).sqrt() for grad in grads]
+        return [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
+
+    def total(self, optimizer: OffloadOptimizer) -> torch.Tensor | None:
+        """Global norm of the step's gradients, divided by the loss scale; None where nobody asked or none came."""
+        if self._limit is None and not self._judged:
+            return None
+        norms = self._of_block(self._root) if self._root.touched else []
+        for block in [self._root, *self._blocks]:
+            if block.updated_since_step or (block.touched and not block.is_root):
+                norms += block.grad_norms
+        if not norms:
+            return None
+        return torch.linalg.vector_norm(torch.stack(norms)) / optimizer.loss_scale
+
+    def scale(self, optimizer: OffloadOptimizer) -> float:
+        """Factor that undoes the loss scale and brings the global norm to the limit, as
+        torch.nn.utils.clip_grad_norm_ computes it. Leaves the norm in `optimizer.grad_norm`."""
+        total = self.total(optimizer)
+        if total is not None or self._judged:
+            optimizer.grad_norm = total
+        if total is None or self._limit is None:
+            return 1.0 / optimizer.loss_scale
+        return min(1.0, float(self._limit / (total + 1e-6))) / optimizer.loss_scale

@@ -1,0 +1,57 @@
+"""`wrap`: the way in."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.config import Config
+from offload.errors import ConfigError
+from offload.model.blocks import base_of
+from offload.model.causal_lm_loss import chunk_loss, why_not_chunked
+from offload.runtime.engine import OffloadEngine
+from offload.runtime.optimizer import OffloadOptimizer
+
+logger = logging.getLogger("offload")
+
+
+def wrap(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    blocks: object = None,
+    compute_dtype: torch.dtype | None = None,
+    chunked_loss: bool = False,
+    **settings: object,
+) -> tuple[Any, OffloadOptimizer]:
+    """Stream `model`'s training state between memory and storage. Returns the same model and a new optimizer.
+
+    `optimizer` is a fresh torch.optim.AdamW or Adam over the model's parameters. `blocks` names the repeated stack
+    (a class, its name, or a list of modules) where it is not found by itself. `compute_dtype=torch.bfloat16` computes
+    fp32 parameters in bf16 while their exact fp32 value stays the master. `chunked_loss` lets a Hugging Face causal
+    language model compute its loss in chunks of tokens, so that the logits of a whole batch never exist; the model's
+    code is not changed. Other settings: `offload.config.Config`.
+    Raises BudgetError before anything is written when the budgets cannot hold the model, ConfigError for settings
+    that contradict each other.
+    """
+    config = Config.checked(**settings)
+    if compute_dtype not in (None, torch.bfloat16):
+        raise ConfigError(f"compute_dtype={compute_dtype} is not supported: use torch.bfloat16 or None")
+    if chunked_loss and (reason := why_not_chunked(base_of(model))) is not None:
+        raise ConfigError(f"chunked_loss=True: {reason}")
+    wrapped = OffloadOptimizer(optimizer)
+    hf_config = getattr(model, "config", None)
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        model.gradient_checkpointing_disable()  # type: ignore[operator]  # a method of Hugging Face models
+        logger.info("gradient checkpointing of the model is off: blocks recompute by themselves")
+    if getattr(hf_config, "use_cache", False):
+        hf_config.use_cache = False  # type: ignore[union-attr]  # a cache would grow twice when a block recomputes
+    engine = OffloadEngine(model, wrapped, config, blocks, compute_dtype)
+    if chunked_loss:
+        chunk_loss(base_of(model))
+    wrapped.engine = engine
+    model.offload = engine  # type: ignore[assignment]  # documented attribute
+    return model, wrapped
