@@ -97,6 +97,19 @@ def process_counters() -> dict[str, int]:
     return {"read_bytes": int(fields["read_bytes"]), "written_bytes": int(fields["write_bytes"])}
 
 
+def step_of(model, optimizer):
+    """The user's loop."""
+
+    def step(batch):
+        loss = model(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
 def make_ours(options: argparse.Namespace):
     """Training through `offload.wrap`; host memory is staging and `host_share` of the state, or all that is needed."""
     import torch
@@ -118,20 +131,13 @@ def make_ours(options: argparse.Namespace):
     model, optimizer = offload.wrap(
         model,
         torch.optim.AdamW(model.parameters(), lr=1e-4),
-        device_memory=DEVICE_MEMORY[options.model],
+        device_memory=options.device_memory or DEVICE_MEMORY[options.model],
         host_memory=staging_nbytes + int(share * numel * STATE_NBYTES_PER_PARAM),
         storage=[] if in_dram else [options.storage],
-        saved_activations=SAVED_ACTIVATIONS[options.model],
+        saved_activations=options.saved_activations or SAVED_ACTIVATIONS[options.model],
     )
 
-    def step(batch):
-        loss = model(batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
-
-    return step, model.offload.flush, model.offload.counters, baseline_nbytes, model
+    return step_of(model, optimizer), model.offload.flush, model.offload.counters, baseline_nbytes, model
 
 
 def make_memory(options: argparse.Namespace):
@@ -143,14 +149,7 @@ def make_memory(options: argparse.Namespace):
     model = build(options.model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-    def step(batch):
-        loss = model(batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
-
-    return step, lambda: None, process_counters, baseline_nbytes, model
+    return step_of(model, optimizer), lambda: None, process_counters, baseline_nbytes, model
 
 
 def make_deepspeed(options: argparse.Namespace):
@@ -225,6 +224,12 @@ def main() -> None:
         "--storage", default="", help="directory for the state; empty: all of it in host memory"
     )
     parser.add_argument("--host-share", type=float, default=0.0, help="of the state, in host memory")
+    parser.add_argument(
+        "--device-memory", help="default: one that keeps the parameters, where the model is small"
+    )
+    parser.add_argument(
+        "--saved-activations", help="default: device for the small model, recompute for the large"
+    )
     parser.add_argument("--peer-params", choices=["nvme", "cpu"], default="nvme")
     parser.add_argument("--peer-sub-group-size", type=int, default=1_000_000_000)
     worker(parser.parse_args())

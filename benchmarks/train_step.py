@@ -8,11 +8,11 @@ rate in the same run: fio's mixed rate, or its separate read and write rates, wh
     python benchmarks/train_step.py --storage DIR --json FILE
     python benchmarks/train_step.py --storage DIR --peer deepspeed --peer-python VENV/bin/python --json FILE
 
-Rows: `storage` (no host memory but staging), `half` (host memory for half of the state) and `1b` (a 1 B-parameter
-model, floor only). The peer is run in the chosen PEER_CONFIGURATIONS beside the first row; `peer_step_s` is that of the
-fastest with everything on storage (its default where the spreads overlap), `peers` has them all. Rows of other names
-stay in the file. The peer's Python needs torch, deepspeed, ninja and the system's libaio; its operations compile at
-first use.
+Rows: `storage` (no host memory but staging), `streamed` (and a device tier too small to keep the parameters, which come
+from storage twice a step), `half` (host memory for half of the state) and `1b` (a 1 B-parameter model, floor only). The
+peer is run in the chosen PEER_CONFIGURATIONS beside the first two; `peer_step_s` is that of the fastest with everything
+on storage (its default where the spreads overlap), `peers` has them all. Rows of other names stay in the file. The
+peer's Python needs torch, deepspeed, ninja and the system's libaio; its operations compile at first use.
 
 After timing, the parameters are compared, bit for bit, with as many steps of the same training in host memory.
 """
@@ -35,7 +35,14 @@ import common
 from train_side import DEVICE_MEMORY, STATE_NBYTES_PER_PARAM
 
 PEER_DEFAULT = "default_groups"
-ROWS = ("storage", "half", "1b")
+ROWS: dict[str, dict[str, str]] = {
+    "storage": {},
+    "streamed": {"device_memory": "420MB", "saved_activations": "recompute"},
+    "half": {"host_share": "0.5"},
+    "1b": {},
+}
+"""What each tells `train_side.py`, over its defaults."""
+WITH_PEER = ("storage", "streamed")
 REFERENCE_NBYTES_PER_PARAM = 17  # state, the model it starts from and the device tier, all in memory
 ROUNDS_MIN = 3
 WORKER = pathlib.Path(__file__).with_name("train_side.py")
@@ -115,7 +122,7 @@ class Row:
     def __init__(self, name: str, options: argparse.Namespace, directory: str) -> None:
         self.name, self.options, self.directory = name, options, directory
         self.model = "1b" if name == "1b" else options.model
-        self.share = 0.5 if name == "half" else 0.0
+        self.settings = ROWS[name]
         self.steps = min(2, options.steps) if name == "1b" else options.steps
         self.rates: dict[str, list[float]] = {"write": [], "read": [], "rw": []}
         self.peers: dict[str, Side] = {}
@@ -127,13 +134,14 @@ class Row:
         sides: list[Side] = []
         deadline_s = time.monotonic() + self.options.row_budget_s
         try:
-            self.ours = self._side(sys.executable, "ours", "--host-share", str(self.share))
+            told = [f"--{key.replace('_', '-')}={value}" for key, value in self.settings.items()]
+            self.ours = self._side(sys.executable, "ours", *told)
             sides.append(self.ours)
             self.memory = self._side(sys.executable, "memory")
             sides.append(self.memory)
             for side in sides:
                 side.run(2, keep=False)
-            if self.options.peer and self.name == "storage":
+            if self.options.peer and self.name in WITH_PEER:
                 self._start_peers(sides)
             self._measure_drive(keep=False)
             shuffler = random.Random(0)
@@ -235,8 +243,8 @@ class Row:
         row: dict[str, Any] = {
             "name": "train_step_1b_storage" if self.name == "1b" else f"train_step_{self.model}_{self.name}",
             "parameters": ours.numel,
-            "device_memory": DEVICE_MEMORY[self.model],
-            "host_share": self.share,
+            "device_memory": self.settings.get("device_memory", DEVICE_MEMORY[self.model]),
+            "host_share": float(self.settings.get("host_share", 0.0)),
             "step_s": step_s,
             "step_s_spread": common.spread(ours.all("step_s")),
             "floor_s": floor_s,

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "checks.h"
 #include "common/aligned_buffer.h"
 #include "io/file_engine.h"
 
@@ -18,20 +19,6 @@ using namespace offload;
 using namespace offload::io;
 
 namespace {
-
-int failures = 0;
-
-void expect(bool condition, const char* what) {
-  if (condition) return;
-  std::fprintf(stderr, "FAILED: %s\n", what);
-  ++failures;
-}
-
-bool wait(const std::shared_ptr<Ticket>& ticket) {
-  for (int i = 0; i < 600; ++i)
-    if (ticket->wait_for(std::chrono::milliseconds(100))) return true;
-  return false;
-}
 
 std::string new_path() {
   std::string path = "file.XXXXXX";

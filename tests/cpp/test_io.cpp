@@ -10,6 +10,7 @@
 #include <thread>
 #include <vector>
 
+#include "checks.h"
 #include "common/aligned_buffer.h"
 #include "io/engine.h"
 
@@ -19,19 +20,6 @@ using namespace offload::io;
 namespace {
 
 constexpr std::size_t kMib = std::size_t{1} << 20;
-int failures = 0;
-
-void expect(bool condition, const char* what) {
-  if (condition) return;
-  std::fprintf(stderr, "FAILED: %s\n", what);
-  ++failures;
-}
-
-bool wait(const std::shared_ptr<Ticket>& ticket) {
-  for (int i = 0; i < 600; ++i)
-    if (ticket->wait_for(std::chrono::milliseconds(100))) return true;
-  return false;
-}
 
 std::string make_file(const std::string& name) {
   std::string path = name + ".XXXXXX";

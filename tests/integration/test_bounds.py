@@ -50,14 +50,17 @@ def train_counting(settings, n_steps=6, update="backward", **shape):
 SHAPE = {"layers": 12, "hidden": 128, "vocab": 128}
 
 
-def test_a_step_reads_14_2_and_writes_12_2_bytes_a_parameter_at_most(tmp_path):
-    settings = {
+def settings_of(directory, host_memory=STAGING):
+    return {
         "device_memory": "50MB",
-        "host_memory": STAGING,
-        "storage": [str(tmp_path)],
+        "host_memory": host_memory,
+        "storage": [str(directory)],
         "prefetch_blocks": 1,
     }
-    counted = train_counting(settings, **SHAPE)
+
+
+def test_a_step_reads_14_2_and_writes_12_2_bytes_a_parameter_at_most(tmp_path):
+    counted = train_counting(settings_of(tmp_path), **SHAPE)
     assert counted["read"] <= 14.2
     assert counted["written"] <= 12.2
     assert (
@@ -66,13 +69,7 @@ def test_a_step_reads_14_2_and_writes_12_2_bytes_a_parameter_at_most(tmp_path):
 
 
 def test_the_kernel_counts_the_same_bytes(tmp_path):
-    settings = {
-        "device_memory": "50MB",
-        "host_memory": STAGING,
-        "storage": [str(tmp_path)],
-        "prefetch_blocks": 1,
-    }
-    counted = train_counting(settings, **SHAPE)
+    counted = train_counting(settings_of(tmp_path), **SHAPE)
     if counted["kernel_read"] == 0:
         pytest.skip("this file system does not count in /proc/self/io")
     assert counted["kernel_read"] == pytest.approx(counted["read"], rel=0.02)
@@ -83,13 +80,8 @@ def test_more_host_memory_means_fewer_bytes(tmp_path):
     numel = sum(p.numel() for p in build("llama", torch.bfloat16, **SHAPE).parameters())
     totals = []
     for fraction in (0, 0.25, 0.5, 1.1):
-        settings = {
-            "device_memory": "50MB",
-            "host_memory": STAGING + int(12 * numel * fraction),
-            "storage": [str(tmp_path)],
-            "prefetch_blocks": 1,
-        }
-        counted = train_counting(settings, **SHAPE)
+        host_memory = STAGING + int(12 * numel * fraction)
+        counted = train_counting(settings_of(tmp_path, host_memory), **SHAPE)
         totals.append(counted["read"] + counted["written"])
     assert totals[0] > totals[1] > totals[2] > totals[3]
     assert totals[3] == 0
