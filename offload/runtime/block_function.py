@@ -274,7 +274,7 @@ def _forward_saving(call: Call, micro: list[Any]) -> list[Any]:
     with Keeper(recipe, frozenset(tiers)) as keeper:
         out_leaves = _run_micro(call, micro)
     if keeper.matches:
-        call.runner.activations.wait_until_left()
+        call.runner.activations.order_after_left()
         for op, tensors in keeper.kept.items():
             held = _put_away(call, tensors, tiers[op])
             if held is not None:
@@ -374,6 +374,7 @@ def _save_inputs(ctx: Any, call: Call, tensors: tuple[torch.Tensor, ...]) -> Non
         tier = call.runner.input_tier(call.block)
         if tier is not None and not store.has_room(tensor.numel() * tensor.element_size(), tier):
             tier = None
+        store.order_after_left(but_of=call.block.label)
         ctx.swapped = (largest, store, store.swap_out(tensor, tier, call.block.label))
         kept[largest] = tensors[largest].new_empty(0)
     elif call.kept:

@@ -2,6 +2,11 @@
 
 Backward wants them in the reverse order of forward, so bringing some back starts bringing as many bytes of those
 before them: two micro-batches of tensors on the device, one that computes and one in transfer, as the planner counts.
+
+[Note: device memory of what leaves] A tensor that is copied out is held until its copy has ended, or until compute that
+is given later has been ordered after the copy: then the allocator may hand its memory to that compute. The launching
+thread never waits for the copy. It may run far ahead of the device, so it orders instead of looking whether a copy has
+ended: otherwise it would hold what all of forward swaps out.
 """
 
 from __future__ import annotations
@@ -37,10 +42,10 @@ class _Held:
     dtype: torch.dtype
     label: str
     kept: torch.Tensor | None = None
-    plane: Lease | None = None
+    plane: torch.Tensor | None = None
     """Its host memory, for tier host on a device of its own."""
     source: torch.Tensor | None = None
-    """The device tensor that is being copied out; it lives until `copied`."""
+    """The device tensor that is being copied out. See [Note: device memory of what leaves]."""
     copied: Event = PAST
     offset: int = -1
     written: list[Ticket] = field(default_factory=list)
@@ -94,7 +99,8 @@ class ActivationStore:
         self._ahead_nbytes = 0
         """The most that one `swap_in` has asked for."""
         self._free_extents: dict[int, list[int]] = {}
-        self._free_planes: dict[int, list[Lease]] = {}
+        self._free_planes: dict[int, deque[tuple[torch.Tensor, Event]]] = {}
+        """By bytes: host memory, and the end of the copy that last read it."""
         self.nbytes_by_tier: dict[Tier, int] = {"device": 0, "host": 0, "storage": 0}
         """Bytes ever put into each tier."""
 
@@ -106,7 +112,6 @@ class ActivationStore:
         `tier` is where this one goes; without it, the first that has room. `label` is for its spans. Raises
         BudgetError when none has.
         """
-        self._let_go()
         nbytes = tensor.numel() * tensor.element_size()
         held = _Held(
             self._tier_for(nbytes, tier or self._tier),
@@ -129,13 +134,14 @@ class ActivationStore:
         weakref.finalize(activation, self._forget, held)
         return activation
 
-    def wait_until_left(self) -> None:
-        """Wait until all that is on its way out has left the device, so that no more than the next is in transfer."""
+    def order_after_left(self, but_of: str | None = None) -> None:
+        """Compute given from now on comes after what is on its way out of the device, and may use its memory: all of it
+        but what has the label `but_of`. So no more is in transfer than that and what is swapped out next."""
+        leaving = [held for held in self._order if held.source is not None and held.label != but_of]
         with self._stalls.waiting("activation"):
-            for held in self._order:
-                if held.source is not None:
-                    held.copied.wait()
-        self._let_go()
+            for held in leaving:
+                self._device.compute_waits(held.copied)
+                held.source = None
 
     def has_room(self, nbytes: int, tier: Tier) -> bool:
         """Whether a tensor of `nbytes` may go to `tier` now."""
@@ -159,15 +165,16 @@ class ActivationStore:
         )
 
     def _copy_out(self, held: _Held, tensor: torch.Tensor) -> None:
-        free = self._free_planes.setdefault(held.nbytes, [])
+        free = self._free_planes.setdefault(held.nbytes, deque())
+        read: Event = PAST
         if free:
-            held.plane = free.pop().ready()
+            held.plane, read = free.popleft()
         else:
             self._left_nbytes["host"] -= round_up(held.nbytes, PAGE_NBYTES)
             arena = HostArena(held.nbytes)
             self._device.page_lock(arena.address, arena.nbytes, self._pin)
-            held.plane = Lease(arena.take(held.nbytes), free.append)
-        held.copied = self._copies.d2h(f"swap_out {held.label}", held.plane.bytes_tensor, _as_bytes(tensor))
+            held.plane = arena.take(held.nbytes)
+        held.copied = self._copies.d2h(f"swap_out {held.label}", held.plane, _as_bytes(tensor), [read])
         held.source = tensor
 
     def _write(self, held: _Held, tensor: torch.Tensor) -> None:
@@ -214,7 +221,6 @@ class ActivationStore:
         wanted = [activation.held for activation in activations]
         if any(held not in self._order for held in wanted):
             raise UsageError("backward ran twice through a block whose input was swapped out")
-        self._let_go()
         for held in wanted:
             self._order.remove(held)
             self._start(held)
@@ -259,9 +265,7 @@ class ActivationStore:
         held.kept = torch.empty_strided(held.shape, held.stride, dtype=held.dtype, device=device)
         if held.plane is not None:
             after = [held.copied, self._device.mark()]
-            held.arrived = self._copies.h2d(
-                f"swap_in {held.label}", _as_bytes(held.kept), held.plane.bytes_tensor, after
-            )
+            held.arrived = self._copies.h2d(f"swap_in {held.label}", _as_bytes(held.kept), held.plane, after)
             return
         with self._stalls.waiting("activation"):
             for ticket in held.written:
@@ -320,22 +324,18 @@ class ActivationStore:
         if held.tier == "storage":
             self._free_extents[held.nbytes].append(held.offset)
         elif held.plane is not None:
-            held.plane.release_after(held.arrived.wait)
+            self._free_planes[held.nbytes].append((held.plane, held.arrived))
         else:
             self._left_nbytes[held.tier] += held.nbytes
         held.source = held.kept = held.plane = None
 
     def _forget(self, held: _Held) -> None:
-        """Autograd dropped it: no backward will come for it."""
+        """Autograd dropped it: no backward will come for it. Copies of it may still be under way."""
         if held in self._order:
             self._order.remove(held)
+            self._device.compute_waits(held.copied)
+            self._device.compute_waits(held.arrived)
             self._release(held)
-
-    def _let_go(self) -> None:
-        """Drop device tensors whose copies have ended."""
-        for held in self._order:
-            if held.source is not None and held.copied.done():
-                held.source = None
 
 
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
