@@ -184,10 +184,14 @@ void bind_io(py::module_& module) {
            py::arg("stripe_nbytes") = std::size_t{1} << 20, py::arg("inject") = py::none())
       .def(
           "read",
-          [](io::Engine& engine, std::uintptr_t address, std::size_t nbytes, std::uint64_t offset, bool urgent) {
-            return engine.submit(io::Op::read, reinterpret_cast<void*>(address), nbytes, offset, urgent);
+          [](io::Engine& engine, std::uintptr_t address, std::size_t nbytes, std::uint64_t offset, bool urgent,
+             const std::shared_ptr<io::Ticket>& after) {
+            void* const to = reinterpret_cast<void*>(address);
+            return after ? engine.submit_after(after, io::Op::read, to, nbytes, offset, urgent)
+                         : engine.submit(io::Op::read, to, nbytes, offset, urgent);
           },
-          py::arg("address"), py::arg("nbytes"), py::arg("offset"), py::arg("urgent") = false)
+          py::arg("address"), py::arg("nbytes"), py::arg("offset"), py::arg("urgent") = false, py::kw_only(),
+          py::arg("after") = py::none())
       .def(
           "write",
           [](io::Engine& engine, std::uintptr_t address, std::size_t nbytes, std::uint64_t offset,

@@ -12,7 +12,7 @@ import torch
 from offload.errors import BudgetError
 from offload.schedule.operations import Phase
 from offload.stores.block_store import BlockRecord, DeviceSlot
-from offload.tiers.device import DeviceTier
+from offload.tiers.device import PAST, DeviceTier, Event
 from offload.transfer.copies import Copies
 
 
@@ -25,7 +25,7 @@ class Residency(Protocol):
     def begin_use(self, block: BlockRecord) -> None: ...
     def end_use(self, block: BlockRecord) -> None: ...
     def outdated(self, block: BlockRecord) -> None: ...
-    def host_slot_leaves(self, block: BlockRecord) -> None: ...
+    def host_slot_leaves(self, block: BlockRecord) -> Event: ...
 
 
 class SharedResidency:
@@ -59,10 +59,11 @@ class SharedResidency:
     def outdated(self, block: BlockRecord) -> None:
         """The update changes the device's copy in place."""
 
-    def host_slot_leaves(self, block: BlockRecord) -> None:
+    def host_slot_leaves(self, block: BlockRecord) -> Event:
         """What computes with it now would read another block."""
         self._bound.discard(block.index)
         block.unbind(self._torch_device)
+        return PAST
 
 
 class CopiedResidency:
@@ -141,6 +142,6 @@ class CopiedResidency:
         block.device_slot.owner, block.device_slot = None, None
         block.unbind(self._device.torch_device)
 
-    def host_slot_leaves(self, block: BlockRecord) -> None:
-        """The copy from it has to have ended."""
-        block.loaded.wait()
+    def host_slot_leaves(self, block: BlockRecord) -> Event:
+        """When it may be rewritten: the copy from it has to have ended."""
+        return block.loaded

@@ -26,6 +26,7 @@ from offload.schedule.operations import Phase, Use, UseCursor
 from offload.stores.block_store import BlockRecord, Slot
 from offload.telemetry import SpanLog, Stalls
 from offload.tiers.storage import Store
+from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Hyper, UpdateJob, UpdatePipeline
 from offload.types import BlockState
 
@@ -50,6 +51,7 @@ class Scheduler:
         store: Store | None,
         pipeline: UpdatePipeline,
         residency: Residency,
+        copies: Copies,
         stalls: Stalls,
         spans: SpanLog,
         in_device: InDeviceState | None,
@@ -63,6 +65,7 @@ class Scheduler:
         self._store = store
         self._pipeline = pipeline
         self._residency = residency
+        self._copies = copies
         self._stalls = stalls
         self._spans = spans
         self._in_device = in_device
@@ -127,7 +130,7 @@ class Scheduler:
         slot = block.slot
         if slot is None:
             raise BudgetError(f"block {block.name} has no slot to give up")
-        self._residency.host_slot_leaves(block)
+        slot.free_after = self._residency.host_slot_leaves(block)
         block.move(BlockState.STORED)
         block.slot, slot.owner = None, None
         return slot
@@ -138,6 +141,7 @@ class Scheduler:
             if not self._take_slot(block, must):
                 return False
             if block.pending_update:
+                self._wait_free(block)
                 self._submit_update(block, read_param=True)
             else:
                 self._read(block, urgent=must)
@@ -153,13 +157,21 @@ class Scheduler:
         block.slot, slot.owner = slot, block
         return True
 
+    def _wait_free(self, block: BlockRecord) -> None:
+        """Until nothing of its last owner is read in the block's slot."""
+        if block.slot is not None and not block.slot.free_after.done():
+            with self._stalls.waiting("slot"):
+                block.slot.free_after.wait()
+
     def _read(self, block: BlockRecord, *, urgent: bool) -> None:
         if self._store is None or block.slot is None:
             raise BudgetError(f"block {block.name} is stored, but there is no storage")
         block.move(BlockState.FETCHING)
-        address = block.slot.bytes_tensor.data_ptr()
-        nbytes = block.layout.slot_nbytes
-        ticket = self._store.engine.read(address, nbytes, block.param_offset, urgent=urgent)
+        slot, nbytes = block.slot, block.layout.slot_nbytes
+        gate = None if slot.free_after.done() else self._copies.gate(slot.free_after)
+        ticket = self._store.engine.read(
+            slot.bytes_tensor.data_ptr(), nbytes, block.param_offset, urgent=urgent, after=gate
+        )
         self._spans.add("read", f"fetch {block.label}", ticket.times)
         block.tickets = [ticket]
 
@@ -255,6 +267,7 @@ class Scheduler:
         read_param = block.state is BlockState.STORED
         if read_param:
             self._take_slot(block, must=True)
+            self._wait_free(block)
         self._submit_update(block, read_param=read_param)
 
     def update_early(self, final: set[int], chunks: list[list[Range]], hyper_of: HyperOf) -> None:

@@ -37,6 +37,7 @@ def make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog, *, holds: bo
         parts.resources.store,
         parts.resources.pipeline,
         residency,
+        parts.resources.copies,
         stalls,
         spans,
         parts.in_device,

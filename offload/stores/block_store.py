@@ -24,6 +24,8 @@ class Slot:
 
     bytes_tensor: torch.Tensor
     owner: BlockRecord | None = None
+    free_after: Event = PAST
+    """The end of a copy to the device that still reads it for its last owner."""
 
 
 @dataclass
@@ -118,6 +120,8 @@ class BlockRecord:
     """Both sets of extents, where every step is durable (stores/sides.py)."""
     recipes: dict[Any, Any] = field(default_factory=dict)
     """How to recompute it, by the shapes of its inputs (runtime/recompute.py)."""
+    _holes: list[tuple[torch.nn.Parameter, torch.Tensor]] = field(default_factory=list)
+    """What the parameters' data are while they are nowhere to be computed with."""
 
     def turn(self, side: int) -> None:
         """Read from the other set of extents from now on."""
@@ -168,12 +172,16 @@ class BlockRecord:
 
     def unbind(self, torch_device: torch.device) -> None:
         """Replace every parameter's data by a one-element NaN seen at the parameter's shape: no memory, loud misuse."""
-        for buffer in self.layout.buffers:
-            hole = torch.full((1,), float("nan"), dtype=torch.float32, device=torch_device).to(buffer.dtype)
-            for segment in buffer.segments:
-                segment.parameter.data = hole.expand(segment.numel).as_strided(
-                    segment.shape, (0,) * len(segment.shape)
+        if not self._holes:  # made once: a steady step allocates nothing on the device
+            for buffer in self.layout.buffers:
+                hole = torch.full((1,), float("nan"), dtype=torch.float32, device=torch_device).to(
+                    buffer.dtype
                 )
+                for segment in buffer.segments:
+                    nothing = hole.as_strided(segment.shape, (0,) * len(segment.shape))
+                    self._holes.append((segment.parameter, nothing))
+        for parameter, nothing in self._holes:
+            parameter.data = nothing
 
     def grad_view(self, buffer: FlatBuffer, segment: Segment, plane: torch.Tensor) -> torch.Tensor:
         """One parameter's part of a gradient plane, in the parameter's shape."""

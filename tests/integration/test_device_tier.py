@@ -18,6 +18,7 @@ import offload
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from offload.runtime.device_residency import CopiedResidency
 from offload.stores.activations import ActivationStore
+from offload.tiers.device import PAST
 from offload.tiers.emulated_device import EmulatedDevice
 from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Ticket
@@ -218,7 +219,7 @@ def compute_before_the_parameters_have_arrived(monkeypatch):
 
 
 def rewrite_the_host_slot_before_it_has_been_copied(monkeypatch):
-    monkeypatch.setattr(CopiedResidency, "host_slot_leaves", lambda self, block: None)
+    monkeypatch.setattr(CopiedResidency, "host_slot_leaves", lambda self, block: PAST)
 
 
 def update_before_the_gradients_have_arrived(monkeypatch):
@@ -330,7 +331,8 @@ def test_what_fits_on_the_device_is_not_streamed_and_has_the_same_bits(tmp_path,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("loop", [{}, {"accumulate": 2}, {"freeze": "layers.1."}], ids=str)
 def test_what_fits_on_a_device_of_its_own_is_updated_there_as_torch_does(device, dtype, loop):
-    """Against the streamed run on the same device: torch's AdamW and ours round differently, by 1 in 10^5 a step."""
+    """Against the streamed run on the same device: torch's AdamW and ours round differently, by 1 in 10^5 a step. Where
+    that turns a bf16 gradient that is nearly zero, a step of lr (2e-3) goes the other way."""
     all_there = {
         "device": device,
         "device_memory": "1GB",
