@@ -9,6 +9,7 @@ copy touches must stay as it is until the copy's event is done; who frees or rew
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -168,7 +169,7 @@ class CudaDevice:
         torch.cuda.set_per_process_memory_fraction(min(1.0, memory_nbytes / total_nbytes), index)
         self._h2d = torch.cuda.Stream(self.torch_device)
         self._d2h = torch.cuda.Stream(self.torch_device)
-        self._locked: list[int] = []
+        self._locked: list[tuple[int, int]] = []
         self.timing = False
         self._clock: tuple[torch.cuda.Event, float] | None = None
 
@@ -220,8 +221,16 @@ class CudaDevice:
         for event in after:
             _order(stream, event)
         start = self._stamp(stream) if self.timing else None
+        host = target if target.device.type == "cpu" else source
+        nbytes = host.numel() * host.element_size()
         with torch.cuda.stream(stream):
-            target.copy_(source, non_blocking=True)
+            cuts = cuts_at_pieces(host.data_ptr(), nbytes, self._locked)
+            if cuts:
+                to, of = target.view(torch.uint8), source.view(torch.uint8)
+                for first, last in itertools.pairwise([0, *cuts, nbytes]):
+                    to[first:last].copy_(of[first:last], non_blocking=True)
+            else:
+                target.copy_(source, non_blocking=True)
         done = _record(stream)
         if start is not None:
             done.stamps = (start, self._stamp(stream))
@@ -242,7 +251,7 @@ class CudaDevice:
         """Also gives the allocator its whole device back."""
         torch.cuda.synchronize(self.torch_device)
         cudart = torch.cuda.cudart()
-        for start in self._locked:
+        for start, _ in self._locked:
             cudart.cudaHostUnregister(start)
         self._locked.clear()
         torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device.index)
@@ -250,12 +259,13 @@ class CudaDevice:
 
 def register_pages(
     register: Callable[[int, int, int], object], address: int, nbytes: int, pin: Pin
-) -> tuple[list[int], int]:
-    """Page-lock host memory in pieces with `register(address, nbytes, flags)`: (starts of the pieces, CUDA error or 0).
+) -> tuple[list[tuple[int, int]], int]:
+    """Page-lock host memory in pieces with `register(address, nbytes, flags)`: ((start, end) of the pieces, CUDA error
+    or 0).
 
     Raises BudgetError where `pin` is "always" and the driver refuses; "auto" says it once and goes without the rest.
     """
-    locked: list[int] = []
+    locked: list[tuple[int, int]] = []
     if pin == "never":
         return locked, 0
     for start in range(address, address + nbytes, PAGE_LOCK_PIECE_NBYTES):
@@ -267,8 +277,15 @@ def register_pages(
                 raise BudgetError(f"{what}: raise the limit of locked memory, or use pin='auto'")
             logger.warning("%s: copies go through pageable memory, which is several times slower", what)
             return locked, code
-        locked.append(start)
+        locked.append((start, start + piece_nbytes))
     return locked, 0
+
+
+def cuts_at_pieces(address: int, nbytes: int, pieces: Sequence[tuple[int, int]]) -> list[int]:
+    """Where to cut a copy of `nbytes` host bytes from `address` on, in bytes from there: at every edge of a registered
+    piece inside it. CUDA refuses one copy of memory that is registered in part."""
+    inside = {edge - address for piece in pieces for edge in piece if address < edge < address + nbytes}
+    return sorted(inside)
 
 
 class _CudaEvent:

@@ -1,5 +1,6 @@
 """Page-locking is exact and in bounded pieces; copies and gates keep their order and pass failures on."""
 
+import itertools
 import logging
 import threading
 
@@ -9,7 +10,7 @@ import torch
 import offload
 from offload._C import Ticket
 from offload.telemetry import SpanLog
-from offload.tiers.device import PAGE_LOCK_PIECE_NBYTES, PAST, register_pages
+from offload.tiers.device import PAGE_LOCK_PIECE_NBYTES, PAST, cuts_at_pieces, register_pages
 from offload.tiers.emulated_device import EmulatedDevice
 from offload.transfer.copies import Copies
 
@@ -28,7 +29,7 @@ def test_exactly_the_bytes_asked_for_are_locked_in_bounded_pieces(nbytes):
     driver = Driver()
     locked, code = register_pages(driver.register, 4096, nbytes, "always")
     assert code == 0
-    assert locked == [start for start, _, _ in driver.calls]
+    assert locked == [(start, start + n) for start, n, _ in driver.calls]
     assert sum(n for _, n, _ in driver.calls) == nbytes
     assert all(n <= PAGE_LOCK_PIECE_NBYTES for _, n, _ in driver.calls)
     ends = [start + n for start, n, _ in driver.calls]
@@ -39,7 +40,7 @@ def test_pin_auto_goes_without_what_is_refused_and_says_so_once(caplog):
     driver = Driver(refuse_at=2)
     with caplog.at_level(logging.WARNING, logger="offload"):
         locked, code = register_pages(driver.register, 0, 4 * PAGE_LOCK_PIECE_NBYTES, "auto")
-    assert (locked, code) == ([0], 2)
+    assert (locked, code) == ([(0, PAGE_LOCK_PIECE_NBYTES)], 2)
     assert len(driver.calls) == 2
     assert [r.levelname for r in caplog.records] == ["WARNING"]
 
@@ -50,6 +51,19 @@ def test_pin_always_refuses_and_pin_never_asks_for_nothing():
     driver = Driver()
     assert register_pages(driver.register, 0, 4096, "never") == ([], 0)
     assert driver.calls == []
+
+
+@pytest.mark.parametrize(
+    ("address", "nbytes", "cuts"),
+    [(0, 100, []), (0, 101, [100]), (100, 100, []), (50, 400, [50, 150, 250]), (350, 100, []), (120, 10, [])],
+)
+def test_no_copy_has_both_registered_and_other_memory_in_it(address, nbytes, cuts):
+    pieces = [(0, 100), (100, 200), (200, 300)]
+    assert cuts_at_pieces(address, nbytes, pieces) == cuts
+    edges = [address, *(address + cut for cut in cuts), address + nbytes]
+    for first, last in itertools.pairwise(edges):
+        homes = {next((p for p in pieces if p[0] <= byte < p[1]), None) for byte in range(first, last)}
+        assert len(homes) == 1
 
 
 @pytest.fixture
