@@ -13,6 +13,8 @@ from offload.errors import ConfigError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS.update({"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40})
+_UPDATE_THREADS_MAX = 16
+"""Memory limits AdamW before more threads than this do."""
 _BUDGET = re.compile(r"^\s*(-?)\s*(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*$")
 
 
@@ -133,6 +135,22 @@ class Config(BaseModel):
                 f"saved_activations={config.saved_activations!r} picks single operations, which a compiled block does "
                 "not have: leave it at 'recompute', or set compile_blocks=False"
             )
+        return config
+
+    def beside(self, device_type: str, n_cores: int | None = None) -> Config:
+        """These settings for a device of that kind. Beside a GPU, `update_threads` not given explicitly are all
+        `n_cores` (default: those this process may use) but one that launches and one that serves storage, at most 16,
+        and there are as many chunk buffers more than threads as before."""
+        if device_type != "cuda" or "update_threads" in self.model_fields_set:
+            return self
+        cores = len(os.sched_getaffinity(0)) if n_cores is None else n_cores
+        threads = max(1, min(_UPDATE_THREADS_MAX, cores - 2))
+        more = {"update_threads": threads}
+        if "chunk_buffers" not in self.model_fields_set:
+            more["chunk_buffers"] = max(self.chunk_buffers, threads + 4)
+        chosen = set(self.model_fields_set)
+        config = self.model_copy(update=more)
+        config.__pydantic_fields_set__ = chosen
         return config
 
     @property

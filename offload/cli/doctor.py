@@ -115,7 +115,7 @@ def examine(directories: list[str]) -> dict[str, Any]:
         "memlock_limit_bytes": None if locked_bytes == resource.RLIM_INFINITY else locked_bytes,
         "gpus": _examine_gpus(),
         "profile": _examine_profile(),
-        "update_threads": Config().update_threads,
+        "update_threads": Config().beside("cuda" if torch.cuda.is_available() else "cpu").update_threads,
         "drives": [_examine_drive(directory) for directory in directories],
     }
 

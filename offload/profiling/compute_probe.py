@@ -91,7 +91,7 @@ class UpdateLoop:
     """
 
     def __init__(self, store: Store | None = None, stored_nbytes: int = 0) -> None:
-        settings = Config()
+        settings = Config().beside("cuda" if torch.cuda.is_available() else "cpu")
         chunk_elements, n_buffers = settings.chunk_elements, settings.chunk_buffers
         available_nbytes = psutil.virtual_memory().available // 8
         self._n_chunks = max(1, min(_UPDATE_NUMEL, available_nbytes // 16) // chunk_elements)

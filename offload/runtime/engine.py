@@ -62,6 +62,7 @@ class OffloadEngine:
         cut = cut_model(model, blocks)
         device = choose_device(model, config)
         self.device = device.torch_device
+        self.config = config = config.beside(self.device.type)
         try:
             self.aside = steps_aside(cut, config, device, dtype)
             if self.aside:

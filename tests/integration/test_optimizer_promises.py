@@ -113,3 +113,15 @@ def test_the_update_has_as_many_threads_as_it_is_told(tmp_path, update_threads):
 
 def test_the_update_takes_at_most_four_threads_unless_told_otherwise():
     assert 1 <= Config().update_threads <= 4
+
+
+@pytest.mark.parametrize(("n_cores", "threads"), [(1, 1), (2, 1), (8, 6), (16, 14), (64, 16)])
+def test_beside_a_gpu_the_update_leaves_two_cores_free_and_has_a_chunk_for_every_thread(n_cores, threads):
+    settings = Config().beside("cuda", n_cores)
+    assert settings.update_threads == threads
+    assert settings.chunk_buffers > threads
+    assert settings.model_fields_set == set()  # nothing counts as the user's own choice
+    chosen = Config(update_threads=3, chunk_buffers=5)
+    assert chosen.beside("cuda", n_cores) is chosen
+    assert Config(chunk_buffers=7).beside("cuda", n_cores).chunk_buffers == 7
+    assert Config().beside("cpu", n_cores) == Config()
