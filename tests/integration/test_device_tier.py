@@ -342,7 +342,7 @@ def test_what_fits_on_a_device_of_its_own_is_updated_there_as_torch_does(device,
     }
     got = train("llama", all_there, dtype, n_steps=5, **loop)
     expected = train("llama", {**reference(device), "max_grad_norm": 0.5}, dtype, n_steps=5, **loop)
-    tolerance = {"rtol": 2e-2, "atol": 2e-3} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-6}
+    tolerance = {"rtol": 2e-2, "atol": 4e-3} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-6}
     for name, parameter in expected[0].items():
         torch.testing.assert_close(got[0][name], parameter, **tolerance)
 
