@@ -65,11 +65,15 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class LlamaShaped(nn.Module):
-    """Embedding, a stack of layers, norm and head; returns the mean cross entropy of the next token."""
+    """Embedding, a stack of layers, norm and head; returns the mean cross entropy of the next token.
 
-    def __init__(self, shape: Shape, *, recompute: bool = False) -> None:
+    `recompute`: layers run again in backward. `loss_rows`: norm, head and loss take so many tokens at once and run
+    again in backward too, so that the logits of a whole batch never exist; None takes all at once.
+    """
+
+    def __init__(self, shape: Shape, *, recompute: bool = False, loss_rows: int | None = None) -> None:
         super().__init__()
-        self.shape, self.recompute = shape, recompute
+        self.shape, self.recompute, self.loss_rows = shape, recompute, loss_rows
         self.embedding = nn.Embedding(shape.vocab, shape.hidden)
         self.layers = nn.ModuleList(Layer(shape) for _ in range(shape.layers))
         self.norm = nn.RMSNorm(shape.hidden)
@@ -79,13 +83,28 @@ class LlamaShaped(nn.Module):
         """`tokens` is (batch, tokens) of int64."""
         x = self.embedding(tokens)
         head_size = self.shape.hidden // self.shape.heads
-        frequencies = 10000.0 ** (-torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
-        angles = torch.outer(torch.arange(tokens.shape[1], dtype=torch.float32), frequencies).repeat(1, 2)
+        places = torch.arange(tokens.shape[1], dtype=torch.float32, device=tokens.device)
+        widths = torch.arange(0, head_size, 2, dtype=torch.float32, device=tokens.device)
+        angles = torch.outer(places, 10000.0 ** (-widths / head_size)).repeat(1, 2)
         cos, sin = angles.cos().to(x), angles.sin().to(x)
         for layer in self.layers:
             x = checkpoint(layer, x, cos, sin, use_reentrant=False) if self.recompute else layer(x, cos, sin)
+        if self.loss_rows is not None:
+            return self._loss_in_pieces(x, tokens, self.loss_rows)
         logits = self.head(self.norm(x))[:, :-1].float()
         return functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), tokens[:, 1:].reshape(-1))
+
+    def _loss_in_pieces(self, x: torch.Tensor, tokens: torch.Tensor, n_rows: int) -> torch.Tensor:
+        labels = functional.pad(tokens[:, 1:], (0, 1), value=-100).reshape(-1)
+        total = x.new_zeros((), dtype=torch.float32)
+        for rows, wanted in zip(x.reshape(-1, x.shape[-1]).split(n_rows), labels.split(n_rows), strict=True):
+            total = total + checkpoint(
+                self._loss_of, rows, wanted, use_reentrant=False, preserve_rng_state=False
+            )
+        return total / (tokens.shape[0] * (tokens.shape[1] - 1))
+
+    def _loss_of(self, rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return functional.cross_entropy(self.head(self.norm(rows)).float(), labels, reduction="sum")
 
 
 def build(name: str, *, recompute: bool = False) -> LlamaShaped:

@@ -66,24 +66,34 @@ def _called(call: Callable[..., Any], tree: Any, tensors: list[torch.Tensor]) ->
 class BlockProbe:
     """Times the work of `model`, which it changes the forward of its blocks for while it measures.
 
-    `workload` is the model's own; `samples` the micro-batch. `loss(model)` computes one micro-batch's loss.
+    `workload` is the model's own; `samples` the micro-batch. `loss(model)` computes one micro-batch's loss. `settle`
+    waits for the device that computes, where that is another than the CPU.
     """
 
     def __init__(
-        self, model: nn.Module, workload: Workload, samples: int, loss: Callable[[nn.Module], torch.Tensor]
+        self,
+        model: nn.Module,
+        workload: Workload,
+        samples: int,
+        loss: Callable[[nn.Module], torch.Tensor],
+        settle: Callable[[], object] = lambda: None,
     ) -> None:
+        self._settle = settle
         self._model, self._workload, self._samples, self._loss = model, workload, samples, loss
         self._blocks = cut(model).blocks
         self._seconds: dict[str, float] = defaultdict(float)
         largest = max(sum(p.numel() for p in block.parameters()) for _, block in self._blocks)
         root_numel = workload.root_trainable_numel
-        self._plane = torch.zeros(max(largest, root_numel), dtype=torch.float32)
+        device = next(model.parameters()).device
+        self._plane = torch.zeros(max(largest, root_numel), dtype=torch.float32, device=device)
 
     @contextmanager
     def timed(self, work: str) -> Iterator[None]:
         """Charge the time inside to `work`."""
+        self._settle()
         start = time.perf_counter()
         yield
+        self._settle()
         self._seconds[work] += time.perf_counter() - start
 
     def step_seconds(self) -> dict[str, float]:
@@ -96,10 +106,13 @@ class BlockProbe:
         ]
         try:
             with standing_in(self._blocks, self._streamed):
+                self._settle()
                 start = time.perf_counter()
                 loss = self._loss(self._model)
+                self._settle()
                 middle = time.perf_counter()
                 loss.backward()
+                self._settle()
                 end = time.perf_counter()
         finally:
             for handle in handles:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -24,6 +25,8 @@ from offload.profiling.compute_probe import UpdateLoop
 from offload.tiers.host import HostArena
 from offload.tiers.storage import Store
 from offload.transfer.io_engine import Ticket
+
+Backend = Literal["auto", "uring", "posix"]
 
 CHUNK_NBYTES = 4 << 20
 """Bytes of one request and drive; the engine cuts it into blocks."""
@@ -52,11 +55,13 @@ def probe_drives(
     written_nbytes_max: int,
     seconds: float,
     note: Callable[[str], None],
+    backend: Backend = "auto",
 ) -> tuple[tuple[Drive, ...], Rates | None, bool]:
     """Each directory's drive alone, then all together (None for a single one), and whether the page cache was avoided.
 
     Writes at most `written_nbytes_max` bytes to each directory and takes about `seconds`; every file is removed,
-    whatever happens. Raises ConfigError for a limit that is too low to measure with, StoreError for a full disk.
+    whatever happens. `backend` is that of the I/O engine. Raises ConfigError for a limit that is too low to measure
+    with, StoreError for a full disk.
     """
     step_nbytes = 4 * CHUNK_NBYTES  # half of it, as all drives together use, is still two requests
     smallest = int(_WRITES_PER_FILE * step_nbytes)
@@ -70,11 +75,11 @@ def probe_drives(
     rates = []
     for directory in directories:
         note(f"storage {directory}: write, read, both")
-        rates.append(_measure([directory], file_nbytes, phase_s))
+        rates.append(_measure([directory], file_nbytes, phase_s, backend))
     together = None
     if len(directories) > 1:
         note(f"storage: {len(directories)} drives together")
-        together = _measure(directories, file_nbytes // 2, phase_s)
+        together = _measure(directories, file_nbytes // 2, phase_s, backend)
     drives = tuple(
         Drive(
             name=os.path.abspath(directory),
@@ -88,9 +93,9 @@ def probe_drives(
     return drives, together, all(rate.is_direct for rate in rates)
 
 
-def _measure(directories: Sequence[str], file_nbytes: int, phase_s: float) -> Rates:
+def _measure(directories: Sequence[str], file_nbytes: int, phase_s: float, backend: Backend) -> Rates:
     """Rates of a store of `file_nbytes` in each of `directories`, each figure in about `phase_s`."""
-    with _open(directories, file_nbytes) as store:
+    with _open(directories, file_nbytes, backend) as store:
         mover = _Mover(store, file_nbytes * len(directories), CHUNK_NBYTES * len(directories))
         filled = mover.run("w", phase_s, once=True)
         mover.limit(filled.written_nbytes)
@@ -146,12 +151,12 @@ class DriveLoop:
 
 
 @contextlib.contextmanager
-def _open(directories: Sequence[str], file_nbytes: int) -> Iterator[Store]:
+def _open(directories: Sequence[str], file_nbytes: int, backend: Backend = "auto") -> Iterator[Store]:
     store = Store(
         list(directories),
         file_nbytes * len(directories),
         stripe_nbytes=STRIPE_NBYTES,
-        backend="auto",
+        backend=backend,
         direct=True,
         block_nbytes=1 << 20,
         queue_depth=32,
