@@ -1,0 +1,229 @@
+"""Every hand-over between compute and the copies is ordered by an event, and each deleted one is caught.
+
+Without a GPU a device that checks the order finds what is not ordered (tests/device_order.py); on a CUDA device the
+same deletions, with sleeps inserted before every copy and in every block, change the numbers.
+"""
+
+import contextlib
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+import offload
+from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
+from offload.runtime import assembly
+from offload.runtime.device_residency import CopiedResidency
+from offload.runtime.gradients import Gradients
+from offload.stores.activations import ActivationStore
+from offload.tiers.device import CudaDevice
+from offload.transfer.copies import Copies
+from tests.device_order import OrderedDevice, watching
+
+DEVICES = ["ordered", pytest.param("cuda", marks=pytest.mark.gpu)]
+WIDTH, ROWS = 64, 64
+COPY_CYCLES, BLOCK_CYCLES = 12_000_000, 4_000_000
+"""Device sleeps: about 7 ms before each copy, 2 ms in each block."""
+
+
+class Block(nn.Module):
+    """On a CUDA device it computes late, so that what does not wait for it comes too early."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(WIDTH, 2 * WIDTH)
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        if x.is_cuda:
+            torch.cuda._sleep(BLOCK_CYCLES)
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+def train(device, directory, n_steps=3, **settings):
+    """(parameters by name, conflicts found by the ordered device)."""
+    chunk = 4096
+    settings = {
+        "device_memory": "400KB", "storage": [str(directory)], "prefetch_blocks": 1,
+        "host_memory": 8 * chunk * 14 + ACTIVATION_STAGING_NBYTES_MIN + 1_200_000, **settings,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Block() for _ in range(5)])
+    model, optimizer = offload.wrap(
+        model, torch.optim.AdamW(model.parameters(), lr=1e-2), step_aside="never", chunk_elements=chunk,
+        chunk_buffers=2, update_threads=2, device="cuda" if device == "cuda" else "emulated", **settings,
+    )  # fmt: skip
+    try:
+        x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1)).to(model.offload.device)
+        with watching() if device == "ordered" else contextlib.nullcontext() as conflicts:
+            for _ in range(n_steps):
+                model(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return {n: t.cpu().clone() for block in model.offload.iter_blocks() for n, t in block}, conflicts
+    finally:
+        model.offload.close()
+
+
+@pytest.fixture(params=DEVICES)
+def device(request, monkeypatch):
+    if request.param == "ordered":
+        monkeypatch.setattr(assembly, "EmulatedDevice", OrderedDevice)
+    elif not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    else:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+
+
+def sleepy_copies(monkeypatch):
+    copy = CudaDevice._copy
+
+    def late(self, stream, target, source, after):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(COPY_CYCLES)
+        return copy(self, stream, target, source, after)
+
+    monkeypatch.setattr(CudaDevice, "_copy", late)
+
+
+def races(device, directory, without=None, **settings):
+    """Whether training shows a race: conflicts of the ordered device, or other numbers on a CUDA device."""
+    with pytest.MonkeyPatch.context() as patch:
+        if device == "ordered":
+            if without:
+                without(patch)
+            return train(device, directory, **settings)[1]
+        expected, _ = train(device, directory, **settings)
+        sleepy_copies(patch)
+        if without:
+            without(patch)
+        got, _ = train(device, directory, **settings)
+        return [name for name in expected if not torch.equal(got[name], expected[name])]
+
+
+PLACEMENTS = {
+    "storage": {},
+    "host": {"storage": [], "host_memory": "20MB"},
+    "deferred": {"update": "deferred"},
+    "clipping": {"max_grad_norm": 0.05},
+    "inputs in host memory": {"activations": "host", "host_memory": "20MB"},
+    "inputs on storage": {"activations": "storage"},
+    "saved in host memory": {"saved_activations": "host", "micro_batches": 2, "host_memory": "20MB"},
+    "saved on storage": {"saved_activations": "storage", "micro_batches": 2},
+    "graphs kept": {"activations": "keep", "device_memory": "4MB"},
+}
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda name: name.replace(" ", "-"))
+def test_every_hand_over_is_ordered(tmp_path, device, placement):
+    assert races(device, tmp_path, **PLACEMENTS[placement]) == []
+
+
+# ---- one hand-over less --------------------------------------------------------------------------------------
+
+
+def without_waits_in(owner, method):
+    """Inside `method` compute waits for nothing."""
+
+    def delete(patch):
+        inside = getattr(owner, method)
+
+        def hurried(self, *args, **kwargs):
+            with pytest.MonkeyPatch.context() as inner:
+                for kind in (OrderedDevice, CudaDevice):
+                    inner.setattr(kind, "compute_waits", lambda self, event: None)
+                return inside(self, *args, **kwargs)
+
+        patch.setattr(owner, method, hurried)
+
+    return delete
+
+
+def copies_without(way, prefix, keep=lambda device, after: ()):
+    """Copies of that name start after nothing but what `keep` leaves."""
+
+    def delete(patch):
+        copy = getattr(Copies, way)
+
+        def hurried(self, name, target, source, after=()):
+            if not name.startswith(prefix):
+                return copy(self, name, target, source, after)
+            device = self._device
+            start = device.copy_in if way == "h2d" else device.copy_out
+            return start(target, source, [event.issued() for event in keep(device, after)])
+
+        patch.setattr(Copies, way, hurried)
+
+    return delete
+
+
+def drop_what_leaves_at_once(patch):
+    def forget(self, but_of=None):
+        for held in self._order:
+            held.source = None
+
+    patch.setattr(ActivationStore, "order_after_left", forget)
+
+
+IN_HOST = PLACEMENTS["inputs in host memory"]
+SAVED = PLACEMENTS["saved in host memory"]
+DELETED = {
+    "compute before the parameters have arrived": ({}, without_waits_in(CopiedResidency, "begin_use")),
+    "load into a slot that is computed with": ({}, copies_without("h2d", "load")),
+    "take gradients that are not computed yet": ({}, copies_without("d2h", "grad_out")),
+    "fill a gradient buffer that is still being copied": ({}, without_waits_in(Gradients, "begin")),
+    "take a block's input that is not computed yet": (IN_HOST, copies_without("d2h", "swap_out")),
+    "compute with an input that has not come back": (IN_HOST, without_waits_in(ActivationStore, "swap_in")),
+    "bring an input back that has not left": (
+        {**IN_HOST, "device_memory": "600KB"},
+        copies_without("h2d", "swap_in", lambda device, after: after[1:]),
+    ),
+    "bring an input back to memory that is computed with": (
+        IN_HOST, copies_without("h2d", "swap_in", lambda device, after: after[:1]),
+    ),
+    "use the memory of what is still leaving": (SAVED, drop_what_leaves_at_once),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("deleted", DELETED, ids=lambda name: name.replace(" ", "-"))
+def test_without_one_hand_over_there_is_a_race(tmp_path, device, deleted):
+    settings, without = DELETED[deleted]
+    assert races(device, tmp_path, without, **settings)
+
+
+def forwards_without_backward(device):
+    """What comes out after graphs were dropped, and conflicts found by the ordered device."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Block() for _ in range(5)])
+    model, _ = offload.wrap(
+        model, torch.optim.AdamW(model.parameters()), step_aside="never", storage=[], device_memory="4MB",
+        device="cuda" if device == "cuda" else "emulated", activations="host", host_memory="200MB",
+    )  # fmt: skip
+    x = torch.randn(ROWS, WIDTH).to(model.offload.device)
+    with watching() if device == "ordered" else contextlib.nullcontext() as conflicts:
+        for _ in range(3):
+            x = x + model(x).detach() * 0.1
+            gc.collect()
+    model.offload.close()
+    return x.cpu(), conflicts
+
+
+def test_a_graph_that_is_dropped_leaves_no_copy_of_memory_that_is_used_again(device, monkeypatch):
+    expected, conflicts = forwards_without_backward(device)
+    assert not conflicts
+    if device == "cuda":
+        sleepy_copies(monkeypatch)
+        assert torch.equal(forwards_without_backward(device)[0], expected)
+
+
+def test_a_graph_that_is_dropped_without_waiting_for_its_copies_is_a_race(device, monkeypatch):
+    if device == "cuda":
+        sleepy_copies(monkeypatch)
+    expected, _ = forwards_without_backward(device)
+    without_waits_in(ActivationStore, "_forget")(monkeypatch)
+    got, conflicts = forwards_without_backward(device)
+    assert conflicts or not torch.equal(got, expected)
