@@ -1,40 +1,134 @@
 #!/usr/bin/env bash
-# On a machine with one NVIDIA GPU: build, test and measure, also without a network. Stages, all in this order by default:
-#   build   the extension, with the python3 that has torch (PYTHON=... names another); liburing where its header is,
-#           or from a package file LIBURING_DEB=... carried along; otherwise the POSIX backend
-#   tests   the tests marked `gpu`
-#   train   a full fine-tune of 1 B and of 3 B parameters with 8 GB of device memory against everything on the GPU
-# Example: benchmarks/gpu.sh build tests
-set -euo pipefail
+# On a machine with one NVIDIA GPU: build, test and measure, also without a network. Stages, in this order by default:
+#   build    the extension, with the python3 that has torch; liburing where its header is, or from what gpu_carry.sh has
+#            packed; otherwise the POSIX backend
+#   tests    the tests marked `gpu`
+#   rates    bus, drive, DRAM, AdamW, matrix products: the profile that the stages after it compare with
+#   train    a full fine-tune of 1 B and of 3 B parameters in 8 GB of device memory, against everything on the GPU
+#   giant    layers of GPT-3 175B and Llama 70B in 24 GB, measured beside the simulator (the whole models' figures follow
+#            without a GPU: gpu_giant.py --whole-of)
+#   profile  gaps, copies and waiting calls in a steady step
+#   sweep    8k to 128k tokens a step
+#   peer     DeepSpeed ZeRO-3, where it can be imported
+# Any of them can be named: benchmarks/gpu.sh build rates train
+#
+# All of it takes at most SECONDS_MAX (540). A stage gets its weight's share of what is left when it begins, so that fast
+# stages leave time to slow ones and a stage alone has all of it; LIMIT=... bounds each. What a stage has not finished
+# then is missing in its table; rows that were made stay. The exit status is that of the first stage that failed.
+#
+# RESULTS  directory of the JSON files (default: $OUT, else benchmarks/results)     PYTHON    default python3
+# STORAGE  directory on the drive that is measured and trained on (default: .)      CARRY     default build/gpu_carry
+# PROFILE  of this machine, written by rates (default: $RESULTS/gpu_hardware.json)   ALLOCATOR PYTORCH_CUDA_ALLOC_CONF
+# TINY=1   no GPU and seconds: to see that all stages run
+set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-RESULTS=${RESULTS:-benchmarks/results}
-command -v nvidia-smi >/dev/null || { echo "no NVIDIA driver found; this script needs a GPU"; exit 1; }
+RESULTS=${RESULTS:-${OUT:-benchmarks/results}}
+STORAGE=${STORAGE:-.}
+CARRY=${CARRY:-build/gpu_carry}
+PROFILE=${PROFILE:-$RESULTS/gpu_hardware.json}
+SECONDS_MAX=${SECONDS_MAX:-540}
+ALL=(build tests rates train giant profile sweep peer)
+declare -A WEIGHT=([build]=16 [tests]=16 [rates]=10 [train]=26 [giant]=18 [profile]=8 [sweep]=14 [peer]=8)
 
+device=(--device cuda --storage "$STORAGE")
+[ -z "${TINY:-}" ] || device=(--device emulated --tiny --storage "$STORAGE")
+
+# Each stage: commands whose last argument group bounds their time. $1 is the stage's seconds.
 build() {
-  if [ -n "${LIBURING_DEB:-}" ] && [ ! -e /usr/include/liburing.h ]; then
-    for package in $LIBURING_DEB; do dpkg -x "$package" /; done
-    ldconfig
+  if [ ! -e /usr/include/liburing.h ] && compgen -G "$CARRY/liburing/*.deb" >/dev/null; then
+    for package in "$CARRY"/liburing/*.deb; do dpkg -x "$package" / || true; done
+    ldconfig || true
   fi
-  "$PYTHON" -c 'import torch, pybind11; print("torch", torch.__version__, "CUDA", torch.version.cuda)'
-  "$PYTHON" setup.py -q build_ext --inplace
-  "$PYTHON" -m offload.cli doctor --storage .
+  "$PYTHON" -c 'import torch, pybind11; print("torch", torch.__version__, "CUDA", torch.version.cuda)' &&
+    "$PYTHON" setup.py -q build_ext --inplace && "$PYTHON" -m offload.cli doctor --storage "$STORAGE"
 }
 
-tests() { "$PYTHON" -m pytest -q -m gpu tests; }
+tests() {  # only files that have such tests: others need packages that a bare machine may lack
+  # shellcheck disable=SC2046  # several names
+  "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu $(grep -rlE "mark\.gpu|GPU_MARK" tests --include='test_*.py')
+}
+
+rates() { "$PYTHON" benchmarks/gpu_rates.py "${device[@]}" --seconds "$(($1 / 2))" --profile "$PROFILE" --json "$RESULTS/gpu_rates.json"; }
 
 train() {
-  mkdir -p "$RESULTS"
-  "$PYTHON" benchmarks/gpu_train.py --model 1b --batch 8,32 --json "$RESULTS/gpu_train_1b.json"
-  "$PYTHON" benchmarks/gpu_train.py --model 3b --batch 32 --steps 3 --json "$RESULTS/gpu_train_3b.json"
+  local end=$((SECONDS + $1))
+  run_train 1b 32768 gpu,gpu-keep,host,storage "$(($1 * 4 / 10))" gpu_train_1b
+  local first=$?
+  run_train 3b 32768 gpu,host,storage "$((end - SECONDS))" gpu_train_3b && return $first
 }
 
-[ $# -gt 0 ] || set -- build tests train
-nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+sweep() { run_train 1b 8192,16384,65536,131072 gpu,host,storage,host+plan "$1" gpu_sweep; }
+
+peer() {
+  if ! "$PYTHON" -c 'import deepspeed' 2>/dev/null; then
+    echo "DeepSpeed cannot be imported here: no rows of it"
+    return 0
+  fi
+  run_train 1b 32768 deepspeed-cpu,deepspeed-nvme "$1" gpu_peer
+}
+
+run_train() {  # model, tokens a step, placements, seconds, name of the file
+  "$PYTHON" benchmarks/gpu_train.py "${device[@]}" --model "$1" --tokens-per-step "$2" --placements "$3" \
+    --seconds "$4" --profile "$PROFILE" --json "$RESULTS/$5.json"
+}
+
+giant() {
+  local end=$((SECONDS + $1)) status=0 profile=()
+  [ -e "$PROFILE" ] && profile=(--profile "$PROFILE")
+  "$PYTHON" benchmarks/gpu_giant.py "${device[@]}" "${profile[@]}" --drives "" --model gpt3-175b --json "$RESULTS/gpu_giant_175b.json" || status=$?
+  [ $SECONDS -ge $end ] ||
+    "$PYTHON" benchmarks/gpu_giant.py "${device[@]}" "${profile[@]}" --drives "" --model llama-70b --json "$RESULTS/gpu_giant_70b.json" || status=$?
+  return $status
+}
+
+profile() {
+  "$PYTHON" benchmarks/gpu_profile.py "${device[@]}" --seconds "$1" --profile "$PROFILE" --json "$RESULTS/gpu_profile.json"
+}
+
+if [ "${1:-}" = --stage ]; then  # one stage in a process of its own, which `timeout` can end
+  "$2" "$3"
+  exit
+fi
+
+[ $# -gt 0 ] || set -- "${ALL[@]}"
 for stage in "$@"; do
-  case $stage in
-    build|tests|train) echo "== $stage"; "$stage" ;;
-    *) echo "no stage $stage; the stages are build, tests, train"; exit 2 ;;
-  esac
+  [ -n "${WEIGHT[$stage]:-}" ] || { echo "no stage $stage; the stages are ${ALL[*]}"; exit 2; }
 done
+if [ -z "${TINY:-}" ]; then
+  command -v nvidia-smi >/dev/null || { echo "no NVIDIA driver found; this script needs a GPU, or TINY=1"; exit 1; }
+  nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv
+fi
+mkdir -p "$RESULTS"
+export PYTHON RESULTS STORAGE CARRY PROFILE TINY PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+if ! "$PYTHON" -c 'import pydantic' 2>/dev/null; then  # what is installed goes before what is carried
+  case $CARRY in /*) ;; *) CARRY=$PWD/$CARRY ;; esac
+  export PYTHONPATH=$PYTHONPATH:$CARRY/python
+fi
+export PYTORCH_CUDA_ALLOC_CONF=${ALLOCATOR-expandable_segments:True}
+
+result=0
+while [ $# -gt 0 ]; do
+  stage=$1 weights=0
+  for later in "$@"; do weights=$((weights + WEIGHT[$later])); done
+  shift
+  limit=$(((SECONDS_MAX - SECONDS) * WEIGHT[$stage] / weights))
+  [ -z "${LIMIT:-}" ] || [ "$limit" -le "$LIMIT" ] || limit=$LIMIT
+  if [ "$limit" -lt 4 ]; then
+    echo "== $stage: not run, no time is left of $SECONDS_MAX s"
+    [ $result -ne 0 ] || result=124
+    continue
+  fi
+  echo "== $stage (at most $limit s)"
+  begin=$SECONDS
+  timeout --kill-after=10 "$limit" bash "$0" --stage "$stage" "$((limit - 3))"
+  status=$?
+  case $status in
+    0) echo "== $stage: done in $((SECONDS - begin)) s" ;;
+    124 | 137) echo "== $stage: stopped after $limit s; what it has made so far is in $RESULTS" ;;
+    *) echo "== $stage: failed ($status) after $((SECONDS - begin)) s" ;;
+  esac
+  [ $result -ne 0 ] || result=$status
+done
+exit $result

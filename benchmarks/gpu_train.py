@@ -1,171 +1,406 @@
 """Full fine-tune of a Llama-shaped model on one GPU within a few GB of `device_memory`, against everything on the GPU.
 
-Three rows for each batch size: `gpu` is plain torch with all state on the device (bf16, fused AdamW, recomputation),
-`host` streams from host memory, `storage` from the drive. Each has tokens/s, model TFLOPS (6 FLOPs a parameter and
-token plus attention), hardware TFLOPS (forward counted twice, for the recomputation), the peak of the allocator's
-reserve against the budget, the process's peak memory, and what the launching thread waited for.
+Placements, one row each for each batch size:
 
-    python benchmarks/gpu_train.py --model 1b --batch 8,32 --json FILE
-    python benchmarks/gpu_train.py --device emulated --model tiny --tokens 32 --batch 2   # the same path without a GPU
+    gpu           plain torch, all state on the device: bf16 parameters and moments, fused AdamW, layers recomputed
+    gpu-keep      the same without recomputation, where it fits
+    host          this library, all state in host memory
+    storage       this library, state on storage and the least host memory; with --host-share, or where steps would take
+                  too long for --row-seconds, a share of the state in host memory, which the row says
+    host+plan, storage+plan    the same with what the planner chooses (needs --profile)
+    deepspeed-cpu, deepspeed-nvme    DeepSpeed ZeRO-3, where it can be imported
+
+Plain torch keeps 8 bytes a parameter where this library keeps 12 (fp32 masters and moments): it has less to do, which
+is to its advantage. Each row has tokens/s, model TFLOPS (6 FLOPs a parameter and token, plus attention), hardware
+TFLOPS (with recomputation), the peak of the allocator's reserve beside the budget, the process's peak memory, what the
+launching thread waited for, allocations asked of the driver in the measured steps, the floors (gpu_common.py) and, for
+all but plain torch, `of_gpu`: the faster plain row's seconds over its own.
+
+    python benchmarks/gpu_train.py --model 1b --tokens-per-step 8192,32768 --profile FILE --json FILE
+    python benchmarks/gpu_train.py --device emulated --tiny     # the same path without a GPU, in seconds
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
+import os
+import re
 import resource
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import common
+import gpu_common
 import torch
-from llama_shaped import SHAPES, build
+from gpu_common import Device, Rows
+from llama_shaped import SHAPES, LlamaShaped, Shape
+from torch import nn
 
 import offload
+from offload.planner.hardware import Hardware
+from offload.planner.workload import Workload
+from offload.profiling.workload import profile_model
 
+PLACEMENTS = ("gpu", "gpu-keep", "host", "storage")
+COLUMNS = (
+    "step_s", "tokens_per_s", "model_tflops", "hardware_tflops", "of_gpu", "of_floor", "largest_floor",
+    "device_peak_gb", "budget_gb", "rss_gb", "driver_allocations", "stall_s",
+)  # fmt: skip
 WARM_UP_STEPS = 2
+TINY = {
+    "model": "tiny", "vocab": 512, "sequence": 32, "tokens_per_step": "128", "micro_tokens": 64, "steps": 2,
+    "device_memory_gb": 0.05,
+}  # fmt: skip
+"""Options of --tiny."""
+STATE_NBYTES = 12
+LOSS_ROWS = 2048
 
 
-def flops(name: str, numel: int, batch: int, tokens: int) -> tuple[float, float]:
-    """Model and hardware FLOPs of one step: backward is twice forward, recomputation is one more forward."""
-    shape = SHAPES[name]
-    embedding = shape.vocab * shape.hidden
-    forward = 2 * (numel - embedding) * batch * tokens + 2 * shape.layers * batch * tokens**2 * shape.hidden
-    return 3.0 * forward, 4.0 * forward
+@dataclass
+class Run:
+    """One placement being trained: `step` makes a step and gives its loss; `engine` is ours or None."""
+
+    step: Callable[[torch.Tensor], torch.Tensor]
+    engine: Any = None
+    recomputes: bool = True
+    updated: int = 0
+    close: Callable[[], None] = lambda: None
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
-class Device:
-    """The few calls in which a CUDA device differs from the emulated one."""
+@dataclass(frozen=True)
+class Case:
+    """What all rows of one batch size share."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.is_cuda = name.startswith("cuda")
-        self.torch_device = torch.device(name if self.is_cuda else "cpu")
+    shape: Shape
+    batch: int
+    options: argparse.Namespace
+    device: Device
+    hardware: Hardware | None
+    workload: Workload
+    storage: str
 
-    def synchronize(self) -> None:
-        """Wait for the device."""
-        if self.is_cuda:
-            torch.cuda.synchronize(self.torch_device)
+    @property
+    def numel(self) -> int:
+        """Parameters."""
+        return sum(b.trainable_numel for b in self.workload.blocks) + self.workload.root_trainable_numel
 
-    def start_counting(self) -> None:
-        """Forget earlier peaks."""
-        gc.collect()
-        if self.is_cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.torch_device)
+    def name(self, placement: str) -> str:
+        """Of a row."""
+        return f"gpu_train_{self.options.model}_{self.batch * self.options.sequence}_{placement}"
 
-    def peak_bytes(self) -> int | None:
-        """What the allocator reserved at most; None where nothing counts it."""
-        return torch.cuda.max_memory_reserved(self.torch_device) if self.is_cuda else None
+    def flops(self, recomputes: bool) -> tuple[float, float]:
+        """Model and hardware FLOPs of one step: backward is twice forward; blocks and loss are recomputed."""
+        blocks = sum(b.flops_per_sample for b in self.workload.blocks)
+        forward = self.batch * (blocks + self.workload.root_flops_per_sample)
+        return 3.0 * forward, (4.0 if recomputes else 3.0) * forward
 
-
-def make_step(
-    placement: str, options: argparse.Namespace, device: Device, batch: int, storage: str
-) -> tuple[Callable[[torch.Tensor], float], Any, int]:
-    """(one training step, the engine or None, parameters)."""
-    model = build(options.model, recompute=placement == "gpu")
-    numel = sum(p.numel() for p in model.parameters())
-    engine = None
-    if placement == "gpu":
-        model = model.to(device.torch_device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    else:
-        state_nbytes = 16 * numel
-        host_nbytes = options.host_memory_gb * 1e9 if placement == "storage" else 1.5 * state_nbytes + 1e9
-        model, optimizer = offload.wrap(
-            model,
-            torch.optim.AdamW(model.parameters(), lr=1e-5),
-            device=device.name,
-            device_memory=f"{options.device_memory_gb}GB",
-            host_memory=int(host_nbytes),
-            storage=[storage] if placement == "storage" else [],
-            micro_batches=max(1, batch // options.micro_batch),
-            step_aside="never",
+    def model(self, *, recompute: bool) -> nn.Module:
+        """The model with random weights, in host memory."""
+        return gpu_common.with_random_weights(
+            lambda: LlamaShaped(self.shape, recompute=recompute, loss_rows=LOSS_ROWS), torch.bfloat16
         )
-        engine = model.offload
 
-    def step(tokens: torch.Tensor) -> float:
+
+def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Forward, backward, update."""
+
+    def step(tokens: torch.Tensor) -> torch.Tensor:
         loss = model(tokens)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return float(loss.detach())
+        return loss.detach()
 
-    return step, engine, numel
+    return step
 
 
-def train(
-    placement: str, options: argparse.Namespace, device: Device, batch: int, storage: str
-) -> dict[str, Any]:
-    """One row: `placement` is `gpu`, `host` or `storage`."""
-    device.start_counting()
-    step, engine, numel = make_step(placement, options, device, batch, storage)
-    model_flops, hardware_flops = flops(options.model, numel, batch, options.tokens)
-    tokens = torch.randint(
-        0, SHAPES[options.model].vocab, (batch, options.tokens), device=device.torch_device
+def on_gpu(case: Case, *, recompute: bool) -> Run:
+    """Plain torch."""
+    model = case.model(recompute=recompute).to(case.device.torch_device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    return Run(plain_step(model, optimizer), recomputes=recompute)
+
+
+def host_share_within(case: Case) -> float:
+    """The least share of the state in host memory with which a step's drive time is within a fifth of --row-seconds."""
+    if case.options.host_share is not None:
+        return float(case.options.host_share)
+    if case.hardware is None or not case.hardware.drives:
+        return 0.0
+    rates = gpu_common.CostModel(
+        case.workload, case.hardware, gpu_common.state_format_of(case.workload), case.batch
+    ).rates.storage
+    if rates is None:
+        return 0.0
+    whole_s = float(rates.seconds(14.0 * case.numel, 12.0 * case.numel))
+    allowed_s = case.options.row_seconds / 5
+    return max(0.0, round(1 - allowed_s / whole_s + 0.005, 2)) if whole_s > allowed_s else 0.0
+
+
+def least_host_nbytes(model: nn.Module, settings: dict[str, Any]) -> int:
+    """Host memory that holds staging alone: the least that would do, as the refusal of next to nothing says, and a
+    second block on its way."""
+    second = 6 * max(sum(p.numel() for p in layer.parameters()) for layer in model.layers)
+    try:
+        offload.wrap(model, torch.optim.AdamW(model.parameters()), host_memory=4096, **settings)
+    except offload.BudgetError as refused:
+        found = re.search(r"host_memory='(\d+)'", str(refused))
+        if found is None:
+            raise
+        return int(found[1]) + second
+    raise SystemExit("4096 bytes of host memory were enough; that cannot be")
+
+
+def ours(case: Case, placement: str, *, planned: bool) -> Run:
+    """This library."""
+    options = case.options
+    facts: dict[str, Any] = {"device_budget_bytes": int(options.device_memory_gb * 1e9)}
+    settings: dict[str, Any] = {"storage": [], "prefetch_blocks": options.prefetch_blocks}
+    settings["micro_batches"] = max(1, -(-case.batch * options.sequence // options.micro_tokens))
+    inputs_nbytes = 2 * case.batch * options.sequence * case.shape.hidden * (case.shape.layers + 4)
+    host_nbytes = int(1.4 * (STATE_NBYTES + 2) * case.numel + inputs_nbytes + 1e9)
+    settings |= {
+        "device": case.device.name, "device_memory": facts["device_budget_bytes"], "step_aside": "never",
+    }  # fmt: skip
+    model = case.model(recompute=False)
+    if placement == "storage":
+        share = facts["host_share"] = host_share_within(case)
+        settings["storage"] = [case.storage]
+        host_nbytes = least_host_nbytes(model, settings) + int(share * STATE_NBYTES * case.numel)
+    if planned:
+        if case.device.is_cuda is False:
+            raise offload.ConfigError("a plan needs the profile of a GPU")
+        host_nbytes += inputs_nbytes  # the planner has use for more than the least
+        del settings["micro_batches"], settings["prefetch_blocks"]
+        settings |= {"batch": (case.batch, options.sequence), "hardware": options.profile}
+    model, optimizer = offload.wrap(
+        model, torch.optim.AdamW(model.parameters(), lr=1e-5), host_memory=host_nbytes, **settings
     )
-    times, loss = [], float("nan")
-    for _ in range(options.steps + WARM_UP_STEPS):
-        device.synchronize()
-        start_s = time.perf_counter()
-        loss = step(tokens)
-        device.synchronize()
-        times.append(time.perf_counter() - start_s)
-    step_s = common.median(times[WARM_UP_STEPS:])
-    row = {
-        "name": f"gpu_train_{options.model}_{batch}x{options.tokens}_{placement}",
-        "step_s": step_s,
-        "tokens_per_s": batch * options.tokens / step_s,
-        "model_tflops": model_flops / step_s / 1e12,
-        "hardware_tflops": hardware_flops / step_s / 1e12,
-        "device_peak_bytes": device.peak_bytes(),
-        "device_budget_bytes": options.device_memory_gb * 1e9 if engine else None,
-        "rss_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "stall_s": engine.last_step["stall_s"] if engine else None,
-        "loss": loss,
+    engine = model.offload
+    facts |= {
+        "micro_batches": engine.micro_batches, "host_budget_bytes": host_nbytes,
+        "state_on_storage_bytes": engine.placement.storage_nbytes,
+    }  # fmt: skip
+    return Run(plain_step(model, optimizer), engine, True, case.numel, engine.close, facts)
+
+
+def deepspeed(case: Case, placement: str) -> Run:
+    """ZeRO-3 with optimizer and parameters in host memory or on NVMe, layers recomputed."""
+    try:
+        import deepspeed as peer
+    except ImportError as error:
+        raise offload.ConfigError(f"DeepSpeed cannot be imported: {error}") from error
+    os.environ |= {
+        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(29500 + os.getpid() % 1000),
+    }  # fmt: skip
+    nvme = placement == "deepspeed-nvme"
+    where: dict[str, Any] = {"device": "nvme" if nvme else "cpu", "pin_memory": True}
+    if nvme:
+        where |= {"nvme_path": case.storage, "buffer_count": 8}
+    config = {
+        "train_micro_batch_size_per_gpu": case.batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
+        "steps_per_print": 1 << 30,
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": True,
+            "offload_param": {"device": "cpu", "pin_memory": True},
+            "offload_optimizer": where,
+        },
+        "aio": {"block_size": 1 << 20, "queue_depth": 32, "intra_op_parallelism": 4},
     }
-    if engine is not None:
-        engine.close()
-    return row
+    model = case.model(recompute=True)
+    engine, *_ = peer.initialize(model=model, model_parameters=model.parameters(), config=config)
+
+    def step(tokens: torch.Tensor) -> torch.Tensor:
+        loss = engine(tokens)
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    return Run(step, recomputes=True, close=engine.destroy)
+
+
+def make_run(case: Case, placement: str) -> Run:
+    """The run of that name."""
+    if placement in ("gpu", "gpu-keep"):
+        return on_gpu(case, recompute=placement == "gpu")
+    if placement.startswith("deepspeed"):
+        return deepspeed(case, placement)
+    where, _, planned = placement.partition("+")
+    return ours(case, where, planned=planned == "plan")
+
+
+def timed_steps(run: Run, case: Case) -> dict[str, Any]:
+    """Steady steps: their seconds, and per step the bytes moved, the stalls and what was asked of the driver."""
+    tokens = torch.randint(
+        0, case.shape.vocab, (case.batch, case.options.sequence), generator=torch.Generator().manual_seed(1)
+    ).to(case.device.torch_device)
+    times: list[float] = []
+    stalls: dict[str, float] = {}
+    begin = time.perf_counter()
+    before: dict[str, int] = {}
+    asked = memory = case.device.memory()
+    loss = torch.tensor(float("nan"))
+    while len(times) < WARM_UP_STEPS + case.options.steps:
+        n = len(times)
+        if n > WARM_UP_STEPS and time.perf_counter() - begin + times[-1] > case.options.row_seconds:
+            break  # at least one step is measured, however long it takes
+        if n == WARM_UP_STEPS:
+            before = gpu_common.counted(run.engine) if run.engine else {}
+            asked = case.device.memory()
+        start = time.perf_counter()
+        loss = run.step(tokens)
+        case.device.synchronize()
+        times.append(time.perf_counter() - start)
+        if run.engine and n >= WARM_UP_STEPS:
+            for cause, seconds in run.engine.last_step["stall_s"].items():
+                stalls[cause] = stalls.get(cause, 0.0) + seconds
+    measured = times[WARM_UP_STEPS:]
+    memory = case.device.memory()
+    moved = {}
+    if run.engine:
+        after = gpu_common.counted(run.engine)
+        moved = {key: (after[key] - before[key]) / len(measured) for key in after}
+        moved["updated"] = float(run.updated)
+    drivers = [memory["driver_allocations"], asked["driver_allocations"]]
+    return {
+        "step_s": common.median(measured),
+        "fastest_slowest_s": common.spread(measured),
+        "n_steps": len(measured),
+        "moved": moved,
+        "stall_s": {cause: seconds / len(measured) for cause, seconds in stalls.items()} or None,
+        "loss": float(loss),
+        "driver_allocations": None if drivers[0] is None or drivers[1] is None else drivers[0] - drivers[1],
+        "allocator_retries": memory["retries"],
+        "device_peak_bytes": memory["reserved_peak"],
+        "device_peak_allocated_bytes": memory["allocated_peak"],
+    }
+
+
+def row_of(case: Case, placement: str) -> dict[str, Any]:
+    """One row; with `error` where it cannot be run."""
+    tokens_per_step = case.batch * case.options.sequence
+    row: dict[str, Any] = {
+        "name": case.name(placement),
+        "numel": case.numel,
+        "tokens_per_step": tokens_per_step,
+        "sequence": case.options.sequence,
+    }
+    case.device.start_counting()
+    try:
+        run = make_run(case, placement)
+        row |= run.facts
+        try:
+            row |= timed_steps(run, case)
+        finally:
+            run.close()
+    except gpu_common.FAILURES as error:
+        return {**row, "error": gpu_common.failure(error)}
+    model_flops, hardware_flops = case.flops(run.recomputes)
+    row |= {
+        "tokens_per_s": tokens_per_step / row["step_s"],
+        "model_tflops": model_flops / row["step_s"] / 1e12,
+        "hardware_tflops": hardware_flops / row["step_s"] / 1e12,
+        "rss_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    row["rss_gb"] = row["rss_peak_bytes"] / 1e9
+    row["device_peak_gb"] = None if row["device_peak_bytes"] is None else row["device_peak_bytes"] / 1e9
+    row["budget_gb"] = row["device_budget_bytes"] / 1e9 if "device_budget_bytes" in row else None
+    found = gpu_common.floors(case.hardware, case.workload, case.batch, hardware_flops, row["moved"])
+    return gpu_common.with_floors(row, found)
+
+
+class Clock:
+    """Shares the script's time among the rows that are still to be made."""
+
+    def __init__(self, options: argparse.Namespace, n_rows: int) -> None:
+        self._end_s = time.monotonic() + options.seconds
+        self._row_seconds = options.row_seconds
+        self._n_rows = n_rows
+
+    def next_row(self, options: argparse.Namespace) -> bool:
+        """Give `options.row_seconds` this row's share; whether there is time for one at all."""
+        left_s = self._end_s - time.monotonic()
+        options.row_seconds = min(self._row_seconds, left_s / self._n_rows)
+        self._n_rows -= 1
+        return left_s > 3.0
+
+
+def rows_of(case: Case, placements: list[str], rows: Rows, clock: Clock) -> None:
+    """All placements of one batch size, with the ratio to the faster of the plain ones."""
+    plain: list[float] = []
+    for placement in placements:
+        if not clock.next_row(case.options):
+            rows.add({"name": case.name(placement), "not_run": "no time was left"}, COLUMNS)
+            continue
+        row = row_of(case, placement)
+        if placement.startswith("gpu") and "step_s" in row:
+            plain.append(row["step_s"])
+        elif plain and "step_s" in row:
+            row |= {"gpu_step_s": min(plain), "of_gpu": min(plain) / row["step_s"]}
+        rows.add(row, COLUMNS)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--device", default="cuda", help="cuda, cuda:N or emulated")
+    made.add_argument(
+        "--tiny", action="store_true", help="seconds without a GPU: to see that the script runs"
+    )
+    made.add_argument("--model", choices=sorted(SHAPES), default="1b")
+    made.add_argument("--vocab", type=int, default=32000)
+    made.add_argument("--sequence", type=int, default=1024, help="tokens of a sequence")
+    made.add_argument("--tokens-per-step", default="32768", help="several with commas between")
+    made.add_argument("--micro-tokens", type=int, default=8192, help="tokens on the device at once")
+    made.add_argument("--placements", default=",".join(PLACEMENTS))
+    made.add_argument("--prefetch-blocks", type=int, default=2)
+    made.add_argument("--steps", type=int, default=4, help="measured at most, after two that are not")
+    made.add_argument("--row-seconds", type=float, default=40.0, help="no further step after so long")
+    made.add_argument(
+        "--seconds", type=float, default=3600.0, help="for all rows: each gets its share of what is left"
+    )
+    made.add_argument("--device-memory-gb", type=float, default=8.0)
+    made.add_argument("--host-share", type=float, help="of the state in the placement storage")
+    made.add_argument("--profile", help="of this machine, from gpu_rates.py, for floors and plans")
+    made.add_argument("--storage", default=".", help="directory on the drive")
+    made.add_argument("--json")
+    return made
+
+
+def cases(options: argparse.Namespace, device: Device, storage: str) -> Iterator[Case]:
+    """One for each batch size."""
+    shape = gpu_common.replaced(SHAPES[options.model], vocab=options.vocab)
+    empty = gpu_common.on_meta(lambda: LlamaShaped(shape), torch.bfloat16)
+    workload = profile_model(empty, options.sequence, name=f"llama-shaped {options.model}")
+    hardware = gpu_common.profile_of(options.profile)
+    for tokens_per_step in map(int, options.tokens_per_step.split(",")):
+        batch = max(1, tokens_per_step // options.sequence)
+        yield Case(shape, batch, options, device, hardware, workload, storage)
 
 
 def main() -> None:
-    """Every batch size in every placement, with the ratio to everything on the device."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--model", choices=sorted(SHAPES), default="1b")
-    parser.add_argument("--batch", default="8,32", help="sequences a step, several separated by commas")
-    parser.add_argument("--micro-batch", type=int, default=8, help="sequences on the device at once")
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--device-memory-gb", type=float, default=8.0)
-    parser.add_argument("--host-memory-gb", type=float, default=8.0, help="of the row `storage`")
-    parser.add_argument("--storage", help="directory on the drive; default: the current one")
-    parser.add_argument("--json")
-    options = parser.parse_args()
+    """Every batch size in every placement."""
+    options = parser().parse_args()
+    gpu_common.tiny(options, **TINY)
     device = Device(options.device)
-    if device.is_cuda and not torch.cuda.is_available():
-        raise SystemExit("gpu_train needs a CUDA device and a CUDA build of torch; or --device emulated")
-    storage = tempfile.mkdtemp(prefix="offload-gpu-", dir=options.storage or ".")
+    storage = tempfile.mkdtemp(prefix="offload-gpu-", dir=options.storage)
     try:
-        rows = []
-        for batch in map(int, options.batch.split(",")):
-            in_device, *streamed = (
-                train(p, options, device, batch, storage) for p in ("gpu", "host", "storage")
-            )
-            for row in streamed:
-                row["peer_step_s"] = in_device["step_s"]
-                row["ratio"] = in_device["step_s"] / row["step_s"]
-            rows += [in_device, *streamed]
-        name = torch.cuda.get_device_name() if device.is_cuda else device.name
-        rows = [{**row, **common.about(storage, device=name)} for row in rows]
-        common.write_rows(options.json, rows, common.command_line("gpu_train", sys.argv[1:]))
+        rows = Rows(options, "gpu_train", storage, device)
+        placements = options.placements.split(",")
+        clock = Clock(options, len(placements) * len(options.tokens_per_step.split(",")))
+        for case in cases(options, device, storage):
+            rows_of(case, placements, rows, clock)
     finally:
         shutil.rmtree(storage, ignore_errors=True)
 

@@ -1,29 +1,150 @@
 """The benchmark scripts run as they stand, small, so that they are ready on the machine they are meant for."""
 
 import json
+import os
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from offload.planner.hardware import load_hardware
+
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def test_the_gpu_benchmark_trains_on_an_emulated_device_with_the_same_losses_everywhere(tmp_path):
-    report = tmp_path / "rows.json"
+def rows_of(script, directory, *more, timeout_s=110):
+    """The rows, by the last word of their names."""
+    report = directory / "rows.json"
     command = [
-        sys.executable, str(BENCHMARKS / "gpu_train.py"), "--device", "emulated", "--model", "tiny", "--tokens", "32",
-        "--batch", "4", "--micro-batch", "2", "--steps", "2", "--device-memory-gb", "0.05", "--host-memory-gb", "0.05",
-        "--storage", str(tmp_path), "--json", str(report),
+        sys.executable, str(BENCHMARKS / script), "--device", "emulated", "--tiny", "--storage", str(directory),
+        "--json", str(report), *more,
     ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, timeout=100, cwd=BENCHMARKS.parent)
-    rows = {row["name"].rpartition("_")[2]: row for row in json.loads(report.read_text())["rows"]}
+    subprocess.run(command, check=True, capture_output=True, timeout=timeout_s, cwd=BENCHMARKS.parent)
+    return {row["name"].rpartition("_")[2]: row for row in json.loads(report.read_text())["rows"]}
+
+
+@pytest.mark.slow
+def test_the_gpu_training_benchmark_has_the_same_losses_everywhere_and_says_what_it_cannot_run(tmp_path):
+    rows = rows_of("gpu_train.py", tmp_path, "--placements", "gpu,host,storage,host+plan")
     assert rows["host"]["loss"] == rows["storage"]["loss"]
     assert abs(rows["gpu"]["loss"] - rows["host"]["loss"]) < 0.02
-    for row in rows.values():
-        assert row["tokens_per_s"] > 0
-        assert row["hardware_tflops"] > row["model_tflops"] > 0
+    for name in ("gpu", "host", "storage"):
+        assert rows[name]["tokens_per_s"] > 0
+        assert rows[name]["hardware_tflops"] > rows[name]["model_tflops"] > 0
+    assert rows["host"]["of_gpu"] == pytest.approx(rows["gpu"]["step_s"] / rows["host"]["step_s"])
+    assert "profile of a GPU" in rows["host+plan"]["error"]
+    moved = rows["storage"]["moved"]
+    assert 12.5 * rows["storage"]["numel"] > moved["written_bytes"] > 11 * rows["storage"]["numel"]
+    assert moved["d2h_bytes"] > moved["updated"]
+
+
+@pytest.mark.slow
+def test_the_gpu_training_benchmark_leaves_out_rows_that_there_is_no_time_for(tmp_path):
+    rows = rows_of("gpu_train.py", tmp_path, "--placements", "gpu,host", "--seconds", "0")
+    assert all("no time" in row["not_run"] for row in rows.values())
+
+
+@pytest.mark.slow
+def test_the_gpu_rates_become_a_profile_that_gives_every_row_its_floors(tmp_path):
+    profile = tmp_path / "hardware.json"
+    rates = rows_of("gpu_rates.py", tmp_path, "--profile", str(profile))
+    assert {"dram", "adamw", "read", "write", "mixed", "tiny"} <= set(rates)
+    assert load_hardware(str(profile)).dram_bytes_per_s == pytest.approx(1e9 * rates["dram"]["value"])
+    row = rows_of("gpu_train.py", tmp_path, "--placements", "storage", "--profile", str(profile))["storage"]
+    assert set(row["floor_s"]) == {"compute", "bus", "storage", "dram", "cpu"}
+    assert row["of_floor"] == pytest.approx(max(row["floor_s"].values()) / row["step_s"])
+
+
+@pytest.mark.slow
+def test_the_giants_benchmark_lays_each_layer_beside_the_simulator_and_goes_on_to_the_whole(tmp_path):
+    rows = rows_of("gpu_giant.py", tmp_path, "--drives", "")
+    row = rows["layers"]
+    for kind in ("forward", "backward", "update", "step"):
+        assert row[f"{kind}_s"] > 0
+        assert row[f"predicted_{kind}_s"] > 0
+        assert row[f"predicted_by_products_{kind}_s"] > 0
+    slice_rows = tmp_path / "slice.json"
+    (tmp_path / "rows.json").rename(slice_rows)
+    more = ("--whole-of", str(slice_rows), "--whole", "gpt3-1.3b", "--drives", "4")
+    whole = rows_of("gpu_giant.py", tmp_path, *more)["drives"]
+    numel = 12 * 24 * 2048**2  # in its layers
+    assert whole["bytes_on_drives_gb"] + whole["host_peak_gb"] >= 12 * numel / 1e9
+    assert whole["drives"] == 4
+    assert whole["hardware_tflops"] > 0
+
+
+@pytest.mark.slow
+def test_the_profiling_benchmark_looks_at_steps_without_a_gpu_too(tmp_path):
+    rows = rows_of("gpu_profile.py", tmp_path, "--placements", "host,storage")
+    assert all(row["calls"] == {} for row in rows.values())
+
+
+# ---- stages of gpu.sh ----------------------------------------------------------------------------------------
+
+
+def stages(directory, *names, python="exit 0", **variables):
+    """(exit status, what it printed, the commands it gave to Python) of gpu.sh with another program for Python."""
+    log, program = directory / "commands", directory / "python"
+    program.write_text(f'#!/bin/bash\necho "$@" >> {log}\n{python}\n')
+    program.chmod(0o755)
+    environment = {
+        **os.environ, "TINY": "1", "PYTHON": str(program), "RESULTS": str(directory / "results"), **variables,
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", str(BENCHMARKS / "gpu.sh"), *names],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=100,
+    )
+    return done.returncode, done.stdout + done.stderr, log.read_text() if log.exists() else ""
+
+
+def test_the_gpu_script_runs_the_stages_that_are_named_in_their_order(tmp_path):
+    status, told, commands = stages(tmp_path, "rates", "giant")
+    assert status == 0
+    assert re.findall(r"== (\w+) \(", told) == ["rates", "giant"]
+    scripts = re.findall(r"gpu_(\w+)\.py", commands)
+    assert scripts == ["rates", "giant", "giant"]
+
+
+def test_the_gpu_script_refuses_an_unknown_stage_before_it_runs_any(tmp_path):
+    status, told, commands = stages(tmp_path, "rates", "trian")
+    assert status == 2
+    assert "no stage trian; the stages are build tests rates" in told
+    assert commands == ""
+
+
+def test_a_stage_that_fails_does_not_keep_the_next_from_running_and_is_the_scripts_status(tmp_path):
+    status, told, _ = stages(tmp_path, "rates", "profile", python='[[ "$*" != *gpu_rates* ]] || exit 7')
+    assert status == 7
+    assert "rates: failed (7)" in told
+    assert "profile: done" in told
+
+
+def test_without_a_driver_the_gpu_script_says_so(tmp_path):
+    if shutil.which("nvidia-smi"):
+        pytest.skip("this machine has a driver")
+    status, told, commands = stages(tmp_path, "rates", TINY="")
+    assert status == 1
+    assert "no NVIDIA driver" in told
+    assert commands == ""
+
+
+@pytest.mark.slow
+def test_a_stage_is_stopped_at_its_limit_and_the_next_has_the_rest_of_the_time(tmp_path):
+    hangs = '[[ "$*" != *gpu_rates* ]] || sleep 60'
+    status, told, _ = stages(tmp_path, "rates", "profile", python=hangs, LIMIT="4")
+    assert status == 124
+    assert "rates: stopped after 4 s" in told
+    assert "profile: done" in told
+    status, told, commands = stages(tmp_path, "tests", python="exit 0", SECONDS_MAX="3")
+    assert status == 124
+    assert "not run, no time is left" in told
+    assert "pytest" not in commands
 
 
 @pytest.mark.slow
