@@ -6,18 +6,22 @@ have kept the order on a GPU. Each stream has a vector clock: how far into every
 come after. A copy conflicts with compute, or with a copy of the other direction, that touches the same bytes, unless
 both only read. Compute is what torch dispatches in the thread that trains, below `watching()`.
 
-What is not seen: reads and writes of host memory by storage and by the update. Those are provoked with a slow bus.
+What is not seen: reads and writes of host memory by storage and by the update, but for what follows from having waited
+for a write of activations. Those are provoked with a slow bus.
 """
 
 import contextlib
 import threading
+import types
 from dataclasses import dataclass
 
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from offload.stores.activations import ActivationStore
 from offload.tiers.device import PAST
+from offload.transfer.copies import Copies
 
 ALLOCATIONS = ("empty", "new_empty", "resize_")
 
@@ -221,3 +225,52 @@ def watching():
     with Watch():
         yield conflicts
     conflicts += OrderedDevice.made.conflicts
+
+
+class FollowedTicket:
+    """A write behind a gate: who has seen it completed knows that the copy before the gate has ended."""
+
+    def __init__(self, ticket, device, clock):
+        self._ticket, self._device, self._clock = ticket, device, clock
+        self.times = ticket.times
+
+    def _seen(self):
+        if threading.get_ident() == self._device.launcher:
+            self._device.known = join(self._device.known, self._clock)
+
+    def wait(self):
+        self._ticket.wait()
+        self._seen()
+
+    def done(self):
+        if self._ticket.done():
+            self._seen()
+            return True
+        return False
+
+
+class _FollowedEngine:
+    def __init__(self, engine, device, clocks):
+        self.read, self._engine, self._device, self._clocks = engine.read, engine, device, clocks
+
+    def write(self, address, nbytes, offset, after=None):
+        ticket = self._engine.write(address, nbytes, offset, after=after)
+        return FollowedTicket(ticket, self._device, self._clocks.get(after, {}))
+
+
+def follow_writes_of_activations(patch):
+    """Let waiting for what an activation store has written count as waiting for the copies it was written after."""
+    clocks, gate_of, storage_of = {}, Copies.gate, ActivationStore._storage
+
+    def gate(self, event):
+        made = gate_of(self, event)
+        clocks[made] = getattr(event.issued(), "clock", {})
+        return made
+
+    def storage(self):
+        store, staging = storage_of(self)
+        engine = _FollowedEngine(store.engine, self._device, clocks)
+        return types.SimpleNamespace(engine=engine, grow=store.grow, allocate=store.allocate), staging
+
+    patch.setattr(Copies, "gate", gate)
+    patch.setattr(ActivationStore, "_storage", storage)

@@ -19,7 +19,7 @@ from offload.runtime.gradients import Gradients
 from offload.stores.activations import ActivationStore
 from offload.tiers.device import CudaDevice
 from offload.transfer.copies import Copies
-from tests.device_order import OrderedDevice, watching
+from tests.device_order import OrderedDevice, follow_writes_of_activations, watching
 
 DEVICES = ["ordered", pytest.param("cuda", marks=pytest.mark.gpu)]
 WIDTH, ROWS = 64, 64
@@ -94,6 +94,7 @@ def races(device, directory, without=None, **settings):
     """Whether training shows a race: conflicts of the ordered device, or other numbers on a CUDA device."""
     with pytest.MonkeyPatch.context() as patch:
         if device == "ordered":
+            follow_writes_of_activations(patch)
             if without:
                 without(patch)
             return train(device, directory, **settings)[1]
