@@ -38,7 +38,9 @@ def test_the_gpu_training_benchmark_has_the_same_losses_everywhere_and_says_what
     assert rows["host"]["of_gpu"] == pytest.approx(rows["gpu"]["step_s"] / rows["host"]["step_s"])
     assert "profile of a GPU" in rows["host+plan"]["error"]
     moved = rows["storage"]["moved"]
-    assert 12.5 * rows["storage"]["numel"] > moved["written_bytes"] > 11 * rows["storage"]["numel"]
+    stored = rows["storage"]["state_on_storage_bytes"]  # what is in flight between two steps counts in either
+    assert stored >= 10 * rows["storage"]["numel"]
+    assert 0.7 * stored < moved["written_bytes"] < 1.3 * stored
     assert moved["d2h_bytes"] > moved["updated"]
 
 

@@ -19,12 +19,13 @@ from offload.runtime.gradients import Gradients
 from offload.stores.activations import ActivationStore
 from offload.tiers.device import CudaDevice
 from offload.transfer.copies import Copies
+from tests.cuda import deterministic_cuda, sleepy_copies
 from tests.device_order import OrderedDevice, follow_writes_of_activations, watching
 
 DEVICES = ["ordered", pytest.param("cuda", marks=pytest.mark.gpu)]
 WIDTH, ROWS = 64, 64
-COPY_CYCLES, BLOCK_CYCLES = 12_000_000, 4_000_000
-"""Device sleeps: about 7 ms before each copy, 2 ms in each block."""
+BLOCK_CYCLES = 4_000_000
+"""A device sleep of about 2 ms in each block."""
 
 
 class Block(nn.Module):
@@ -68,26 +69,12 @@ def train(device, directory, n_steps=3, **settings):
 
 @pytest.fixture(params=DEVICES)
 def device(request, monkeypatch):
-    if request.param == "ordered":
-        monkeypatch.setattr(assembly, "EmulatedDevice", OrderedDevice)
-    elif not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+    if request.param == "cuda":
+        deterministic_cuda(monkeypatch)
     else:
-        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        monkeypatch.setattr(assembly, "EmulatedDevice", OrderedDevice)
     yield request.param
     torch.use_deterministic_algorithms(False)
-
-
-def sleepy_copies(monkeypatch):
-    copy = CudaDevice._copy
-
-    def late(self, stream, target, source, after):
-        with torch.cuda.stream(stream):
-            torch.cuda._sleep(COPY_CYCLES)
-        return copy(self, stream, target, source, after)
-
-    monkeypatch.setattr(CudaDevice, "_copy", late)
 
 
 def races(device, directory, without=None, **settings):

@@ -3,8 +3,11 @@
 The emulated device runs everywhere; the same tests run on a CUDA device where there is one (marker `gpu`).
 """
 
+import json
 import logging
 import os
+import pathlib
+import sys
 import time
 
 import pytest
@@ -13,6 +16,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
 
 import offload
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
@@ -23,7 +27,12 @@ from offload.tiers.emulated_device import EmulatedDevice
 from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Ticket
 from tests.conftest import batches, build, two_groups
+from tests.cuda import deterministic_cuda, sleepy_copies
 from tests.integration.test_exactness import CHUNK, assert_same_bits, stored, train
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from trace_analysis import STEP, analyse
 
 DEVICES = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -31,10 +40,7 @@ DEVICES = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.fixture(params=DEVICES)
 def device(request, monkeypatch):
     if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-        monkeypatch.setitem(os.environ, "CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        deterministic_cuda(monkeypatch)
     yield request.param
     torch.use_deterministic_algorithms(False)
 
@@ -152,6 +158,41 @@ def test_the_allocators_reserve_on_a_gpu_stays_within_device_memory(tmp_path):
     model.offload.close()
 
 
+@pytest.mark.gpu
+def test_a_steady_step_on_a_gpu_asks_the_driver_for_nothing_and_its_launching_threads_wait_for_nothing(
+    tmp_path,
+):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    model = build("llama", torch.bfloat16, layers=8, hidden=512)
+    model, optimizer = offload.wrap(
+        model, torch.optim.AdamW(model.parameters()), device="cuda", device_memory="400MB", host_memory="4GB",
+        storage=[], micro_batches=2, step_aside="never", prefetch_blocks=2,
+    )  # fmt: skip
+    batch = batches(1, batch=8, length=256)[0].cuda()
+
+    def step():
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(4):
+        step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+        for _ in range(3):
+            with record_function(STEP):
+                step()
+        torch.cuda.synchronize()
+    record.export_chrome_trace(str(tmp_path / "trace.json"))
+    found = analyse(json.loads((tmp_path / "trace.json").read_text())["traceEvents"])
+    model.offload.close()
+    assert found["calls"] == {}
+    assert found["pageable_copies"] == 0
+    assert found["h2d_bytes"] > 0
+    assert found["d2h_bytes"] > 0
+
+
 # ---- every wait is needed ------------------------------------------------------------------------------------
 
 WIDTH = 128
@@ -168,16 +209,17 @@ class Block(nn.Module):
 
 
 def train_blocks(settings, n_steps=3):
+    """Parameters by name."""
     torch.manual_seed(0)
     model = nn.Sequential(*[Block() for _ in range(5)])
     model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **settings)
     try:
-        x = torch.randn(64, WIDTH)
+        x = torch.randn(64, WIDTH).to(model.offload.device)
         for _ in range(n_steps):
             model(x).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-        return {n: t.clone() for block in model.offload.iter_blocks() for n, t in block}
+        return {n: t.cpu().clone() for block in model.offload.iter_blocks() for n, t in block}
     finally:
         model.offload.close()
 
@@ -263,6 +305,36 @@ def test_without_one_wait_the_numbers_change(tmp_path, expected_blocks, monkeypa
     without(monkeypatch)
     got = train_blocks(slow_bus(tmp_path))
     assert any(not torch.equal(got[name], expected_blocks[name]) for name in expected_blocks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "without",
+    [
+        None,
+        compute_before_the_parameters_have_arrived,
+        rewrite_the_host_slot_before_it_has_been_copied,
+        update_before_the_gradients_have_arrived,
+    ],
+    ids=lambda f: "nothing" if f is None else f.__name__,
+)
+def test_with_late_copies_on_a_gpu_the_numbers_change_exactly_where_a_wait_is_missing(
+    tmp_path, monkeypatch, without
+):
+    """What storage and the update do with host memory; tests/integration/test_device_order.py has the rest."""
+    deterministic_cuda(monkeypatch)
+    settings = {**slow_bus(tmp_path), "device": "cuda"}
+    del settings["bus_bytes_per_s"]
+    try:
+        expected = train_blocks(settings)
+        sleepy_copies(monkeypatch)
+        if without is not None:
+            without(monkeypatch)
+        got = train_blocks(settings)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    same = all(torch.equal(got[name], expected[name]) for name in expected)
+    assert same == (without is None)
 
 
 def test_backward_with_an_activation_that_has_not_arrived_changes_the_numbers(

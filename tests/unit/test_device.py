@@ -1,5 +1,6 @@
 """Page-locking is exact and in bounded pieces; copies and gates keep their order and pass failures on."""
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -10,7 +11,7 @@ import torch
 import offload
 from offload._C import Ticket
 from offload.telemetry import SpanLog
-from offload.tiers.device import PAGE_LOCK_PIECE_NBYTES, PAST, cuts_at_pieces, register_pages
+from offload.tiers.device import PAGE_LOCK_PIECE_NBYTES, PAST, CudaDevice, cuts_at_pieces, register_pages
 from offload.tiers.emulated_device import EmulatedDevice
 from offload.transfer.copies import Copies
 
@@ -64,6 +65,22 @@ def test_no_copy_has_both_registered_and_other_memory_in_it(address, nbytes, cut
     for first, last in itertools.pairwise(edges):
         homes = {next((p for p in pieces if p[0] <= byte < p[1]), None) for byte in range(first, last)}
         assert len(homes) == 1
+
+
+def test_a_copy_across_pieces_is_made_in_parts_that_are_all_of_it(monkeypatch):
+    host, device, parts = torch.zeros(1000), torch.arange(1000, dtype=torch.float32), []
+    edge = host.data_ptr() + 400
+    tier = CudaDevice.__new__(CudaDevice)  # without a GPU
+    tier.timing, tier._locked = False, [(host.data_ptr() - 4096, edge), (edge, edge + 1200)]
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr("offload.tiers.device._record", lambda stream: PAST)
+    copy = torch.Tensor.copy_
+    monkeypatch.setattr(
+        torch.Tensor, "copy_", lambda self, *args, **more: (parts.append(self.numel()), copy(self, *args, **more))[1]
+    )  # fmt: skip
+    tier._copy(None, host, device, [])
+    assert torch.equal(host, device)
+    assert parts == [400, 1200, 2400]
 
 
 @pytest.fixture
