@@ -220,13 +220,14 @@ def placement_of(
         prefetch_blocks=1,
         shares_host=shares_host,
     )
-    if not has_storage:
-        return replace(least, n_slots=max(least.n_slots, min(plan.n_slots, len(blocks))))
     fixed = root.slot_nbytes + root.grad_nbytes
-    n_slots = max(2, plan.n_slots)
-    n_grads = plan.n_grad_buffers
+    n_slots, n_grads = max(2, plan.n_slots), plan.n_grad_buffers
+    n_slots = n_slots if has_storage else min(n_slots, len(blocks))
     while fixed + n_slots * slot + n_grads * grad > device_nbytes and n_slots > min(2, len(blocks)):
         n_slots -= 1
+    if not has_storage:
+        taken = fixed + n_slots * slot + n_grads * grad
+        return replace(least, n_slots=n_slots, n_grad_buffers=n_grads, device_nbytes=taken)
     host = _HostFill(host_nbytes - staging_nbytes - (0 if shares_host else fixed + 2 * (slot + grad)))
     staging = _activation_staging_nbytes(plan, host.left)
     host.take(staging)
