@@ -27,7 +27,7 @@ def about(directory: str, **more: Any) -> dict[str, Any]:
     """What every row carries: machine, commit, file system and torch version of this run."""
     import torch
 
-    commit = _output("git", "rev-parse", "--short", "HEAD")
+    commit = _output("git", "rev-parse", "--short", "HEAD") or os.environ.get("COMMIT", "unknown")
     if _output(
         "git", "status", "--porcelain", "--untracked-files=no", "--", "csrc", "offload", "benchmarks/*.py"
     ):
@@ -69,7 +69,10 @@ def memory_available_nbytes() -> int:
 
 
 def _output(*command: str) -> str:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:  # no such program here
+        return ""
     return done.stdout.strip()
 
 

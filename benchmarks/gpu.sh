@@ -45,8 +45,10 @@ build() {
 }
 
 tests() {  # only files that have such tests: others need packages that a bare machine may lack
+  local workers=()
+  "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 4)
   # shellcheck disable=SC2046  # several names
-  "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu $(grep -rlE "mark\.gpu|GPU_MARK" tests --include='test_*.py')
+  CUBLAS_WORKSPACE_CONFIG=:4096:8 "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" -m gpu $(grep -rlE "mark\.gpu|GPU_MARK" tests --include='test_*.py')
 }
 
 rates() { "$PYTHON" benchmarks/gpu_rates.py "${device[@]}" --seconds "$(($1 / 2))" --profile "$PROFILE" --json "$RESULTS/gpu_rates.json"; }
@@ -55,10 +57,10 @@ train() {
   local end=$((SECONDS + $1))
   run_train 1b 32768 gpu,gpu-keep,host,storage "$(($1 * 4 / 10))" gpu_train_1b
   local first=$?
-  run_train 3b 32768 gpu,host,storage "$((end - SECONDS))" gpu_train_3b && return $first
+  run_train 3b 32768 gpu,host,storage "$((end - SECONDS))" gpu_train_3b --micro-tokens 4096 && return $first
 }
 
-sweep() { run_train 1b 8192,16384,65536,131072 gpu,host,storage,host+plan "$1" gpu_sweep; }
+sweep() { run_train 1b 8192,16384,65536,131072 gpu,host,storage,host+plan "$1" gpu_sweep --device-memory-gb 10; }
 
 peer() {
   if ! "$PYTHON" -c 'import deepspeed' 2>/dev/null; then
@@ -68,9 +70,9 @@ peer() {
   run_train 1b 32768 deepspeed-cpu,deepspeed-nvme "$1" gpu_peer
 }
 
-run_train() {  # model, tokens a step, placements, seconds, name of the file
+run_train() {  # model, tokens a step, placements, seconds, name of the file, more options
   "$PYTHON" benchmarks/gpu_train.py "${device[@]}" --model "$1" --tokens-per-step "$2" --placements "$3" \
-    --seconds "$4" --profile "$PROFILE" --json "$RESULTS/$5.json"
+    --seconds "$4" --profile "$PROFILE" --json "$RESULTS/$5.json" "${@:6}"
 }
 
 giant() {

@@ -40,7 +40,10 @@ class Device:
         self.is_cuda = name.startswith("cuda")
         if self.is_cuda and not torch.cuda.is_available():
             raise SystemExit("no CUDA device, or no CUDA build of torch; or try --device emulated --tiny")
-        self.torch_device = torch.device(name if self.is_cuda else "cpu")
+        self.torch_device = torch.device("cpu")
+        if self.is_cuda:
+            index = torch.device(name).index
+            self.torch_device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
 
     @property
     def card(self) -> str:

@@ -23,6 +23,7 @@ all but plain torch, `of_gpu`: the faster plain row's seconds over its own.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import resource
@@ -58,6 +59,8 @@ TINY = {
 """Options of --tiny."""
 STATE_NBYTES = 12
 LOSS_ROWS = 2048
+TRIES = 2
+"""Of this library's rows: half the tokens on the device at once where they were too many; the row says how many."""
 
 
 @dataclass
@@ -83,6 +86,7 @@ class Case:
     hardware: Hardware | None
     workload: Workload
     storage: str
+    micro_tokens: int
 
     @property
     def numel(self) -> int:
@@ -161,7 +165,7 @@ def ours(case: Case, placement: str, *, planned: bool) -> Run:
     options = case.options
     facts: dict[str, Any] = {"device_budget_bytes": int(options.device_memory_gb * 1e9)}
     settings: dict[str, Any] = {"storage": [], "prefetch_blocks": options.prefetch_blocks}
-    settings["micro_batches"] = max(1, -(-case.batch * options.sequence // options.micro_tokens))
+    settings["micro_batches"] = max(1, -(-case.batch * options.sequence // case.micro_tokens))
     inputs_nbytes = 2 * case.batch * options.sequence * case.shape.hidden * (case.shape.layers + 4)
     host_nbytes = int(1.4 * (STATE_NBYTES + 2) * case.numel + inputs_nbytes + 1e9)
     settings |= {
@@ -183,7 +187,7 @@ def ours(case: Case, placement: str, *, planned: bool) -> Run:
     )
     engine = model.offload
     facts |= {
-        "micro_batches": engine.micro_batches, "host_budget_bytes": host_nbytes,
+        "micro_tokens": case.micro_tokens, "micro_batches": engine.micro_batches, "host_budget_bytes": host_nbytes,
         "state_on_storage_bytes": engine.placement.storage_nbytes,
     }  # fmt: skip
     return Run(plain_step(model, optimizer), engine, True, case.numel, engine.close, facts)
@@ -287,6 +291,18 @@ def timed_steps(run: Run, case: Case) -> dict[str, Any]:
     }
 
 
+def trained(case: Case, placement: str) -> dict[str, Any]:
+    """What steps of one placement have shown; `error` where it cannot be run."""
+    try:
+        run = make_run(case, placement)
+        try:
+            return {**run.facts, "recomputes": run.recomputes, **timed_steps(run, case)}
+        finally:
+            run.close()
+    except gpu_common.FAILURES as error:
+        return {"error": gpu_common.failure(error)}
+
+
 def row_of(case: Case, placement: str) -> dict[str, Any]:
     """One row; with `error` where it cannot be run."""
     tokens_per_step = case.batch * case.options.sequence
@@ -296,17 +312,16 @@ def row_of(case: Case, placement: str) -> dict[str, Any]:
         "tokens_per_step": tokens_per_step,
         "sequence": case.options.sequence,
     }
-    case.device.start_counting()
-    try:
-        run = make_run(case, placement)
-        row |= run.facts
-        try:
-            row |= timed_steps(run, case)
-        finally:
-            run.close()
-    except gpu_common.FAILURES as error:
-        return {**row, "error": gpu_common.failure(error)}
-    model_flops, hardware_flops = case.flops(run.recomputes)
+    for _ in range(TRIES):
+        case.device.start_counting()
+        done = trained(case, placement)
+        if "out of memory" not in done.get("error", "") or placement.startswith(("gpu", "deepspeed")):
+            break
+        case = dataclasses.replace(case, micro_tokens=case.micro_tokens // 2)
+    row |= done
+    if "error" in row:
+        return row
+    model_flops, hardware_flops = case.flops(row.pop("recomputes"))
     row |= {
         "tokens_per_s": tokens_per_step / row["step_s"],
         "model_tflops": model_flops / row["step_s"] / 1e12,
@@ -386,7 +401,7 @@ def cases(options: argparse.Namespace, device: Device, storage: str) -> Iterator
     hardware = gpu_common.profile_of(options.profile)
     for tokens_per_step in map(int, options.tokens_per_step.split(",")):
         batch = max(1, tokens_per_step // options.sequence)
-        yield Case(shape, batch, options, device, hardware, workload, storage)
+        yield Case(shape, batch, options, device, hardware, workload, storage, options.micro_tokens)
 
 
 def main() -> None:
