@@ -96,6 +96,8 @@ class ActivationStore:
         self._order: list[_Held] = []
         self._reading: list[_Held] = []
         """Those that are being read from storage, in the order in which they get staging."""
+        self._dropped: deque[_Held] = deque()
+        """Given up while they were being copied."""
         self._ahead_nbytes = 0
         """The most that one `swap_in` has asked for."""
         self._free_extents: dict[int, list[int]] = {}
@@ -112,6 +114,7 @@ class ActivationStore:
         `tier` is where this one goes; without it, the first that has room. `label` is for its spans. Raises
         BudgetError when none has.
         """
+        self._reap()
         nbytes = tensor.numel() * tensor.element_size()
         held = _Held(
             self._tier_for(nbytes, tier or self._tier),
@@ -137,6 +140,7 @@ class ActivationStore:
     def order_after_left(self, but_of: str | None = None) -> None:
         """Compute given from now on comes after what is on its way out of the device, and may use its memory: all of it
         but what has the label `but_of`. So no more is in transfer than that and what is swapped out next."""
+        self._reap()
         leaving = [held for held in self._order if held.source is not None and held.label != but_of]
         with self._stalls.waiting("activation"):
             for held in leaving:
@@ -145,6 +149,7 @@ class ActivationStore:
 
     def has_room(self, nbytes: int, tier: Tier) -> bool:
         """Whether a tensor of `nbytes` may go to `tier` now."""
+        self._reap()
         if tier == "storage":
             return self._store is not None and self._staging is not None
         if tier == "host" and not self._device.shares_host:  # planes of whole pages, used again
@@ -218,6 +223,7 @@ class ActivationStore:
 
     def swap_in(self, activations: Sequence[Activation]) -> list[torch.Tensor]:
         """The tensors again, on the device. Those that forward gave before them start to come back too."""
+        self._reap()
         wanted = [activation.held for activation in activations]
         if any(held not in self._order for held in wanted):
             raise UsageError("backward ran twice through a block whose input was swapped out")
@@ -330,9 +336,19 @@ class ActivationStore:
         held.source = held.kept = held.plane = None
 
     def _forget(self, held: _Held) -> None:
-        """Autograd dropped it: no backward will come for it. Copies of it may still be under way."""
-        if held in self._order:
-            self._order.remove(held)
+        """Autograd dropped it: no backward will come for it. In whatever thread, so that nothing may wait here."""
+        if held not in self._order:
+            return
+        self._order.remove(held)
+        if held.copied.done() and held.arrived.done():
+            self._release(held)
+        else:
+            self._dropped.append(held)
+
+    def _reap(self) -> None:
+        """Let go of what was dropped while it was being copied: compute given from now on may use its memory."""
+        while self._dropped:
+            held = self._dropped.popleft()
             self._device.compute_waits(held.copied)
             self._device.compute_waits(held.arrived)
             self._release(held)
