@@ -306,7 +306,12 @@ def test_a_slow_drive_changes_no_number(tmp_path, kept_blocks, monkeypatch):
 )
 def test_without_one_wait_the_numbers_change(tmp_path, kept_blocks, monkeypatch, tier, without):
     without(monkeypatch)
-    assert differs(train_blocks(tmp_path / "slow", **slow(tier)), kept_blocks)
+    try:
+        got = train_blocks(tmp_path / "slow", **slow(tier))
+    except RuntimeError as noticed:  # the copy came after autograd had saved the tensor
+        assert "modified by an inplace operation" in str(noticed)
+        return
+    assert differs(got, kept_blocks)
 
 
 @pytest.mark.parametrize("is_waited_for", [True, False])
