@@ -23,6 +23,7 @@ all but plain torch, `of_gpu`: the faster plain row's seconds over its own.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import re
@@ -293,14 +294,16 @@ def timed_steps(run: Run, case: Case) -> dict[str, Any]:
 
 def trained(case: Case, placement: str) -> dict[str, Any]:
     """What steps of one placement have shown; `error` where it cannot be run."""
+    run = None
     try:
         run = make_run(case, placement)
-        try:
-            return {**run.facts, "recomputes": run.recomputes, **timed_steps(run, case)}
-        finally:
-            run.close()
+        return {**run.facts, "recomputes": run.recomputes, **timed_steps(run, case)}
     except gpu_common.FAILURES as error:
-        return {"error": gpu_common.failure(error)}
+        return {**(run.facts if run else {}), "error": gpu_common.failure(error)}
+    finally:
+        if run is not None:
+            with contextlib.suppress(*gpu_common.FAILURES):  # after a failed step it may have more to say
+                run.close()
 
 
 def row_of(case: Case, placement: str) -> dict[str, Any]:

@@ -89,6 +89,33 @@ def test_the_profiling_benchmark_looks_at_steps_without_a_gpu_too(tmp_path):
     assert all(row["calls"] == {} for row in rows.values())
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_row_that_is_out_of_device_memory_is_tried_again_with_half_the_tokens_at_once(
+    tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_common
+    import gpu_train
+
+    options = gpu_train.parser().parse_args(["--device", "emulated", "--tiny", "--storage", str(tmp_path)])
+    gpu_common.tiny(options, **gpu_train.TINY)
+    case = next(gpu_train.cases(options, gpu_common.Device("emulated"), str(tmp_path)))
+    tried = []
+
+    def trained(case, placement):
+        tried.append(case.micro_tokens)
+        if placement == "gpu" or len(tried) == 1:
+            return {"error": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"}
+        return {"recomputes": True, "step_s": 1.0, "moved": {}, "device_peak_bytes": None}
+
+    monkeypatch.setattr(gpu_train, "trained", trained)
+    assert "error" not in gpu_train.row_of(case, "host")
+    assert tried == [64, 32]
+    assert "error" in gpu_train.row_of(case, "gpu")
+    assert len(tried) == 3
+
+
 # ---- stages of gpu.sh ----------------------------------------------------------------------------------------
 
 
