@@ -19,7 +19,7 @@ from offload.model.blocks import Cut
 from offload.model.blocks import cut as cut_model
 from offload.model.flat import FlatBuffer
 from offload.model.quantized import prepare_quantized
-from offload.runtime import hooks
+from offload.runtime import hooks, taken_gradients
 from offload.runtime.assembly import Assembly, assemble, choose_device, steps_aside
 from offload.runtime.block_function import run_block
 from offload.runtime.durable_steps import DurableSteps
@@ -124,6 +124,8 @@ class OffloadEngine:
             handle.remove()
         for module in self._modules:
             hooks.restore_forward(module)
+        self.model.__dict__.pop("zero_grad", None)
+        taken_gradients.give_back(self.model.parameters())
 
     # ---- called by blocks and hooks --------------------------------------------------------------------------
 
@@ -296,6 +298,12 @@ class OffloadEngine:
         self._step_start_s = now
         if self.commits is not None:
             self.commits.step_ended(optimizer)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """What `model.zero_grad` is: the optimizer's."""
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            optimizer.zero_grad(set_to_none)
 
     def discard_gradients(self) -> None:
         """Forget gradients that no step has consumed."""

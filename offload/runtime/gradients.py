@@ -14,6 +14,7 @@ import torch
 
 from offload.errors import BudgetError, UsageError
 from offload.model.flat import FlatBuffer
+from offload.runtime import taken_gradients
 from offload.stores.block_store import BlockRecord, GradBuffer
 from offload.telemetry import SpanLog, Stalls
 from offload.tiers.device import DeviceTier
@@ -97,7 +98,7 @@ class Gradients:
         self, block: BlockRecord, buffer: FlatBuffer, position: int, parameter: torch.nn.Parameter
     ) -> None:
         """Move `parameter.grad` into the block's gradient plane: copied the first time, added after that."""
-        grad = parameter.grad
+        grad = taken_gradients.grad_of(parameter)
         if grad is None:
             return
         if block.grad_buffer is None:
@@ -115,7 +116,7 @@ class Gradients:
         else:
             target.copy_(grad)
             block.touched.add(id(parameter))
-        parameter.grad = None
+        taken_gradients.take(parameter, buffer.segments[position].name)
 
     # ---- out of the device -----------------------------------------------------------------------------------
 

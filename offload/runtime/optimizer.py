@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from offload.errors import CheckpointError, ConfigError, UsageError
+from offload.runtime import taken_gradients
 from offload.transfer.io_engine import Hyper
 
 
@@ -143,6 +144,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._used.clear()
         if self.engine is None:
             raise UsageError("this optimizer is not attached to a model; get it from offload.wrap")
+        taken_gradients.refuse_by_hand(self._group_of)
         self.engine.optimizer_step()
         self.steps_made += 1
         self._used.clear()
@@ -150,6 +152,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discard gradients that no step has consumed."""
+        taken_gradients.give_back(self._group_of)
         super().zero_grad(set_to_none)
         if self.engine is not None:
             self.engine.discard_gradients()

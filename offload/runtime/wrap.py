@@ -53,5 +53,6 @@ def wrap(
     if chunked_loss:
         chunk_loss(base_of(model))
     wrapped.engine = engine
+    model.zero_grad = engine.zero_grad  # type: ignore[method-assign]  # gradients are not where its own would look
     model.offload = engine  # type: ignore[assignment]  # documented attribute
     return model, wrapped
