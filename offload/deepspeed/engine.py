@@ -50,6 +50,8 @@ class DeepSpeedEngine(nn.Module):
         self._boundary: bool | None = None
         self._inside_no_sync = False
         self._inside_step = False
+        self._backward_is_scaled = False
+        self._direct_backward = contextlib.ExitStack()
         self._micro_since_step = 0
         self._step_applied = False
         self._global_grad_norm: float | None = None
@@ -63,10 +65,38 @@ class DeepSpeedEngine(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, under autocast where the configuration says fp16 or torch_autocast."""
         if self._autocast_dtype is None:
-            return self.module(*args, **kwargs)
-        # A cast weight that is cached would outlive its block's turn on the device.
-        with torch.autocast(self.device.type, dtype=self._autocast_dtype, cache_enabled=False):
-            return self.module(*args, **kwargs)
+            found = self.module(*args, **kwargs)
+        else:
+            # A cast weight that is cached would outlive its block's turn on the device.
+            with torch.autocast(self.device.type, dtype=self._autocast_dtype, cache_enabled=False):
+                found = self.module(*args, **kwargs)
+        if self._accumulation != 1 or self._loss_scale.scale != 1.0:
+            for leaf in torch.utils._pytree.tree_leaves(found):
+                if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                    leaf.register_hook(self._refuse_unscaled)
+        return found
+
+    def _refuse_unscaled(self, _grad: torch.Tensor) -> None:
+        """Of a backward that starts at an output of forward and knows neither accumulation nor loss scale."""
+        if not self._backward_is_scaled:
+            raise UsageError(
+                f"backward() of the loss itself, with {self._accumulation} accumulation steps and loss scale "
+                f"{self._loss_scale.scale:g}: call engine.backward(loss), or engine.scale(loss).backward()"
+            )
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """For `engine.scale(loss).backward()`: the loss as `backward` would take it, divided and multiplied."""
+        self._begin_backward(loss)
+        if self._accumulates():
+            self._direct_backward.enter_context(self.offload.no_sync())
+        return loss / self._accumulation * self._loss_scale.scale
+
+    def _begin_backward(self, loss: torch.Tensor) -> None:
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise UsageError("engine.backward(loss) needs a scalar tensor that requires a gradient")
+        self._direct_backward.close()
+        self._backward_is_scaled = True
+        self._micro_since_step += 1
 
     def backward(
         self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
@@ -76,14 +106,12 @@ class DeepSpeedEngine(nn.Module):
         Raises UsageError for a loss that is not a scalar with a graph, and for `retain_graph=True`: a block's graph is
         made again in backward and gone afterwards.
         """
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
-            raise UsageError("engine.backward(loss) needs a scalar tensor that requires a gradient")
         if retain_graph:
             raise UsageError("retain_graph=True: add the losses and call backward once")
+        self._begin_backward(loss)
         if scale_wrt_gas:
             loss = loss / self._accumulation
         scaled = loss * self._loss_scale.scale if self._loss_scale.scale != 1.0 else loss
-        self._micro_since_step += 1
         if self._accumulates():
             with self.offload.no_sync():
                 scaled.backward()
@@ -95,6 +123,8 @@ class DeepSpeedEngine(nn.Module):
         """The update, the schedule's step and the counters, at an accumulation boundary; else only the micro-step."""
         if self._inside_no_sync:
             raise UsageError("engine.step() inside engine.no_sync(): call it after the with block")
+        self._direct_backward.close()
+        self._backward_is_scaled = False
         self._step_applied = False
         self._inside_step = True
         try:
@@ -174,7 +204,20 @@ class DeepSpeedEngine(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discard gradients that no step has consumed."""
+        self._direct_backward.close()
         self.optimizer.zero_grad(set_to_none)
+
+    def train_batch(self, data_iter: Any = None) -> None:
+        """Refused: only an engine of a PipelineModule has it."""
+        raise UsageError(
+            "train_batch is for a PipelineModule: loop over engine(batch), engine.backward(loss), engine.step()"
+        )
+
+    eval_batch = train_batch
+
+    def compile(self, *_args: Any, **_settings: Any) -> None:
+        """Refused: the whole model cannot be compiled while its blocks move."""
+        raise UsageError('engine.compile(): put {"offload": {"compile_blocks": true}} into the configuration')
 
     # ---- what loops ask --------------------------------------------------------------------------------------
 

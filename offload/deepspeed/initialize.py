@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from offload.deepspeed import config as configuration
-from offload.deepspeed import mapping, schedules
+from offload.deepspeed import mapping, schedules, zero
 from offload.deepspeed.config import get
 from offload.deepspeed.engine import DeepSpeedEngine
 from offload.errors import ConfigError
@@ -72,6 +72,7 @@ def initialize(
     )  # schedules and loops that hold the client's optimizer see ours
     source._opt_called = True  # type: ignore[attr-defined]  # or torch warns that its step is never called
     engine = DeepSpeedEngine(module, wrapped, read)
+    zero.remember(engine.offload)
     if training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(training_data, collate_fn=collate_fn)
     engine.lr_scheduler = _scheduler(lr_scheduler, read, wrapped)
@@ -107,8 +108,3 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     group.add_argument("--deepspeed", action="store_true", help="accepted; the script decides")
     group.add_argument("--deepspeed_config", default=None, type=str, help="JSON file with the configuration")
     return parser
-
-
-def init_distributed(*_args: Any, **_settings: Any) -> None:
-    """Accepted and not needed: this library trains in one process."""
-    logger.info("init_distributed has no effect: one process")

@@ -317,6 +317,7 @@ KEYS: tuple[Key, ...] = tuple(
 
 OLDER_SPELLINGS: dict[str, str] = {
     "bfloat16": "bf16",
+    "allgather_size": "zero_optimization.allgather_bucket_size",
     "aio.thread_count": "aio.intra_op_parallelism",
     "bf16.check_overflow": "bf16.check_grad_overflow",
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": (

@@ -348,6 +348,11 @@ class OffloadEngine:
         return recording(self._assembly, self.spans, self.flush)
 
     @property
+    def closed(self) -> bool:
+        """Whether `close` has been called."""
+        return self._closed
+
+    @property
     def parts(self) -> Assembly:
         """The tiers and everything in them, for who saves, restores or removes them."""
         return self._assembly
