@@ -37,9 +37,9 @@ def write_model(model: nn.Module, directory: str, processing: Any) -> None:
             os.replace(os.path.join(new, name), os.path.join(directory, name))
 
 
-def save_state(model: nn.Module, directory: str, scheduler: Any) -> None:
-    """The complete training state, with the scheduler's, under `directory`."""
-    save(model, os.path.join(directory, STATE_DIRECTORY), state={"lr_scheduler": scheduler})
+def save_state(model: nn.Module, directory: str, beside: dict[str, Any]) -> None:
+    """The complete training state, with that of what is `beside` it (a scheduler), under `directory`."""
+    save(model, os.path.join(directory, STATE_DIRECTORY), state=beside)
 
 
 def check_has_state(directory: str) -> None:
@@ -51,8 +51,8 @@ def check_has_state(directory: str) -> None:
         )
 
 
-def load_state(model: nn.Module, directory: str, scheduler: Any) -> dict[str, Any]:
+def load_state(model: nn.Module, directory: str, beside: dict[str, Any]) -> dict[str, Any]:
     """Undo `save_state`; the random states that it had."""
     check_has_state(directory)
-    resume(model, os.path.join(directory, STATE_DIRECTORY), state={"lr_scheduler": scheduler})
+    resume(model, os.path.join(directory, STATE_DIRECTORY), state=beside)
     return random_states()

@@ -2,13 +2,15 @@
 
 The Trainer's own loop runs unchanged. What is different, and where: the optimizer is wrapped when it is created;
 backwards that another one follows run under `no_sync`; clipping is made by the engine, which alone sees all gradients;
-models are exported block by block; a checkpoint holds the complete training state.
+models are exported block by block; a checkpoint holds the complete training state. In fp16 the loss is scaled here,
+because accelerate's scaler would look for gradients where they are not.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from torch import nn
 from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from offload.deepspeed.loss_scale import DynamicLossScale
 from offload.errors import ConfigError
 from offload.runtime.engine import OffloadEngine
 from offload.runtime.optimizer import OffloadOptimizer
@@ -34,7 +37,6 @@ else:
 def _refuse(args: TrainingArguments) -> None:
     """Raise ConfigError for arguments that cannot be kept, naming each and what to do."""
     remedies = {
-        "fp16": (args.fp16, "fp16 needs its loss scaled: set bf16=True, or load the model in bfloat16"),
         "deepspeed": (bool(args.deepspeed), "the model is offloaded already: leave it out"),
         "fsdp": (bool(args.fsdp), "this library runs in one process: leave it out"),
         "torch_compile": (
@@ -70,6 +72,8 @@ class OffloadMixin(_Base):
     def __init__(self, *args: Any, offload: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self._settings = dict(offload or {})
         self._resumed_random: dict[str, Any] | None = None
+        self.loss_scale: DynamicLossScale | None = None
+        """What the loss is multiplied with before backward; None without fp16."""
         super().__init__(*args, **kwargs)
         _refuse(self.args)
         if "max_grad_norm" in self._settings:
@@ -100,6 +104,31 @@ class OffloadMixin(_Base):
             raise ConfigError(f"OffloadTrainer: the optimizer has been replaced by a {type(inner).__name__}")
         return inner
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer does; with fp16 the scaling of the loss is ours."""
+        precision = self.args.mixed_precision
+        if precision == "fp16":
+            self.loss_scale = DynamicLossScale(2.0**16, window=2000, hysteresis=1)
+            self.args.mixed_precision = "no"
+        super().create_accelerator_and_postprocess()
+        self.args.mixed_precision = precision
+        if self.loss_scale is not None:
+            backward, scale = self.accelerator.backward, self.loss_scale
+            self.accelerator.backward = lambda loss, **more: backward(loss * scale.scale, **more)
+
+    def autocast_smart_context_manager(
+        self, cache_enabled: bool | None = True
+    ) -> contextlib.AbstractContextManager[Any]:
+        """fp16 by autocast, without copies of weights that would outlive their block's turn on the device."""
+        if self.loss_scale is None:
+            return super().autocast_smart_context_manager(cache_enabled)
+        return torch.autocast(self.args.device.type, dtype=torch.float16, cache_enabled=False)
+
+    @property
+    def _max_grad_norm(self) -> float | None:
+        """For the engine. In fp16 updates wait in any case, for gradients that are not finite are not used."""
+        return self.args.max_grad_norm or (None if self.loss_scale is None else math.inf)
+
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """The engine decides what is on the device."""
 
@@ -109,7 +138,7 @@ class OffloadMixin(_Base):
         if engine is None:
             super().create_optimizer(model)
             source: Any = self.optimizer
-            clip = self.args.max_grad_norm or None
+            clip = self._max_grad_norm
             _, self.optimizer = wrap(self.model, source, max_grad_norm=clip, **self._settings)  # type: ignore[arg-type]
             if self.lr_scheduler is not None and getattr(self.lr_scheduler, "optimizer", None) is source:
                 self.lr_scheduler.optimizer = self.optimizer  # a scheduler of the user's own
@@ -118,10 +147,10 @@ class OffloadMixin(_Base):
             raise ConfigError(
                 "OffloadTrainer: the model is wrapped already: pass its optimizer too, as optimizers=(optimizer, None)"
             )
-        if (engine.config.max_grad_norm or 0) != self.args.max_grad_norm:
+        if engine.config.max_grad_norm != self._max_grad_norm:
             raise ConfigError(
                 f"OffloadTrainer: the model was wrapped with max_grad_norm={engine.config.max_grad_norm}, and "
-                f"TrainingArguments say {self.args.max_grad_norm} (0 is none): make them equal"
+                f"TrainingArguments need {self._max_grad_norm}: make them equal"
             )
         return self.optimizer
 
@@ -137,6 +166,8 @@ class OffloadMixin(_Base):
         engine = self.engine
         if engine is None:
             raise ConfigError("OffloadTrainer: the model has been replaced since the optimizer was created")
+        if self.loss_scale is not None:
+            self._own_optimizer.loss_scale = self.loss_scale.scale
         with contextlib.nullcontext() if self.accelerator.sync_gradients else engine.no_sync():
             return super().training_step(*args, **kwargs)
 
@@ -144,7 +175,18 @@ class OffloadMixin(_Base):
         """The engine clips in `optimizer.step()`, to the same norm."""
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
-        """Known after `optimizer.step()`; see `_maybe_log_save_evaluate`."""
+        """Known after `optimizer.step()`; see `_maybe_log_save_evaluate`. In fp16 the step is judged here."""
+        engine, scale = self.engine, self.loss_scale
+        if engine is None or scale is None:
+            return
+        norm = engine.grad_norm()
+        overflow = norm is not None and not bool(torch.isfinite(norm))
+        if overflow:
+            self._own_optimizer.zero_grad()  # the step that follows finds nothing to do
+            self._own_optimizer.grad_norm = norm
+        accelerated: Any = self.optimizer
+        accelerated._is_overflow = overflow  # the schedule waits
+        scale.update(overflow)
 
     def _maybe_log_save_evaluate(
         self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any
@@ -170,13 +212,19 @@ class OffloadMixin(_Base):
         torch.save(self.args, os.path.join(directory, TRAINING_ARGS_NAME))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        checkpoints.save_state(self._model, output_dir, self.lr_scheduler)
+        checkpoints.save_state(self._model, output_dir, self._state_beside)
+
+    @property
+    def _state_beside(self) -> dict[str, Any]:
+        """What belongs to a step besides the model's training state."""
+        scale = {} if self.loss_scale is None else {"loss_scale": self.loss_scale}
+        return {"lr_scheduler": self.lr_scheduler, **scale}
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Part of the training state."""
 
     def _save_scaler(self, output_dir: str) -> None:
-        """There is none: fp16 is refused."""
+        """The loss scale is part of the training state."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Only checked here: the parameters come with the rest of the state, when the model is wrapped."""
@@ -184,20 +232,20 @@ class OffloadMixin(_Base):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            self._resumed_random = checkpoints.load_state(self._model, checkpoint, self.lr_scheduler)
+            self._resumed_random = checkpoints.load_state(self._model, checkpoint, self._state_beside)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self._resumed_random is not None:
             checkpoints.set_random_states(self._resumed_random)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        """There is none."""
+        """Part of the training state."""
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
         if best is not None:
             logger.info("going back to %s, of metric %s", best, self.state.best_metric)
-            checkpoints.load_state(self._model, best, self.lr_scheduler)
+            checkpoints.load_state(self._model, best, self._state_beside)
 
 
 class OffloadTrainer(OffloadMixin, Trainer):

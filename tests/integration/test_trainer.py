@@ -262,7 +262,6 @@ def test_a_directory_is_trained_without_being_in_memory_and_bf16_autocast_is_kep
 
 def test_what_cannot_be_kept_is_refused_with_its_remedy(tmp_path):
     for changes, message in [
-        ({"fp16": True}, "bf16=True"),
         ({"torch_compile": True}, "compile_blocks"),
         ({"auto_find_batch_size": True}, "micro_batches"),
     ]:
