@@ -11,6 +11,7 @@ from torch import nn
 
 from offload.errors import ConfigError
 from offload.model.blocks import base_of
+from offload.model.quantized import is_quantized
 
 _PREFIX = "base_model.model."
 
@@ -76,9 +77,22 @@ class Merge:
         if any(p.device.type == "meta" for p in given.values()):
             return {f"{path}.{n}": tensors[f"{path}.{n}"] for n in sorted(base_names)}
         merged = copy.deepcopy(layer, given)
+        if is_quantized(layer.get_base_layer()):
+            _make_dense(merged)
         with torch.no_grad():
             merged.merge()
         return {f"{path}.{n}": dict(merged.named_parameters())[n].data for n in sorted(base_names)}
+
+
+def _make_dense(layer: Any) -> None:
+    """Let a layer of peft over a quantized weight, in whose place a dense one is now, merge as over a plain one."""
+    lora: Any = sys.modules["peft.tuners.lora.layer"]
+    base = layer.get_base_layer()
+    plain = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+    plain.weight, plain.bias = base.weight, base.bias
+    layer.base_layer = plain
+    layer.__class__ = lora.Linear
+    layer.fan_in_fan_out = layer.is_target_conv_1d_layer = False
 
 
 def write_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], out_dir: str) -> None:

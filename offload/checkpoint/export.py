@@ -20,6 +20,7 @@ from offload.errors import ConfigError, StoreError, UsageError
 from offload.model import disk_names
 from offload.model.blocks import base_of
 from offload.model.loading import INDEX_FILE, SINGLE_FILE
+from offload.model.quantized import quantized_weights
 from offload.runtime.engine import OffloadEngine
 from offload.stores.block_store import BlockRecord
 
@@ -131,9 +132,13 @@ def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 def _items(model: nn.Module, engine: OffloadEngine, dtype: torch.dtype | None) -> list[Item]:
     """What will be written, in order. A given `dtype` is that of every parameter; buffers keep theirs."""
 
+    quantized, dense_dtype = quantized_weights(model), dtype or _computed_in(model)
+
     def on_meta(block: BlockRecord) -> dict[str, torch.Tensor]:
         return {
-            segment.name: torch.empty(segment.shape, dtype=dtype or buffer.dtype, device="meta")
+            segment.name: torch.empty(quantized[segment.name].shape, dtype=dense_dtype, device="meta")
+            if segment.name in quantized
+            else torch.empty(segment.shape, dtype=dtype or buffer.dtype, device="meta")
             for buffer in block.layout.buffers
             for segment in buffer.segments
         }
@@ -153,8 +158,9 @@ def _items(model: nn.Module, engine: OffloadEngine, dtype: torch.dtype | None) -
 def _tensors(model: nn.Module, engine: OffloadEngine) -> Iterator[tuple[str, torch.Tensor]]:
     base = base_of(model)
     merge: Merge | None = None
+    quantized = quantized_weights(model)
     for block in engine.iter_blocks():
-        held = dict(block)
+        held = {n: quantized[n].dequantize(t) if n in quantized else t for n, t in block}
         merge = merge or Merge(model, held)  # the root comes first, and stays
         yield from disk_names.to_directory(base, merge(held)).items()
     yield from disk_names.to_directory(base, _buffers(base)).items()
@@ -174,12 +180,18 @@ def _write_tokenizer(tokenizer: Any, out_dir: str) -> None:
             shutil.copyfile(source, os.path.join(out_dir, name))
 
 
+def _computed_in(model: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+
 def _write_config(model: nn.Module, out_dir: str, dtype: torch.dtype | None) -> None:
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "save_pretrained"):
         config = copy.deepcopy(config)
         config.architectures = [type(model).__name__]
-        config.dtype = dtype or next(p.dtype for p in model.parameters())
+        config.dtype = dtype or _computed_in(model)
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config  # what is written is dense
         if hasattr(config, "use_cache"):
             config.use_cache = True  # `wrap` turns it off for training
         config.save_pretrained(out_dir)
@@ -201,9 +213,10 @@ def export(
 
     Memory used is one block. `tokenizer`: an object with `save_pretrained`, or a directory to copy the tokenizer's
     files from; a model made by `offload.load` brings its own. `dtype` None keeps the dtype computed in. Tied
-    tensors are written once. Adapters of `peft` are merged into the base weights, layer by layer; with
-    `adapter_only` a directory that peft reads is written instead, without the base. Raises UsageError for a model
-    that is not wrapped, ConfigError when `out_dir` has weights already, StoreError when they would not fit there.
+    tensors are written once. Adapters of `peft` are merged into the base weights, layer by layer, and weights in 8 or
+    4 bits are written dense; with `adapter_only` a directory that peft reads is written instead, without the base.
+    Raises UsageError for a model that is not wrapped, ConfigError when `out_dir` has weights already, StoreError when
+    they would not fit there.
     """
     engine = getattr(model, "offload", None)
     if not isinstance(engine, OffloadEngine):
@@ -218,11 +231,6 @@ def export(
         write_adapter(model, trained, out_dir)
         _write_tokenizer(tokenizer, out_dir)
         return [os.path.join(out_dir, "adapter_model.safetensors")]
-    if getattr(getattr(base_of(model), "config", None), "quantization_config", None) is not None:
-        raise ConfigError(
-            f"{type(model).__name__} holds quantized weights, which are not written without their scales: export with "
-            "adapter_only=True, and merge the adapter into the model that is not quantized"
-        )
     items = _items(model, engine, dtype)
     needed_nbytes = sum(item.nbytes for item in items)
     free_nbytes = shutil.disk_usage(out_dir).free

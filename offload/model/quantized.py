@@ -3,19 +3,93 @@
 Its 8-bit layers compute with a second reference to the weights, which would stay in memory when the parameter's bytes
 go to storage; its 4-bit layers may repack the weights on their first use on some CPUs, which a later fetch would undo.
 Both are told to compute with the parameter's present bytes. Scales (one per row, or per 64 weights) stay in memory.
+Their weights' `.to(device)` makes a new parameter, and peft puts one in place of each for DoRA on a CPU, where nothing
+moves; that would keep the bytes of a slot that others write to. They are told to stay the parameter that they are.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from offload.errors import ConfigError
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """A weight that is kept in 8 or 4 bits: its shape as a matrix, and how its bytes become that matrix, in fp32."""
+
+    shape: tuple[int, ...]
+    dequantize: Callable[[torch.Tensor], torch.Tensor]
+
+
+def quantized_weights(model: nn.Module) -> dict[str, Quantized]:
+    """By parameter name, of layers of `bitsandbytes`; their scales are those of the modules, which stay in memory."""
+    functional: Any = sys.modules.get("bitsandbytes.functional")
+    found: dict[str, Quantized] = {}
+    for name, module in model.named_modules() if functional is not None else ():
+        kind: Any = module
+        if not is_quantized(module):
+            continue
+        shape = (kind.out_features, kind.in_features)
+        if type(module).__name__ == "Linear8bitLt":
+            scales = kind.weight.SCB if kind.state.SCB is None else kind.state.SCB
+            found[f"{name}.weight"] = Quantized(shape, functools.partial(_from_8_bits, functional, scales))
+        else:
+            state = kind.weight.quant_state
+            found[f"{name}.weight"] = Quantized(shape, functools.partial(_from_4_bits, functional, state))
+    return found
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether its weight is kept in 8 or 4 bits."""
+    kind: Any = module
+    if not type(module).__module__.startswith("bitsandbytes."):  # peft has classes of the same names
+        return False
+    if type(module).__name__ == "Linear8bitLt":
+        return not kind.state.has_fp16_weights
+    return getattr(getattr(kind, "weight", None), "quant_state", None) is not None
+
+
+def _from_8_bits(functional: Any, scales: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    dense: torch.Tensor = functional.int8_vectorwise_dequant(weight, scales.to(weight.device))
+    return dense.float()
+
+
+def _from_4_bits(functional: Any, state: Any, weight: torch.Tensor) -> torch.Tensor:
+    dense: torch.Tensor = functional.dequantize_4bit(weight, state)
+    return dense.float()
+
+
 def _compute_with_parameter(module: Any, _inputs: Any) -> None:
     module.state.CB = module.weight.data
+
+
+class _Staying:
+    """Lets `weight.to` give the weight itself where nothing would change, until `remove`."""
+
+    def __init__(self, weight: Any) -> None:
+        self._weight = weight
+        weight.to = functools.partial(_to, weakref.ref(weight))
+
+    def remove(self) -> None:
+        """Let it be what its class has."""
+        self._weight.__dict__.pop("to", None)
+
+
+def _to(reference: Any, *args: Any, **kwargs: Any) -> Any:
+    weight = reference()
+    device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+    if device in (None, weight.device) and dtype in (None, weight.dtype):
+        return weight
+    return type(weight).to(weight, *args, **kwargs)
 
 
 def prepare_quantized(model: nn.Module) -> list[Any]:
@@ -23,11 +97,13 @@ def prepare_quantized(model: nn.Module) -> list[Any]:
 
     Raises ConfigError for weights that have been repacked already.
     """
-    handles = []
+    handles: list[Any] = []
     for name, module in model.named_modules():
         kind: Any = module
         if not type(module).__module__.startswith("bitsandbytes."):  # peft has classes of the same names
             continue
+        if is_quantized(module):
+            handles.append(_Staying(kind.weight))
         if type(module).__name__ == "Linear8bitLt" and not kind.state.has_fp16_weights:
             if kind.weight.CB is not None:
                 kind.init_8bit_state()
