@@ -55,12 +55,7 @@ def main(argv: list[str] | None = None) -> str:
         train_dataset=rows,
         data_collator=transformers.default_data_collator,
         processing_class=tokenizer,
-        offload={
-            "storage": [args.storage],
-            "device_memory": args.device_memory,
-            "host_memory": args.host_memory,
-            "step_aside": "never",  # stream although this small model would fit
-        },
+        offload=small_model.budgets(args),  # storage, device_memory, host_memory
     )
     trainer.train()
     question = [conversations[0][0]]

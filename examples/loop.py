@@ -31,11 +31,8 @@ def main(argv: list[str] | None = None) -> list[float]:
     model, optimizer = offload.load(
         args.model,
         lambda parameters: torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.01),
-        storage=[args.storage],
-        device_memory=args.device_memory,
-        host_memory=args.host_memory,
-        step_aside="never",  # stream although this small model would fit
         max_grad_norm=1.0,
+        **small_model.budgets(args),  # storage, device_memory, host_memory
     )
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     losses = []

@@ -31,10 +31,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     model, optimizer = offload.wrap(
         model,
         torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0),
-        storage=[args.storage],
-        device_memory=args.device_memory,
-        host_memory=args.host_memory,
-        step_aside="never",  # stream although this small model would fit
+        **small_model.budgets(args),  # storage, device_memory, host_memory
     )
     losses = []
     for step, batch in enumerate(loop.batches(args.text, tokenizer, args.steps), 1):

@@ -52,6 +52,16 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
+def budgets(args: argparse.Namespace) -> dict[str, object]:
+    """What the library may use, as `offload.wrap`, `offload.load` and OffloadTrainer take it."""
+    return {
+        "storage": [args.storage],
+        "device_memory": args.device_memory,
+        "host_memory": args.host_memory,
+        "step_aside": "never",  # stream although the small model would fit
+    }
+
+
 def parse(arguments: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """The arguments, with a directory for the model in any case."""
     args = arguments.parse_args(argv)

@@ -45,12 +45,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         eval_dataset=rows[:4],
         data_collator=transformers.default_data_collator,
         processing_class=tokenizer,
-        offload={
-            "storage": [args.storage],
-            "device_memory": args.device_memory,
-            "host_memory": args.host_memory,
-            "step_aside": "never",  # stream although this small model would fit
-        },
+        offload=small_model.budgets(args),  # storage, device_memory, host_memory
     )
     trainer.train()
     trainer.save_model()

@@ -27,7 +27,7 @@ def example(tmp_path, monkeypatch):
         )
 
     yield run
-    for name in ("small_model", "loop", "trainer", "lora", "chat"):
+    for name in ("small_model", "loop", "trainer", "lora", "chat", "accelerate_loop"):
         sys.modules.pop(name, None)
 
 
@@ -48,6 +48,14 @@ def test_the_trainer_script_learns(example, tmp_path):
     losses = example("trainer", "--steps", "20")
     assert losses[-1] < losses[0] - 1
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-20"]
+    reloads(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_the_accelerate_script_learns(example, tmp_path):
+    losses = example("accelerate_loop", "--steps", "20")
+    assert len(losses) == 40
+    assert losses[-1] < losses[0] - 1
     reloads(tmp_path / "out")
 
 
