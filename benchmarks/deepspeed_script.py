@@ -5,8 +5,9 @@
 ZeRO stage 3 with the optimizer on NVMe and the parameters in DRAM, bf16, clipping, from one JSON file that both read
 (benchmarks/deepspeed_loop.py is the script). Plain torch in memory with the same arithmetic is the third side: how far
 it is from DeepSpeed is what rounding alone does, the noise that our difference from DeepSpeed is held against. Sides
-run one after the other, each a process of its own; the first two steps are not timed. The peer's Python needs torch,
-deepspeed, ninja and libaio; its operations compile at first use. Without --peer-python only our side and torch run.
+run in turn, each a process of its own, `--rounds` times; the first two steps of each are not timed. The peer's Python
+needs torch, deepspeed, ninja and libaio; its operations compile at first use. Without --peer-python only our side and
+torch run.
 """
 
 from __future__ import annotations
@@ -51,18 +52,32 @@ def configuration(storage: str) -> dict[str, Any]:
     }
 
 
-def run(python: str, engine: str, storage: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One side's answer."""
-    config = os.path.join(storage, "ds_config.json")
-    pathlib.Path(config).write_text(json.dumps(configuration(storage)))
+def run(
+    python: str, engine: str, wanted: dict[str, Any], options: argparse.Namespace, *more: str
+) -> dict[str, Any]:
+    """One side's answer, for a configuration; `more` goes to the script."""
     environment = dict(os.environ)
     environment["PATH"] = os.path.dirname(python) + os.pathsep + environment["PATH"]
-    command = [python, str(LOOP), "--engine", engine, "--config", config]
-    command += ["--model", options.model, "--steps", str(options.steps)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    environment["PYTHONPATH"] = os.pathsep.join([str(LOOP.parents[1]), environment.get("PYTHONPATH", "")])
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as config:
+        json.dump(wanted, config)
+        config.flush()
+        command = [python, str(LOOP), "--engine", engine, "--config", config.name]
+        command += ["--model", options.model, "--steps", str(options.steps), *more]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{engine} stopped:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def joined(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """One side's rounds as one: all timed steps, the largest memory. The losses must be the same each time."""
+    if any(side["losses"] != rounds[0]["losses"] for side in rounds):
+        raise SystemExit(f"two rounds of one side have other losses: {[side['losses'] for side in rounds]}")
+    timed = [seconds for side in rounds for seconds in side["step_s"][UNTIMED_STEPS:]]
+    untimed = rounds[0]["step_s"][:UNTIMED_STEPS]
+    peak_nbytes = max(side["rss_over_baseline_bytes"] for side in rounds)
+    return rounds[0] | {"step_s": untimed + timed, "rss_over_baseline_bytes": peak_nbytes}
 
 
 def row_of(engine: str, side: dict[str, Any], sides: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -96,21 +111,24 @@ def main() -> None:
     parser.add_argument("--peer-python", help="a Python that has DeepSpeed")
     parser.add_argument("--model", default="151m")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=1, help="how often each side runs, in turn")
     parser.add_argument("--json")
     options = parser.parse_args()
     directory = tempfile.mkdtemp(prefix="deepspeed-script-", dir=options.storage)
-    sides: dict[str, dict[str, Any]] = {}
+    pythons = {"torch": sys.executable, "offload.deepspeed": sys.executable}
+    if options.peer_python:
+        pythons = {"deepspeed": options.peer_python, **pythons}
+    found: dict[str, list[dict[str, Any]]] = {engine: [] for engine in pythons}
     try:
-        if options.peer_python:
-            os.makedirs(os.path.join(directory, "theirs"))
-            theirs = os.path.join(directory, "theirs")
-            sides["deepspeed"] = run(options.peer_python, "deepspeed", theirs, options)
-            shutil.rmtree(theirs)
-        sides["torch"] = run(sys.executable, "torch", directory, options)
-        sides["offload.deepspeed"] = run(sys.executable, "offload.deepspeed", directory, options)
+        for _ in range(options.rounds):
+            for engine, python in pythons.items():
+                theirs = tempfile.mkdtemp(dir=directory)
+                found[engine].append(run(python, engine, configuration(theirs), options))
+                shutil.rmtree(theirs)
         about = common.about(directory, backend=common.backend(directory))
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+    sides = {engine: joined(rounds) for engine, rounds in found.items()}
     rows = [row_of(engine, side, sides) | about for engine, side in sides.items()]
     common.write_rows(options.json, rows, common.command_line(__file__, sys.argv[1:]))
 

@@ -47,6 +47,55 @@ def test_deepspeed_trains_through_our_engine_with_its_own_losses(tmp_path, what)
     assert through["moved"]["written_bytes"] > through["swapped_numel"] * 12
 
 
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_deepspeed_trains_151_million_parameters_through_our_engine_with_its_own_losses(tmp_path):
+    """Of benchmarks/deepspeed_io.py, which has the seconds: parameters and optimizer on NVMe, three steps a side."""
+    out = tmp_path / "rows.json"
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "deepspeed_io.py"),
+        "--storage",
+        str(tmp_path),
+        "--steps",
+        "3",
+    ]
+    command += ["--peer-python", sys.executable, "--json", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1700)
+    assert done.returncode == 0, done.stderr[-3000:]
+    own, ours = json.loads(out.read_text())["rows"]
+    assert own["parameters"] == ours["parameters"] > 150e6
+    assert own["losses"] == ours["losses"]
+    assert len(set(own["losses"])) == 3
+    # Every step reads and writes at least bf16 parameters, and fp32 masters with both moments.
+    assert ours["moved_by_our_engine"]["read_bytes"] > 3 * 14 * ours["parameters"]
+    assert ours["moved_by_our_engine"]["written_bytes"] > 3 * 14 * ours["parameters"]
+
+
+def test_deepspeeds_own_adam_is_taken_as_the_torch_optimizer_with_its_groups(tmp_path):
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    import offload.deepspeed
+    from tests.conftest import batches, build
+
+    losses = []
+    for make in (DeepSpeedCPUAdam, torch.optim.AdamW):
+        model = build("llama")
+        mine = make(model.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+        engine, *_ = offload.deepspeed.initialize(
+            model=model, optimizer=mine, config={"train_batch_size": 4, "zero_optimization": {"stage": 3}}
+        )
+        found = []
+        for batch in batches(3):
+            loss = engine(input_ids=batch, labels=batch).loss
+            engine.backward(loss)
+            engine.step()
+            found.append(loss.item())
+        losses.append(found)
+        engine.destroy()
+    assert losses[0] == losses[1]
+
+
 def test_the_same_script_with_the_import_changed_gives_the_same_losses_within_bf16_noise(tmp_path):
     theirs = run(tmp_path, "deepspeed", "--swap", "optimizer", "--steps", "12")["losses"]
     ours = run(tmp_path, "offload", "--swap", "optimizer", "--steps", "12")["losses"]
@@ -98,6 +147,58 @@ def test_every_field_of_deepspeeds_own_models_has_a_fate():
         found += fields(model, prefix)
     assert len(found) > 100
     assert [path for path in found if keys.find(keys.OLDER_SPELLINGS.get(path, path)) is None] == []
+
+
+def test_every_field_that_deepspeed_calls_deprecated_goes_where_it_goes_there():
+    """`json_schema_extra` of a deprecated field names the field that has replaced it, where one has."""
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    found = {}
+    models = {
+        "zero_optimization.": DeepSpeedZeroConfig,
+        "fp16.": DeepSpeedFP16Config,
+        "bf16.": DeepSpeedBF16Config,
+    }
+    for prefix, model in models.items():
+        written = {name: field.alias or name for name, field in model.model_fields.items()}
+        for name, field in model.model_fields.items():
+            extra = field.json_schema_extra or {}
+            if extra.get("deprecated"):
+                newer = extra.get("new_param", "").split(" or ")
+                found[prefix + written[name]] = tuple(prefix + written.get(each, each) for each in newer)
+    assert {"zero_optimization.cpu_offload", "zero_optimization.cpu_offload_param"} <= set(found)
+    for old, new in found.items():
+        ours = keys.OLDER_SPELLINGS.get(old)
+        assert keys.find(old) is not None if ours is None else ours.startswith(new), old
+
+
+def test_every_key_that_deepspeed_reads_by_a_constant_has_a_fate():
+    """Sections without a pydantic model: their readers' constants are their keys."""
+    from deepspeed.profiling import constants as profiling
+    from deepspeed.runtime.activation_checkpointing import config as activations
+
+    found = set()
+    for module, prefix, section in (
+        (activations, "ACT_CHKPT", "activation_checkpointing"),
+        (profiling, "FLOPS_PROFILER", "flops_profiler"),
+    ):
+        names = {
+            n for n in vars(module) if n.startswith(prefix + "_") and not n.endswith(("_DEFAULT", "_FORMAT"))
+        }
+        found |= {f"{section}.{getattr(module, name)}" for name in names}
+    assert {"activation_checkpointing.cpu_checkpointing", "flops_profiler.enabled"} <= found
+    assert [path for path in sorted(found) if keys.find(path) is None] == []
+
+
+def test_the_format_before_sections_is_read_as_deepspeed_reads_it():
+    """`"zero_optimization": true` meant stage 1."""
+    from deepspeed.runtime.zero.config import get_zero_config
+
+    for value in (True, False):
+        theirs = get_zero_config({"zero_optimization": value, "zero_allow_untested_optimizer": False}).stage
+        ours = config.read({"train_batch_size": 1, "zero_optimization": value})
+        assert int(theirs) == config.get(ours, "zero_optimization.stage")
 
 
 @pytest.mark.parametrize(
