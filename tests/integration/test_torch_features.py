@@ -114,6 +114,25 @@ def test_attention_backends_and_autocast_have_the_bits_of_memory(tmp_path, atten
     assert train(*start(attention=attention), autocast=not autocast) != expected, "autocast changed nothing"
 
 
+def test_the_flash_backend_of_sdpa_has_the_bits_of_memory(tmp_path):
+    """torch's own flash kernel of this device, and no other, in forward and in what is recomputed for backward."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    losses, names = [], set()
+    for step_aside in ("always", "never"):
+        model, optimizer = start(tmp_path, step_aside=step_aside, layers=2)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                losses.append(train(model, optimizer, 2))
+        names |= {event.key for event in profile.key_averages() if "scaled_dot_product_" in event.key}
+        model.offload.close()
+    assert losses[0] == losses[1]
+    kernels = {name for name in names if "scaled_dot_product_attention" not in name}
+    assert kernels
+    assert all("flash" in name for name in kernels)
+    assert losses[0] == pytest.approx(train(*start(layers=2), n_steps=2), abs=5e-6)
+
+
 def test_one_autocast_around_everything_keeps_no_copies_of_blocks(tmp_path):
     """A copy that autocast had kept from the evaluation before the step would give the one after it the old loss."""
     model, optimizer = start(tmp_path, frozen_root=True)
