@@ -79,6 +79,8 @@ std::shared_ptr<io::Faults> faults_from(const py::dict& settings) {
       faults->fail_count = value.cast<std::uint64_t>();
     else if (name == "delay_ms")
       faults->delay_ms = value.cast<std::uint64_t>();
+    else if (name == "bytes_per_s")
+      faults->bytes_per_s = value.cast<double>();
     else if (name == "power_loss_nth")
       faults->power_loss_nth = value.cast<std::uint64_t>();
     else if (name == "seed")

@@ -52,7 +52,9 @@ optim::UpdateJob make_job(const std::string& param_codec, std::size_t n_elements
                           std::shared_ptr<io::Ticket> grad_gate, std::int64_t tag, bool reorders,
                           std::int64_t param_out_offset, std::int64_t state_out_offset,
                           std::uintptr_t checksums_address, std::uintptr_t expected_address,
-                          const std::vector<std::tuple<std::size_t, std::size_t, Hyper>>& segments) {
+                          const std::vector<std::tuple<std::size_t, std::size_t, Hyper>>& segments,
+                          std::vector<std::pair<std::size_t, std::size_t>> only,
+                          std::shared_ptr<io::Ticket> write_gate) {
   optim::UpdateJob job;
   job.codec = codec_of(param_codec);
   job.n_elements = n_elements;
@@ -73,6 +75,8 @@ optim::UpdateJob make_job(const std::string& param_codec, std::size_t n_elements
   job.checksums = at<std::uint32_t>(checksums_address);
   job.expected = at<const std::uint32_t>(expected_address);
   for (const auto& [start, n, hyper] : segments) job.segments.push_back({start, n, hyper});
+  job.only = std::move(only);
+  job.write_gate = std::move(write_gate);
   return job;
 }
 
@@ -146,7 +150,8 @@ void bind_optim(py::module_& module) {
            py::arg("grad_dtype") = "float32", py::arg("grad_offset") = -1, py::arg("grad_gate") = py::none(),
            py::arg("tag") = -1, py::arg("reorders") = false, py::arg("param_out_offset") = -1,
            py::arg("state_out_offset") = -1, py::arg("checksums_address") = 0, py::arg("expected_address") = 0,
-           py::arg("segments"));
+           py::arg("segments"), py::arg("only") = std::vector<std::pair<std::size_t, std::size_t>>{},
+           py::arg("write_gate") = py::none());
 
   py::class_<optim::UpdatePipeline, PipelineHolder>(module, "UpdatePipeline")
       .def(py::init([](std::shared_ptr<io::Engine> engine, std::size_t chunk_elements, std::size_t n_buffers,

@@ -101,6 +101,8 @@ class UpdateJob:
         checksums_address: int = 0,
         expected_address: int = 0,
         segments: Sequence[tuple[int, int, Hyper]],
+        only: Sequence[tuple[int, int]] = (),
+        write_gate: Ticket | None = None,
     ) -> None: ...
 
 class UpdatePipeline:

@@ -83,6 +83,18 @@ bool Backend::over_quota(const Piece& piece) const {
   return faults.pages.size() > faults.quota_pages;
 }
 
+void Backend::wait_for_rate(std::int64_t nbytes) const {
+  using std::chrono::steady_clock;
+  Faults& faults = *options_.faults;
+  const std::chrono::duration<double> takes(static_cast<double>(nbytes) / faults.bytes_per_s);
+  std::unique_lock<std::mutex> lock(faults.mutex);
+  faults.idle_from =
+      std::max(faults.idle_from, steady_clock::now()) + std::chrono::duration_cast<steady_clock::duration>(takes);
+  const auto until = faults.idle_from;
+  lock.unlock();
+  std::this_thread::sleep_until(until);
+}
+
 std::int64_t Backend::injected(const Piece& piece, std::int64_t result) const {
   const auto& faults = options_.faults;
   const bool is_read = piece.op == Op::read;
@@ -91,6 +103,7 @@ std::int64_t Backend::injected(const Piece& piece, std::int64_t result) const {
   if (!(is_read ? faults->reads : faults->writes)) return result;
   const std::uint64_t nth = faults->seen.fetch_add(1) + 1;
   if (faults->delay_ms != 0) std::this_thread::sleep_for(std::chrono::milliseconds(faults->delay_ms));
+  if (faults->bytes_per_s > 0 && result > 0) wait_for_rate(result);
   const std::int64_t true_result = result;
   if (faults->fail_nth != 0 && nth >= faults->fail_nth && nth - faults->fail_nth < faults->fail_count)
     result = -faults->error;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -54,6 +55,7 @@ struct Faults {
   std::uint64_t fail_count = 1;  // so many in a row, from that one on
   int error = 5;
   std::uint64_t delay_ms = 0;  // a slow drive: every result comes this late
+  double bytes_per_s = 0;      // a drive of this rate, reads and writes together; 0: as fast as it is
   std::uint64_t short_every = 0;
   std::size_t short_nbytes = 4096;
   bool reads = true;
@@ -66,6 +68,7 @@ struct Faults {
   // The drive has room for this many distinct pages that have been written (0: no limit); a write beyond it fails.
   std::uint64_t quota_pages = 0;
   std::mutex mutex;
+  std::chrono::steady_clock::time_point idle_from;  // when a drive of that rate has moved all it was given
   std::vector<UnsyncedWrite> unsynced;
   std::set<std::pair<int, std::uint64_t>> pages;  // (descriptor, page)
 };
@@ -108,6 +111,7 @@ class Backend {
   std::int64_t injected(const Piece& piece, std::int64_t result) const;
   void maybe_lose_power() const;
   bool over_quota(const Piece& piece) const;
+  void wait_for_rate(std::int64_t nbytes) const;
   void fail(Piece& piece, int code, const std::string& what) const;
   int descriptor_of(const Piece& piece) const { return piece.file ? piece.file->descriptor : options_.descriptor; }
   std::size_t alignment_of(const Piece& piece) const;

@@ -99,7 +99,13 @@ void UpdatePipeline::check(const UpdateJob& job, std::size_t n_chunks) const {
 std::vector<UpdatePipeline::Part> UpdatePipeline::chunks_of(const UpdateJob& job) const {
   std::vector<Part> parts;
   auto segment = job.segments.begin();
+  const auto wanted = [&job](std::size_t start) {
+    return job.only.empty() || std::any_of(job.only.begin(), job.only.end(), [start](const auto& range) {
+             return range.first <= start && start < range.second;
+           });
+  };
   for (std::size_t start = 0; start < job.n_elements; start += chunk_elements_) {
+    if (!wanted(start)) continue;
     while (segment != job.segments.end() && segment->start + segment->n <= start) ++segment;
     const bool touched = segment != job.segments.end() && segment->start < start + chunk_elements_;
     const bool idle = !touched && job.state_out_offset < 0;
@@ -355,6 +361,24 @@ void UpdatePipeline::sum(const Chunk& chunk) const {
   job.checksums[2 * chunk.index + 1] = crc32c(record(chunk), chunk.n * state_nbytes_per_element(job.codec));
 }
 
+// A chunk that must not be written yet keeps its buffer; those behind it are read and computed in the others.
+void UpdatePipeline::write_when_allowed(const ChunkPtr& chunk) {
+  if (chunk->job->job.write_gate == nullptr) {
+    start_writes(chunk);
+    return;
+  }
+  chunk->job->job.write_gate->on_complete([this, chunk](const io::Error& error) {
+    if (error.code == 0) {
+      start_writes(chunk);
+      return;
+    }
+    std::lock_guard<std::mutex> lock(mutex_);
+    chunk->error = error;
+    written_.push_back(chunk);
+    changed_.notify_one();  // under the lock, as in settle_io
+  });
+}
+
 void UpdatePipeline::start_writes(const ChunkPtr& chunk) {
   const UpdateJob& job = chunk->job->job;
   const std::size_t start = chunk->index * chunk_elements_;
@@ -430,7 +454,7 @@ void UpdatePipeline::work() {
         note('u', *chunk, start_s);
         kernel_ns_ += nanoseconds_since(begin);
         if (!chunk->idle) ++chunks_updated_;
-        start_writes(chunk);
+        write_when_allowed(chunk);
       }
       lock.lock();
       continue;

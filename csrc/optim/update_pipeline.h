@@ -10,6 +10,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "io/engine.h"
@@ -38,6 +39,11 @@ struct UpdateJob {
   // The gradients may be read once this has completed (a copy from the device, or a write to grad_offset); null: now.
   std::shared_ptr<io::Ticket> grad_gate;
   std::vector<Segment> segments;
+  // Elements, from the first to before the second, of the chunks that the job is for; empty: all. Whole chunks, sorted.
+  std::vector<std::pair<std::size_t, std::size_t>> only;
+  // Nothing is written before this has completed; null: at once. What completes it must not wait for this job, nor for
+  // one behind it.
+  std::shared_ptr<io::Ticket> write_gate;
   // Where the updated bytes go; -1: where they were read from. state_out_offset has room for the records of all chunks:
   // those that live in host memory are written there too.
   std::int64_t param_out_offset = -1;
@@ -132,6 +138,7 @@ class UpdatePipeline {
   void compute(const Chunk& chunk) const;
   io::Error verify(const Chunk& chunk) const;
   void sum(const Chunk& chunk) const;
+  void write_when_allowed(const ChunkPtr& chunk);
   void start_writes(const ChunkPtr& chunk);
   void finish(const ChunkPtr& chunk);
   void note(char kind, const Chunk& chunk, double start_s);

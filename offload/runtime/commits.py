@@ -3,7 +3,8 @@
 [Note: commit order] The updates of step n write the sides that step n - 1 has not committed. When all of them have
 been written: fdatasync; then the record of step n (which sides, their checksums, step counts, training state) goes to
 the one of two slots that does not hold the record of step n - 1; fdatasync. Only then may an update of step n + 1
-begin. A thread does this beside the forward pass of step n + 1: nobody waits unless the drives are slower than that.
+write. A thread does this beside the forward pass of step n + 1. Updates that are due before it has ended are read and
+computed meanwhile, in as many chunks as there are chunk buffers: what they have made waits at `gate`, nobody else does.
 
 [Note: when state is read] What forward draws from or changes (random states, data positions, buffers) is read when
 `optimizer.step()` ends, before the next batch is drawn. What follows the step in the user's loop (learning rates and
@@ -67,6 +68,9 @@ class StepCommits:
         self._step_counts: dict[int, int] = {}
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._on_drives = Ticket()
+        """Completes when the record being written is on the drives, or has failed."""
+        self._updates_ended = False
 
     @staticmethod
     def _sides(block: BlockRecord) -> Sides:
@@ -233,6 +237,7 @@ class StepCommits:
             "training": training,
         }
         updates = [t for b in self._blocks if b.state is BlockState.UPDATING for t in b.tickets]
+        self._on_drives, self._updates_ended = Ticket(), False
         self._thread = threading.Thread(target=self._write, args=(record, updates), name="offload-commit")
         self._thread.start()
 
@@ -241,6 +246,7 @@ class StepCommits:
         try:
             for ticket in updates:
                 ticket.wait()
+            self._updates_ended = True
             record["checksums"] = [
                 [pack_checksums(of[side]) for _, of in sorted(self._sides(b).checksums.items())]
                 for b, side in zip(self._blocks, record["sides"], strict=True)
@@ -262,21 +268,39 @@ class StepCommits:
             slot = self._slots[record["sequence"] % 2]
             self._store.engine.write(self._record.address, nbytes, slot).wait()
             self._sync()
+            self.sequence += 1
+            for block, side, generation in zip(
+                self._blocks, record["sides"], record["generations"], strict=True
+            ):
+                self._sides(block).commit(side, generation)
         except BaseException as error:
             self._failure = error
+            self._on_drives.complete(f"a step could not be committed: {error}")
+        else:
+            self._on_drives.complete()
 
     def _sync(self) -> None:
         self._store.engine.sync()
+
+    def gate(self) -> Ticket | None:
+        """What the writes of an update that begins now have to wait for; None: nothing.
+
+        Never one that waits for updates still to be made, which that update may hold up: these are waited for here.
+        """
+        if self._thread is not None and not self._updates_ended:
+            self.wait()
+        self.check()
+        return None if self._thread is None or self._on_drives.done() else self._on_drives
 
     def wait(self) -> None:
         """Return when the record being written is on the drives. Raises StoreError when it could not be written."""
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.join()
-            if self._failure is None:
-                self.sequence += 1
-                for block in self._blocks:
-                    self._sides(block).commit()
+        self.check()
+
+    def check(self) -> None:
+        """Raise StoreError when a record could not be written."""
         if self._failure is not None:
             raise StoreError(
                 f"a step could not be committed: {self._failure}; the step before it is intact: remedy the cause, then "

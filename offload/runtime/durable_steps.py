@@ -29,14 +29,21 @@ class DurableSteps:
         self.commits = commits
         self._root, self._blocks = root, blocks
         self._scheduler, self._stalls, self._limit = scheduler, stalls, limit
+        scheduler.gate = commits.gate
 
     def before_update(self, optimizer: OffloadOptimizer) -> None:
-        """The step before must have been committed, for an update overwrites the one before that."""
+        """The step before must be on its way to the drives: what an update writes waits for that, as it overwrites the
+        one before."""
         if self.commits.due:
             for block in self._blocks:
                 if block.pending_update:  # not used in this forward
                     self._scheduler.fetch(block, must=True)
             self.commits.begin(optimizer)
+        self.commits.check()
+
+    def wait(self, optimizer: OffloadOptimizer) -> None:
+        """Until the step before is on the drives."""
+        self.before_update(optimizer)
         with self._stalls.waiting("commit"):
             self.commits.wait()
 
@@ -49,6 +56,7 @@ class DurableSteps:
 
     def discard(self, optimizer: OffloadOptimizer) -> None:
         """Leave the parameters and their states as the step before made them."""
+        self._scheduler.drop_undone()
         for block in [*self._blocks, self._root]:
             self._scheduler.wait_resident(block)
         for block in self.commits.roll_back(optimizer):

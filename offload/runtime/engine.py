@@ -219,12 +219,12 @@ class OffloadEngine:
         """Update what the blocks' backward does not use or change; see runtime/early_root.py."""
         if not self._sync or self._defers(self.root) or self._assembly.in_device is not None:
             return
-        if self.commits is not None:
-            return  # the whole root goes to its other side in one update
         final, chunks = self._early_root.take()
         if not final:
             return
         self._refuse_second_backward()
+        self._previous_step_durable()
+        self._norms.note(self.root, final)
         self._scheduler.update_early(final, chunks, self._hyper_of)
         self.root.updated_since_step = True
 
@@ -235,12 +235,12 @@ class OffloadEngine:
     def _backward_ended(self) -> None:
         self._backward_open = False
         self._scheduler.update_held(self._hyper_of)
-        if self._sync and not self._defers(self.root) and self._scheduler.root_has_gradients():
+        if self._sync and not self._defers(self.root) and self._scheduler.root_is_due():
             if not self._early_root.has_updated:
                 self._refuse_second_backward()
             self._previous_step_durable()
             self._scheduler.wait_resident(self.root)
-            self._norms.note(self.root)
+            self._norms.note(self.root, more=self._early_root.has_updated)
             self._scheduler.update_now(self.root, self._hyper_of)
             self.root.updated_since_step = True
         self._early_root.end()
@@ -260,6 +260,10 @@ class OffloadEngine:
         if self._durable is not None:
             self._durable.before_update(self._live_optimizer())
 
+    def _wait_for_commit(self) -> None:
+        if self._durable is not None:
+            self._durable.wait(self._live_optimizer())
+
     def optimizer_step(self) -> None:
         """Decide the updates of this step that have not been made during backward."""
         optimizer = self._live_optimizer()
@@ -271,7 +275,7 @@ class OffloadEngine:
         waiting = [b for b in self.blocks if b.touched]
         if any(b.pending_update for b in [*waiting, self.root]):
             self._scheduler.flush()  # a block was skipped by this step's forward
-        self._previous_step_durable()
+        self._wait_for_commit()
         scale = self._norms.scale(optimizer)
         discarded = self._durable is not None and self._durable.must_discard(optimizer)
         if discarded and self._durable is not None:
@@ -281,7 +285,7 @@ class OffloadEngine:
         optimizer.grad_scale = scale
         for block in waiting:
             self._scheduler.update_later(block, self._hyper_of)
-        if self._scheduler.root_has_gradients():
+        if self._scheduler.root_is_due():
             self._scheduler.update_now(self.root, self._hyper_of)
         optimizer.grad_scale = 1.0
         for block in [*self.blocks, self.root]:
@@ -369,7 +373,7 @@ class OffloadEngine:
                     f"{wish}: block {block.name} has gradients that no optimizer.step() has used: call it between two "
                     "steps, after step()"
                 )
-        self._previous_step_durable()
+        self._wait_for_commit()
         return optimizer
 
     def track(self, **state: Any) -> None:
@@ -458,7 +462,7 @@ class OffloadEngine:
         try:
             self.flush()
             if self.commits is not None and not remove:
-                self._previous_step_durable()
+                self._wait_for_commit()
         finally:
             if self.commits is not None:
                 self.commits.join()

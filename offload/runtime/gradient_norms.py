@@ -17,12 +17,15 @@ class GradientNorms:
         self._root, self._blocks = root, blocks
         self._limit, self._judged = limit, judged
 
-    def note(self, block: BlockRecord) -> None:
-        """Keep the norms of the block's gradients, which are complete, where somebody will ask for them."""
-        if self._limit is not None or self._judged:
-            block.grad_norms = self._of_block(block)
+    def note(self, block: BlockRecord, only: set[int] | None = None, *, more: bool = False) -> None:
+        """Keep the norms of the block's gradients, which are complete, where somebody will ask for them.
 
-    def _of_block(self, block: BlockRecord) -> list[torch.Tensor]:
+        `only` those of the parameters with these id(); `more`: beside what was noted before.
+        """
+        if self._limit is not None or self._judged:
+            block.grad_norms = (block.grad_norms if more else []) + self._of_block(block, only)
+
+    def _of_block(self, block: BlockRecord, only: set[int] | None = None) -> list[torch.Tensor]:
         """Norm of each gradient of the block, in its order of parameters; the quickest way where nothing is clipped."""
         if block.grad_buffer is None:
             return []
@@ -31,7 +34,7 @@ class GradientNorms:
             block.grad_view(buffer, segment, plane)
             for buffer in block.layout.buffers
             for segment in buffer.segments
-            if id(segment.parameter) in block.touched
+            if id(segment.parameter) in (block.touched if only is None else block.touched & only)
         ]
         if self._limit is None and plane.dtype == torch.float32:
             return [torch.dot(grad.view(-1), grad.view(-1)).sqrt() for grad in grads]

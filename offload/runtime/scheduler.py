@@ -27,7 +27,7 @@ from offload.stores.block_store import BlockRecord, Slot
 from offload.telemetry import SpanLog, Stalls
 from offload.tiers.storage import Store
 from offload.transfer.copies import Copies
-from offload.transfer.io_engine import Hyper, UpdateJob, UpdatePipeline
+from offload.transfer.io_engine import Hyper, Ticket, UpdateJob, UpdatePipeline
 from offload.types import BlockState
 
 Segments = list[list[tuple[int, int, Hyper]]]
@@ -74,7 +74,11 @@ class Scheduler:
         self._to_hold = _to_hold(blocks) if holds else None
         self._pending_segments: dict[int, Segments] = {}
         self._rest_of_root: Segments = []
+        self._early_chunks: list[list[Range]] = []
+        """Of the root, while some of its chunks are on the side that the next step reads and the rest is not."""
         self._held: BlockRecord | None = None
+        self.gate: Callable[[], Ticket | None] = lambda: None
+        """What the writes of the next update have to wait for."""
 
     # ---- host slots ------------------------------------------------------------------------------------------
 
@@ -259,7 +263,9 @@ class Scheduler:
             return
         self._update_segments(block, segments_of)
 
-    def _update_segments(self, block: BlockRecord, segments_of: Segments) -> None:
+    def _update_segments(
+        self, block: BlockRecord, segments_of: Segments, only: list[list[Range]] | None = None
+    ) -> None:
         self._pending_segments[block.index] = segments_of
         self.wait_resident(block)
         self.gradients.hand_over(block, segments_of)
@@ -268,7 +274,7 @@ class Scheduler:
         if read_param:
             self._take_slot(block, must=True)
             self._wait_free(block)
-        self._submit_update(block, read_param=read_param)
+        self._submit_update(block, read_param=read_param, only=only)
 
     def update_early(self, final: set[int], chunks: list[list[Range]], hyper_of: HyperOf) -> None:
         """Start the update of those `chunks` of the root whose gradients are `final` (runtime/early_root.py).
@@ -285,12 +291,14 @@ class Scheduler:
             self._rest_of_root.append(
                 [(*piece, hyper) for (_, outside), hyper in pieces for piece in outside]
             )
-        self._update_segments(root, now)
+        if root.sides is not None:
+            self._early_chunks = chunks
+        self._update_segments(root, now, only=chunks)
         root.touched = later
 
-    def root_has_gradients(self) -> bool:
-        """Whether the root has some that no update has taken."""
-        return bool(self.root.touched or any(self._rest_of_root))
+    def root_is_due(self) -> bool:
+        """Whether it has gradients that no update has taken, or chunks that an update has left behind."""
+        return bool(self.root.touched or any(self._rest_of_root) or self._early_chunks)
 
     # [Note: one update is held] In forward each block waits for its own update, so that all have been made when the
     # last blocks run, and storage stands idle until backward gives the first gradients. The last block but one can have
@@ -317,6 +325,9 @@ class Scheduler:
         if held is not None:
             held.touched.clear()
             self.gradients.drop(held)
+        if self._early_chunks:
+            self.root.touched.clear()
+            self._update_segments(self.root, [[] for _ in self.root.layout.buffers])
 
     def update_later(self, block: BlockRecord, hyper_of: HyperOf) -> None:
         """Decide the update now; it runs with the block's next fetch."""
@@ -324,15 +335,19 @@ class Scheduler:
         self._residency.outdated(block)
         block.pending_update = True
 
-    def _submit_update(self, block: BlockRecord, *, read_param: bool) -> None:
+    def _submit_update(
+        self, block: BlockRecord, *, read_param: bool, only: list[list[Range]] | None = None
+    ) -> None:
         block.move(BlockState.UPDATING)
         block.pending_update = False
         segments_of = self._pending_segments.pop(block.index)
+        gate = self.gate()
         for position, buffer in enumerate(block.layout.buffers):
             plane = block.plane(buffer)
             offset = -1 if block.param_offset < 0 else block.param_offset + buffer.plane_offset_nbytes
             segments = segments_of[position]
-            if not segments and (block.sides is None or not buffer.trainable):
+            chunks = self._chunks_to_move(block, position, only)
+            if (not segments and (block.sides is None or not buffer.trainable)) or chunks is None:
                 if read_param and self._store is not None:
                     block.tickets.append(
                         self._store.engine.read(plane.data_ptr(), buffer.plane_nbytes, offset)
@@ -358,14 +373,32 @@ class Scheduler:
                 tag=-1 if block.is_root else block.index,
                 reorders=block.is_root,
                 segments=segments,
+                only=chunks,
+                write_gate=gate,
                 **self._other_side(block, position, buffer.plane_offset_nbytes),
             )
             block.tickets.append(self._pipeline.submit(job))
-        if block.sides is not None:
+        if block.sides is not None and only is None:
             block.sides.generation += 1
             block.turn(block.sides.other)
+            if block.is_root:
+                self._early_chunks = []
         block.touched.clear()
         block.grads_waiting = False
+
+    def _chunks_to_move(
+        self, block: BlockRecord, position: int, only: list[list[Range]] | None
+    ) -> list[Range] | None:
+        """Of a buffer, as the job's `only` has them; None: no chunk at all. What has no sides moves what is updated."""
+        if block.sides is None or not block.is_root:
+            return []
+        if only is not None:
+            return only[position] or None
+        early = self._early_chunks[position] if self._early_chunks else []
+        if not early:
+            return []
+        _, outside = split(0, block.layout.buffers[position].n_elements, early)
+        return [(start, start + n) for start, n in outside] or None
 
     @staticmethod
     def _other_side(block: BlockRecord, position: int, plane_offset_nbytes: int) -> dict[str, Any]:

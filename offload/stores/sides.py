@@ -2,7 +2,7 @@
 
 [Note: two sides] An update reads one side and writes the other. The last committed step is on the sides that its commit
 record names; the update of the next step overwrites the sides that are older than it. So the record of a step has to be
-on the drives before the first update of the next step is submitted (`runtime/commits.py`).
+on the drives before the first update of the next step writes (`runtime/commits.py`).
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Sides:
         of = self.checksums[position]
         return of[self.other].ctypes.data, of[self.current].ctypes.data if self.verifies else 0
 
-    def commit(self) -> None:
-        """The current side has become durable."""
-        self.committed, self.committed_generation = self.current, self.generation
+    def commit(self, side: int, generation: int) -> None:
+        """A side has become durable, with what so many updates made of it."""
+        self.committed, self.committed_generation = side, generation
 
     def roll_back(self) -> bool:
         """Return to the committed side. Whether the current one was another."""

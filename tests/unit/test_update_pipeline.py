@@ -392,3 +392,78 @@ def test_chunks_without_anything_to_update_are_neither_read_nor_written(tmp_path
     assert after["written_bytes"] - before["written_bytes"] == 12 * chunk
     assert param.nonzero().flatten().tolist() == list(range(2 * chunk + 5, 2 * chunk + 15))
     harness.close()
+
+
+@pytest.mark.parametrize("backend", ["posix", "auto"])
+def test_nothing_is_written_before_the_gate_opens_and_reads_go_on_meanwhile(tmp_path, backend):
+    """Two of four chunks have buffers: they are read and computed, and the drive has the old bytes until then."""
+    n, chunk = 8192, 2048
+    harness = Harness(tmp_path, chunk, 2, backend=backend)
+    harness.view.fill_(0)
+    param, grad, gate = harness.view[: 4 * n].view(torch.float32), torch.ones(n), _C.Ticket()
+    before = harness.engine.counters()
+    ticket = harness.pipeline.submit(
+        job_on(
+            harness,
+            param,
+            grad,
+            param_out_offset=0,
+            state_out_offset=STATE_OFFSET + (1 << 19),
+            write_gate=gate,
+        )
+    )
+    with pytest.raises(TimeoutError):
+        ticket.wait(timeout_s=0.1)
+    assert harness.pipeline.stats()["chunks"] == 2
+    assert harness.engine.counters()["written_bytes"] == before["written_bytes"]
+    gate.complete()
+    ticket.wait(timeout_s=30)
+    assert harness.engine.counters()["written_bytes"] - before["written_bytes"] == n * 12
+    assert (param < 0).all()
+    harness.close()
+
+
+def test_a_gate_that_fails_fails_the_update_with_its_words_and_leaves_the_drive_alone(tmp_path):
+    harness = Harness(tmp_path, 2048, 2)
+    param, grad, gate = harness.view[: 4 * 8192].view(torch.float32), torch.ones(8192), _C.Ticket()
+    ticket = harness.pipeline.submit(job_on(harness, param, grad, write_gate=gate))
+    gate.complete("the step before could not be committed")
+    with pytest.raises(OSError, match="the step before could not be committed"):
+        ticket.wait(timeout_s=30)
+    assert harness.engine.counters()["written_bytes"] == 0
+    harness.pipeline.submit(job_on(harness, param, grad)).wait(timeout_s=30)  # its buffers have come back
+    harness.close()
+
+
+def test_two_jobs_on_disjoint_chunks_together_move_what_one_would(tmp_path):
+    """The second, third and fifth chunk, then the others, to another place: as one job of all."""
+    n, chunk = 5 * 2048, 2048
+    master = torch.randn(n, generator=torch.Generator().manual_seed(1))
+    grad = torch.randn(n, generator=torch.Generator().manual_seed(2))
+    found = []
+    for parts in ([[]], [[(chunk, 3 * chunk), (4 * chunk, n)], [(0, chunk), (3 * chunk, 4 * chunk)]]):
+        place = tmp_path / str(len(parts))
+        place.mkdir()
+        harness = Harness(place, chunk, 2)
+        param = harness.view[: 4 * n].view(torch.float32)
+        param.copy_(master)
+        harness.store(torch.full((2 * n,), 0.5), STATE_OFFSET)
+        hyper = _C.Hyper(1e-2, 0.9, 0.99, 1e-8, 0.1, 1)
+        for only in parts:
+            inside = only or [(0, n)]
+            segments = [
+                (a, b - a, hyper) for a, b in inside if b - a > 0 and a != 0
+            ]  # the first chunk: as it is
+            if not only:
+                segments = [(chunk, n - chunk, hyper)]
+            job = job_on(
+                harness, param, grad, segments=segments, only=only, param_out_offset=0,
+                state_out_offset=STATE_OFFSET + (1 << 19),
+            )  # fmt: skip
+            harness.pipeline.submit(job).wait(timeout_s=30)
+        assert harness.engine.counters()["written_bytes"] == n * 8 + n * 12  # put there, and moved
+        out = harness.view[STATE_OFFSET : STATE_OFFSET + 8 * n]
+        harness.move("read", out, STATE_OFFSET + (1 << 19))
+        found.append((param.clone(), out.clone()))
+        harness.close()
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
