@@ -32,11 +32,11 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, layers):
+    def __init__(self, layers, head_width=1):
         super().__init__()
         self.embed = nn.Linear(8, WIDTH)
         self.layers = nn.ModuleList(Block() for _ in range(layers))
-        self.head = nn.Linear(WIDTH, 1)
+        self.head = nn.Linear(WIDTH, head_width)
 
     def forward(self, x):
         x = self.embed(x)

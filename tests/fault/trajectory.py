@@ -37,9 +37,9 @@ class Data:
 class Noisy(nn.Module):
     """The small model, with dropout, a buffer that forward changes, and noise from numpy and Python."""
 
-    def __init__(self, layers, dtype):
+    def __init__(self, layers, dtype, head_width):
         super().__init__()
-        self.inner = Model(layers).to(dtype)
+        self.inner = Model(layers, head_width).to(dtype)
         self.dtype = dtype
         self.register_buffer("calls", torch.zeros(()))
 
@@ -52,11 +52,11 @@ class Noisy(nn.Module):
 class Run:
     """Model, optimizer of two groups, a scheduler and data, wrapped with `settings`."""
 
-    def __init__(self, *, layers=3, dtype=torch.bfloat16, **settings):
+    def __init__(self, *, layers=3, dtype=torch.bfloat16, head_width=1, **settings):
         torch.manual_seed(0)
         np.random.seed(0)
         random.seed(0)
-        model = Noisy(layers, dtype)
+        model = Noisy(layers, dtype, head_width)
         vectors = [p for p in model.parameters() if p.dim() < 2]
         matrices = [p for p in model.parameters() if p.dim() >= 2]
         optimizer = torch.optim.AdamW(
