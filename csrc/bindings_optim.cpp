@@ -171,9 +171,9 @@ void bind_optim(py::module_& module) {
       .def("submit", &optim::UpdatePipeline::submit, py::arg("job"), py::call_guard<py::gil_scoped_release>())
       .def("stats",
            [](const optim::UpdatePipeline& pipeline) {
-             return py::dict(py::arg("kernel_s") = pipeline.kernel_seconds(),
-                             py::arg("wait_read_s") = pipeline.wait_read_seconds(),
-                             py::arg("chunks") = pipeline.chunks_updated());
+             return py::dict(
+                 py::arg("kernel_s") = pipeline.kernel_seconds(), py::arg("wait_read_s") = pipeline.wait_read_seconds(),
+                 py::arg("verify_s") = pipeline.verify_seconds(), py::arg("chunks") = pipeline.chunks_updated());
            })
       .def("record_spans", &optim::UpdatePipeline::record_spans, py::arg("on"))
       .def("take_spans",

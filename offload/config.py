@@ -99,7 +99,7 @@ class Config(BaseModel):
     update_threads: int = Field(default=max(1, min(4, (os.cpu_count() or 1) // 2)), ge=1)
     keep_store: bool = False
     durability: Literal["none", "checkpoint", "step"] = "checkpoint"
-    verify_reads: bool = False
+    verify_reads: bool | Literal["auto"] = "auto"
     batch: tuple[int, int] | None = None
     hardware: str | None = None
     written_per_step: str | int | float | None = None

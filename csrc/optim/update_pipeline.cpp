@@ -440,7 +440,9 @@ void UpdatePipeline::work() {
       bool failed = chunk->error.code != 0 || chunk->job->error.code != 0;
       lock.unlock();
       if (!failed) {
+        const auto begin = std::chrono::steady_clock::now();
         const io::Error wrong = verify(*chunk);
+        verify_ns_ += nanoseconds_since(begin);
         failed = wrong.code != 0;
         if (failed) chunk->error = wrong;  // no I/O of the chunk is in flight: nobody else looks at it
       }

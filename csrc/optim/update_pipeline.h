@@ -87,6 +87,8 @@ class UpdatePipeline {
   bool inherited() const;
   // Seconds inside kernels, summed over the threads.
   double kernel_seconds() const { return static_cast<double>(kernel_ns_.load()) * 1e-9; }
+  // Seconds in which what was read was compared with its checksums, summed over the threads.
+  double verify_seconds() const { return static_cast<double>(verify_ns_.load()) * 1e-9; }
   // Seconds that threads slept while reads were in flight, summed over the threads.
   double wait_read_seconds() const { return static_cast<double>(wait_read_ns_.load()) * 1e-9; }
   std::uint64_t chunks_updated() const { return chunks_updated_.load(); }
@@ -160,7 +162,7 @@ class UpdatePipeline {
   std::size_t reading_ = 0;  // chunks whose reads are in flight
   std::deque<ChunkPtr> ready_, written_;
   bool issuing_ = false, closing_ = false;
-  std::atomic<std::int64_t> kernel_ns_{0}, wait_read_ns_{0};
+  std::atomic<std::int64_t> kernel_ns_{0}, wait_read_ns_{0}, verify_ns_{0};
   std::atomic<std::uint64_t> chunks_updated_{0};
   std::atomic<bool> recording_{false};
   std::mutex spans_mutex_;

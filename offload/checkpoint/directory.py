@@ -85,24 +85,26 @@ class NewCheckpoint:
     def __init__(self, directory: str, step: int) -> None:
         self._directory, self._step = directory, step
         self.path = os.path.join(directory, f"{_PARTIAL}{os.getpid()}-{step}")
+        self.final = ""
+        """The path it will have; known once it has been entered, for the lock is held."""
 
     def __enter__(self) -> NewCheckpoint:
         for name in os.listdir(self._directory):  # the lock is ours: whoever left these is dead
             if name.startswith((_PARTIAL, _GOING)):
                 shutil.rmtree(os.path.join(self._directory, name), ignore_errors=True)
         os.mkdir(self.path, 0o700)
+        matches = [_NAME.fullmatch(name) for name in os.listdir(self._directory)]
+        attempts = [int(m[2] or 0) for m in matches if m and int(m[1]) == self._step]
+        again = f"-{max(attempts) + 1}" if attempts else ""
+        self.final = os.path.join(self._directory, f"step-{self._step:09d}{again}")
         return self
 
     def commit(self) -> str:
         """Everything in `path` has been synced: give it its name, durably. Returns the checkpoint's path."""
         sync_directory(self.path)
-        matches = [_NAME.fullmatch(name) for name in os.listdir(self._directory)]
-        attempts = [int(m[2] or 0) for m in matches if m and int(m[1]) == self._step]
-        again = f"-{max(attempts) + 1}" if attempts else ""
-        final = os.path.join(self._directory, f"step-{self._step:09d}{again}")
-        os.rename(self.path, final)
+        os.rename(self.path, self.final)
         sync_directory(self._directory)
-        return final
+        return self.final
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

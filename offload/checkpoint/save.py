@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
 import shutil
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +15,18 @@ import numpy as np
 import torch
 from torch import nn
 
+from offload.checkpoint.beside import SaveBeside
+from offload.checkpoint.copying import Item, StreamingCopy, share
 from offload.checkpoint.directory import EXTENTS_FILE, MANIFEST_FILE, NewCheckpoint, keep_only, locked
 from offload.errors import ConfigError, StoreError, UsageError
-from offload.model.flat import FlatBuffer
+from offload.model.flat import STATE_NBYTES_PER_ELEMENT, FlatBuffer
 from offload.runtime.engine import OffloadEngine
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.training_state import checked_stateful, training_state
 from offload.stores.block_store import BlockRecord
-from offload.stores.state_image import Chunk, Piece, chunks_of, param_piece, state_piece
+from offload.stores.state_image import Chunk, Piece, chunks_of, param_piece, side_pieces, state_piece
 from offload.tiers.encoding import dtype_name, encode
+from offload.tiers.host import HostArena
 from offload.tiers.manifest import (
     Block,
     Buffer,
@@ -33,7 +37,7 @@ from offload.tiers.manifest import (
     frame,
     pack_checksums,
 )
-from offload.transfer.io_engine import Engine, Ticket, crc32c
+from offload.transfer.io_engine import Engine
 from offload.types import PAGE_NBYTES, round_up
 
 KIND = "offload-checkpoint"
@@ -57,52 +61,6 @@ def fingerprint_of(engine: OffloadEngine) -> str:
     )
 
 
-class StreamingCopy:
-    """Moves pieces into a file through a ring of staging buffers; reads, checksums and writes overlap."""
-
-    def __init__(self, source: Engine | None, target: Engine, ring: list[torch.Tensor]) -> None:
-        self._source, self._target = source, target
-        self._free = list(ring)
-        self._depth = max(1, len(ring) // 2)
-        self._reading: deque[tuple[Ticket | None, torch.Tensor, int, int, Any, int]] = deque()
-        self._writing: deque[tuple[Ticket, torch.Tensor]] = deque()
-
-    def add(self, piece: Piece, offset: int, checksums: Any, index: int) -> None:
-        """Start moving `piece` to `offset`; its checksum will be `checksums[index]`."""
-        while not self._free:
-            self._hand_on() if self._reading else self._end_write()
-        staging = self._free.pop()
-        ticket = None
-        if piece.memory is not None:
-            staging[: piece.nbytes].copy_(piece.memory)
-        elif self._source is not None:
-            ticket = self._source.read(staging.data_ptr(), round_up(piece.nbytes, PAGE_NBYTES), piece.offset)
-        self._reading.append((ticket, staging, piece.nbytes, offset, checksums, index))
-        if len(self._reading) >= self._depth:
-            self._hand_on()
-
-    def _hand_on(self) -> None:
-        ticket, staging, nbytes, offset, checksums, index = self._reading.popleft()
-        if ticket is not None:
-            ticket.wait()
-        checksums[index] = crc32c(staging.data_ptr(), nbytes)
-        whole_nbytes = round_up(nbytes, PAGE_NBYTES)
-        staging[nbytes:whole_nbytes].zero_()
-        self._writing.append((self._target.write(staging.data_ptr(), whole_nbytes, offset), staging))
-
-    def _end_write(self) -> None:
-        ticket, staging = self._writing.popleft()
-        ticket.wait()
-        self._free.append(staging)
-
-    def finish(self) -> None:
-        """Wait for everything that was added."""
-        while self._reading:
-            self._hand_on()
-        while self._writing:
-            self._end_write()
-
-
 @dataclass
 class _Room:
     """Hands out page-aligned extents of the checkpoint's file."""
@@ -116,34 +74,92 @@ class _Room:
         return offset
 
 
-def _pieces(
-    engine: OffloadEngine, block: BlockRecord, position: int, chunk: Chunk, chunk_elements: int
-) -> tuple[Piece, Piece | None]:
+@dataclass
+class _Saved:
+    """One flat buffer: where it goes in the file, and what belongs to the step boundary and is gone later."""
+
+    block: BlockRecord
+    position: int
+    param_at: int
+    state_at: int
+    parameters: list[Parameter]
+    of_param: Any
+    of_state: Any
+
+    @property
+    def buffer(self) -> FlatBuffer:
+        """Its layout."""
+        return self.block.layout.buffers[self.position]
+
+    def described(self) -> Buffer:
+        """As the manifest has it, once the checksums are known."""
+        b = self.buffer
+        param_nbytes = b.n_elements * b.dtype.itemsize
+        state = None
+        if b.trainable:
+            state = Extent(offset=self.state_at, nbytes=b.state_nbytes, crc32c=pack_checksums(self.of_state))
+        return Buffer(
+            dtype=dtype_name(b.dtype),
+            trainable=b.trainable,
+            n_elements=b.n_elements,
+            param=Extent(offset=self.param_at, nbytes=param_nbytes, crc32c=pack_checksums(self.of_param)),
+            state=state,
+            parameters=self.parameters,
+        )
+
+
+def _to_save(engine: OffloadEngine, optimizer: OffloadOptimizer) -> tuple[list[_Saved], int]:
+    """Every buffer, the root's first, and the bytes of the file."""
+    room, found = _Room(), []
+    for block in [engine.root, *engine.blocks]:
+        for position, b in enumerate(block.layout.buffers):
+            n_chunks = -(-b.n_elements // engine.config.chunk_elements)
+            found.append(
+                _Saved(
+                    block,
+                    position,
+                    room.take(b.n_elements * b.dtype.itemsize),
+                    room.take(b.state_nbytes) if b.trainable else -1,
+                    parameters_of(b, optimizer),
+                    np.zeros(n_chunks, np.uint32),
+                    np.zeros(n_chunks, np.uint32),
+                )
+            )
+    return found, room.end_nbytes
+
+
+def _on_sides(engine: OffloadEngine) -> bool:
+    """Whether all of the state is on storage twice, what is used from host memory too."""
+    return engine.commits is not None and engine.commits.started
+
+
+def _is_made(engine: OffloadEngine, saved: _Saved) -> bool:
+    """Whether its chunks have to be made first, from what a device keeps in its own form."""
+    return engine.parts.in_device is not None and saved.buffer.trainable
+
+
+def _pieces(engine: OffloadEngine, saved: _Saved, chunk: Chunk) -> tuple[Piece, Piece | None]:
     """Where the chunk's parameters and (of trainable ones) its record are; in memory, where they must be made first."""
-    buffer = block.layout.buffers[position]
-    if engine.parts.in_device is not None and buffer.trainable:
+    block, position, buffer = saved.block, saved.position, saved.buffer
+    if engine.parts.in_device is not None and _is_made(engine, saved):
         param, record = engine.parts.in_device.chunk_of(position, chunk.start, chunk.n)
         return Piece(param.numel(), memory=param), Piece(record.numel(), memory=record)
-    state = state_piece(block, position, chunk, chunk_elements) if buffer.trainable else None
+    if block.sides is not None and _on_sides(engine):
+        return side_pieces(block, block.sides, position, chunk)
+    state = state_piece(block, position, chunk, engine.config.chunk_elements) if buffer.trainable else None
     return param_piece(block, buffer, chunk), state
 
 
-def _copy_buffer(
-    engine: OffloadEngine, block: BlockRecord, position: int, copy: StreamingCopy, offsets: tuple[int, int]
-) -> tuple[Any, Any]:
-    """Checksums of the plane and of the records, complete once `copy` has finished."""
-    buffer, chunk_elements = block.layout.buffers[position], engine.config.chunk_elements
-    n_chunks = -(-buffer.n_elements // chunk_elements)
-    of_param, of_state = np.zeros(n_chunks, np.uint32), np.zeros(n_chunks, np.uint32)
-    at_param, at_state = offsets
-    for chunk in chunks_of(buffer, chunk_elements):
-        param, state = _pieces(engine, block, position, chunk, chunk_elements)
-        copy.add(param, at_param, of_param, chunk.index)
+def _items(engine: OffloadEngine, saved: _Saved) -> Iterator[Item]:
+    """Its chunks, each's parameters and then its record."""
+    at_param, at_state = saved.param_at, saved.state_at
+    for chunk in chunks_of(saved.buffer, engine.config.chunk_elements):
+        param, state = _pieces(engine, saved, chunk)
+        yield Item(saved.block, param, at_param, saved.of_param, chunk.index)
         at_param += param.nbytes
         if state is not None:
-            copy.add(state, at_state, of_state, chunk.index)
+            yield Item(saved.block, state, at_state, saved.of_state, chunk.index)
             at_state += state.nbytes
-    return of_param, of_state
 
 
 def parameters_of(buffer: FlatBuffer, optimizer: OffloadOptimizer) -> list[Parameter]:
@@ -158,9 +174,10 @@ class _File:
     """The extents' file, made in full before the first byte is copied, so that a full disk shows early."""
 
     def __init__(self, path: str, nbytes: int, engine: OffloadEngine) -> None:
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._path, self._nbytes = path, nbytes
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            _reserve(path, self.descriptor, nbytes)
+            os.ftruncate(self._descriptor, nbytes)
             config = engine.config
             self.engine = Engine(
                 [path],
@@ -170,21 +187,34 @@ class _File:
                 queue_depth=config.io_queue_depth,
             )
         except BaseException:
-            os.close(self.descriptor)
+            os.close(self._descriptor)
             raise
 
-    def __enter__(self) -> _File:
-        return self
+    def share(self, items: list[Item], paths: list[str]) -> list[Item]:
+        """Take over extents of the store, where that is one file and the file system can; what is left to do."""
+        if len(paths) == 1:
+            source = os.open(paths[0], os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                items = share(items, source, self._descriptor)
+            finally:
+                os.close(source)
+        if not any(item.shared for item in items):
+            _reserve(self._path, self._descriptor, self._nbytes)
+        return items
 
-    def __exit__(self, kind: Any, *_: object) -> None:
+    def close(self) -> None:
+        """All of it is on the drive afterwards."""
         try:
-            if kind is not None:
-                self.engine.cancel()
             self.engine.close()
-            if kind is None:
-                os.fsync(self.descriptor)
+            os.fsync(self._descriptor)
         finally:
-            os.close(self.descriptor)
+            os.close(self._descriptor)
+
+    def abandon(self) -> None:
+        """Stop what is in flight."""
+        self.engine.cancel()
+        self.engine.close()
+        os.close(self._descriptor)
 
 
 def _reserve(path: str, descriptor: int, nbytes: int) -> None:
@@ -193,7 +223,6 @@ def _reserve(path: str, descriptor: int, nbytes: int) -> None:
         os.posix_fallocate(descriptor, 0, nbytes)
     except OSError as error:
         if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
-            os.ftruncate(descriptor, nbytes)
             return
         raise StoreError(
             f"{os.path.dirname(path)}: a checkpoint takes {nbytes} bytes here and {free_nbytes} are free, "
@@ -210,55 +239,128 @@ def _write_manifest(path: str, manifest: Manifest) -> None:
         os.fsync(file.fileno())
 
 
-def _copy_state(engine: OffloadEngine, optimizer: OffloadOptimizer, path: str) -> tuple[list[Block], int]:
-    """Write the extents' file; give the blocks of its manifest and its bytes."""
-    everything = [engine.root, *engine.blocks]
-    room = _Room()
-    offsets = [
-        [
-            (room.take(b.n_elements * b.dtype.itemsize), room.take(b.state_nbytes) if b.trainable else -1)
-            for b in block.layout.buffers
-        ]
-        for block in everything
-    ]
-    resources = engine.parts.resources
-    piece_nbytes = resources.staging.numel() // engine.config.chunk_buffers
-    ring = [
-        resources.staging[i * piece_nbytes : (i + 1) * piece_nbytes]
-        for i in range(engine.config.chunk_buffers)
-    ]
-    source = None if resources.store is None else resources.store.engine
-    blocks: list[Block] = []
-    checksums: list[list[tuple[Any, Any]]] = []
-    with _File(path, max(room.end_nbytes, PAGE_NBYTES), engine) as file:
-        copy = StreamingCopy(source, file.engine, ring)
-        for block, places in zip(everything, offsets, strict=True):
-            checksums.append([_copy_buffer(engine, block, i, copy, place) for i, place in enumerate(places)])
-        copy.finish()
-    for block, places, sums in zip(everything, offsets, checksums, strict=True):
-        buffers = [
-            Buffer(
-                dtype=dtype_name(b.dtype),
-                trainable=b.trainable,
-                n_elements=b.n_elements,
-                param=Extent(
-                    offset=place[0],
-                    nbytes=b.n_elements * b.dtype.itemsize,
-                    crc32c=pack_checksums(of_param),
-                ),
-                state=Extent(offset=place[1], nbytes=b.state_nbytes, crc32c=pack_checksums(of_state))
-                if b.trainable
-                else None,
-                parameters=parameters_of(b, optimizer),
+class _Save:
+    """One checkpoint on its way. Everything that belongs to the step boundary is taken when it is made."""
+
+    def __init__(
+        self,
+        engine: OffloadEngine,
+        optimizer: OffloadOptimizer,
+        tracked: Mapping[str, Any],
+        directory: str,
+        keep_last: int | None,
+    ) -> None:
+        self._engine, self._directory, self._keep_last = engine, directory, keep_last
+        self._stack = contextlib.ExitStack()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(directory, exclusive=True))
+            self._new = stack.enter_context(NewCheckpoint(directory, optimizer.steps_made))
+            self._training = encode(training_state(engine.model, optimizer, dict(tracked)))
+            self._step = optimizer.steps_made
+            self._saved, self._nbytes = _to_save(engine, optimizer)
+            file_nbytes = max(self._nbytes, PAGE_NBYTES)
+            self._file = _File(os.path.join(self._new.path, EXTENTS_FILE), file_nbytes, engine)
+            self._stack = stack.pop_all()
+        try:
+            store = engine.parts.resources.store
+            self._source = None if store is None else store.engine
+            items = [i for saved in self._saved if not _is_made(engine, saved) for i in _items(engine, saved)]
+            self.items = self._file.share(items, [] if store is None else store.paths)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def made(self) -> Iterator[Item]:
+        """What is in the device's own form, and made into chunks one at a time."""
+        for saved in self._saved:
+            if _is_made(self._engine, saved):
+                yield from _items(self._engine, saved)
+
+    @property
+    def path(self) -> str:
+        """The checkpoint's, once it is complete."""
+        return self._new.final
+
+    def copy(self, ring: list[torch.Tensor]) -> StreamingCopy:
+        """What moves the items, through `ring`."""
+        return StreamingCopy(self._source, self._file.engine, ring)
+
+    def complete(self) -> None:
+        """Everything has been copied: let the checkpoint appear."""
+        try:
+            self._file.close()
+            blocks: dict[int, tuple[str, list[Buffer]]] = {}
+            for saved in self._saved:
+                name_and_buffers = blocks.setdefault(saved.block.index, (saved.block.name, []))
+                name_and_buffers[1].append(saved.described())
+            manifest = Manifest(
+                fingerprint=fingerprint_of(self._engine),
+                step=self._step,
+                files=[EXTENTS_FILE],
+                stripe_nbytes=1 << 20,
+                nbytes=self._nbytes,
+                chunk_elements=self._engine.config.chunk_elements,
+                blocks=[
+                    Block(name=name, generation=self._step, buffers=held) for name, held in blocks.values()
+                ],
+                training=self._training,
             )
-            for b, place, (of_param, of_state) in zip(block.layout.buffers, places, sums, strict=True)
-        ]
-        blocks.append(Block(name=block.name, generation=optimizer.steps_made, buffers=buffers))
-    return blocks, room.end_nbytes
+            _write_manifest(os.path.join(self._new.path, MANIFEST_FILE), manifest)
+            self._new.commit()
+            if self._keep_last is not None:
+                keep_only(self._directory, self._keep_last)
+        finally:
+            self._stack.close()
+
+    def abandon(self) -> None:
+        """Leave nothing of it."""
+        with contextlib.suppress(OSError):
+            self._file.abandon()
+        self._stack.close()
+
+
+def _ring(memory: torch.Tensor, n: int) -> list[torch.Tensor]:
+    piece_nbytes = memory.numel() // n
+    return [memory[i * piece_nbytes : (i + 1) * piece_nbytes] for i in range(n)]
+
+
+def _copy_now(engine: OffloadEngine, save: _Save) -> None:
+    """Through the update pipeline's chunk buffers, which nobody uses between two steps."""
+    copy = save.copy(_ring(engine.parts.resources.staging, engine.config.chunk_buffers))
+    try:
+        for item in itertools.chain(save.made(), save.items):
+            copy.add(item)
+        copy.finish()
+    except BaseException:
+        save.abandon()
+        raise
+    save.complete()
+
+
+def _copy_beside(engine: OffloadEngine, save: _Save) -> None:
+    """Through two pieces of host memory beside the budget; what an update in device memory changes is taken at once."""
+    piece_nbytes = engine.config.chunk_elements * max(STATE_NBYTES_PER_ELEMENT.values())
+    copy = save.copy(_ring(HostArena(2 * piece_nbytes).bytes_tensor, 2))
+    try:
+        for item in save.made():
+            copy.add(item)
+        copy.finish_reads()
+    except BaseException:
+        save.abandon()
+        raise
+    order = (
+        [engine.root, *engine.blocks] if engine.config.deferred else [*reversed(engine.blocks), engine.root]
+    )
+    engine.save_beside(SaveBeside(save.items, order, _on_sides(engine), copy, save.complete, save.abandon))
 
 
 def save(
-    model: nn.Module, directory: str, *, state: Mapping[str, Any] | None = None, keep_last: int | None = None
+    model: nn.Module,
+    directory: str,
+    *,
+    state: Mapping[str, Any] | None = None,
+    keep_last: int | None = None,
+    wait: bool = True,
 ) -> str:
     """Save the complete training state of a wrapped model between two steps. Returns the new checkpoint's path.
 
@@ -266,6 +368,10 @@ def save(
     states of torch (CPU and GPU), numpy and Python, and the `state_dict()` of everything in `state` (LR schedulers, the
     position in the data). It takes 12 bytes a trainable parameter; memory used is the update pipeline's own.
     It appears at once, by a rename, as `directory/step-<n>`; then all but the last `keep_last` (None: no limit) go.
+    Where the file system can share extents between files (XFS, Btrfs) and the store is one file there, nothing is
+    copied. With `wait=False` training may go on at once, and the checkpoint, which is of this step boundary all the
+    same, appears later: after `model.offload.wait_saved()`, the next save or resume, or `close()`, which raise
+    StoreError when it could not be written; two chunks of host memory are used meanwhile.
     Raises UsageError inside a step, StoreError when it does not fit, CheckpointError when another process is using
     `directory`; what was there stays as it was.
     """
@@ -284,21 +390,6 @@ def save(
         raise StoreError(
             f"{directory}: cannot be made: {error.strerror}: name one that this user can write to"
         ) from error
-    with locked(directory, exclusive=True), NewCheckpoint(directory, optimizer.steps_made) as new:
-        training = encode(training_state(model, optimizer, tracked))
-        blocks, nbytes = _copy_state(engine, optimizer, os.path.join(new.path, EXTENTS_FILE))
-        manifest = Manifest(
-            fingerprint=fingerprint_of(engine),
-            step=optimizer.steps_made,
-            files=[EXTENTS_FILE],
-            stripe_nbytes=1 << 20,
-            nbytes=nbytes,
-            chunk_elements=engine.config.chunk_elements,
-            blocks=blocks,
-            training=training,
-        )
-        _write_manifest(os.path.join(new.path, MANIFEST_FILE), manifest)
-        path = new.commit()
-        if keep_last is not None:
-            keep_only(directory, keep_last)
-    return path
+    begun = _Save(engine, optimizer, tracked, directory, keep_last)
+    (_copy_now if wait else _copy_beside)(engine, begun)
+    return begun.path

@@ -332,7 +332,10 @@ class _Builder:
             return store.allocate(nbytes), store.allocate(nbytes)
 
         of_states = {i: pair(b.state_nbytes) for i, b in enumerate(layout.buffers) if b.trainable}
-        return Sides(pair(layout.slot_nbytes), of_states, checksum_tables(layout, self.config.chunk_elements))
+        chunk_elements = self.config.chunk_elements
+        return Sides(
+            pair(layout.slot_nbytes), of_states, checksum_tables(layout, chunk_elements), chunk_elements
+        )
 
     def _states(
         self, index: int, layout: BlockLayout, store: Store | None, sides: Sides | None

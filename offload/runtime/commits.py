@@ -25,6 +25,7 @@ from offload.errors import StoreError, UsageError
 from offload.model.flat import STATE_NBYTES_PER_ELEMENT
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.training_state import Stateful, persistent_buffers, random_states
+from offload.runtime.verification import Verification
 from offload.stores.block_store import BlockRecord
 from offload.stores.sides import Sides, record_nbytes
 from offload.stores.state_image import chunks_of, param_piece, state_piece
@@ -53,11 +54,11 @@ class StepCommits:
         store: Store,
         chunk_elements: int,
         tracked: Mapping[str, Stateful],
-        verify_reads: bool,
+        verification: Verification,
     ) -> None:
         self._model, self._blocks, self._store, self._tracked = model, blocks, store, tracked
         self._chunk_elements = chunk_elements
-        self._verify_reads = verify_reads
+        self.verification = verification
         self._slot_nbytes = record_nbytes([b.layout for b in blocks], chunk_elements)
         self._slots = [store.allocate(self._slot_nbytes) for _ in range(2)]
         self._record = HostArena(self._slot_nbytes)
@@ -125,7 +126,7 @@ class StepCommits:
                     target = sides.state_offsets[position][sides.current]
                     target += chunk.start * STATE_NBYTES_PER_ELEMENT[buffer.codec]
                     sums[1] = self._put(piece, arena, [target])
-            sides.verifies = self._verify_reads
+            sides.verifies = self.verification.on
 
     def _put(self, piece: Any, arena: HostArena, targets: list[int]) -> int:
         """Write a piece to each of the targets that it is not at; its checksum."""
@@ -191,6 +192,9 @@ class StepCommits:
             },
         }
         self._step_counts = optimizer.all_steps()
+        if self.verification.step_ended():
+            for block in self._blocks:
+                self._sides(block).verifies = False
 
     @property
     def due(self) -> bool:

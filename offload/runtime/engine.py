@@ -29,7 +29,7 @@ from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.recompute import Recipe
 from offload.runtime.recording import computing, recording
 from offload.runtime.resident import place_adapters
-from offload.runtime.training_state import Stateful, checked_stateful
+from offload.runtime.training_state import Saving, Stateful, checked_stateful
 from offload.runtime.wiring import make_activations, make_commits, make_run_plan, make_scheduler, move_buffers
 from offload.stores.activations import Tier
 from offload.stores.block_store import BlockRecord
@@ -56,6 +56,7 @@ class OffloadEngine:
         self.last_step: dict[str, Any] = {}
         self._closed = False
         self._sync = True
+        self._saving: Saving | None = None
         self._backward_open = False
         self._handles: list[Any] = []
         self._modules: list[nn.Module] = []
@@ -82,7 +83,7 @@ class OffloadEngine:
         self._gradients = self._scheduler.gradients
         self._early_root = EarlyRoot(self.root, config.chunk_elements)
         self.tracked: dict[str, Stateful] = {}
-        self.commits = make_commits(model, parts, config, self.tracked)
+        self.commits = make_commits(model, parts, config, self.tracked, self._scheduler)
         limit = config.max_grad_norm
         self._norms = GradientNorms(self.root, self.blocks, limit, judged=self.commits is not None)
         self._durable = None
@@ -366,6 +367,7 @@ class OffloadEngine:
         optimizer = self._optimizer()
         if self._closed or optimizer is None:
             raise UsageError(f"{wish}: the offload engine is closed; wrap the model again")
+        self.wait_saved()
         self._scheduler.flush()
         for block in [*self.blocks, self.root]:
             if block.touched or block.grads_waiting or block.updated_since_step:
@@ -375,6 +377,22 @@ class OffloadEngine:
                 )
         self._wait_for_commit()
         return optimizer
+
+    def save_beside(self, saving: Saving) -> None:
+        """A checkpoint of this step boundary is being written while training goes on."""
+        self._saving, self._scheduler.before_update = saving, saving.before_update
+
+    def wait_saved(self) -> None:
+        """Until the checkpoint that `offload.save(..., wait=False)` began is complete.
+
+        Raises StoreError when it could not be written; earlier ones are intact, and training may go on.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            try:
+                saving.wait()
+            finally:
+                self._scheduler.before_update = lambda _: None
 
     def track(self, **state: Any) -> None:
         """With durability 'step': whose state_dict() belongs to a step: LR schedulers, the position in the data."""
@@ -463,6 +481,7 @@ class OffloadEngine:
             self.flush()
             if self.commits is not None and not remove:
                 self._wait_for_commit()
+            self.wait_saved()
         finally:
             if self.commits is not None:
                 self.commits.join()

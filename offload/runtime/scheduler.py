@@ -12,18 +12,20 @@ device slot (`Residency`), and an update makes that copy outdated.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from offload.errors import BudgetError
+from offload.errors import BudgetError, CorruptError
 from offload.runtime.device_residency import Residency
 from offload.runtime.early_root import Range, split
 from offload.runtime.gradients import Gradients
 from offload.runtime.in_device import InDeviceState
 from offload.schedule.operations import Phase, Use, UseCursor
 from offload.stores.block_store import BlockRecord, Slot
+from offload.stores.sides import Sides
 from offload.telemetry import SpanLog, Stalls
 from offload.tiers.storage import Store
 from offload.transfer.copies import Copies
@@ -77,8 +79,12 @@ class Scheduler:
         self._early_chunks: list[list[Range]] = []
         """Of the root, while some of its chunks are on the side that the next step reads and the rest is not."""
         self._held: BlockRecord | None = None
+        self.verify_s = 0.0
+        """Spent in comparing fetched parameters with their checksums."""
         self.gate: Callable[[], Ticket | None] = lambda: None
         """What the writes of the next update have to wait for."""
+        self.before_update: Callable[[BlockRecord], None] = lambda _: None
+        """Returns when what an update overwrites is not needed any more."""
 
     # ---- host slots ------------------------------------------------------------------------------------------
 
@@ -91,12 +97,27 @@ class Scheduler:
         with self._stalls.waiting(cause):
             for ticket in block.tickets:
                 ticket.wait()  # a failed one stays, and fails every later use of the block too
+        if block.state is BlockState.FETCHING and block.sides is not None and block.sides.verifies:
+            self._verify(block, block.sides)
         block.tickets = []
         updated = block.state is BlockState.UPDATING
         if block.state is not BlockState.RESIDENT:
             block.move(BlockState.RESIDENT)
         if updated:
             self.gradients.updated(block)
+
+    def _verify(self, block: BlockRecord, sides: Sides) -> None:
+        """Raise CorruptError when the parameters that were read are not those that were written."""
+        begin_s = time.perf_counter()
+        for position, buffer in enumerate(block.layout.buffers):
+            wrong = sides.wrong_chunk(position, buffer, block.plane(buffer).data_ptr())
+            if wrong is not None and self._store is not None:
+                raise CorruptError(
+                    f"store {self._store.paths[0]}: chunk {wrong} of the parameters of block {block.name} has another "
+                    "checksum than was written: the drive or another program has changed it; resume from the last "
+                    "committed step"
+                )
+        self.verify_s += time.perf_counter() - begin_s
 
     def wait_resident(self, block: BlockRecord) -> None:
         """Block until the parameters are in the slot and no update is changing them."""
@@ -338,6 +359,8 @@ class Scheduler:
     def _submit_update(
         self, block: BlockRecord, *, read_param: bool, only: list[list[Range]] | None = None
     ) -> None:
+        with self._stalls.waiting("save"):
+            self.before_update(block)
         block.move(BlockState.UPDATING)
         block.pending_update = False
         segments_of = self._pending_segments.pop(block.index)

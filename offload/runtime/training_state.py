@@ -12,6 +12,7 @@ from torch import nn
 
 from offload.errors import CheckpointError, OffloadError, UsageError
 from offload.runtime.optimizer import OffloadOptimizer
+from offload.stores.block_store import BlockRecord
 
 
 @runtime_checkable
@@ -20,6 +21,13 @@ class Stateful(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
+
+
+class Saving(Protocol):
+    """A checkpoint that is being written while training goes on."""
+
+    def before_update(self, block: BlockRecord) -> None: ...
+    def wait(self) -> None: ...
 
 
 def random_states() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from offload.runtime.gradients import Gradients
 from offload.runtime.planning import RunPlan, plan_run
 from offload.runtime.scheduler import Scheduler
 from offload.runtime.training_state import Stateful
+from offload.runtime.verification import Verification
 from offload.stores.activations import ActivationStore, Tier
 from offload.telemetry import SpanLog, Stalls
 from offload.tiers.device import DeviceTier
@@ -58,14 +59,18 @@ def make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog, *, holds: bo
 
 
 def make_commits(
-    model: nn.Module, parts: Assembly, config: Config, tracked: dict[str, Stateful]
+    model: nn.Module, parts: Assembly, config: Config, tracked: dict[str, Stateful], scheduler: Scheduler
 ) -> StepCommits | None:
     """What makes every step durable; None where durability does not ask for it."""
     store = parts.resources.store
     if config.durability != "step" or store is None:
         return None
+    stats, n_threads = parts.resources.pipeline.stats, config.update_threads
+    verification = Verification(
+        config.verify_reads, lambda: stats()["verify_s"] / n_threads + scheduler.verify_s
+    )
     return StepCommits(
-        model, [parts.root, *parts.blocks], store, config.chunk_elements, tracked, config.verify_reads
+        model, [parts.root, *parts.blocks], store, config.chunk_elements, tracked, verification
     )
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from offload.model.flat import BlockLayout
+from offload._C import crc32c
+from offload.model.flat import BlockLayout, FlatBuffer
 from offload.types import PAGE_NBYTES, round_up
 
 RECORD_NBYTES_FIXED = 1 << 20
@@ -29,6 +30,7 @@ class Sides:
     param_offsets: tuple[int, int]
     state_offsets: dict[int, tuple[int, int]]
     checksums: dict[int, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
+    chunk_elements: int
     current: int = 0
     """What is read next."""
     generation: int = 0
@@ -49,6 +51,16 @@ class Sides:
         """Where the next update of a buffer puts its checksums, and where those of what it reads are (0: unknown)."""
         of = self.checksums[position]
         return of[self.other].ctypes.data, of[self.current].ctypes.data if self.verifies else 0
+
+    def wrong_chunk(self, position: int, buffer: FlatBuffer, address: int) -> int | None:
+        """The first chunk of a buffer's parameter plane, just read to `address`, that is not what was written."""
+        chunk_nbytes = self.chunk_elements * buffer.dtype.itemsize
+        plane_nbytes = buffer.n_elements * buffer.dtype.itemsize
+        expected = self.checksums[position][self.current][:, 0]
+        for index, start in enumerate(range(0, plane_nbytes, chunk_nbytes)):
+            if crc32c(address + start, min(chunk_nbytes, plane_nbytes - start)) != expected[index]:
+                return index
+        return None
 
     def commit(self, side: int, generation: int) -> None:
         """A side has become durable, with what so many updates made of it."""

@@ -14,6 +14,7 @@ import torch
 
 from offload.model.flat import STATE_NBYTES_PER_ELEMENT, FlatBuffer
 from offload.stores.block_store import BlockRecord
+from offload.stores.sides import Sides
 from offload.tiers.storage import Store
 
 
@@ -69,6 +70,19 @@ def state_piece(block: BlockRecord, position: int, chunk: Chunk, chunk_elements:
     if extents.host is not None and chunk.index < extents.host_chunks:
         return Piece(nbytes, memory=extents.host[begin : begin + nbytes])
     return Piece(nbytes, extents.offset + begin - extents.host_chunks * chunk_elements * per_element)
+
+
+def side_pieces(block: BlockRecord, sides: Sides, position: int, chunk: Chunk) -> tuple[Piece, Piece | None]:
+    """The chunk's parameters, and its record where it has one, on the committed side of the store."""
+    buffer, side = block.layout.buffers[position], sides.committed
+    begin = sides.param_offsets[side] + buffer.plane_offset_nbytes + chunk.start * buffer.dtype.itemsize
+    param = Piece(chunk.n * buffer.dtype.itemsize, begin)
+    if not buffer.trainable:
+        return param, None
+    per_element = STATE_NBYTES_PER_ELEMENT[buffer.codec]
+    return param, Piece(
+        chunk.n * per_element, sides.state_offsets[position][side] + chunk.start * per_element
+    )
 
 
 def fill(piece: Piece, source: torch.Tensor, store: Store | None) -> None:

@@ -1,7 +1,9 @@
 """Kills and power losses by the hundred: children are forked from a process that has torch imported and no thread.
 
 Each child goes on from whatever the one before it left, until the run is complete; then every loss that any of them
-printed, and the final state, must be those of a run that was never disturbed.
+printed, and the final state, must be those of a run that was never disturbed. Half of the kills come at uniformly
+random times; the others wait for what has been hit least so far (an update, a commit, a save, a resume) and come a
+random moment after it has begun. Power is lost at a uniformly random transfer or sync.
 """
 
 from __future__ import annotations
@@ -23,13 +25,18 @@ import torch
 import offload
 from offload._C import Engine
 from offload.runtime.commits import StepCommits
+from offload.runtime.scheduler import Scheduler
 from offload.tiers import storage
+from offload.types import BlockState
 from tests.fault.test_checkpoint import whole_state
 from tests.fault.trajectory import Run
 
 N_STEPS = 24
 POWER_LOSS_STATUS = 137
-PHASES = ["train", "resume", "save", "commit"]
+PHASES = ["update", "commit", "save", "resume"]
+OF_LEVEL = {"step": ["update", "commit", "resume"], "checkpoint": ["update", "save", "resume"]}
+HEAD_WIDTH = 160
+"""So wide that most of the head is updated before the blocks' backward."""
 PLACEMENTS = {
     "storage": {},
     "host": {"host_memory": 10**8, "device_memory": 10**8},
@@ -52,23 +59,39 @@ class Phase:
     def seen(self):
         return {name for name, on in zip(PHASES, self._shared[:], strict=True) if on}
 
-    def during(self, name, function):
-        index = PHASES.index(name)
+    def set(self, name, on):
+        self._shared[PHASES.index(name)] = on
 
+    def during(self, name, function):
         def wrapped(*arguments, **options):
-            self._shared[index] = 1
+            self.set(name, True)
             try:
                 return function(*arguments, **options)
             finally:
-                self._shared[index] = 0
+                self.set(name, False)
 
         return wrapped
+
+    def watch_updates(self):
+        """From the first update that is submitted until none is under way."""
+        submit, complete = Scheduler._submit_update, Scheduler._complete
+
+        def submitted(scheduler, *arguments, **options):
+            self.set("update", True)
+            submit(scheduler, *arguments, **options)
+
+        def completed(scheduler, *arguments):
+            complete(scheduler, *arguments)
+            blocks = [*scheduler.blocks, scheduler.root]
+            self.set("update", any(block.state is BlockState.UPDATING for block in blocks))
+
+        Scheduler._submit_update, Scheduler._complete = submitted, completed
 
 
 def make_run(place, level, placement, budgets):
     settings = {**budgets, **PLACEMENTS[placement]}
     drives = [str(place / f"drive{n}") for n in range(settings.pop("drives", 1))]
-    return Run(storage=drives, durability=level, **settings), drives[0]
+    return Run(storage=drives, durability=level, head_width=HEAD_WIDTH, **settings), drives[0]
 
 
 def has_something(place, drive):
@@ -82,6 +105,7 @@ def child(place, level, placement, budgets, phase, faults):
     if faults:
         storage.Engine = lambda paths, **options: Engine(paths, inject=faults, **options)
     StepCommits._write = phase.during("commit", StepCommits._write)
+    phase.watch_updates()
     log = os.open(place / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     run, drive = make_run(place, level, placement, budgets)
     run.model.offload.track(**run.tracked)
@@ -95,7 +119,7 @@ def child(place, level, placement, budgets, phase, faults):
                 raise
     os.write(log, f"resumed {done}\n".encode())
     for step in range(done + 1, N_STEPS + 1):
-        loss = phase.during("train", run.step)()
+        loss = run.step()
         os.write(log, f"step {step} {loss!r}\n".encode())
         if level == "checkpoint" and step % 2 == 0:
             phase.during("save", run.save)(place / "saved", keep_last=2)
@@ -159,18 +183,29 @@ def check_log(place, level, expected):
     return lives
 
 
-def one_life(rng, place, level, placement, found, phase):
-    """Returns (what it died of or None, phases at its death)."""
-    faults, delay_s = None, 0.0
+def wait_for(phase, wanted, until_s):
+    """Until the child is in a phase, or it is too late."""
+    while wanted not in phase.seen() and time.monotonic() < until_s:
+        time.sleep(0.0001)
+
+
+def one_life(rng, place, level, placement, found, phase, wanted):
+    """Returns (what it died of or None, phases at its death). `wanted`: the phase that some of the kills wait for."""
+    faults = None
     by_power = rng.random() < 0.4
+    delay_s, targeted = rng.uniform(0, 1.2 * found["seconds"]), rng.random() < 0.5
     if by_power:
         faults = {"power_loss_nth": rng.randint(1, found["transfers"]), "seed": rng.getrandbits(63)}
-    else:
-        delay_s = rng.uniform(0, 1.2 * found["seconds"])
     phase.clear()
     pid = live(child, place, level, placement, found["budgets"], phase, faults)
-    if not by_power:
+    if not by_power and targeted:
+        if wanted != "resume":
+            time.sleep(rng.uniform(0, 0.6 * found["seconds"]))
+        wait_for(phase, wanted, time.monotonic() + 2 * found["seconds"] + 1)
+        time.sleep(rng.choice([0, rng.uniform(0, 0.003)]))
+    elif not by_power:
         time.sleep(delay_s)
+    if not by_power:
         os.kill(pid, signal.SIGKILL)
     deadline_s = time.monotonic() + 60
     while True:
@@ -187,7 +222,7 @@ def one_life(rng, place, level, placement, found, phase):
 
 
 def campaign(root, seed, n_kills):
-    """Until `n_kills` lives have ended early. Returns what was done, as plain data."""
+    """Until `n_kills` lives have ended early, a seventh of them in each phase. What was done, as plain data."""
     rng = random.Random(seed)
     phase = Phase()
     done = {
@@ -200,7 +235,7 @@ def campaign(root, seed, n_kills):
     }
     references = {}
     scenarios = itertools.cycle(itertools.product(PLACEMENTS, ["step", "checkpoint"]))
-    while done["kill"] + done["power"] < n_kills:
+    while done["kill"] + done["power"] < n_kills or min(done["phases"].values()) < n_kills // 7:
         placement, level = next(scenarios)
         place = root / f"{level}-{placement.replace(' ', '-')}"
         if (level, placement) not in references:
@@ -212,7 +247,8 @@ def campaign(root, seed, n_kills):
         found = references[level, placement]
         place.mkdir()
         while True:
-            cause, phases = one_life(rng, place, level, placement, found, phase)
+            wanted = min(OF_LEVEL[level], key=lambda name: done["phases"][name])
+            cause, phases = one_life(rng, place, level, placement, found, phase, wanted)
             check_log(place, level, found["losses"])
             if cause is None:
                 break

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import offload
+from offload.checkpoint.copying import StreamingCopy
 from offload.checkpoint.read import ChunkReader, read_manifest
-from offload.checkpoint.save import StreamingCopy
 from offload.errors import CheckpointError, ConfigError, CorruptError, StoreError, UsageError
 from offload.tiers.encoding import dtype_named
 from tests.child import end, start

@@ -45,4 +45,4 @@ def test_two_hundred_kills_and_power_losses_lose_nothing(tmp_path):
     done = run_campaign(tmp_path, 220)
     assert done["kill"] + done["power"] >= 220
     assert min(done["kill"], done["power"]) >= 40
-    assert all(n > 0 for n in done["phases"].values()), f"some phase was never hit: {done['phases']}"
+    assert all(n >= 30 for n in done["phases"].values()), f"some phase was hit too seldom: {done['phases']}"
