@@ -197,6 +197,7 @@ def measured(sides: list[Side], place: str, arguments: argparse.Namespace) -> li
             "gb_per_s_one_core": round(crc_bytes_per_s(1 << 21) / 1e9, 1),
         }
     )
+    rows += [common | saving(side, os.path.join(place, "saved"), arguments) for side in (sides[0], sides[2])]
     begin_s = time.perf_counter()
     path = offload.save(sides[0].model, os.path.join(place, "saved"))
     save_s = time.perf_counter() - begin_s
@@ -216,6 +217,32 @@ def measured(sides: list[Side], place: str, arguments: argparse.Namespace) -> li
         }
     )
     return rows
+
+
+def saving(side: Side, directory: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a save adds to a turn of steps that it is waited for in, and to one that goes on beside it."""
+    kinds = ["none", "waited", "beside"]
+    turns: dict[str, list[float]] = {kind: [] for kind in kinds}
+    order = random.Random(1)
+    for _ in range(max(2, arguments.rounds // 2)):
+        for kind in order.sample(kinds, len(kinds)):
+            begin_s = time.perf_counter()
+            if kind != "none":
+                offload.save(side.model, directory, keep_last=1, wait=kind == "waited")
+            side.turn(arguments.steps)
+            side.seconds.pop()
+            side.model.offload.wait_saved()
+            turns[kind].append(time.perf_counter() - begin_s)
+    seconds = {kind: median(turns[kind]) for kind in kinds}
+    return {
+        "name": f"saving_{side.name}",
+        "steps": arguments.steps,
+        "turn_s": round(seconds["none"], 4),
+        "turn_with_save_waited_s": round(seconds["waited"], 4),
+        "turn_with_save_beside_s": round(seconds["beside"], 4),
+        "added_waited_s": round(seconds["waited"] - seconds["none"], 4),
+        "added_beside_s": round(seconds["beside"] - seconds["none"], 4),
+    }
 
 
 if __name__ == "__main__":
