@@ -256,6 +256,25 @@ def test_bytes_that_change_on_the_drive_are_noticed_before_they_are_used(tmp_pat
         run.close()
 
 
+@pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 1e9}, {"device": "emulated"}])
+def test_parameters_that_change_on_the_drive_are_noticed_before_they_are_computed_with(tmp_path, settings):
+    """Nothing has been asked for: reads are verified by default."""
+    run = durable(tmp_path / "d", layers=6, **settings)
+    losses = run.steps(2)
+    run.model.offload.flush()
+    stored = next(b for b in run.model.offload.blocks if b.slot is None)
+    sides = stored.sides
+    assert sides.verifies
+    (path,) = (tmp_path / "d").glob("*.store")
+    flip(path, sides.param_offsets[sides.current] + 100)
+    with pytest.raises((CorruptError, OSError), match=r"checksum.*last committed step") as caught:
+        run.steps(1)
+    assert str(path) in str(caught.value)
+    assert len(run.losses) == len(losses)
+    with pytest.raises((OffloadError, OSError)):
+        run.close()
+
+
 def flip(path, at):
     with open(path, "r+b") as file:
         file.seek(at)
