@@ -210,6 +210,7 @@ void bind_io(py::module_& module) {
           },
           py::call_guard<py::gil_scoped_release>())
       .def("counters", &counters)
+      .def("reopen", &io::Engine::reopen, py::arg("paths"), py::call_guard<py::gil_scoped_release>())
       .def("sync", &io::Engine::sync, py::call_guard<py::gil_scoped_release>())
       .def("cancel", &io::Engine::cancel, py::call_guard<py::gil_scoped_release>())
       .def("close", &io::Engine::close, py::call_guard<py::gil_scoped_release>())

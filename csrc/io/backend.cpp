@@ -36,6 +36,14 @@ void Backend::count_in_flight(std::uint64_t in_flight) {
   if (in_flight > counters_.in_flight_max.load(std::memory_order_relaxed)) counters_.in_flight_max = in_flight;
 }
 
+void Backend::go_on_counting(const Backend& other) {
+  counters_.read_nbytes += other.counters_.read_nbytes;
+  counters_.written_nbytes += other.counters_.written_nbytes;
+  counters_.read_ops += other.counters_.read_ops;
+  counters_.write_ops += other.counters_.write_ops;
+  counters_.submit_calls += other.counters_.submit_calls;
+}
+
 void Backend::remember(const Piece& piece) {
   Faults& faults = *options_.faults;
   if (faults.power_loss_nth == 0 || piece.op != Op::write) return;

@@ -104,6 +104,8 @@ class Backend {
   void synced();
 
   const Counters& counters() const { return counters_; }
+  // From where another backend, whose work is over, has come to.
+  void go_on_counting(const Backend& other);
 
  protected:
   // Takes the kernel's result. True when the piece has to go again (interrupted, or the rest of a short transfer).

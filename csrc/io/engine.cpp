@@ -140,8 +140,37 @@ std::shared_ptr<Ticket> Engine::submit(Op op, void* address, std::size_t nbytes,
 
 bool Engine::register_buffer(void* address, std::size_t nbytes) {
   bool all = true;
+  registered_.emplace_back(static_cast<char*>(address), nbytes);
   for (const auto& backend : backends_) all = backend->register_buffer(static_cast<char*>(address), nbytes) && all;
   return all;
+}
+
+void Engine::reopen(std::vector<std::string> paths) {
+  std::lock_guard<std::mutex> lock(close_mutex_);
+  OFFLOAD_CHECK(!closed_, "the engine is closed");
+  OFFLOAD_CHECK(paths.size() == files_.size(), "an engine goes on with as many files as it has");
+  auto old_paths = std::exchange(options_.paths, std::move(paths));
+  auto old_files = std::exchange(files_, {});
+  auto old_backends = std::exchange(backends_, {});
+  try {
+    open_files();
+    make_backends();
+  } catch (...) {
+    backends_ = std::move(old_backends);
+    close_files();
+    files_ = std::move(old_files);
+    options_.paths = std::move(old_paths);
+    throw;
+  }
+  for (std::size_t drive = 0; drive < backends_.size(); ++drive) {
+    for (const auto& [address, nbytes] : registered_) backends_[drive]->register_buffer(address, nbytes);
+    backends_[drive]->go_on_counting(*old_backends[drive]);
+    old_backends[drive]->close();
+    ::close(old_files[drive].descriptor);
+  }
+  if (!options_.faults) return;
+  std::lock_guard<std::mutex> faults_lock(options_.faults->mutex);
+  options_.faults->unsynced.clear();  // of files that are not ours any more
 }
 
 void Engine::sync() {

@@ -5,6 +5,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "io/backend.h"
@@ -42,6 +43,10 @@ class Engine : public std::enable_shared_from_this<Engine> {
   // Gives up what the kernel has not been given yet: those tickets, and all later ones, fail with ECANCELED. For the
   // end of a run that was stopped; close() then waits for little.
   void cancel();
+  // Goes on with other files of the same number, in the place of its own. Nothing may be in flight, and nobody may call
+  // anything else meanwhile. Buffers stay registered, counters go on. Throws, and changes nothing, when one cannot be
+  // opened.
+  void reopen(std::vector<std::string> paths);
   // Finishes what is in flight and releases registered buffers. Any thread, any number of times.
   void close();
 
@@ -73,6 +78,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   };
   std::vector<File> files_;
   std::vector<std::unique_ptr<Backend>> backends_;
+  std::vector<std::pair<char*, std::size_t>> registered_;
 };
 
 }  // namespace offload::io

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -90,9 +91,27 @@ class KeptStore:
     manifest_path: str
     paths: list[str]
     manifest: Manifest
-    sequence: int
+    layout: _Layout
+    record: _Record
+    descriptors: list[int]
+    """Of `paths`, which are locked through them."""
     empty: list[str]
     """Files of other dead runs beside it that had not committed a step."""
+
+    def is_laid_out_as(self, layout: dict[str, Any], paths: list[str], file_nbytes: int) -> bool:
+        """Whether a store of this layout, with files there, could go on in its place.
+
+        It may be larger: room for activations is added once their size is known.
+        """
+        told = _Layout.model_validate(json.loads(json.dumps(layout)))
+        mine, theirs = (x.model_dump(exclude={"files", "nbytes"}) for x in (self.layout, told))
+        places, others = ([os.path.realpath(os.path.dirname(p)) for p in of] for of in (self.paths, paths))
+        large_enough = all(os.fstat(descriptor).st_size >= file_nbytes for descriptor in self.descriptors)
+        return mine == theirs and places == others and large_enough
+
+    def checksums(self) -> list[list[Any]]:
+        """Of each block's buffers, uint32 of shape (chunks, 2): its parameters' and its records'."""
+        return [[unpack_checksums(packed).reshape(-1, 2) for packed in of] for of in self.record.checksums]
 
     @property
     def remains(self) -> list[str]:
@@ -103,7 +122,14 @@ class KeptStore:
 
     def remove(self) -> None:
         """Delete it. What describes it goes first: nobody finds half of it."""
-        for path in [*self.remains, *self.empty]:
+        for path in self.remains:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        self.remove_empty()
+
+    def remove_empty(self) -> None:
+        """Delete what is left of the other runs."""
+        for path in self.empty:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
 
@@ -129,17 +155,21 @@ def taken_over(directory: str, others: list[str]) -> Iterator[KeptStore]:
             try:
                 layout = validated(_Layout, unframe(LAYOUT_KIND, read_bounded(path), path), path)
                 files = _files_of(layout, path, [directory, *others])
-                if not _lock(files, locks):
+                descriptors = _lock(files, locks)
+                if descriptors is None:
                     busy.append(path)
                     continue
-                found = _last_committed(layout, files, path)
+                found = _last_committed(layout, files, descriptors, path)
                 if found is None:
                     empty += [path, *files]
                     continue
             except CheckpointError as error:
                 broken.append(error)
                 continue
-            if best is None or (found.manifest.step, found.sequence) > (best.manifest.step, best.sequence):
+            if best is None or (found.record.step, found.record.sequence) > (
+                best.record.step,
+                best.record.sequence,
+            ):
                 best = found
         if best is None and busy:
             raise CheckpointError(f"{busy[0]}: a living process is using this store: wait for it, or stop it")
@@ -153,15 +183,17 @@ def taken_over(directory: str, others: list[str]) -> Iterator[KeptStore]:
         yield best
 
 
-def _lock(paths: list[str], locks: contextlib.ExitStack) -> bool:
+def _lock(paths: list[str], locks: contextlib.ExitStack) -> list[int] | None:
+    """Descriptors that hold the locks until `locks` closes them; None where somebody else has one."""
+    descriptors = []
     for path in paths:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        locks.callback(os.close, descriptor)
+        descriptors.append(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        locks.callback(os.close, descriptors[-1])
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptors[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return False
-    return True
+            return None
+    return descriptors
 
 
 def _files_of(layout: _Layout, where: str, directories: list[str]) -> list[str]:
@@ -180,7 +212,9 @@ def _files_of(layout: _Layout, where: str, directories: list[str]) -> list[str]:
     return paths
 
 
-def _last_committed(layout: _Layout, paths: list[str], where: str) -> KeptStore | None:
+def _last_committed(
+    layout: _Layout, paths: list[str], descriptors: list[int], where: str
+) -> KeptStore | None:
     """None when no record has ever been written."""
     records: list[_Record] = []
     why: list[CheckpointError] = []
@@ -208,7 +242,7 @@ def _last_committed(layout: _Layout, paths: list[str], where: str) -> KeptStore 
     if not records:
         raise CorruptError(f"{where}: neither of its two commit records is whole: {why[0]}")
     record = max(records, key=lambda r: r.sequence)
-    return KeptStore(where, paths, _compose(layout, record, where), record.sequence, [])
+    return KeptStore(where, paths, _compose(layout, record, where), layout, record, descriptors, [])
 
 
 def _compose(layout: _Layout, record: _Record, where: str) -> Manifest:

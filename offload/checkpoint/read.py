@@ -132,6 +132,13 @@ class ChunkReader:
         param = piece[: n * dtype_named(buffer.dtype).itemsize]
         return param, piece[self._param_nbytes : self._param_nbytes + state_nbytes]
 
+    def verify(self) -> None:
+        """Read everything. Raises CorruptError, with its place, for the first chunk that is not what was written."""
+        for block in self.manifest.blocks:
+            for buffer in block.buffers:
+                for index in range(-(-buffer.n_elements // self.manifest.chunk_elements)):
+                    self.chunk(buffer, index)
+
     def _verify(self, buffer: Buffer, index: int, slot: int) -> None:
         try:
             for ticket in self._tickets[slot]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from offload.checkpoint.directory import checkpoints_in, locked, newest
-from offload.checkpoint.kept_store import manifests_in, taken_over
+from offload.checkpoint.kept_store import KeptStore, manifests_in, taken_over
 from offload.checkpoint.read import ChunkReader, read_manifest
 from offload.checkpoint.save import engine_of, fingerprint_of
 from offload.errors import CheckpointError
@@ -193,12 +193,7 @@ def restore(engine: OffloadEngine, optimizer: OffloadOptimizer, reader: ChunkRea
     """Fill the tiers and the step counts from a manifest that is of the engine's model."""
     engine.begin_replacing_state()
     _Filler(reader, engine).fill()
-    steps = {name: entry.step for name, (_, entry) in reader.manifest.parameters().items()}
-    for block in [engine.root, *engine.blocks]:
-        for buffer in block.layout.buffers:
-            for segment in buffer.segments:
-                optimizer.set_steps_of(segment.parameter, steps[segment.name])
-    optimizer.steps_made = reader.manifest.step
+    _set_steps(optimizer, engine, reader.manifest)
 
 
 def resume(model: nn.Module, directory: str, *, state: Mapping[str, Any] | None = None) -> Resumed:
@@ -207,9 +202,10 @@ def resume(model: nn.Module, directory: str, *, state: Mapping[str, Any] | None 
     `model` is wrapped, with any placement, budgets, drives, device and chunk size; the optimizer has the groups it had.
     `directory` is a checkpoint, the directory given to `save` (its newest is taken), or a storage directory of a run
     with durability 'step' (its last committed step; other drives are looked for in the model's own storage
-    directories). The objects in `state` are given their saved state by `load_state_dict`, and tracked from now on. With
-    durability 'step' the resumed step is committed at once, and a kept store that it came from is removed then. Memory
-    used meanwhile: three chunks with their state, beside the budgets.
+    directories). Such a store goes on in place where the model's own is laid out alike in the same directories;
+    otherwise what it holds is copied. The objects in `state` are given their saved state by `load_state_dict`, and
+    tracked from now on. With durability 'step' the resumed step is committed at once, and a kept store that was copied
+    is removed then. Memory used meanwhile: three chunks with their state, beside the budgets.
     Raises CheckpointError for another model, a newer format, or nothing to read; CorruptError when stored bytes are not
     those that were written. After either the model is not to be trained further.
     """
@@ -218,6 +214,8 @@ def resume(model: nn.Module, directory: str, *, state: Mapping[str, Any] | None 
     optimizer = engine.at_step_boundary("resume")
     if not checkpoints_in(directory) and manifests_in(directory):
         with taken_over(directory, engine.config.storage) as store:
+            if _go_on_in_place(engine, optimizer, store, tracked, directory):
+                return Resumed(directory, optimizer.steps_made)
             _resume_from(engine, optimizer, store.manifest, store.paths, tracked, directory)
             if engine.commits is not None:
                 store.remove()
@@ -230,6 +228,55 @@ def resume(model: nn.Module, directory: str, *, state: Mapping[str, Any] | None 
     return Resumed(path, optimizer.steps_made)
 
 
+def _reader(engine: OffloadEngine, manifest: Manifest, paths: list[str]) -> ChunkReader:
+    config = engine.config
+    options = {"backend": config.backend, "direct": config.direct_io, "block_nbytes": config.io_block_nbytes}
+    return ChunkReader(manifest, paths, **options)
+
+
+def _set_steps(optimizer: OffloadOptimizer, engine: OffloadEngine, manifest: Manifest) -> None:
+    steps = {name: entry.step for name, (_, entry) in manifest.parameters().items()}
+    for block in [engine.root, *engine.blocks]:
+        for buffer in block.layout.buffers:
+            for segment in buffer.segments:
+                optimizer.set_steps_of(segment.parameter, steps[segment.name])
+    optimizer.steps_made = manifest.step
+
+
+def _go_on_in_place(
+    engine: OffloadEngine,
+    optimizer: OffloadOptimizer,
+    kept: KeptStore,
+    tracked: Mapping[str, Any],
+    where: str,
+) -> bool:
+    """Take over the kept store itself, where the engine's own is laid out alike in the same places. Whether it did.
+
+    All of it is read and verified; nothing is written, and its last record stays the committed one.
+    """
+    commits, own = engine.commits, engine.parts.resources.store
+    if commits is None or own is None:
+        return False
+    if not kept.is_laid_out_as(commits.layout(), own.paths, own.file_nbytes):
+        return False
+    check_same_model(kept.manifest, engine, where)
+    training = decode(kept.manifest.training)
+    with _reader(engine, kept.manifest, kept.paths) as reader:
+        reader.verify()
+    engine.drop_copies()
+    run_id = os.path.basename(kept.manifest_path).removeprefix("offload-").removesuffix(".manifest")
+    manifests = [path for path in kept.remains if path not in kept.paths]
+    own.adopt(run_id, kept.paths, [os.dup(descriptor) for descriptor in kept.descriptors], manifests)
+    record = kept.record
+    _set_steps(optimizer, engine, kept.manifest)
+    commits.go_on_from(optimizer, record.sequence, record.sides, record.generations, kept.checksums())
+    load_training_state(training, engine.model, optimizer, tracked, where)
+    engine.track(**tracked)
+    engine.drop_copies()
+    kept.remove_empty()
+    return True
+
+
 def _resume_from(
     engine: OffloadEngine,
     optimizer: OffloadOptimizer,
@@ -240,9 +287,7 @@ def _resume_from(
 ) -> None:
     check_same_model(manifest, engine, where)
     training = decode(manifest.training)
-    config = engine.config
-    options = {"backend": config.backend, "direct": config.direct_io, "block_nbytes": config.io_block_nbytes}
-    with ChunkReader(manifest, paths, **options) as reader:
+    with _reader(engine, manifest, paths) as reader:
         restore(engine, optimizer, reader)
     load_training_state(training, engine.model, optimizer, tracked, where)
     engine.track(**tracked)

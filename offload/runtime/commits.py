@@ -90,6 +90,36 @@ class StepCommits:
         self._step_counts = optimizer.all_steps()
         self.started = True
 
+    def go_on_from(
+        self,
+        optimizer: OffloadOptimizer,
+        sequence: int,
+        sides: list[int],
+        generations: list[int],
+        checksums: list[list[Any]],
+    ) -> None:
+        """The store has become one that ends with this record; bring what is used from host memory up to it.
+
+        `checksums`: of each block's buffers, uint32 of shape (chunks, 2) of the side that the record names.
+        """
+        self.wait()
+        for block, side, generation, of_buffers in zip(
+            self._blocks, sides, generations, checksums, strict=True
+        ):
+            own = self._sides(block)
+            for position, sums in enumerate(of_buffers):
+                for target in (
+                    0,
+                    1,
+                ):  # of a frozen buffer both sides are the same; another's will be made anew
+                    own.checksums[position][target][:] = sums
+            own.generation, own.verifies = generation, self.verification.on
+            own.commit(side, generation)
+            block.turn(side)
+            self._reread(block)
+        self.sequence, self.started, self._early = sequence, True, None
+        self._step_counts = optimizer.all_steps()
+
     def replace(self) -> None:
         """All state is about to be written anew: to the sides that are not committed."""
         self.wait()
@@ -141,7 +171,7 @@ class StepCommits:
                 engine.write(arena.address, nbytes, target).wait()
         return crc32c(arena.address, piece.nbytes)
 
-    def _layout(self) -> dict[str, Any]:
+    def layout(self) -> dict[str, Any]:
         """What a reader needs beside a commit record (`checkpoint/kept_store.py`)."""
         return {
             "fingerprint": fingerprint(
@@ -264,7 +294,7 @@ class StepCommits:
                 )
             self._sync()
             if record["sequence"] == 1:
-                self._store.describe(frame(LAYOUT_KIND, json.dumps(self._layout())))
+                self._store.describe(frame(LAYOUT_KIND, json.dumps(self.layout())))
             self._record.bytes_tensor[:nbytes].zero_()
             self._record.bytes_tensor[: len(content)] = torch.from_numpy(
                 np.frombuffer(content, np.uint8).copy()

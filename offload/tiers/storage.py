@@ -196,6 +196,26 @@ class Store:
             _preallocate(path, descriptor, file_nbytes)
         self.capacity_nbytes, self._file_nbytes = capacity_nbytes, file_nbytes
 
+    @property
+    def file_nbytes(self) -> int:
+        """Of each file."""
+        return self._file_nbytes
+
+    def adopt(self, run_id: str, paths: list[str], descriptors: list[int], manifests: list[str]) -> None:
+        """Go on with the files of a run that has ended, in place of its own, which are removed.
+
+        `paths` are as many, as large, and locked through `descriptors`, which it keeps; `manifests` describe them.
+        Nothing may be in flight.
+        """
+        self.engine.reopen(paths)
+        for path in self._paths_to_remove:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        for descriptor in self._descriptors:
+            os.close(descriptor)
+        self.run_id, self.paths[:], self._descriptors[:] = run_id, paths, descriptors
+        self._paths_to_remove[:] = [*manifests, *paths]
+
     def cancel(self) -> None:
         """The run has been stopped: let all transfers fail that the kernel has not been given, and all later ones."""
         self.engine.cancel()
