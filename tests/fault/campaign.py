@@ -100,6 +100,28 @@ def has_something(place, drive):
     )
 
 
+class Saves:
+    """Every other one goes on beside the next steps; it is told of once it is complete."""
+
+    def __init__(self, run, directory, phase, log):
+        self._run, self._directory, self._phase, self._log = run, directory, phase, log
+        self._step = None
+
+    def begin(self, step, wait):
+        self._phase.set("save", True)
+        self._step = step
+        self._run.save(self._directory, keep_last=2, wait=wait)
+        if wait:
+            self.end()
+
+    def end(self):
+        if self._step is not None:
+            self._run.model.offload.wait_saved()
+            os.write(self._log, f"saved {self._step}\n".encode())
+            self._phase.set("save", False)
+        self._step = None
+
+
 def child(place, level, placement, budgets, phase, faults):
     """One life: resume, train, save; writes what it has done to `place/log`."""
     if faults:
@@ -118,12 +140,14 @@ def child(place, level, placement, budgets, phase, faults):
             if "no step had been committed" not in str(error):
                 raise
     os.write(log, f"resumed {done}\n".encode())
+    saves = Saves(run, place / "saved", phase, log)
     for step in range(done + 1, N_STEPS + 1):
         loss = run.step()
         os.write(log, f"step {step} {loss!r}\n".encode())
         if level == "checkpoint" and step % 2 == 0:
-            phase.during("save", run.save)(place / "saved", keep_last=2)
-            os.write(log, f"saved {step}\n".encode())
+            saves.end()
+            saves.begin(step, wait=step % 4 == 0)
+    saves.end()
     run.save(place / "final")
     run.model.offload.close(remove=True)
 
