@@ -30,7 +30,11 @@ from benchmarks.llama_shaped import LlamaShaped, Shape
 from offload._C import Engine, crc32c, crc32c_kind
 from offload.tiers import storage
 
-SHAPES = {"34m": Shape(512, 6, 2048, 8, 8192), "tiny": Shape(128, 4, 512, 4, 512)}
+SHAPES = {
+    "10m": Shape(256, 6, 1024, 4, 8192),
+    "34m": Shape(512, 6, 2048, 8, 8192),
+    "tiny": Shape(128, 4, 512, 4, 512),
+}
 
 
 class Side:
