@@ -63,6 +63,12 @@ class Side:
         self.batch = torch.randint(0, shape.vocab, (1, tokens), generator=torch.Generator().manual_seed(1))
         self.seconds: list[float] = []
         self.losses: list[float] = []
+        self.moved_before = 0
+
+    def moved_nbytes(self) -> int:
+        """Read and written by its steps so far."""
+        counted = self.model.offload.counters()
+        return counted["read_bytes"] + counted["written_bytes"] - self.moved_before
 
     def turn(self, n_steps: int) -> None:
         """Steps one after the other, until all of their bytes are written and, where that is promised, committed."""
@@ -135,6 +141,7 @@ def main() -> None:
                 side.turn(arguments.steps)
                 if round_index == 1:
                     side.seconds.clear()  # the first two fill what later steps find
+                    side.moved_before += side.moved_nbytes()
         if any(side.losses != sides[0].losses for side in sides):
             raise SystemExit("the runs do not have the same losses")
         rows = measured(sides, place, arguments)
@@ -157,6 +164,7 @@ def measured(sides: list[Side], place: str, arguments: argparse.Namespace) -> li
     )
     numel = sides[0].model.offload.trainable_numel
     steps = len(sides[0].losses)
+    moved = {side.name: side.moved_nbytes() / (arguments.rounds * arguments.steps) for side in sides}
     rows = []
     for side in sides:
         paired = [a / b for a, b in zip(side.seconds, sides[0].seconds, strict=True)]
@@ -169,6 +177,13 @@ def measured(sides: list[Side], place: str, arguments: argparse.Namespace) -> li
                 "ratio_to_checkpoint": round(median(paired), 3),
                 "ratio_range": spread(paired),
                 "over_checkpoint_percent": round(100 * (median(paired) - 1), 1),
+                "moved_bytes_per_step": round(moved[side.name]),
+                "moved_ratio_to_checkpoint": round(moved[side.name] / moved["checkpoint"], 3),
+                "step_over_floor": round(
+                    median(side.seconds) * arguments.drive_bytes_per_s / moved[side.name], 3
+                )
+                if arguments.drive_bytes_per_s
+                else None,
                 "written_bytes_per_param": round(
                     side.model.offload.counters()["written_bytes"] / steps / numel, 2
                 ),

@@ -60,18 +60,19 @@ def host_total_nbytes() -> int:
 class Config(BaseModel):
     """Everything `offload.wrap` can be told. Unknown names are refused.
 
-    Byte budgets follow `parse_budget`; `device_memory` counts parameter slots, gradient buffers, the root and waiting
-    block inputs, `host_memory` counts chunk buffers and every state placed in DRAM. `device` is "auto" (the model's
-    own, else a CUDA device where there is one, else the CPU), "cpu", "cuda", "cuda:1" or "emulated": a device in DRAM
-    behind a bus of `bus_bytes_per_s`, for trying the path of a GPU without one. With `batch` (sequences a step, tokens
-    a sequence) the planner chooses placement, micro-batches, prefetch window and what is kept for backward, for the
-    machine that `hardware` names (a profile's name or file; default: what `offload probe` has stored); settings given
-    explicitly stay as given. `written_per_step`: most bytes a planned step may write to storage, to spare the drives.
-    `plan`: a saved plan's file, or its text, to be used as it is. `step_aside`: when all training state takes at most
-    half of `device_memory`, do not stream. `durability`: what survives a kill or a power loss: nothing, the last
-    `offload.save`, or the last step (docs/durability.md has what each costs); with the last, `verify_reads` checks
-    what updates read against its checksums. `adapters`: whether small trainable parameters of frozen blocks stay in
-    device memory. `compile_blocks`: compile each block's training forward with torch.compile (True, or the name of a
+    Byte budgets follow `parse_budget`; `device_memory` counts parameter slots, gradient buffers, the root and
+    waiting block inputs, `host_memory` counts chunk buffers and every state placed in DRAM. `device` is "auto" (the
+    model's own, else a CUDA device where there is one, else the CPU), "cpu", "cuda", "cuda:1" or "emulated": a
+    device in DRAM behind a bus of `bus_bytes_per_s`, for trying the path of a GPU without one. With `batch`
+    (sequences a step, tokens a sequence) the planner chooses placement, micro-batches, prefetch window and what is
+    kept for backward, for the machine that `hardware` names (a profile's name or file; default: what `offload
+    probe` has stored); settings given explicitly stay as given. `written_per_step`: most bytes a planned step may
+    write to storage, to spare the drives. `plan`: a saved plan's file, or its text, to be used as it is.
+    `step_aside`: when all training state takes at most half of `device_memory`, do not stream. `durability`: what
+    survives a kill or a power loss: nothing, the last `offload.save`, or the last step (docs/durability.md has what
+    each costs); with the last, `verify_reads` compares what is read with its checksums: "auto" stops when that
+    takes more than 3 % of a step. `adapters`: whether small trainable parameters of frozen blocks stay in device
+    memory. `compile_blocks`: compile each block's training forward with torch.compile (True, or the name of a
     backend). `pin`: page-lock host memory for a CUDA device.
     """
 

@@ -174,6 +174,7 @@ def test_a_write_budget_stops_the_run_before_it_is_exceeded_where_it_can_go_on(w
     assert finetune(workplace, *more, "--write-budget", f"{int(0.8 * written * 1e9)}") == 0
     losses, summary, said = lines_of(capsys)
     assert summary["status"] == "write budget used"
+    assert set(summary["drive_wear"]) == set(summary["written_gb_by_drive"]) == {f"{workplace}/store"}
     assert 1 <= max(losses) < 6
     assert "the next would exceed --write-budget" in said
     spent = sum(summary["written_gb_by_drive"].values()) + summary["checkpoints_gb"]
