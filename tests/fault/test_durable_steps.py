@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+import time
 
 import pytest
 import torch
@@ -76,7 +78,7 @@ def test_a_durable_run_may_end_in_another_level_and_placement(tmp_path, ideal):
     assert sorted(os.listdir(tmp_path / "d")) == kept  # it is the only durable copy still
 
 
-def poison(run):
+def poison(run, name="layers.1.linear.bias"):
     """Let the next backward make one gradient infinite."""
     handles = []
 
@@ -84,7 +86,7 @@ def poison(run):
         handles[0].remove()
         return torch.full_like(grad, float("inf"))
 
-    parameter = run.model.inner.layers[1].linear.bias
+    parameter = run.model.inner.get_parameter(name)
     handles.append(parameter.register_hook(hook))
 
 
@@ -334,6 +336,50 @@ def test_a_running_store_is_refused_and_a_dead_ones_is_taken_over(tmp_path, idea
     assert run.resume(tmp_path / "d").step >= 1
     assert run.steps(2) == losses[run.optimizer.steps_made - 2 :][:2]
     assert len(list((tmp_path / "d").glob("*.store"))) == 1
+    run.model.offload.close(remove=True)
+
+
+def test_no_committed_byte_changes_before_the_next_record_is_on_the_drives(tmp_path, monkeypatch):
+    """The drive takes its time to flush step 3: meanwhile step 4 is computed up to its first writes, and the sides of
+    step 2, which it will overwrite, are as they were."""
+    run = durable(tmp_path / "d", head_width=160)
+    run.steps(2)
+    commits, engine = run.model.offload.commits, run.model.offload
+    (path,) = (tmp_path / "d").glob("*.store")
+    run.step()
+    engine.flush()
+    commits.wait()
+    assert commits.sequence == 2
+    before = path.read_bytes()
+    flushing, go_on, real = threading.Event(), threading.Event(), StepCommits._sync
+
+    def slow(self):
+        flushing.set()
+        assert go_on.wait(60)
+        real(self)
+
+    monkeypatch.setattr(StepCommits, "_sync", slow)
+    chunks = engine.parts.resources.pipeline.stats()["chunks"]
+    stepping = threading.Thread(target=run.step)
+    stepping.start()
+    assert flushing.wait(60)
+    deadline_s = time.monotonic() + 60
+    while engine.parts.resources.pipeline.stats()["chunks"] == chunks and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert engine.parts.resources.pipeline.stats()["chunks"] > chunks, "nothing is computed meanwhile"
+    assert stepping.is_alive()
+    during = path.read_bytes()
+    for block in [engine.root, *engine.blocks]:
+        sides = block.sides
+        for side in (0, 1):
+            for begin, nbytes in [
+                (sides.param_offsets[side], block.layout.slot_nbytes),
+                *((sides.state_offsets[i][side], b.state_nbytes) for i, b in enumerate(block.layout.buffers)),
+            ]:
+                assert during[begin : begin + nbytes] == before[begin : begin + nbytes], (block.name, side)
+    go_on.set()
+    stepping.join()
     run.model.offload.close(remove=True)
 
 

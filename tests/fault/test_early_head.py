@@ -61,12 +61,13 @@ def test_a_head_that_is_updated_early_has_the_bits_of_one_updated_last(tmp_path,
     ideal.close()
 
 
+@pytest.mark.parametrize("bad", ["layers.1.linear.bias", "head.weight", "embed.weight"])
 @pytest.mark.parametrize("placement", PLACEMENTS)
-def test_a_step_that_is_discarded_takes_the_early_update_back(tmp_path, early, placement):
+def test_a_step_that_is_discarded_takes_the_early_update_back(tmp_path, early, placement, bad):
     run = durable(tmp_path / "d", placement)
     run.steps(3)
     before = run.save(tmp_path / "saved")
-    poison(run)  # a block's gradient, which comes after the head has been updated
+    poison(run, bad)  # a gradient that comes before the head is updated, or one that comes after
     made = len(early)
     run.step()
     assert len(early) == made + 1
