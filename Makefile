@@ -139,6 +139,8 @@ bench: $(VENV)/.stamp-package
 	$(BIN)/python benchmarks/io_engine.py --json benchmarks/results/io_engine.json
 	$(BIN)/python benchmarks/optimizer.py --json benchmarks/results/optimizer.json
 	mkdir -p build/bench && $(BIN)/python benchmarks/durability.py --storage build/bench --json benchmarks/results/durability.json
+	$(BIN)/python benchmarks/durability.py --model tiny --device-memory 2912256 --host-memory 14811136 --drive-bytes-per-s 3e7 \
+	  --storage /dev/shm --json benchmarks/results/durability_limited_drive.json
 	$(BIN)/python benchmarks/train_step.py --json benchmarks/results/train_step.json $(ARGS)
 
 check:

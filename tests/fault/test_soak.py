@@ -46,22 +46,41 @@ def settings_of(rng, place):
 
 
 def soak(place, n_steps, seed):
-    """`n_steps` of one trajectory over many lives; its losses, and what was held after each life."""
-    rng, losses, seen = random.Random(seed), [], []
+    """`n_steps` of one trajectory over many lives; its losses, and what was held after each life.
+
+    A save is waited for or goes on beside the life's last steps; a durable store is now and then kept and resumed.
+    """
+    rng, losses, seen, kept = random.Random(seed), [], [], False
     while len(losses) < n_steps:
         level = rng.choice(["step", "checkpoint"])
         run = Run(**settings_of(rng, place), durability=level)
         run.model.offload.track(**run.tracked)
         if losses:
-            assert run.resume(place / "saved").step == len(losses)
-        losses += run.steps(min(rng.randrange(1, 40), n_steps - len(losses)))
-        run.save(place / "saved", keep_last=2)
-        if rng.random() < 0.5:
-            run.model.offload.close(remove=True)
+            assert run.resume(place / ("store" if kept else "saved")).step == len(losses)
+        if kept and level != "step":  # it has been read, and is nobody's now
+            for path in (place / "store").glob(kept):
+                path.unlink()
+        n = min(rng.randrange(1, 40), n_steps - len(losses))
+        losses += run.steps(n - n // 3)
+        run.save(place / "saved", keep_last=2, wait=rng.random() < 0.5)
+        losses += run.steps(n // 3)
+        run.model.offload.wait_saved()
+        kept = False
+        if n // 3 or rng.random() < 0.3:
+            if level == "step" and rng.random() < 0.5:
+                kept = f"offload-{run.model.offload.parts.resources.store.run_id}*"
+            else:
+                run.save(place / "saved", keep_last=2)
+        if rng.random() < 0.5 or kept:
+            run.model.offload.close(remove=not kept)
         else:  # forgotten; what a durable one leaves is removed by hand
             run.model.offload.parts.resources.store.keep = False
         del run
-        seen.append((*held(), nbytes_under(place)))
+        if not kept:
+            seen.append((*held(), nbytes_under(place)))
+    if kept:
+        for path in (place / "store").glob(kept):
+            path.unlink()
     return losses, seen
 
 

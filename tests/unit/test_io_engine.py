@@ -1,6 +1,8 @@
 """The engine returns what was written, whatever the backend, striping or fault, and never leaves a waiter hanging."""
 
 import os
+import pathlib
+import time
 
 import numpy as np
 import pytest
@@ -143,3 +145,47 @@ def test_unaligned_requests_are_refused_before_any_io(tmp_path):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         Engine([str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize("backend", ["posix", "auto"])
+def test_an_engine_goes_on_with_another_file_and_keeps_its_buffers_and_counts(tmp_path, backend):
+    paths = [str(tmp_path / name) for name in ("one", "other")]
+    for path in paths:
+        with open(path, "wb") as file:
+            file.truncate(1 << 20)
+    engine, arena = Engine([paths[0]], backend=backend), Arena(8192)
+    engine.register_buffer(arena.address, arena.nbytes)
+    memory = memoryview(arena).cast("B")
+    memory[:] = b"a" * 8192
+    engine.write(arena.address, 8192, 4096).wait()
+    before = engine.counters()
+    with pytest.raises(OSError, match="cannot open"):
+        engine.reopen([str(tmp_path / "missing")])
+    with pytest.raises(ValueError, match="as many files"):
+        engine.reopen(paths)
+    memory[:] = b"b" * 8192
+    engine.write(arena.address, 8192, 4096).wait()  # nothing has changed
+    engine.reopen([paths[1]])
+    memory[:] = b"c" * 8192
+    engine.write(arena.address, 8192, 4096).wait()
+    engine.read(arena.address, 4096, 0).wait()
+    assert bytes(memory[:4096]) == bytes(4096)
+    after = engine.counters()
+    assert after["written_bytes"] - before["written_bytes"] == 2 * 8192
+    assert after["read_bytes"] - before["read_bytes"] == 4096
+    engine.close()
+    contents = [pathlib.Path(path).read_bytes()[4096 : 4096 + 8192] for path in paths]
+    assert contents == [b"b" * 8192, b"c" * 8192]
+
+
+def test_a_drive_of_a_stated_rate_takes_the_time_its_bytes_take(tmp_path):
+    """8 MB at 40 MB/s: a fifth of a second, however many transfers it is cut into."""
+    path = tmp_path / "file"
+    path.write_bytes(bytes(8 << 20))
+    engine, arena = Engine([str(path)], inject={"bytes_per_s": 40e6}), Arena(8 << 20)
+    begin_s = time.perf_counter()
+    tickets = [engine.read(arena.address + at, 1 << 20, at) for at in range(0, 8 << 20, 1 << 20)]
+    for ticket in tickets:
+        ticket.wait()
+    assert time.perf_counter() - begin_s >= (8 << 20) / 40e6
+    engine.close()
