@@ -107,6 +107,10 @@ std::int64_t Backend::injected(const Piece& piece, std::int64_t result) const {
   const auto& faults = options_.faults;
   const bool is_read = piece.op == Op::read;
   maybe_lose_power();
+  if (faults->power_loss_nth != 0) {
+    // Once power is lost its loser keeps the lock: no transfer comes back, and nobody reads what it is undoing.
+    const std::lock_guard<std::mutex> until_the_end(faults->mutex);
+  }
   if (!is_read && faults->quota_pages != 0 && over_quota(piece)) return -ENOSPC;
   if (!(is_read ? faults->reads : faults->writes)) return result;
   const std::uint64_t nth = faults->seen.fetch_add(1) + 1;
