@@ -201,8 +201,9 @@ def check_log(place, level, expected):
             assert int(rest[0]) >= least, f"resumed after step {rest[0]}, {least} had been committed"
         elif word == "step":
             last_step = max(last_step, int(rest[0]))
-            assert float(rest[1]) == expected[int(rest[0]) - 1], f"step {rest[0]}: loss {rest[1]}"
-        else:
+            told = (place / "log").read_text()
+            assert float(rest[1]) == expected[int(rest[0]) - 1], f"step {rest[0]}: loss {rest[1]}\n{told}"
+        elif word == "saved":
             saved = int(rest[0])
     return lives
 
@@ -242,7 +243,10 @@ def one_life(rng, place, level, placement, found, phase, wanted):
     if code == 0:
         return None, set()
     assert code in ((POWER_LOSS_STATUS,) if by_power else (-signal.SIGKILL,)), f"a child failed with {code}"
-    return ("power" if by_power else "kill"), phase.seen()
+    cause, phases = ("power" if by_power else "kill"), phase.seen()
+    with open(place / "log", "a") as log:
+        print("died of", cause, *sorted(phases), file=log)
+    return cause, phases
 
 
 def campaign(root, seed, n_kills):
