@@ -14,13 +14,20 @@ from offload.errors import CorruptError
 
 def inspect_command(
     directory: Annotated[
-        str, typer.Argument(help="A checkpoint, or a directory of them: its newest is looked at.")
+        str,
+        typer.Argument(
+            help="A checkpoint, a directory of them (its newest is looked at), or where a run with durable steps "
+            "left its store."
+        ),
     ],
     verify: Annotated[bool, typer.Option(help="Read every byte and check it against its CRC32C.")] = False,
+    drive: Annotated[
+        list[str] | None, typer.Option(help="Another storage directory of that run; repeat for more.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
 ) -> None:
     """Say what a checkpoint holds. Exit status 1 when --verify finds bytes that are not those that were written."""
-    found = inspect(directory, verify=verify)
+    found = inspect(directory, verify=verify, drives=drive or [])
     if as_json:
         print(json.dumps(asdict(found)))
     else:

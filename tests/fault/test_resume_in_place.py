@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from offload.errors import CorruptError
+import offload
+from offload.errors import CheckpointError, CorruptError
 from tests.child import end, start
 from tests.fault.test_checkpoint import assert_same_state
 from tests.fault.test_durable_steps import MODES, durable, flip, poison
@@ -89,6 +90,31 @@ def test_a_corrupt_chunk_is_noticed_before_the_store_goes_on(tmp_path):
     assert kept.items() <= files_in(tmp_path / "d").items()
     second.model.offload.close(remove=True)
     assert files_in(tmp_path / "d") == kept
+
+
+@pytest.mark.parametrize("mode", ["backward", "two drives"])
+def test_a_kept_store_is_inspected_and_every_byte_of_its_committed_step_verified(tmp_path, mode):
+    first = durable(tmp_path / "d", **MODES[mode])
+    first.steps(3)
+    sides = first.model.offload.blocks[1].sides
+    drives = [f"{tmp_path}/d-two"] if mode == "two drives" else []
+    with pytest.raises(CheckpointError, match="a living process"):
+        offload.inspect(str(tmp_path / "d"), drives=drives)
+    first.close()
+    found = offload.inspect(str(tmp_path / "d"), verify=True, drives=drives)
+    assert (found.step, found.damage, sorted(found.tracked)) == (3, [], ["data", "scheduler"])
+    n_elements = sum(b.n_elements for x in first.model.offload.blocks for b in x.layout.buffers)
+    assert found.verified_chunks > n_elements // 2048
+    if drives:
+        with pytest.raises(CheckpointError, match="name every drive that the run had"):
+            offload.inspect(str(tmp_path / "d"))
+        return
+    (path,) = (tmp_path / "d").glob("*.store")
+    flip(path, sides.state_offsets[0][1 - sides.committed] + 100)  # not of the committed step
+    assert offload.inspect(str(tmp_path / "d"), verify=True).damage == []
+    flip(path, sides.state_offsets[0][sides.committed] + 100)
+    (said,) = offload.inspect(str(tmp_path / "d"), verify=True).damage
+    assert str(path) in said
 
 
 DIES = """
