@@ -189,6 +189,33 @@ def test_a_failed_save_leaves_what_was_there_and_training_goes_on(tmp_path, unin
     run.close()
 
 
+@pytest.mark.parametrize("wait", [True, False])
+def test_everything_in_a_checkpoint_is_on_the_drive_before_it_gets_its_name(tmp_path, monkeypatch, wait):
+    """Power may go at any instant: a name must never be there before what it names."""
+    run = Run(storage=[str(tmp_path / "a")])
+    run.steps(1)
+    run.save(tmp_path / "saved")
+    done, sync, rename = [], os.fsync, os.rename
+
+    def synced(descriptor):
+        sync(descriptor)
+        done.append(("sync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
+
+    def renamed(source, target):
+        rename(source, target)
+        done.append(("rename", os.path.basename(source)))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    run.save(tmp_path / "saved", wait=wait)
+    run.model.offload.wait_saved()
+    partial = next(name for what, name in done if what == "rename")
+    at = done.index(("rename", partial))
+    assert {("sync", "extents.bin"), ("sync", "manifest.jsonl"), ("sync", partial)} == set(done[:at])
+    assert done[at + 1] == ("sync", "saved")
+    run.close()
+
+
 HOLDS = """
 import sys, time
 from offload.checkpoint.directory import locked
