@@ -88,11 +88,6 @@ class SaveBeside:
             event.wait()
             self._wanted = None
 
-    @property
-    def done(self) -> bool:
-        """Whether the checkpoint is complete, or has failed."""
-        return not self._thread.is_alive()
-
     def wait(self) -> None:
         """Until it is complete. Raises StoreError when it could not be written; what was there is intact."""
         self._wanted = -2  # none, but in a hurry

@@ -108,11 +108,10 @@ class StepCommits:
         ):
             own = self._sides(block)
             for position, sums in enumerate(of_buffers):
-                for target in (
-                    0,
-                    1,
-                ):  # of a frozen buffer both sides are the same; another's will be made anew
-                    own.checksums[position][target][:] = sums
+                for table in own.checksums[
+                    position
+                ]:  # a frozen buffer's sides are alike; others are made anew
+                    table[:] = sums
             own.generation, own.verifies = generation, self.verification.on
             own.commit(side, generation)
             block.turn(side)
