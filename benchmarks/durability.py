@@ -152,6 +152,11 @@ def main() -> None:
     write_rows(arguments.json, rows, command_line(sys.argv[0], sys.argv[1:]))
 
 
+def ratio(one: float, other: float) -> float | None:
+    """None where nothing was measured: no byte moved, or the drive's rate is not known."""
+    return round(one / other, 3) if one and other else None
+
+
 def measured(sides: list[Side], place: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The rows."""
     common = about(
@@ -178,12 +183,10 @@ def measured(sides: list[Side], place: str, arguments: argparse.Namespace) -> li
                 "ratio_range": spread(paired),
                 "over_checkpoint_percent": round(100 * (median(paired) - 1), 1),
                 "moved_bytes_per_step": round(moved[side.name]),
-                "moved_ratio_to_checkpoint": round(moved[side.name] / moved["checkpoint"], 3),
-                "step_over_floor": round(
-                    median(side.seconds) * arguments.drive_bytes_per_s / moved[side.name], 3
-                )
-                if arguments.drive_bytes_per_s
-                else None,
+                "moved_ratio_to_checkpoint": ratio(moved[side.name], moved["checkpoint"]),
+                "step_over_floor": ratio(
+                    median(side.seconds) * arguments.drive_bytes_per_s, moved[side.name]
+                ),
                 "written_bytes_per_param": round(
                     side.model.offload.counters()["written_bytes"] / steps / numel, 2
                 ),

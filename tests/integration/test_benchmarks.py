@@ -209,3 +209,7 @@ def test_the_durability_benchmark_gives_a_row_for_each_level(tmp_path):
     assert rows["level_step"]["written_bytes_per_param"] > 11
     assert rows["checkpoint"]["bytes_per_param"] > 11
     assert rows["checksums"]["gb_per_s_one_core"] > 0.1
+    assert {"level_checkpoint_flushed", "durable_over_flushed", "verifying_reads", "summing_writes"} <= set(
+        rows
+    )
+    assert rows["saving_step"]["turn_with_save_beside_s"] > 0
