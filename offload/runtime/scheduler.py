@@ -83,6 +83,8 @@ class Scheduler:
         """Spent in comparing fetched parameters with their checksums."""
         self.gate: Callable[[], Ticket | None] = lambda: None
         """What the writes of the next update have to wait for."""
+        self.check_commit: Callable[[], None] = lambda: None
+        """Raises when that has failed: an update that waited for it only repeats so."""
         self.before_update: Callable[[BlockRecord], None] = lambda _: None
         """Returns when what an update overwrites is not needed any more."""
 
@@ -95,8 +97,12 @@ class Scheduler:
 
     def _complete(self, block: BlockRecord, cause: str) -> None:
         with self._stalls.waiting(cause):
-            for ticket in block.tickets:
-                ticket.wait()  # a failed one stays, and fails every later use of the block too
+            try:
+                for ticket in block.tickets:
+                    ticket.wait()  # a failed one stays, and fails every later use of the block too
+            except OSError:
+                self.check_commit()
+                raise
         if block.state is BlockState.FETCHING and block.sides is not None and block.sides.verifies:
             self._verify(block, block.sides)
         block.tickets = []
