@@ -20,6 +20,7 @@ PLACEMENTS = {
     "host": {"host_memory": 10**8, "device_memory": 10**8},
     "emulated": {"device": "emulated"},
 }
+CASES = [p if p == "storage" else pytest.param(p, marks=pytest.mark.slow) for p in PLACEMENTS]
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def durable(place, placement):
     return run
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", CASES)
 def test_a_head_that_is_updated_early_has_the_bits_of_one_updated_last(tmp_path, early, placement):
     """The run that it is compared with updates everything after backward, and keeps one set of extents."""
     ideal = Run(storage=[str(tmp_path / "ideal")], update="deferred", head_width=HEAD_WIDTH)
@@ -62,7 +63,7 @@ def test_a_head_that_is_updated_early_has_the_bits_of_one_updated_last(tmp_path,
 
 
 @pytest.mark.parametrize("bad", ["layers.1.linear.bias", "head.weight", "embed.weight"])
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", CASES)
 def test_a_step_that_is_discarded_takes_the_early_update_back(tmp_path, early, placement, bad):
     run = durable(tmp_path / "d", placement)
     run.steps(3)
@@ -81,7 +82,7 @@ class Broken(Exception):
     pass
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", CASES)
 def test_a_backward_that_fails_after_the_early_update_leaves_the_last_committed_step(
     tmp_path, early, placement
 ):

@@ -20,7 +20,9 @@ def files_in(place):
     return {path.name: path.stat().st_ino for path in place.iterdir()}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", [m if m == "backward" else pytest.param(m, marks=pytest.mark.slow) for m in MODES]
+)
 def test_the_same_files_go_on_and_resuming_writes_nothing(tmp_path, mode):
     still = durable(tmp_path / "still", **MODES[mode])
     losses = still.steps(6)
@@ -131,6 +133,7 @@ run.resume(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_a_death_right_after_taking_over_costs_nothing(tmp_path):
     first = durable(tmp_path / "d")
     losses = first.steps(2)

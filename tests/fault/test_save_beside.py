@@ -29,7 +29,12 @@ PLACEMENTS = {
     "aside": {"step_aside": "always", "host_memory": 10**8, "device_memory": 10**8},
 }
 LEVELS = ["checkpoint", "step"]
-CASES = [case for case in itertools.product(PLACEMENTS, LEVELS) if case != ("aside", "step")]
+FAST = [("storage", "checkpoint"), ("storage", "step"), ("host", "checkpoint")]
+CASES = [
+    pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
+    for case in itertools.product(PLACEMENTS, LEVELS)
+    if case != ("aside", "step")
+]
 
 
 def make(place, placement, level):
@@ -144,6 +149,7 @@ run.steps(10000)
 """
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_save_goes_on_beside_training_leaves_the_checkpoint_before(tmp_path):
     child = start(KILLED, tmp_path)
     assert child.stdout.readline() == "saving\n"
@@ -181,6 +187,7 @@ def sharing_disk(tmp_path, request):
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wait", [True, False])
 @pytest.mark.parametrize("level", LEVELS)
 def test_where_extents_can_be_shared_a_checkpoint_takes_no_room_until_training_changes_them(
