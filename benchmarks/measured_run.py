@@ -114,6 +114,9 @@ class MeasuredRun:
         """
         parts = self.engine._assembly
         planes = [slot.bytes_tensor for slot in parts.slots] + [g.plane for g in parts.grad_buffers]
+        at_home = parts.placement.params_in_host
+        if parts.placement.params_on_device:
+            planes += [b.slot.bytes_tensor for b in parts.blocks if not at_home[b.index]]
         planes += [parts.root.slot.bytes_tensor, parts.root.grad_buffer.plane]
         fixed = sum(plane.numel() * plane.element_size() for plane in planes)
         self.quiesce()

@@ -325,6 +325,22 @@ _WrittenLimit = Annotated[
     str | None,
     typer.Option(help="Most bytes written to storage a step, to spare the drives.", rich_help_panel=_MEMORY),
 ]
+_Durability = Annotated[
+    str,
+    typer.Option(
+        help="What survives a kill: none, checkpoint or step (all state lies on storage twice, and all of it is written "
+        "in every step).",
+        rich_help_panel=_MEMORY,
+    ),
+]
+_Directories = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Directory that a run would use, one on each drive of the profile; repeatable. What is free there limits "
+        "what lies on storage, and the drives are asked for the endurance that is left.",
+        rich_help_panel=_MEMORY,
+    ),
+]
 _Fix = Annotated[
     list[str] | None,
     typer.Option(
@@ -349,6 +365,8 @@ def plan_command(
     host_memory: _HostMemory = "90%",
     storage_limit: _StorageLimit = None,
     written_per_step: _WrittenLimit = None,
+    durability: _Durability = "checkpoint",
+    storage: _Directories = None,
     save: Annotated[
         str | None, typer.Option(help="Write the plan here, as JSON.", rich_help_panel=_RESULT)
     ] = None,
@@ -357,7 +375,9 @@ def plan_command(
     ] = False,
 ) -> None:
     """Say before anything runs whether it fits, what a step will take, what limits it and what would help."""
-    budgets = BudgetTexts(device_memory, host_memory, storage_limit, written_per_step, clip)
+    budgets = BudgetTexts(
+        device_memory, host_memory, storage_limit, written_per_step, clip, durability, tuple(storage or ())
+    )
     settings = PlanSettings(
         model=model, hardware=hardware, overrides=overrides or [], batch=batch, tokens=sequence_length,
         budgets=budgets, fixed=fix or [], save=save, as_json=as_json,
@@ -378,6 +398,8 @@ def simulate_command(
     host_memory: _HostMemory = "90%",
     storage_limit: _StorageLimit = None,
     written_per_step: _WrittenLimit = None,
+    durability: _Durability = "checkpoint",
+    storage: _Directories = None,
     plan: Annotated[
         str | None,
         typer.Option(help="Simulate this saved plan instead of making one.", rich_help_panel=_TRAINING),
@@ -400,7 +422,9 @@ def simulate_command(
     ] = False,
 ) -> None:
     """Run one step of the plan in simulated time: seconds, tokens/s, TFLOPS, stalls by cause, peaks, endurance."""
-    budgets = BudgetTexts(device_memory, host_memory, storage_limit, written_per_step, clip)
+    budgets = BudgetTexts(
+        device_memory, host_memory, storage_limit, written_per_step, clip, durability, tuple(storage or ())
+    )
     settings = SimulateSettings(
         model=model, hardware=hardware, overrides=overrides or [], batch=batch, tokens=sequence_length,
         budgets=budgets, fixed=fix or [], plan=plan, policy=policy, plot=plot, trace=trace, as_json=as_json,

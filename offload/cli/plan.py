@@ -37,6 +37,7 @@ def load_plan(path: str) -> Plan:
 def run_plan(settings: PlanSettings, out: TextIO) -> Plan:
     """Make the plan and print it with its explanation. Raises BudgetError, with what would do, when nothing fits."""
     machine = sources.hardware(settings.hardware, settings.overrides)
+    machine = sources.worn(machine, settings.budgets.directories)
     work = sources.workload(settings.model, settings.tokens)
     budgets, fixed = settings.budgets.of(machine), sources.fixed_choices(settings.fixed)
     plan = make_plan(work, machine, budgets, fixed, batch_samples=settings.batch)

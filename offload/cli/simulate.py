@@ -117,6 +117,7 @@ def lines(plan: Plan, step: SimulatedStep) -> list[str]:
 def run_simulate(settings: SimulateSettings, out: TextIO) -> SimulatedStep:
     """Plan (or load a plan), simulate, print, draw and write."""
     machine = sources.hardware(settings.hardware, settings.overrides)
+    machine = sources.worn(machine, settings.budgets.directories)
     work = sources.workload(settings.model, settings.tokens)
     if settings.policy == "lohan":
         work = lohan_workload(work)

@@ -9,6 +9,8 @@ from offload.errors import ConfigError
 from offload.planner.hardware import Hardware
 from offload.planner.plan import Budgets
 from offload.planner.workload import Workload
+from offload.tiers.storage import free_nbytes
+from offload.tiers.wear import Wear, wear_of
 
 
 def workload(source: str, tokens_per_sample: int) -> Workload:
@@ -34,6 +36,9 @@ class BudgetTexts:
     storage: str | None
     written_per_step: str | None
     clips_gradients: bool
+    durability: str = "checkpoint"
+    directories: tuple[str, ...] = ()
+    """What a run would get as --storage: what is free there limits what lies on storage."""
 
     def of(self, machine: Hardware) -> Budgets:
         """In bytes; percentages count from what `machine` has."""
@@ -41,13 +46,42 @@ class BudgetTexts:
         def optional(text: str | None) -> int | None:
             return None if text is None else parse_budget(text, 0)
 
+        if self.durability not in ("none", "checkpoint", "step"):
+            raise ConfigError(f"--durability {self.durability}: it must be none, checkpoint or step")
+        limit = optional(self.storage)
+        if self.directories:
+            free = free_nbytes(self.directories)
+            limit = free if limit is None else min(limit, free)
         return Budgets(
             device_memory_nbytes=parse_budget(self.device_memory, machine.device_memory_nbytes),
             host_memory_nbytes=parse_budget(self.host_memory, machine.host_memory_nbytes),
-            storage_nbytes=optional(self.storage),
+            storage_nbytes=limit,
             written_nbytes_per_step=optional(self.written_per_step),
             clips_gradients=self.clips_gradients,
+            durable_steps=self.durability == "step",
         )
+
+
+def worn(machine: Hardware, directories: tuple[str, ...]) -> Hardware:
+    """`machine` with what is left of its drives' endurance, where the drives under `directories` say how much is used.
+
+    Raises ConfigError where there are other numbers of drives and directories.
+    """
+    if not directories:
+        return machine
+    if len(directories) != len(machine.drives):
+        raise ConfigError(
+            f"--storage names {len(directories)} directories, the profile {machine.name!r} has "
+            f"{len(machine.drives)} drives: name one on each"
+        )
+    drives = []
+    for drive, directory in zip(machine.drives, directories, strict=True):
+        wear = wear_of(directory)
+        if isinstance(wear, Wear) and drive.endurance_nbytes is not None:
+            left = drive.endurance_nbytes * max(1e-6, 1.0 - wear.used_fraction)
+            drive = drive.model_copy(update={"endurance_nbytes": left})
+        drives.append(drive)
+    return machine.model_copy(update={"drives": tuple(drives)})
 
 
 def fixed_choices(texts: list[str]) -> dict[str, object]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from offload.planner.hardware import Hardware
-from offload.planner.plan import StateFormat
+from offload.planner.plan import GRAD_ONCE_NBYTES, StateFormat
 from offload.planner.rates import Rates, rates_of
 from offload.planner.workload import Workload
 
@@ -58,6 +58,10 @@ class Load:
     n_slots: int
     n_grad_buffers: int
     boundary_on_device: bool
+    params_stay: Any = 0.0
+    """1: parameters that are not in host memory stay in device memory, and are never on storage."""
+    held: Any = 0.0
+    """1: the update of one block is made in the next forward (`Plan.held_block`)."""
     serial_update: bool = False
     """The update's read, arithmetic and write follow each other instead of overlapping."""
 
@@ -114,7 +118,9 @@ class CostModel:
         state_format: StateFormat,
         batch_samples: int,
         overlap_order: float = OVERLAP_ORDER,
+        durable_steps: bool = False,
     ) -> None:
+        self.durable_steps = durable_steps
         self.overlap_order = overlap_order
         self.workload = workload
         self.hardware = hardware
@@ -199,6 +205,36 @@ class CostModel:
         blocks = self.batch * sum(b.flops_per_sample for b in self.workload.blocks)
         return self.rates.flops_per_s * float(self.rates.seconds_beside_products("recompute", blocks))
 
+    # ---- what a choice makes of gradients and parameters -------------------------------------------------------
+
+    @cached_property
+    def may_have_grads_once(self) -> bool:
+        """Whether gradients can stay bf16, as they come (`Plan.grads_once`)."""
+        f = self.format
+        return f.param_nbytes == GRAD_ONCE_NBYTES < f.grad_nbytes and self.workload.one_dtype
+
+    def grads_once(self, micro_batches: int, deferred_fraction: Any) -> Any:
+        """Where they do: nothing is added up, and nothing waits."""
+        return np.logical_and(self.may_have_grads_once and micro_batches == 1, deferred_fraction == 0)
+
+    def grads_nbytes(self, load: Load) -> Any:
+        """Gradients of all blocks, as they leave the device."""
+        once = self.grads_once(load.micro_batches, load.deferred_fraction)
+        return sum(self.grad_nbytes) * np.where(once, GRAD_ONCE_NBYTES / self.format.grad_nbytes, 1.0)
+
+    def updates_in_flight(self, load: Load) -> Any:
+        """Blocks whose updates may be under way at once when backward ends: each has its gradients in a buffer, and
+        its parameters in a slot, or in memory of their own."""
+        once = self.grads_once(load.micro_batches, load.deferred_fraction)
+        n_buffers = load.n_grad_buffers if self.rates.shares_host else 2
+        n_slots = load.n_slots if self.rates.shares_host else 2
+        n_grads = n_buffers * np.where(once, 2, 1)
+        return np.where(self._params_stored(load) > 0, np.minimum(n_slots, n_grads), n_grads)
+
+    def _params_stored(self, load: Load) -> Any:
+        """The share of the parameters that are on storage."""
+        return np.where(load.params_stay, 0.0, 1 - load.params_host_nbytes / max(1, sum(self.slot_nbytes)))
+
     # ---- traffic ---------------------------------------------------------------------------------------------
 
     def traffic(self, load: Load) -> tuple[Traffic, Traffic, Traffic]:
@@ -207,7 +243,8 @@ class CostModel:
         late, early = load.deferred_fraction, 1 - load.deferred_fraction
         on_bus = 0 if self.rates.shares_host else 1
         params = sum(self.slot_nbytes)
-        stored = 1 - load.params_host_nbytes / max(1, params)
+        stored = self._params_stored(load)
+        grads = self.grads_nbytes(load)
         trainable_params = f.param_nbytes * self.trainable
         states = sum(self.state_nbytes) - load.states_host_nbytes
         streamed = n_blocks * stored if self.rates.shares_host else n_blocks
@@ -223,9 +260,17 @@ class CostModel:
         copied = load.swapped_storage_nbytes if self.rates.shares_host else swapped
         waiting = late * sum(self.grad_nbytes) - load.grads_spilled_nbytes if self.rates.shares_host else 0
         written_back = trainable_params * stored + states
+        held_back = states
+        if self.durable_steps:
+            written_back = held_back = trainable_params + sum(self.state_nbytes)
+        held = early * load.held / n_blocks
+        """The share of the state that the held update moves in the next forward."""
         root = self.workload.root_stored_numel
         root_states = f.state_nbytes * root - load.root_states_host_nbytes
+        root_back = f.stored_nbytes * root if self.durable_steps else root_states
         head = np.where(late >= 1, 0.0, self.workload.root_early_numel / max(1, root))
+        if self.durable_steps:  # the whole root goes to its other place in one update
+            head = 0.0 * head
         """The share of the root that is updated while the blocks go backward."""
         forward = Traffic(
             flops=self.forward_work,
@@ -233,28 +278,30 @@ class CostModel:
             d2h=copied,
             read=(early + separate) * stored * params * fetched_forward
             + late * (stored * (updated_params + f.param_nbytes * self.frozen) * fetched_forward + states)
-            + load.grads_spilled_nbytes,
-            written=load.swapped_storage_nbytes + late * written_back,
+            + load.grads_spilled_nbytes
+            + held * states,
+            written=load.swapped_storage_nbytes + late * written_back + held * held_back,
             updated=late * self.trainable,
         )
         backward = Traffic(
             flops=self.backward_work + load.recompute_flops + self.replayed_work,
             h2d=on_bus * (params * fetched + boundary) + copied,
-            d2h=on_bus * (sum(self.grad_nbytes) + boundary + f.grad_nbytes * head * root) + waiting,
+            d2h=on_bus * (grads + boundary + f.grad_nbytes * head * root) + waiting,
             read=stored * params * fetched
             + load.swapped_storage_nbytes
-            + early * states
+            + (early - held) * states
             + head * root_states,
-            written=early * written_back + load.grads_spilled_nbytes + head * root_states,
+            written=early * written_back - held * held_back + load.grads_spilled_nbytes + head * root_back,
             updated=early * self.trainable + head * root,
         )
         rest, rest_states = (1 - head) * root, (1 - head) * root_states
+        rest_back = (1 - head) * root_back
         tail = Traffic(
             flops=0.0,
             h2d=on_bus * f.param_nbytes * self.workload.root_stored_numel,
             d2h=on_bus * f.grad_nbytes * rest,
             read=rest_states,
-            written=rest_states,
+            written=rest_back,
             updated=rest,
         )
         return forward, backward, tail
@@ -295,13 +342,14 @@ class CostModel:
         tail = self.seconds(tail_traffic)
         n_blocks = max(1, len(self.workload.blocks))
         one_update_s = self._one_update_s(load) if self.workload.blocks else 0.0
-        gradient_s: Any = 0.0
-        if load.n_grad_buffers < 2:
-            gradient_s = (
-                np.maximum(backward["storage"], backward["cpu"])
-                if self.rates.shares_host
-                else sum(self.grad_nbytes) / self.rates.bus.d2h * (1 - 1 / n_blocks)
-            )
+        once = self.grads_once(load.micro_batches, load.deferred_fraction)
+        gradient_s: Any = np.where(
+            load.n_grad_buffers * np.where(once, 2, 1) < 2,
+            np.maximum(backward["storage"], backward["cpu"])
+            if self.rates.shares_host
+            else self.grads_nbytes(load) / self.rates.bus.d2h * (1 - 1 / n_blocks),
+            0.0,
+        )
         launches_s = n_blocks * load.micro_batches * self.hardware.launch_overhead_s
         forward_s = self._phase(forward, load, launches_s + load.deferred_fraction * one_update_s)
         early_update_s = (1 - load.deferred_fraction) * one_update_s
@@ -338,5 +386,5 @@ class CostModel:
             read_s = states / self.rates.storage.read
         bus_s = 0.0
         if not self.rates.shares_host:
-            bus_s = sum(self.grad_nbytes) / n_blocks / self.rates.bus.d2h
+            bus_s = self.grads_nbytes(load) / n_blocks / self.rates.bus.d2h
         return bus_s + np.maximum(read_s, self.trainable / n_blocks / self.rates.adam_params_per_s)

@@ -11,6 +11,7 @@ import numpy as np
 from offload.errors import ConfigError
 from offload.planner.hardware import Hardware
 from offload.planner.memory import Shape, host_need
+from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from offload.planner.plan import Budgets, Plan
 from offload.planner.points import Search, shapes
 from offload.planner.tables import storage_limit
@@ -134,6 +135,7 @@ def _least_host(search: Search, shape: Shape, staging_nbytes: int) -> int:
         staging_nbytes=staging_nbytes,
         shares_host=model.rates.shares_host,
         has_storage=has_storage,
+        activation_staging=ACTIVATION_STAGING_NBYTES_MIN,
     )
     if not has_storage:
         need += int(search.tables.params_cum[-1] + search.tables.states_cum[-1])

@@ -13,6 +13,11 @@ KERNEL_SCRATCH_NBYTES = 1 << 20
 """What kernels allocate for themselves, which no trace sees: attention on a CPU takes some 100 kB a thread."""
 
 
+COMMIT_RECORD_NBYTES = 1 << 20
+RECORD_NBYTES_PER_PARAM = 24 / (1 << 18)
+"""Of a step's commit record: its fixed part, and checksums of chunks of 2^18 parameters (stores/sides.py)."""
+
+
 @dataclass(frozen=True)
 class Shape:
     """The choices that set the working memory."""
@@ -123,6 +128,16 @@ def activation_staging_nbytes(micro_nbytes: float) -> int:
     """Host memory through which tensors go to storage and back, `micro_nbytes` of them a micro-batch: two of these, one
     that is filled while the other is written."""
     return max(ACTIVATION_STAGING_NBYTES_MIN, 2 * round_up(int(micro_nbytes), PAGE_NBYTES))
+
+
+def durable_nbytes(workload: Workload, state: StateFormat) -> int:
+    """Storage of a run whose every step is durable (docs/durability.md): all parameters and state twice, wherever they
+    are used from, and two commit records."""
+    blocks = workload.blocks
+    trainable = sum(b.stored_numel for b in blocks) + workload.root_stored_numel
+    frozen = sum(b.frozen_numel for b in blocks) + workload.root_frozen_numel
+    record = COMMIT_RECORD_NBYTES + RECORD_NBYTES_PER_PARAM * trainable
+    return int(2 * (state.stored_nbytes * trainable + state.param_nbytes * frozen + record))
 
 
 def host_need(

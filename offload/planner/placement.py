@@ -48,7 +48,8 @@ class Placement:
     activation_staging_nbytes: int
     """Host memory through which activations go to storage; included in `host_nbytes`."""
     params_on_device: bool = False
-    """Every block's parameters stay in device memory that storage's data can be read into: they are never stored."""
+    """Parameters that are not in host memory stay in device memory that storage's data can be read into: they are never
+    stored."""
 
 
 def _run_ahead(

@@ -41,6 +41,8 @@ class StateFormat(BaseModel):
         return self.param_nbytes + self.state_nbytes
 
 
+GRAD_ONCE_NBYTES = 2
+"""Of a gradient that comes once a step, in bf16, as the parameter is."""
 SPLIT_MASTER = StateFormat(
     name="split master", param_nbytes=2, state_nbytes=10, grad_nbytes=4, update_reads_param=True
 )
@@ -72,6 +74,8 @@ class Budgets:
     written_nbytes_per_step: int | None = None
     staging_nbytes: int = 4 * (1 << 18) * 14
     clips_gradients: bool = False
+    durable_steps: bool = False
+    """Every step is kept: all state lies on storage twice, and all of it is written in a step (docs/durability.md)."""
 
 
 class Prediction(BaseModel):
@@ -129,6 +133,15 @@ class Plan(BaseModel):
     n_slots: int = Field(ge=1)
     """Blocks whose parameters are on the device at once; one computes, the others are the prefetch window."""
     n_grad_buffers: int = Field(ge=1)
+    """Each holds the fp32 gradients of a block, or the bf16 ones of two (`grads_once`)."""
+    params_on_device: bool = False
+    """Parameters that are not in host memory stay in device memory that updates can be made in: never on storage."""
+    grads_once: bool = False
+    """Gradients come once a step, in bf16, and are used at once (runtime/gradients.py)."""
+    durable_steps: bool = False
+    """Whether every step is kept on storage: twice the bytes there, and all state is written in each."""
+    held_block: int | None = None
+    """The block whose update is held until backward has ended; storage then has work in the next forward."""
     boundary_on_device: bool
     """Whether what flows from block to block (all micro-batches of it) stays on the device between blocks."""
     deferred_blocks: tuple[int, ...]
@@ -155,6 +168,20 @@ class Plan(BaseModel):
     notes: tuple[str, ...] = ()
 
     @property
+    def grads_per_buffer(self) -> int:
+        """Blocks whose gradients a gradient buffer holds."""
+        return 2 if self.grads_once else 1
+
+    @property
+    def grad_nbytes(self) -> int:
+        """Bytes of one gradient of a block, in its buffer and over the bus."""
+        return GRAD_ONCE_NBYTES if self.grads_once else self.state_format.grad_nbytes
+
+    def param_on_storage(self, block: int) -> bool:
+        """Whether the block's parameters live on storage, and need a slot to be computed with."""
+        return not (self.params_in_host[block] or self.params_on_device)
+
+    @property
     def update(self) -> str:
         """`backward`, `deferred`, or `mixed` where some blocks do the one and some the other."""
         if not self.deferred_blocks:
@@ -174,9 +201,15 @@ class Plan(BaseModel):
         state, blocks = self.state_format, workload.blocks
         samples = -(-self.batch_samples // self.micro_batches)
         numels = [b.stored_numel for b in blocks] + [workload.root_stored_numel]
-        written = sum(state.state_nbytes * n - self.state_in_host_nbytes(i, n) for i, n in enumerate(numels))
+        if self.durable_steps:
+            written = state.stored_nbytes * sum(numels)
+        else:
+            written = sum(
+                state.state_nbytes * n - self.state_in_host_nbytes(i, n) for i, n in enumerate(numels)
+            )
         for i, block in enumerate(blocks):
-            written += 0 if self.params_in_host[i] else state.param_nbytes * block.stored_numel
+            if self.param_on_storage(i) and not self.durable_steps:
+                written += state.param_nbytes * block.stored_numel
             if i in self.deferred_blocks and not self.grads_in_host[i]:
                 written += state.grad_nbytes * block.stored_numel
             sizes = block.nbytes_by_tensor()

@@ -62,7 +62,13 @@ class Search:
         self.hardware = hardware
         self._again = (budgets, fixed)
         self.space = space_of(workload, budgets, fixed, batch_samples, hardware.shares_host)
-        self.model = CostModel(workload, hardware, state_format_of(workload), batch_samples)
+        self.model = CostModel(
+            workload,
+            hardware,
+            state_format_of(workload),
+            batch_samples,
+            durable_steps=budgets.durable_steps,
+        )
         self.tables = Tables(self.model, hardware, self.space)
 
     def with_batch(self, batch_samples: int) -> Search:

@@ -64,6 +64,11 @@ def rows(plan: Plan) -> list[tuple[str, str]]:
             f"parameters {plan.fraction_in_host('params'):.0%}, optimizer state {plan.fraction_in_host('states'):.0%}"
             + (f", waiting gradients {plan.fraction_in_host('grads'):.0%}" if plan.deferred_blocks else ""),
         ),
+        (
+            "on storage",
+            ("every step is kept: all state twice" if plan.durable_steps else "what memory does not hold")
+            + (", no parameters: all fit the device" if plan.params_on_device else ""),
+        ),
         ("between blocks", "on the device" if plan.boundary_on_device else "through host memory"),
     ]
     found += [("activations" if i == 0 else "", line) for i, line in enumerate(activation_lines(plan))]

@@ -92,11 +92,13 @@ def _micro_batches(batch_samples: int) -> tuple[int, ...]:
     return tuple(sorted(by_samples.values()))
 
 
-def _deferred(fixed: Mapping[str, Any], n_blocks: int, clips: bool) -> tuple[int, ...]:
+def _deferred(fixed: Mapping[str, Any], n_blocks: int, clips: bool, durable_steps: bool) -> tuple[int, ...]:
     """Numbers of deferred blocks. `mixed` is tried only where it is asked for: docs/planner.md, what was tried."""
     update, fraction = fixed.get("update", "auto"), _fraction(fixed, "deferred_fraction")
     if update not in ("auto", "backward", "deferred", "mixed"):
         raise ConfigError(f"update={update!r}: it must be {FIXABLE['update']}")
+    if clips and durable_steps and update == "backward":
+        return (0,)  # a step that turns out too large is discarded
     if clips and (update in ("backward", "mixed") or (fraction is not None and fraction < 1)):
         raise ConfigError(
             "clipping by the global gradient norm needs every gradient before the first update: use update='deferred'"
@@ -152,7 +154,7 @@ def space_of(
         if boundary is None
         else (bool(boundary),),
         off_device_micro_batches_min=OFF_DEVICE_MICRO_BATCHES_MIN if boundary is None else 1,
-        deferred_blocks=_deferred(fixed, n_blocks, budgets.clips_gradients),
+        deferred_blocks=_deferred(fixed, n_blocks, budgets.clips_gradients, budgets.durable_steps),
         activations=activations,
         inputs=inputs,
         keeps_on_device=bool(fixed.get("activations_on_device", True)),

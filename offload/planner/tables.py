@@ -21,16 +21,20 @@ from offload.planner.hardware import Hardware
 from offload.planner.memory import (
     Shape,
     device_need,
+    durable_nbytes,
     host_need,
     read_ahead_nbytes,
     samples_of_micro_batch,
 )
+from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from offload.planner.plan import INPUT, Budgets
 from offload.planner.space import Space
 from offload.types import PAGE_NBYTES
 
 Floats = npt.NDArray[np.float64]
 STATE_CHUNKS_PER_BLOCK = 64
+HOLDS_FROM_BLOCKS = 4
+"""With fewer blocks no update is held until backward has ended."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,11 @@ class Tables:
         self.saved = [found.members(c) for c in range(len(found.counts))]
         params = [model.slot_nbytes[i] for i in spread_order(len(workload.blocks))]
         self.params_cum = np.concatenate(([0], np.cumsum(params))).astype(np.float64)
+        n_blocks = len(workload.blocks)
+        self.params_counts = np.array(
+            sorted({round(share * n_blocks) for share in space.params_host_fractions})
+        )
+        """[parameters]: blocks whose parameters live in host memory."""
         rows = chunk_rows(model.state_nbytes, model.format.state_nbytes * workload.root_stored_numel)
         chunks = [chunk for row in rows for chunk in row]
         self.states_cum = np.concatenate(([0], np.cumsum(chunks))).astype(np.float64)
@@ -162,9 +171,29 @@ class Tables:
     @cached_property
     def params_host(self) -> Floats:
         """[parameters]: bytes of parameters in host memory, by number of blocks."""
+        return self.params_cum[self.params_counts]
+
+    def params_stay(self, n_slots: int) -> Floats:
+        """[parameters]: 1 where there is a slot for every block that is not in host memory, so that no parameters have
+        to be on storage: where slots are what storage is read into."""
+        rates, n_blocks = self.model.rates, len(self.params_cum) - 1
+        if not rates.shares_host or rates.storage is None:
+            return np.zeros(len(self.params_counts))
+        streamed = n_blocks - self.params_counts
+        return ((streamed > 0) & (streamed <= n_slots)).astype(np.float64)
+
+    def holds(self, shape: Shape, stay: Floats) -> Floats:
+        """[waiting, parameters]: 1 where the update of one block can be held until backward has ended: its parameters
+        have memory of their own, and there is a buffer for its gradients beside those of a block in backward and of one
+        in an update."""
         n_blocks = len(self.params_cum) - 1
-        counts = sorted({round(share * n_blocks) for share in self.space.params_host_fractions})
-        return self.params_cum[counts]
+        if n_blocks < HOLDS_FROM_BLOCKS or self.model.rates.storage is None:
+            return np.zeros((len(self.waiting), len(stay)))
+        late = np.array([count for count, _ in self.waiting])
+        buffers = shape.n_grad_buffers * np.where(self.model.grads_once(shape.micro_batches, late), 2, 1)
+        at_home = (stay > 0) | (self.params_counts > spread_order(n_blocks).index(n_blocks - 2))
+        found: Floats = (((late == 0) & (buffers > 2))[:, None] & at_home[None, :]).astype(np.float64)
+        return found
 
     def kept_positions(self, order: Order, spare_nbytes: float, shape: Shape) -> npt.NDArray[np.int64]:
         """[saved set]: how many units, in order, stay on the device: all, or what leaves room for those that come back
@@ -198,19 +227,25 @@ class Tables:
         first = (slice(None), None, None, None)
         swapped_host, swapped_storage = in_host[None, :, :, None], on_storage[None, :, :, None]
         has_storage = model.rates.storage is not None
-        fixed = host_need(
-            model.workload,
-            model.format,
-            model.batch,
-            shape,
-            staging_nbytes=budgets.staging_nbytes,
-            shares_host=model.rates.shares_host,
-            has_storage=has_storage,
+        without, through_staging = (
+            host_need(
+                model.workload,
+                model.format,
+                model.batch,
+                shape,
+                staging_nbytes=budgets.staging_nbytes,
+                shares_host=model.rates.shares_host,
+                has_storage=has_storage,
+                activation_staging=staging,
+            )
+            for staging in (ACTIVATION_STAGING_NBYTES_MIN, None)
         )
+        fixed = np.where(swapped_storage > 0, through_staging, without)
         least_host = fixed + grads_host[first] + swapped_host
         rest = budgets.host_memory_nbytes - least_host
         params, states, placed_fits = self._place(rest)
         root_states = np.maximum(0.0, states - sum(model.state_nbytes))
+        stay = self.params_stay(shape.n_slots)
         load = Load(
             deferred_fraction=np.array([count / len(model.slot_nbytes) for count, _ in self.waiting])[first],
             params_host_nbytes=params,
@@ -224,8 +259,12 @@ class Tables:
             micro_batches=shape.micro_batches,
             n_grad_buffers=shape.n_grad_buffers,
             boundary_on_device=shape.boundary_on_device,
+            params_stay=stay[None, None, None, :],
+            held=self.holds(shape, stay)[:, None, None, :],
         )
-        storage = (self.params_cum[-1] - params) + (self.states_cum[-1] - states)
+        storage = (1 - stay) * (self.params_cum[-1] - params) + (self.states_cum[-1] - states)
+        if model.durable_steps:
+            storage = 0.0 * storage + durable_nbytes(model.workload, model.format)
         storage = storage + grads_stored[first] + swapped_storage + self._page_padding(shape, swapped_storage)
         fits = placed_fits & (storage <= storage_limit(self.hardware, budgets)) & (spare >= 0)
         ahead = np.where(on_storage > 0, self.ahead_nbytes(shape), 0.0)

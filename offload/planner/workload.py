@@ -85,6 +85,8 @@ class Workload:
     root_held: tuple[tuple[int, int], ...] = ()
     """Of these bytes, what is alive while backward goes through the blocks."""
 
+    one_dtype: bool = True
+    """Whether all trainable parameters of the blocks have `param_nbytes`."""
     root_early_numel: int = 0
     """Root parameters whose gradients are complete before backward comes to the blocks: those of an untied head."""
 

@@ -146,6 +146,7 @@ def trace_workload(
         root_padding_numel=_padding_numel(pieces.root),
         root_held=working.get(HELD, ()),
         root_early_numel=early_numel,
+        one_dtype=_one_dtype(pieces, _param_nbytes(model)),
     )
 
 
@@ -200,6 +201,12 @@ def _param_nbytes(model: nn.Module) -> int:
     for parameter in model.parameters():
         numel[parameter.element_size()] += parameter.numel()
     return numel.most_common(1)[0][0]
+
+
+def _one_dtype(pieces: Cut, nbytes: int) -> bool:
+    """Whether all trainable parameters of the blocks have elements of `nbytes`."""
+    parameters = (p for block in pieces.block_parameters for _, p in block)
+    return all(p.element_size() == nbytes for p in parameters if p.requires_grad)
 
 
 def _per_sample_flops(name: str, two: Part, three: Part) -> dict[str, float]:

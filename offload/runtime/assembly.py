@@ -292,7 +292,8 @@ class _Builder:
         states = self._states(index, layout, store, sides)
         record = BlockRecord(index, layout, False, param_offset, states, sides=sides)
         if param_offset < 0:
-            take = self.on_device if placement.params_on_device else self.host_arena.take
+            in_host = placement.params_in_host[index] or not placement.params_on_device
+            take = self.host_arena.take if in_host else self.on_device
             record.slot = Slot(take(layout.slot_nbytes), record)
         if placement.grads_in_host[index]:
             record.grad_host = self.host_arena.take(layout.grad_elements * 4).view(torch.float32)

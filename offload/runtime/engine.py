@@ -79,7 +79,8 @@ class OffloadEngine:
             raise
         self.root, self.blocks, self.placement = parts.root, parts.blocks, parts.placement
         self._optimizer = weakref.ref(optimizer)
-        self._scheduler = make_scheduler(parts, self.stalls, self.spans, holds=self.plan is None)
+        holds = self.plan is None or self.plan.held_block is not None
+        self._scheduler = make_scheduler(parts, self.stalls, self.spans, holds=holds)
         self._gradients = self._scheduler.gradients
         self._early_root = EarlyRoot(self.root, config.chunk_elements)
         self.tracked: dict[str, Stateful] = {}

@@ -27,6 +27,7 @@ from offload.profiling.stored import stored_hardware
 from offload.profiling.workload import profile_model
 from offload.runtime.recompute import Recipe
 from offload.stores.activations import Tier
+from offload.tiers.storage import free_nbytes
 from offload.types import PAGE_NBYTES
 
 logger = logging.getLogger("offload")
@@ -145,6 +146,12 @@ def plan_run(
             raise ConfigError(
                 f"the plan is for a model of {len(given.activations)} blocks, this one has {len(workload.blocks)}"
             )
+        if given.durable_steps != (config.durability == "step"):
+            raise ConfigError(
+                f"durability={config.durability!r} and plan=: the plan is for "
+                + ("durability='step'" if given.durable_steps else "another durability than 'step'")
+                + ", whose bytes are others: plan again"
+            )
         if given.state_format.param_nbytes != workload.param_nbytes:
             raise ConfigError(
                 f"the plan is for parameters of {given.state_format.param_nbytes} bytes, this run computes with "
@@ -160,10 +167,11 @@ def plan_run(
     budgets = Budgets(
         device_memory_nbytes=device_nbytes,
         host_memory_nbytes=host_nbytes,
-        storage_nbytes=None if config.storage else 0,
+        storage_nbytes=free_nbytes(config.storage) if config.storage else 0,
         written_nbytes_per_step=limit_nbytes,
         staging_nbytes=staging_nbytes,
         clips_gradients=config.max_grad_norm is not None,
+        durable_steps=config.durability == "step",
     )
     samples = (config.batch or (1, 1))[0]
     hardware, fixed = hardware_for(config, shares_host), fixed_choices(config)
@@ -245,7 +253,9 @@ def placement_of(
         for b, fraction in zip([*blocks, root], plan.states_in_host, strict=True)
     ]
     stored = sum(sum(b.state_chunk_nbytes[n:]) for b, n in zip([*blocks, root], chunks, strict=True))
-    stored += sum(b.slot_nbytes for b, inside in zip(blocks, params, strict=True) if not inside)
+    stays = plan.params_on_device and 0 < params.count(False) <= n_slots
+    if not stays:
+        stored += sum(b.slot_nbytes for b, inside in zip(blocks, params, strict=True) if not inside)
     return Placement(
         n_slots=n_slots,
         n_grad_buffers=n_grads,
@@ -258,6 +268,7 @@ def placement_of(
         host_nbytes=host_nbytes - host.left - swapped,
         storage_nbytes=stored,
         activation_staging_nbytes=staging,
+        params_on_device=stays,
     )
 
 

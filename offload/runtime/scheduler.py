@@ -42,7 +42,7 @@ HyperOf = Callable[[torch.nn.Parameter], "Hyper"]
 class Scheduler:
     """The executor over real resources. `blocks` in order of use; `root` is always resident.
 
-    `holds`: whether one update may be held until backward has ended (a plan's schedule holds none).
+    `holds`: whether one update may be held until backward has ended (a plan says whether its schedule holds it).
     """
 
     def __init__(

@@ -15,6 +15,10 @@ from offload.types import PAGE_NBYTES, round_up
 
 Index = int | None
 
+PIECES = "pieces"
+"""Of updates, each in one of `Plan.update_buffers` buffers: counted as the bytes of a tier are."""
+ONE_PIECE = ((PIECES, 1),)
+
 
 class Emitter:
     """The operations so far, and what those that use the same slots, buffers and staging have to wait for."""
@@ -44,9 +48,8 @@ class Emitter:
         """Per block: what its next fetch waits for."""
         self.grads_ready: dict[int, Index] = {}
         """Per deferred block: where its gradients have arrived."""
-        self.grad_buffers: deque[Index] = deque([None] * plan.n_grad_buffers)
-        self.grad_landing: deque[Index] = deque([None] * 2)
-        self.pieces: deque[Index] = deque([None] * plan.update_buffers)
+        self.grad_buffers: deque[Index] = deque([None] * plan.n_grad_buffers * plan.grads_per_buffer)
+        self.grad_landing: deque[Index] = deque([None] * 2 * plan.grads_per_buffer)
         self.out_window: deque[Index] = deque([None] * 2)
         self.spill_window: deque[Index] = deque([None] * 2)
         self.in_window: deque[Index] = deque([None] * 2)
@@ -77,6 +80,7 @@ class Emitter:
         acquires: tuple[tuple[str, int], ...] = (),
         releases: tuple[tuple[str, int], ...] = (),
         whole_flops: float = 0.0,
+        rank: int = 0,
     ) -> int:
         """Append one operation; None among `after` waits for nothing."""
         dram = 0.0
@@ -102,6 +106,7 @@ class Emitter:
                 self.step,
                 block,
                 micro,
+                rank,
             )
         )
         return len(self.operations) - 1
@@ -145,14 +150,14 @@ class Emitter:
         if block not in self.resident and self.takes_slot(block):
             slot = self.free_slots.popleft()
         source: tuple[Index, ...] = (self.updated.get(block),)
-        in_host, resident = self.plan.params_in_host[block], block in self.resident
-        staged = not (in_host or resident or self.shares_host)
+        stored, resident = self.plan.param_on_storage(block), block in self.resident
+        staged = stored and not (resident or self.shares_host)
         room = self.fetch_ring.popleft() if staged else None
         if step_closed is not None and block in self.grads_ready:
             source = self.late_update(block, (step_closed, slot if self.shares_host else room))
-            if self.plan.update == "mixed" and not resident and not in_host:
+            if self.plan.update == "mixed" and not resident and stored:
                 source = (self.emit("fetch", "read", self.param_nbytes(block), room, *source, block=block),)
-        elif not resident and not in_host:
+        elif not resident and stored:
             wait = slot if self.shares_host else room
             source = (self.emit("fetch", "read", self.param_nbytes(block), wait, *source, block=block),)
         ready: tuple[Index, ...] = ()
@@ -166,8 +171,8 @@ class Emitter:
         self.loaded[block] = ready
 
     def takes_slot(self, block: int) -> bool:
-        """Where the device computes in host memory, a block that lives there needs no other place."""
-        return not (self.shares_host and self.plan.params_in_host[block])
+        """Where the device computes in host memory, a block with memory of its own needs no other place."""
+        return not self.shares_host or self.plan.param_on_storage(block)
 
     def late_update(self, block: int, wait: tuple[Index, ...]) -> tuple[Index, ...]:
         """A deferred update. With every update deferred it reads the parameters into their staging buffer and hands
@@ -176,7 +181,7 @@ class Emitter:
         if not self.plan.grads_in_host[block]:
             arrived = self.emit("read_back", "read", self.grad_nbytes(block), arrived, *wait, block=block)
         mixed = self.plan.update == "mixed"
-        in_memory = self.plan.params_in_host[block] or (block in self.resident and self.shares_host)
+        in_memory = not self.plan.param_on_storage(block) or (block in self.resident and self.shares_host)
         waiting = self.grad_nbytes(block) if self.plan.grads_in_host[block] and not self.shares_host else 0
         made = self.update(
             block,
@@ -184,11 +189,11 @@ class Emitter:
             reads_param=not in_memory,
             releases=(("host", waiting),),
         )
-        return (self.updated[block],) if mixed and not self.plan.params_in_host[block] else made
+        return (self.updated[block],) if mixed and self.plan.param_on_storage(block) else made
 
     def grad_nbytes(self, block: int) -> int:
         """The block's gradients."""
-        return self.plan.state_format.grad_nbytes * self.workload.blocks[block].stored_numel
+        return self.plan.grad_nbytes * self.workload.blocks[block].stored_numel
 
     def update(
         self,
@@ -198,12 +203,15 @@ class Emitter:
         reads_param: bool,
         releases: tuple[tuple[str, int], ...] = (),
         share: float = 1.0,
+        rank: int = 0,
     ) -> tuple[Index, ...]:
-        """The pieces of an update, or a share of it. Returns what a use of the new parameters waits for in memory."""
+        """The pieces of an update, or a share of it. Returns what a use of the new parameters waits for in memory.
+
+        Updates of higher `rank` begin after all that could begin before them."""
         plan, state = self.plan, self.plan.state_format
         whole = self.workload.root_stored_numel if block is None else self.workload.blocks[block].stored_numel
         numel = share * whole
-        stored_param = block is not None and not plan.params_in_host[block]
+        stored_param = block is not None and plan.param_on_storage(block)
         in_host = share * plan.state_in_host_nbytes(-1 if block is None else block, whole)
         states = state.state_nbytes * numel - in_host
         param = state.param_nbytes * numel if stored_param else 0
@@ -216,11 +224,13 @@ class Emitter:
             n = max(1, min(n, -int(-numel // plan.chunk_elements)))
         for piece in range(n):
             freed = releases if piece == n - 1 else ()
-            buffer = self.pieces.popleft()
-            got = self.emit("state_in", "read", (read + frozen) / n, buffer, *after, block=block)
-            made = self.emit("update", "cpu", numel / n, got, *after, block=block, releases=freed)
-            last = self.emit("state_out", "write", (states + param) / n, made, last, block=block)
-            self.pieces.append(last)
+            piece_in = (read + frozen) / n
+            got = self.emit("state_in", "read", piece_in, *after, block=block, rank=rank, acquires=ONE_PIECE)
+            made = self.emit("update", "cpu", numel / n, got, *after, block=block, rank=rank, releases=freed)
+            piece_out = (state.stored_nbytes * numel if plan.durable_steps else states + param) / n
+            last = self.emit(
+                "state_out", "write", piece_out, made, last, block=block, rank=rank, releases=ONE_PIECE
+            )
             computed.append(made)
         self.updated[block] = last
         return (last,) if self.shares_host else tuple(computed)

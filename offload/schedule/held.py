@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from offload.planner.memory import Shape, boundary_nbytes, device_need, host_need, is_traced
+from offload.planner.memory import (
+    Shape,
+    boundary_nbytes,
+    device_need,
+    durable_nbytes,
+    host_need,
+    is_traced,
+)
 from offload.planner.plan import Plan
 from offload.planner.workload import Workload
 
@@ -21,7 +28,10 @@ def held_nbytes(
     states = sum(state.state_nbytes * numel for numel in numels)
     params_host = sum(n for n, inside in zip(params, plan.params_in_host, strict=True) if inside)
     states_host = sum(plan.state_in_host_nbytes(i, numel) for i, numel in enumerate(numels))
-    stored = sum(params) + states - params_host - states_host
+    params_stored = 0 if plan.params_on_device else sum(params) - params_host
+    stored = params_stored + states - states_host
+    if plan.durable_steps:
+        stored = durable_nbytes(workload, state)
     late = {i: state.grad_nbytes * workload.blocks[i].stored_numel for i in plan.deferred_blocks}
     grads_host = sum(nbytes for i, nbytes in late.items() if plan.grads_in_host[i])
     if has_storage is None:

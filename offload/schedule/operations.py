@@ -33,7 +33,8 @@ Kind = Literal[
 class Operation:
     """One thing a step does on one lane. `amount` is FLOPs (compute), bytes (h2d, d2h, read, write) or parameters
     (cpu). It starts when all of `after` (indices into the list, all smaller than its own) have ended, its lane is free
-    and its memory is to be had; among ready operations of a lane the first of the list goes first."""
+    and its memory is to be had; among ready operations of a lane those of the lowest `rank` go first, and of these the
+    first of the list."""
 
     kind: Kind
     lane: Lane
@@ -54,6 +55,8 @@ class Operation:
     block: int | None = None
     """None: the root."""
     micro_batch: int | None = None
+    rank: int = 0
+    """Updates have one: they make way for what computing needs, and for updates that forward needs earlier."""
 
 
 @dataclass(frozen=True)

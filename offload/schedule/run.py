@@ -10,6 +10,7 @@ from offload.planner.hardware import Hardware
 from offload.planner.plan import Budgets, Plan
 from offload.planner.rates import rates_of
 from offload.planner.workload import Workload
+from offload.schedule.emitter import PIECES
 from offload.schedule.held import held_nbytes
 from offload.schedule.operations import Operation
 from offload.schedule.simulator import STALL_CAUSES, Timeline, simulate
@@ -17,6 +18,7 @@ from offload.schedule.unroll import unroll
 from offload.telemetry import Span
 
 STAGING_NBYTES = Budgets(0, 0).staging_nbytes
+TIERS = ("device", "host", "storage")
 SECONDS_PER_YEAR = 365.25 * 86400
 
 
@@ -97,7 +99,8 @@ def simulate_plan(
         staging_nbytes=staging_nbytes,
         has_storage=bool(hardware.drives),
     )
-    timeline = simulate(operations, rates_of(hardware, workload.param_nbytes), held_nbytes=held)
+    rates = rates_of(hardware, workload.param_nbytes)
+    timeline = simulate(operations, rates, held_nbytes=held, limit_nbytes={PIECES: plan.update_buffers})
     start_s, end_s = timeline.end_s[ends[-2]], timeline.end_s[ends[-1]]
     step_s = end_s - start_s + hardware.step_overhead_s
     moved: dict[str, float] = defaultdict(float)
@@ -131,10 +134,10 @@ def simulate_plan(
         written_nbytes=moved["write"],
         h2d_nbytes=moved["h2d"],
         d2h_nbytes=moved["d2h"],
-        peak_nbytes={tier: timeline.peak_nbytes(tier) for tier in ("device", "host", "storage")},
+        peak_nbytes={tier: timeline.peak_nbytes(tier) for tier in TIERS},
         endurance_steps=endurance_steps(hardware, moved["write"]),
         spans=spans,
-        memory={tier: _from(line, start_s, timeline.total_s) for tier, line in timeline.memory.items()},
+        memory={tier: _from(timeline.memory[tier], start_s, timeline.total_s) for tier in TIERS},
     )
 
 

@@ -112,7 +112,7 @@ class _Simulation:
             self.timeline.memory[tier] = [(0.0, nbytes)]
         self.missing = [0] * n
         self.followers: list[list[int]] = [[] for _ in range(n)]
-        self.ready: dict[Lane, list[int]] = {lane: [] for lane in LANES}
+        self.ready: dict[Lane, list[tuple[int, int]]] = {lane: [] for lane in LANES}
         self.running: dict[Lane, int] = {}
         self.left: dict[Lane, float] = {}
         self.alone_s = [duration_alone_s(o, rates) for o in operations]
@@ -126,7 +126,7 @@ class _Simulation:
                 self.followers[before].append(index)
             self.missing[index] = len(operation.after)
             if not operation.after:
-                heapq.heappush(self.ready[operation.lane], index)
+                heapq.heappush(self.ready[operation.lane], (operation.rank, index))
 
     def _change(self, changes: tuple[tuple[str, int], ...], sign: int) -> None:
         for tier, nbytes in changes:
@@ -143,15 +143,15 @@ class _Simulation:
         for lane, queue in self.ready.items():
             if lane in self.running or not queue:
                 continue
-            waiting: list[int] = []
+            waiting: list[tuple[int, int]] = []
             while queue:
-                index = heapq.heappop(queue)
-                if self._fits(self.operations[index]):
-                    self._start(lane, index)
+                entry = heapq.heappop(queue)
+                if self._fits(self.operations[entry[1]]):
+                    self._start(lane, entry[1])
                     break
-                waiting.append(index)
-            for index in waiting:
-                heapq.heappush(queue, index)
+                waiting.append(entry)
+            for entry in waiting:
+                heapq.heappush(queue, entry)
 
     def _start(self, lane: Lane, index: int) -> None:
         self._change(self.operations[index].acquires, 1)
@@ -193,7 +193,8 @@ class _Simulation:
         for follower in self.followers[index]:
             self.missing[follower] -= 1
             if not self.missing[follower]:
-                heapq.heappush(self.ready[self.operations[follower].lane], follower)
+                operation = self.operations[follower]
+                heapq.heappush(self.ready[operation.lane], (operation.rank, follower))
 
     def run(self) -> Timeline:
         """Work everything off."""
@@ -214,7 +215,7 @@ class _Simulation:
         return self.timeline
 
     def _refuse(self) -> None:
-        stuck = [self.operations[queue[0]] for queue in self.ready.values() if queue]
+        stuck = [self.operations[queue[0][1]] for queue in self.ready.values() if queue]
         if not stuck:
             raise SimulationError("nothing is ready and nothing runs; the list of operations is inconsistent")
         first = stuck[0]

@@ -3,6 +3,9 @@
 [Note: what bounds the look-ahead] A fetch needs a slot that an earlier block has left. A micro-batch computes only when
 the swaps of the one two before it are over, so two micro-batches of tensors are in flight at most. A block's backward
 needs a gradient buffer, its gradients a place in host memory. An update piece needs one of `update_buffers` buffers.
+
+[Note: which update goes first] Those made during backward go in the order in which their gradients come. What is left
+when backward has ended goes in the order of the next forward: the root's, the first blocks', at last the held one.
 """
 
 from __future__ import annotations
@@ -63,9 +66,12 @@ class Unroller(Emitter):
                     self.fetch(uses[fetched], None)
                     fetched += 1
             self.swap_in_ahead(done=self.n_backwards)
-            self.grads_leave(block)
+            if block != self.plan.held_block:
+                self.grads_leave(block)
         if self.last_compute is not None:
             self.ends.append(self.last_compute)
+        if self.plan.held_block is not None:
+            self.grads_leave(self.plan.held_block)
         self.update_root(1 - head)
         self.step += 1
 
@@ -258,7 +264,7 @@ class Unroller(Emitter):
             out = self.last_compute = self.emit("grad_out", "d2h", self.grad_nbytes(block), out, block=block)
         done = out
         if not late:
-            self.update(block, (out,), reads_param=False)
+            self.update(block, (out,), reads_param=False, rank=self.rank(block))
             done = self.updated[block]
         elif not waits_in_host:
             done = self.emit("spill", "write", self.grad_nbytes(block), out, block=block)
@@ -273,7 +279,7 @@ class Unroller(Emitter):
     def update_head(self) -> float:
         """Start updating the share of the root whose gradients precede the blocks', unless all updates wait."""
         numel = self.workload.root_stored_numel
-        if len(self.deferred) == self.n_blocks or not numel:
+        if len(self.deferred) == self.n_blocks or not numel or self.plan.durable_steps:
             return 0.0
         early, chunk = self.workload.root_early_numel, self.plan.chunk_elements or 1
         share = early // chunk * chunk / numel
@@ -281,8 +287,23 @@ class Unroller(Emitter):
             out: Index = self.last_compute
             if not self.shares_host:
                 out = self.emit("grad_out", "d2h", self.plan.state_format.grad_nbytes * share * numel, out)
-            self.update(None, (out,), reads_param=False, share=share)
+            self.update(None, (out,), reads_param=False, share=share, rank=self.rank(self.n_blocks))
         return share
+
+    def rank(self, block: int | None) -> int:
+        """Place of the update of a block (None: the root; the number of blocks: the head) among those of all steps.
+        See [Note: which update goes first]."""
+        n, first = self.n_blocks, 1 + self.step * (2 * self.n_blocks + 4)
+        if block is None:
+            return first + n + 1
+        if block == self.plan.held_block:
+            return first + 2 * n + 2
+        plan = self.plan
+        n_left = plan.grads_per_buffer * (plan.n_grad_buffers if self.shares_host else 2)
+        n_left -= plan.held_block is not None
+        if not plan.params_on_device:
+            n_left = min(n_left, plan.n_slots)
+        return first + (n + 2 + block if block < n_left else n - block)
 
     def update_root(self, share: float) -> None:
         """The rest's gradients are complete when backward ends, and forward needs the root's parameters first."""
@@ -292,7 +313,8 @@ class Unroller(Emitter):
         out: Index = self.last_compute
         if not self.shares_host:
             out = self.emit("grad_out", "d2h", self.plan.state_format.grad_nbytes * share * numel, out)
-        made = self.update(None, (out, self.updated.get(None)), reads_param=False, share=share)
+        after = (out, self.updated.get(None))
+        made = self.update(None, after, reads_param=False, share=share, rank=self.rank(None))
         if not self.shares_host:
             self.updated[None] = self.emit("load", "h2d", self.plan.state_format.param_nbytes * numel, *made)
 

@@ -12,6 +12,7 @@ import secrets
 import shutil
 import time
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 
 from offload._C import Engine
@@ -78,6 +79,21 @@ def _remove(
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+
+
+def free_nbytes(directories: Sequence[str]) -> int:
+    """Bytes that a store striped evenly over `directories` can have now; those of one file system share its room.
+
+    A directory that is not there yet counts as the nearest one above it.
+    """
+    places = []
+    for directory in directories:
+        path = os.path.abspath(directory)
+        while not os.path.isdir(path) and path != os.path.dirname(path):
+            path = os.path.dirname(path)
+        places.append((os.stat(path).st_dev, shutil.disk_usage(path).free))
+    sharing = Counter(device for device, _ in places)
+    return len(places) * min((free // sharing[device] for device, free in places), default=0)
 
 
 class Store:

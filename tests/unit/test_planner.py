@@ -18,6 +18,7 @@ from offload.planner.activations import candidates, spread
 from offload.planner.explain import explain, lower_bounds
 from offload.planner.hardware import Hardware
 from offload.planner.memory import Shape, device_need, host_need
+from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from offload.planner.plan import INPUT, SPLIT_MASTER, Budgets, Plan
 from offload.planner.points import Search
 from offload.planner.report import plan_lines
@@ -275,13 +276,16 @@ def oracle_step_s(
     spilled = 4 * numel * (n - grads_host) if deferred else 0
     forward_flops = batch * (n * work.blocks[0].flops_per_sample + work.root_flops_per_sample)
     launches = n * shape.micro_batches * machine.launch_overhead_s
-    one_update = 4 * numel / machine.d2h_bytes_per_s + max(
+    once = shape.micro_batches == 1 and not deferred
+    """Gradients that come once stay bf16: two blocks' in a buffer, and half of the bytes over the bus."""
+    width = 2 if once else 4
+    one_update = width * numel / machine.d2h_bytes_per_s + max(
         states / n / (len(machine.drives) * 6.5e8), numel / machine.adam_params_per_s
     )
     late = 1 if deferred else 0
     swapped = (n_host + n_swapped) * unit
     exposed = launches + (1 - late) * one_update
-    if shape.n_grad_buffers < 2:
+    if shape.n_grad_buffers < 2 and not once:
         exposed += 4 * p / machine.d2h_bytes_per_s * (1 - 1 / n)
     forward = phase_s(
         machine,
@@ -297,7 +301,7 @@ def oracle_step_s(
         machine,
         2 * forward_flops + recompute,
         2 * p * turn + boundary + swapped,
-        4 * p + boundary,
+        width * p + boundary,
         2 * p * stored * turn + n_swapped * unit + (1 - late) * states,
         (1 - late) * (2 * p * stored + states) + spilled,
         (1 - late) * p,
@@ -332,8 +336,19 @@ def exhaustive_step_s(work, machine, budgets, batch) -> float:
             continue
         if not boundary and m < OFF_DEVICE_MICRO_BATCHES_MIN:
             continue
-        free = budgets.host_memory_nbytes - host_need(
-            work, SPLIT_MASTER, batch, shape, staging_nbytes=STAGING, shares_host=False, has_storage=True
+        free_with_staging, free_without = (
+            budgets.host_memory_nbytes
+            - host_need(
+                work,
+                SPLIT_MASTER,
+                batch,
+                shape,
+                staging_nbytes=STAGING,
+                shares_host=False,
+                has_storage=True,
+                activation_staging=staging,
+            )
+            for staging in (None, ACTIVATION_STAGING_NBYTES_MIN)
         )
         for deferred, n_saved in itertools.product((False, True), range(len(flops) + 1)):
             recompute = batch * (sum(flops) - sum(sorted(flops, reverse=True)[:n_saved]))
@@ -341,6 +356,7 @@ def exhaustive_step_s(work, machine, budgets, batch) -> float:
             keepable = units if boundary else n_saved
             for n_kept in range(min(keepable, spare // unit) + 1):
                 for n_host in range(units - n_kept + 1):
+                    free = free_without if n_host == units - n_kept else free_with_staging
                     for grads in range(n + 1) if deferred else (0,):
                         rest = free - n_host * unit - grads * 4 * numel
                         if rest < 0:
