@@ -57,6 +57,10 @@ def host_total_nbytes() -> int:
     return int(total)
 
 
+NO_PLAN = "none"
+"""Value of `Config.plan` that places by budget alone."""
+
+
 class Config(BaseModel):
     """Everything `offload.wrap` can be told. Unknown names are refused.
 
@@ -67,8 +71,9 @@ class Config(BaseModel):
     (sequences a step, tokens a sequence) the planner chooses placement, micro-batches, prefetch window and what is
     kept for backward, for the machine that `hardware` names (a profile's name or file; default: what `offload
     probe` has stored); settings given explicitly stay as given. `written_per_step`: most bytes a planned step may
-    write to storage, to spare the drives. `plan`: a saved plan's file, or its text, to be used as it is.
-    `step_aside`: when all training state takes at most half of `device_memory`, do not stream. `durability`: what
+    write to storage, to spare the drives. Without `batch`, state is placed by budget, and what is kept for backward
+    is planned after the first step, where that is worth it. `plan`: a saved plan's file, or its text, to be used as
+    it is; "none": no plan. `step_aside`: when all training state takes at most half of `device_memory`, do not stream. `durability`: what
     survives a kill or a power loss: nothing, the last `offload.save`, or the last step (docs/durability.md has what
     each costs); with the last, `verify_reads` compares what is read with its checksums: "auto" stops when that
     takes more than 3 % of a step. `adapters`: whether small trainable parameters of frozen blocks stay in device
@@ -127,7 +132,9 @@ class Config(BaseModel):
             raise ConfigError(
                 "durability='step' keeps every step on storage: give storage=[directory] and leave step_aside alone"
             )
-        if config.written_per_step is not None and config.batch is None and config.plan is None:
+        if config.written_per_step is not None and (
+            config.plan == NO_PLAN or (config.batch is None and config.plan is None)
+        ):
             raise ConfigError(
                 f"written_per_step={config.written_per_step!r} is kept by planning: give batch=(sequences, tokens) too"
             )

@@ -328,7 +328,7 @@ _WrittenLimit = Annotated[
 _Durability = Annotated[
     str,
     typer.Option(
-        help="What survives a kill: none, checkpoint or step (all state lies on storage twice, and all of it is written "
+        help="What survives a kill: none, checkpoint or step (all state lies on storage twice, all of it is written "
         "in every step).",
         rich_help_panel=_MEMORY,
     ),

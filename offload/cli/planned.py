@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 
+from offload.config import NO_PLAN
 from offload.errors import ConfigError
 from offload.planner.hardware import Hardware, load_hardware
 from offload.planner.plan import Plan
 from offload.planner.report import plan_lines
 from offload.profiling.stored import profile_path, stored_hardware
 from offload.schedule.run import endurance_steps
-
-NO_PLAN = "none"
-"""Value of --plan that places by budget alone."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +116,8 @@ def planning_of(request: Request, note: Callable[[str], None]) -> Planning:
         if request.written_per_step is not None:
             raise ConfigError(f"--written-per-step is kept by planning, and there is no plan: {why_not}")
         note(f"placement by budget, without a plan: {why_not}")
+        if request.plan == NO_PLAN:
+            settings["plan"] = NO_PLAN
         return Planning(request, hardware, settings)
     settings["batch"] = (request.batch_samples, request.tokens_per_sample)
     settings["hardware"] = request.hardware or profile_path()

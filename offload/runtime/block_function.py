@@ -28,6 +28,7 @@ class Runner(Protocol):
 
     micro_batches: int
 
+    def sees_batch(self, n_samples: int, tensors: list[torch.Tensor]) -> None: ...
     def begin_forward(self, block: BlockRecord) -> None: ...
     def end_forward(self, block: BlockRecord) -> None: ...
     def begin_backward(self, block: BlockRecord) -> None: ...
@@ -410,6 +411,7 @@ def run_block(
     leaves = captured.without_cache(block.name, leaves)
     positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
     n_samples = microbatch.batch_numel(leaves)
+    runner.sees_batch(n_samples, [leaves[i] for i in positions])
     ranges = microbatch.cut_points(n_samples, runner.micro_batches)
     if len(ranges) > 1:
         microbatch.check_unambiguous(leaves, n_samples)

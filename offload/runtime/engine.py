@@ -25,6 +25,7 @@ from offload.runtime.block_function import run_block
 from offload.runtime.durable_steps import DurableSteps
 from offload.runtime.early_root import EarlyRoot
 from offload.runtime.gradient_norms import GradientNorms
+from offload.runtime.late_plan import LatePlan, is_open
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.recompute import Recipe
 from offload.runtime.recording import computing, recording
@@ -93,6 +94,8 @@ class OffloadEngine:
             self._durable = DurableSteps(
                 self.commits, self.root, self.blocks, self._scheduler, self.stalls, late
             )
+        may_plan = not self.aside and is_open(config)
+        self._late_plan = LatePlan(model, config, blocks, parts) if may_plan else None
         self.activations = make_activations(parts, config, self.stalls, self.spans, self.plan is not None)
         self._step_start_s = time.perf_counter()
         try:
@@ -140,6 +143,11 @@ class OffloadEngine:
         self._open_backward()
         self._early_root.received(parameter)
         self._gradients.accumulate(block, buffer, position, parameter)
+
+    def sees_batch(self, n_samples: int, tensors: list[torch.Tensor]) -> None:
+        """A block is about to run forward with these inputs."""
+        if self._late_plan is not None:
+            self._late_plan.saw(n_samples, tensors)
 
     def begin_forward(self, block: BlockRecord) -> None:
         """Before the block's forward."""
@@ -295,6 +303,7 @@ class OffloadEngine:
             block.awaiting_backward.clear()
         self._scheduler.rewind()
         self._scheduler.prefetch()
+        self._plan_late()
         now = time.perf_counter()
         self.last_step = {
             "step_s": now - self._step_start_s,
@@ -310,6 +319,13 @@ class OffloadEngine:
         optimizer = self._optimizer()
         if optimizer is not None:
             optimizer.zero_grad(set_to_none)
+
+    def _plan_late(self) -> None:
+        """The first step is over, and its batch is known; see runtime/late_plan.py."""
+        late, self._late_plan = self._late_plan, None
+        self._planned = self._planned if late is None else late.make(self._modules)
+        if late is not None and self._planned is not None:
+            self.plan = self._planned.plan
 
     def discard_gradients(self) -> None:
         """Forget gradients that no step has consumed."""

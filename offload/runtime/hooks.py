@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -35,6 +36,18 @@ def replace_forward(
 def restore_forward(module: nn.Module) -> None:
     """Undo `replace_forward`."""
     module.__dict__.pop("forward", None)
+
+
+@contextlib.contextmanager
+def own_forward(modules: list[nn.Module]) -> Iterator[None]:
+    """Inside, `replace_forward` of these modules is undone."""
+    replaced = [(module, module.__dict__.pop("forward", None)) for module in modules]
+    try:
+        yield
+    finally:
+        for module, forward in replaced:
+            if forward is not None:
+                module.forward = forward
 
 
 def on_gradient(

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from offload.config import Config
+from offload.config import NO_PLAN, Config
 from offload.errors import BudgetError, ConfigError
 from offload.planner.hardware import Hardware, load_hardware
 from offload.planner.placement import (
@@ -134,7 +134,7 @@ def plan_run(
     `compute_dtype` as in `offload.wrap`. Raises BudgetError when nothing fits, and ConfigError for a plan of another
     model or dtype, for settings that contradict it, or for a machine without profile.
     """
-    if config.plan is None and config.batch is None:
+    if config.plan == NO_PLAN or (config.plan is None and config.batch is None):
         return None
     given = None if config.plan is None else _read_plan(config.plan)
     tokens = given.tokens_per_sample if given is not None else (config.batch or (1, 1))[1]

@@ -1,0 +1,170 @@
+"""The plan of a run that was wrapped without `batch=`: made when the first step has shown its batch.
+
+[Note: what is open then] State has been placed by budget, and micro-batches, slots and update mode are as configured:
+another number of micro-batches would change the order of additions. What backward keeps or computes again changes no
+bit, and is chosen now: on the device and in host memory where the budgets have room, never on storage, which would be
+worn by bytes that nobody asked for. Tracing a model takes about a second, so small steps are left as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from offload.config import Config
+from offload.errors import OffloadError
+from offload.planner.hardware import Drive, Hardware, load_hardware
+from offload.planner.plan import Budgets, Plan
+from offload.planner.report import plan_lines
+from offload.planner.search import make_plan
+from offload.planner.workload import Workload
+from offload.profiling import compute_probe
+from offload.profiling.stored import profile_path, stored_hardware
+from offload.profiling.workload import profile_model
+from offload.runtime import hooks
+from offload.runtime.assembly import Assembly
+from offload.runtime.planning import RunPlan, fixed_choices
+
+logger = logging.getLogger("offload")
+
+STEP_FLOPS_MIN = 1e12
+"""Steps of less arithmetic (6 FLOPs a parameter and token) are not planned for."""
+_PROBE_S = 0.25
+_DRIVE_BYTES_PER_S = 1e9
+"""Of a drive that was never measured. Nothing that is open depends on it; the predicted seconds do."""
+_ADAM_DRAM_NBYTES = 28
+"""An update's traffic through DRAM (docs/profiles.md)."""
+
+
+def is_open(config: Config) -> bool:
+    """Whether anything is left to plan once a batch is seen: nobody fixed or planned what is kept for backward."""
+    planned = config.plan is not None or config.batch is not None
+    fixed = "saved_activations" in config.model_fields_set or config.activations == "keep"
+    return not (planned or fixed or config.compile_blocks)
+
+
+class LatePlan:
+    """Sees the first batch, then plans for it. Raises nothing: without a plan the run goes on as it was placed."""
+
+    def __init__(self, model: nn.Module, config: Config, blocks: object, parts: Assembly) -> None:
+        self._model, self._config, self._blocks, self._parts = model, config, blocks, parts
+        self._batch: tuple[int, int] | None = None
+
+    def saw(self, n_samples: int, tensors: Sequence[torch.Tensor]) -> None:
+        """A training forward of a block with these inputs; the largest is (samples, tokens, width)."""
+        if self._batch is None and tensors:
+            largest = max(tensors, key=lambda tensor: tensor.numel())
+            self._batch = (n_samples, int(largest.shape[1]) if largest.dim() == 3 else 0)
+
+    def make(self, modules: list[nn.Module]) -> RunPlan | None:
+        """The plan, told line by line; None where none is worth its making, or none can be made.
+
+        `modules` are the blocks, whose forward is the model's own while it is traced.
+        """
+        samples, tokens = self._batch or (0, 0)
+        numel = sum(parameter.numel() for parameter in self._model.parameters())
+        if 6 * numel * samples * tokens < STEP_FLOPS_MIN:
+            return None
+        try:
+            with hooks.own_forward(modules):
+                workload = profile_model(self._model, tokens, blocks=self._blocks)
+            plan = self._plan(workload, samples)
+        except Exception as error:  # a model that we do not know may raise anything while it is traced
+            level = logging.INFO if isinstance(error, OffloadError) else logging.WARNING
+            logger.log(level, "what backward needs is recomputed, without a plan: %s", error)
+            return None
+        for line in plan_lines(plan):
+            logger.info("%s", line)
+        return RunPlan(plan, workload)
+
+    def _plan(self, workload: Workload, samples: int) -> Plan:
+        config, parts, placement = self._config, self._parts, self._parts.placement
+        n_blocks = len(parts.blocks)
+        budgets = Budgets(
+            device_memory_nbytes=parts.device_nbytes,
+            host_memory_nbytes=parts.host_nbytes,
+            storage_nbytes=None if config.storage else 0,
+            staging_nbytes=parts.resources.staging.numel(),
+            clips_gradients=config.max_grad_norm is not None,
+            durable_steps=config.durability == "step",
+        )
+        held, states = self._states_in_host()
+        fixed = {
+            **fixed_choices(config),
+            "micro_batches": min(config.micro_batches, samples),
+            "update": "deferred" if config.deferred else "backward",
+            "prefetch_blocks": max(1, placement.n_slots - 1),
+            "grad_buffers": max(1, placement.n_grad_buffers),
+            "params_host_fraction": sum(placement.params_in_host) / n_blocks,
+            "states_host_fraction": held,
+            "activations_host_fraction": 1.0,
+        }
+        if config.deferred:
+            fixed["grads_host_fraction"] = sum(placement.grads_in_host) / n_blocks
+        hardware = self._hardware(workload)
+        plan = make_plan(workload, hardware, budgets, fixed, batch_samples=samples)
+        return plan.model_copy(
+            update={
+                "chunk_elements": config.chunk_elements,
+                "params_in_host": tuple(placement.params_in_host),
+                "grads_in_host": tuple(placement.grads_in_host),
+                "states_in_host": states,
+                "params_on_device": placement.params_on_device,
+            }
+        )
+
+    def _states_in_host(self) -> tuple[float, tuple[float, ...]]:
+        """The share of all optimizer state in host memory, and that of every block and the root."""
+        held, whole = [], []
+        for record in [*self._parts.blocks, self._parts.root]:
+            whole.append(record.layout.state_nbytes)
+            held.append(sum(e.host.numel() for e in record.states.values() if e.host is not None))
+        shares = tuple(n / w if w else 1.0 for n, w in zip(held, whole, strict=True))
+        return sum(held) / max(1, sum(whole)), shares
+
+    def _hardware(self, workload: Workload) -> Hardware:
+        """The machine that was named or probed; else a quick look at this one."""
+        config, shares_host = self._config, self._parts.resources.device.shares_host
+        if config.hardware is not None:
+            return load_hardware(config.hardware)
+        if os.path.isfile(profile_path()):
+            stored = stored_hardware()
+            if stored.shares_host == shares_host and (stored.drives or not config.storage):
+                return stored
+        logger.info(
+            "planning with a quick look at this machine; `offload probe` measures it (and its drives) thoroughly"
+        )
+        return quick_look(self._model, workload, config, self._parts)
+
+
+def quick_look(model: nn.Module, workload: Workload, config: Config, parts: Assembly) -> Hardware:
+    """Matrix products and DRAM as measured in half a second, AdamW from DRAM, drives and bus as most have them."""
+    device = parts.resources.device
+    dtype = torch.float32 if workload.param_nbytes == 4 else torch.bfloat16
+    n_tokens = 2048 if device.torch_device.type == "cuda" else 128
+    rate = compute_probe.matmul_flops_per_s(
+        compute_probe.matmul_shapes(model)[:2], n_tokens, dtype, device.torch_device, _PROBE_S
+    )
+    dram = compute_probe.dram_copy_bytes_per_s(_PROBE_S)
+    bus = None if device.shares_host else config.bus_bytes_per_s or dram / 2
+    if device.torch_device.type == "cuda":
+        measured = compute_probe.bus_bytes_per_s(_PROBE_S)
+        bus = min(measured["h2d_bytes_per_s"], measured["d2h_bytes_per_s"])
+    drive = Drive(read_bytes_per_s=_DRIVE_BYTES_PER_S, write_bytes_per_s=_DRIVE_BYTES_PER_S)
+    return Hardware(
+        name="this machine, at a quick look",
+        source="a quick look",
+        shares_host=device.shares_host,
+        device_memory_nbytes=parts.device_nbytes,
+        host_memory_nbytes=parts.host_nbytes,
+        matmul_flops_per_s={str(dtype).removeprefix("torch."): rate},
+        h2d_bytes_per_s=bus,
+        d2h_bytes_per_s=bus,
+        dram_bytes_per_s=dram,
+        adam_params_per_s=dram / _ADAM_DRAM_NBYTES,
+        drives=(drive,) * len(config.storage),
+    )

@@ -1,0 +1,123 @@
+"""Without `batch=`, what backward needs is planned when the first step has shown its batch: same bits, more kept."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import offload
+from offload.planner.plan import INPUT
+from offload.runtime import late_plan
+from tests.conftest import batches, build, two_groups
+
+ROOMY = {"device_memory": "8MB", "host_memory": "8MB"}
+
+
+@pytest.fixture
+def worth_it(monkeypatch, tmp_path):
+    """Every step is worth a plan, and this machine has no profile."""
+    monkeypatch.setattr(late_plan, "STEP_FLOPS_MIN", 0.0)
+    monkeypatch.setattr(late_plan, "_PROBE_S", 0.001)
+    monkeypatch.setattr(late_plan.compute_probe, "_COPY_NBYTES", 1 << 20)
+    monkeypatch.setenv("OFFLOAD_PROFILE", str(tmp_path / "none.json"))
+
+
+def trained(tmp_path, n_steps=4, dtype=torch.bfloat16, **settings):
+    """(parameters by name, engine)."""
+    model = build("llama", dtype, layers=4)
+    model, optimizer = offload.wrap(
+        model, two_groups(model), chunk_elements=4096, storage=[str(tmp_path)], step_aside="never",
+        **{"device": "cpu", **ROOMY, **settings},
+    )  # fmt: skip
+    for batch in batches(n_steps):
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = {name: p.cpu().clone() for block in model.offload.iter_blocks() for name, p in block}
+    model.offload.close()
+    return found, model.offload
+
+
+def kept_outcomes(plan):
+    return {outcome for block in plan.activations for name, outcome in block.items() if name != INPUT}
+
+
+@pytest.mark.parametrize(
+    ("device", "more"), [("cpu", {}), ("emulated", {"max_grad_norm": 0.5, "micro_batches": 2})]
+)
+def test_the_bits_are_those_without_a_plan_and_what_has_room_is_kept(tmp_path, worth_it, device, more):
+    plain, before = trained(tmp_path, plan="none", device=device, **more)
+    planned, after = trained(tmp_path, device=device, **more)
+    assert before.plan is None
+    assert all(torch.equal(planned[name], plain[name]) for name in plain)
+    assert (after.plan.batch_samples, after.plan.tokens_per_sample) == tuple(batches(1)[0].shape)
+    assert "device" in kept_outcomes(after.plan)
+    kept = after.activations.nbytes_by_tier, before.activations.nbytes_by_tier
+    assert sum(kept[0].values()) > sum(kept[1].values())
+    assert kept[0]["storage"] == kept[1]["storage"] == 0
+
+
+def test_the_plan_says_how_state_was_placed(tmp_path, worth_it):
+    _, engine = trained(tmp_path, n_steps=1, host_memory="600KB")
+    plan, placement = engine.plan, engine.placement
+    assert plan.params_on_device == placement.params_on_device
+    assert list(plan.params_in_host) == placement.params_in_host
+    assert plan.n_slots == placement.n_slots
+    assert plan.update == "backward"
+    assert 0 < sum(plan.states_in_host) < len(plan.states_in_host)
+
+
+def test_a_step_of_little_arithmetic_is_left_as_it_is(tmp_path, monkeypatch):
+    """The fast tests' models, for one: a trace would take longer than many steps."""
+    monkeypatch.setattr(late_plan, "profile_model", lambda *_, **__: pytest.fail("traced"))
+    _, engine = trained(tmp_path, n_steps=2)
+    assert engine.plan is None
+
+
+@pytest.mark.parametrize(
+    "choice", [{"plan": "none"}, {"saved_activations": "recompute"}, {"activations": "keep"}], ids=str
+)
+def test_what_the_user_has_fixed_is_not_planned(tmp_path, worth_it, monkeypatch, choice):
+    monkeypatch.setattr(late_plan, "profile_model", lambda *_, **__: pytest.fail("traced"))
+    _, engine = trained(tmp_path, n_steps=2, **choice)
+    assert engine.plan is None
+
+
+def test_without_room_for_what_computes_training_goes_on_as_it_was_placed(tmp_path, worth_it, caplog):
+    """The planner counts working memory in device_memory; what is left of this budget does not hold it."""
+    with caplog.at_level(logging.INFO, logger="offload"):
+        _, engine = trained(tmp_path, n_steps=2, device_memory="600KB")
+    assert engine.plan is None
+    assert any("without a plan" in record.message for record in caplog.records)
+
+
+class Stack(nn.Module):
+    """Takes floats of shape (samples, tokens, width), which nobody could guess from its signature."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(4))
+
+    def forward(self, x, scale):
+        for layer in self.layers:
+            x = layer(x)
+        return (x * scale).sum()
+
+
+def test_a_model_that_cannot_be_traced_trains_without_a_plan(tmp_path, worth_it):
+    model = Stack()
+    model, optimizer = offload.wrap(
+        model, torch.optim.AdamW(model.parameters()), storage=[str(tmp_path)], step_aside="never", device="cpu",
+        device_memory="1MB", host_memory="20MB",
+    )  # fmt: skip
+    losses = []
+    for _ in range(3):
+        loss = model(torch.ones(2, 3, 32), 1.0)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    model.offload.close()
+    assert model.offload.plan is None
+    assert losses[2] < losses[0]
