@@ -149,8 +149,11 @@ class Machine:
 class Bench:
     """One model, batch and micro-batch with its probe; the configurations share them."""
 
-    def __init__(self, kind: str, batch: int, micro_batches: int) -> None:
-        build, loss = MODELS[kind]
+    def __init__(
+        self, kind: str, batch: int, micro_batches: int, build: Callable[[], nn.Module] | None = None
+    ) -> None:
+        standard, loss = MODELS[kind]
+        build = build or standard
         model = build()
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         ids = torch.randint(0, 8192, (batch, TOKENS))

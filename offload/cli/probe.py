@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, TextIO
 
 import typer
+from torch import nn
 
 from offload.cli.finetune import Interrupted
 from offload.config import parse_budget
@@ -17,6 +18,7 @@ from offload.errors import ConfigError
 from offload.model.on_meta import model_on_meta
 from offload.planner.hardware import Hardware, load_hardware, override, save_hardware
 from offload.profiling.compute_probe import DEFAULT_SHAPES, matmul_shapes
+from offload.profiling.model_probe import model_rates
 from offload.profiling.probe import SECONDS, probe
 from offload.profiling.stored import profile_path
 
@@ -69,8 +71,8 @@ def probe_command(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Multiply matrices of this model's shapes: a preset (llama-7b), a directory or a config.json. "
-            "Default: those of a 7 B Llama."
+            help="Multiply matrices of this model's shapes, and on a machine without a GPU time its blocks: a preset "
+            "(llama-7b), a directory or a config.json. Default: matrices of a 7 B Llama."
         ),
     ] = None,
     output: Annotated[
@@ -111,7 +113,8 @@ def probe_command(
             raise ConfigError("--from takes a profile as it is: leave --storage and --model out")
         profile = load_hardware(from_profile, [*(overrides or []), *([f"name={name}"] if name else [])])
     else:
-        shapes = DEFAULT_SHAPES if model is None else matmul_shapes(model_on_meta(model))
+        wanted = None if model is None else model_on_meta(model)
+        shapes = DEFAULT_SHAPES if wanted is None else matmul_shapes(wanted)
         line = ProgressLine(sys.stderr)
         try:
             with _terminate_like_ctrl_c():
@@ -123,6 +126,8 @@ def probe_command(
                     name=name,
                     note=line.show,
                 )
+                if wanted is not None and profile.shares_host:
+                    profile = with_model_rates(profile, wanted, str(model), line)
         except KeyboardInterrupt:
             raise Interrupted("nothing was stored, and the probe's files are removed") from None
         finally:
@@ -135,6 +140,22 @@ def probe_command(
         print(profile.model_dump_json())
     else:
         print("\n".join([*describe(profile), *([f"stored in    {output}"] if output else [])]))
+
+
+def with_model_rates(profile: Hardware, model: nn.Module, name: str, line: ProgressLine) -> Hardware:
+    """`profile` with the rates of the model's own blocks; as it is, with a line that says why, where they cannot be
+    measured."""
+    line.show(f"blocks of {name}")
+    try:
+        found = model_rates(model, profile.matmul_flops_per_s)
+    except (ConfigError, RuntimeError, TypeError) as error:
+        line.end()
+        print(
+            f"the blocks of {name} are not timed, plans count matrix products alone: {error}", file=sys.stderr
+        )
+        return profile
+    sources = {**profile.sources, **dict.fromkeys(found, f"probe, blocks of {name}")}
+    return profile.model_copy(update={**found, "sources": sources})
 
 
 def _write_limit(text: str) -> int:
@@ -167,6 +188,9 @@ def describe(profile: Hardware) -> list[str]:
         if profile.h2d_duplex_bytes_per_s or profile.d2h_duplex_bytes_per_s:
             both = _rate(profile.h2d_duplex_bytes_per_s), _rate(profile.d2h_duplex_bytes_per_s)
             lines.append(f"             both at once: H2D {both[0]}, D2H {both[1]}")
+    if profile.work_flops_per_s:
+        of = ", ".join(f"{work} {rate / 1e12:.3f}" for work, rate in profile.work_flops_per_s.items())
+        lines.append(f"blocks       in {profile.work_dtype or 'any dtype'}, TFLOP/s: {of}")
     for drive in profile.drives:
         mixed = "" if drive.mixed_bytes_per_s is None else f", both {_rate(drive.mixed_bytes_per_s)}"
         lines.append(

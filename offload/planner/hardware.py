@@ -47,6 +47,8 @@ class Hardware(BaseModel):
     """Achieved at one model's own shapes and micro-batch, everything beside the products included, by what is done:
     `forward`, `recompute`, `backward` of a block, `root_forward`, `root_backward`. What is absent runs at the
     matrix products' rate."""
+    work_dtype: str = ""
+    """What `work_flops_per_s` was measured in; models computed in another are planned with products. Empty: any."""
     compute_speed_beside_update: float = Field(default=0.5, gt=0, le=1)
     """Where the device tier is DRAM: share of its speed that computing keeps while the update threads are busy."""
     update_speed_beside_compute: float = Field(default=0.5, gt=0, le=1)

@@ -165,5 +165,5 @@ def rates_of(hardware: Hardware, param_nbytes: int) -> Rates:
         update_beside_compute=hardware.update_speed_beside_compute,
         compute_beside_storage=hardware.compute_speed_beside_storage,
         storage_beside_compute=hardware.storage_speed_beside_compute,
-        work_flops_per_s=hardware.work_flops_per_s,
+        work_flops_per_s=hardware.work_flops_per_s if hardware.work_dtype in ("", dtype) else {},
     )

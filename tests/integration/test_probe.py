@@ -14,8 +14,10 @@ from offload.cli import main
 from offload.errors import ConfigError, StoreError
 from offload.model.on_meta import model_on_meta
 from offload.planner.hardware import load_hardware
-from offload.profiling import compute_probe, storage_probe
+from offload.planner.rates import rates_of
+from offload.profiling import compute_probe, model_probe, storage_probe
 from offload.profiling import probe as probe_room
+from offload.profiling.model_probe import model_rates
 from offload.profiling.probe import probe
 from offload.profiling.storage_probe import probe_drives
 from offload.profiling.stored import profile_path, stored_hardware
@@ -196,6 +198,7 @@ def run_cli(*arguments):
 def small_probe(monkeypatch, tmp_path):
     monkeypatch.setenv("OFFLOAD_PROFILE", str(tmp_path / "config" / "profile.json"))
     monkeypatch.setattr(compute_probe, "_UPDATE_NUMEL", 1 << 20)
+    monkeypatch.setattr(model_probe, "TOKENS_MAX", 16)
     (tmp_path / "drive").mkdir()
     return tmp_path
 
@@ -209,6 +212,7 @@ def test_the_command_measures_stores_and_shows(small_probe, capsys):
         assert word in printed.out
     assert f"measuring storage {drive}" in printed.err
     assert load_hardware(str(kept)).drives[0].endurance_nbytes == 1.2e15
+    assert_has_block_rates(load_hardware(str(kept)))
     assert os.listdir(drive) == []
     other = str(small_probe / "other.json")
     assert run_cli("--seconds", "0.5", "--model", "smollm2-135m", "--json", "--output", other) == 0
@@ -216,6 +220,31 @@ def test_the_command_measures_stores_and_shows(small_probe, capsys):
     with pytest.raises(SystemExit):
         main(["doctor", "--storage", drive])
     assert f"mine (probe of {time.strftime('%Y')}" in capsys.readouterr().out
+
+
+def assert_has_block_rates(profile):
+    """Of every kind of work, and used for models of that dtype alone."""
+    assert set(profile.work_flops_per_s) == {
+        "forward", "recompute", "backward", "root_forward", "root_backward",
+    }  # fmt: skip
+    width = {"float32": 4, "bfloat16": 2}[profile.work_dtype]
+    assert rates_of(profile, width).work_flops_per_s == profile.work_flops_per_s
+    assert rates_of(profile, 6 - width).work_flops_per_s == {}
+
+
+def test_blocks_are_timed_from_shapes_and_the_model_is_left_as_it_was():
+    model = model_on_meta("smollm2-135m")
+    names = [name for name, _ in model.named_modules()]
+    found = model_rates(model, {"bfloat16": 1e9, "float32": 1e9})
+    assert [name for name, _ in model.named_modules()] == names
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert min(found["work_flops_per_s"].values()) > 0
+    assert 0 < found["compute_speed_beside_update"] <= 1
+
+
+def test_blocks_that_would_take_too_much_memory_are_not_timed():
+    with pytest.raises(ConfigError, match="GB to measure"):
+        model_rates(model_on_meta("llama-405b"), {"bfloat16": 1e9})
 
 
 def test_a_profile_by_hand_starts_from_one_that_comes_with_the_library(small_probe, capsys):
