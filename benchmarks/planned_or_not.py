@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="steps that are timed in each turn")
     options = parser.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     storage = tempfile.mkdtemp(prefix="offload-bench-", dir=options.storage)
     rows: list[dict[str, Any]] = []
     here = Machine(storage)

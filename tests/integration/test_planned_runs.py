@@ -9,6 +9,8 @@ import torch
 
 import offload
 from offload.planner.plan import INPUT, Plan
+from offload.runtime import planning
+from offload.stores.sides import RECORD_NBYTES_FIXED
 from tests.conftest import batches, build, two_groups
 from tests.integration.test_exactness import CHUNK, assert_same_bits, train
 
@@ -139,6 +141,33 @@ def test_a_limit_on_written_bytes_is_kept_by_the_run(tmp_path, share, more):
     assert kept <= limit
     with pytest.raises(offload.BudgetError, match="written a step"):
         wrap(tmp_path, host_memory="1800KB", written_per_step=limit // 10, **more)
+
+
+@pytest.mark.parametrize("host_memory", ["2500KB", "12MB"])
+def test_a_durable_step_writes_what_its_plan_says(tmp_path, host_memory):
+    """All state whatever host memory holds, and a commit record."""
+    written, plan = written_per_step(tmp_path, durability="step", host_memory=host_memory)
+    assert plan.durable_steps
+    assert plan.predicted.bytes["written"] <= written <= plan.predicted.bytes["written"] + RECORD_NBYTES_FIXED
+
+
+def test_durable_steps_that_the_free_bytes_cannot_hold_are_refused_before_anything_is_written(
+    tmp_path, monkeypatch
+):
+    numel = sum(p.numel() for p in build("llama", layers=6).parameters())
+    monkeypatch.setattr(planning, "free_nbytes", lambda directories: 18 * numel)
+    wrap(tmp_path / "once")[0].offload.close()
+    with pytest.raises(offload.BudgetError, match="of storage"):
+        wrap(tmp_path / "twice", durability="step")
+    assert not (tmp_path / "twice").exists()
+
+
+def test_a_plan_for_another_durability_is_refused(tmp_path):
+    model, _ = wrap(tmp_path)
+    text = model.offload.plan.to_json()
+    model.offload.close()
+    with pytest.raises(offload.ConfigError, match="another durability"):
+        wrap(tmp_path, plan=text, durability="step")
 
 
 def test_the_plan_is_printed_saved_and_runs_again_from_its_file(tmp_path, caplog):

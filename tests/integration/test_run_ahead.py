@@ -6,10 +6,12 @@ import pytest
 import torch
 
 import offload
+from offload.planner.hardware import save_hardware
 from offload.runtime.gradients import Gradients
 from offload.runtime.scheduler import Scheduler
 from offload.transfer.copies import Copies
 from tests.conftest import batches, build, two_groups
+from tests.planning import lohan_machine
 
 N_BLOCKS = 6
 ROOMY = {"device_memory": "8MB", "host_memory": "4MB"}
@@ -138,6 +140,31 @@ def test_gradients_that_come_once_leave_the_device_in_half_the_bytes(tmp_path, m
     sent.clear()
     trained(tmp_path, "backward", once, device="emulated", n_steps=1, micro_batches=2)
     assert 2 * halves == sum(sent) > 0
+
+
+@pytest.fixture
+def profile(tmp_path):
+    """A machine that computes in DRAM, of rates that do not matter."""
+    path = str(tmp_path / "machine.json")
+    save_hardware(lohan_machine(1).model_copy(update={"shares_host": True, "launch_overhead_s": 0.0}), path)
+    return path
+
+
+def test_a_planned_run_keeps_parameters_where_there_is_room_and_holds_the_same_update(
+    tmp_path, updates, profile
+):
+    """Placed by budget and planned: the same bits, the same order of updates, and no byte more."""
+    plain, counted = trained(tmp_path, "backward", once, plan="none", **ALL_STATE_ON_STORAGE)
+    unplanned = list(updates)
+    updates.clear()
+    planned, also_counted = trained(
+        tmp_path, "backward", once, batch=tuple(batches(1)[0].shape), hardware=profile, micro_batches=1,
+        **ALL_STATE_ON_STORAGE,
+    )  # fmt: skip
+    assert same(planned, plain)
+    assert updates == unplanned
+    for key in counted:
+        assert also_counted[key] <= counted[key]
 
 
 @pytest.mark.parametrize("device", ["cpu", "emulated"])

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from offload.cli import app, sources
 from offload.errors import BudgetError, ConfigError
 from offload.planner.plan import Plan
+from offload.tiers.wear import Wear
 from tests.planning import gpt, lohan_machine
 
 RUN = ["--model", "13b", "--hardware", "rtx4090-2ssd", "--batch", "16", "--host-memory", "64GB"]
@@ -102,3 +103,36 @@ def test_what_cannot_be_is_said(tmp_path) -> None:
 def test_choices_are_read_as_numbers_truth_or_words() -> None:
     found = sources.fixed_choices(["a=3", "b=0.5", "c=False", "d=save"])
     assert found == {"a": 3, "b": 0.5, "c": False, "d": "save"}
+
+
+def test_durable_steps_are_planned_for_and_counted() -> None:
+    """12 bytes a parameter written whatever host memory holds; 24 on storage."""
+    numel = gpt("13b", 40, 5120).numel
+    durable = json.loads(run("plan", *RUN, "--durability", "step", "--json"))["plan"]
+    assert durable["predicted"]["bytes"]["written"] == pytest.approx(12 * numel)
+    assert durable["predicted"]["peak_nbytes"]["storage"] == pytest.approx(24 * numel, rel=0.01)
+    saved = json.loads(run("plan", *RUN, "--json"))["plan"]
+    assert saved["predicted"]["bytes"]["written"] < 0.9 * 12 * numel
+    assert "every step is kept" in run("plan", *RUN, "--durability", "step")
+    with pytest.raises(BudgetError, match="of storage"):
+        run("plan", *RUN, "--durability", "step", "--storage-limit", "200GB")
+    with pytest.raises(ConfigError, match="none, checkpoint or step"):
+        run("plan", *RUN, "--durability", "always")
+
+
+def test_directories_say_what_is_free_and_what_endurance_is_left(monkeypatch, tmp_path) -> None:
+    """A drive of which half is used lasts half as many steps; what is free there is a limit."""
+    (tmp_path / "second").mkdir()
+    there = ("--storage", str(tmp_path), "--storage", str(tmp_path / "second"))
+    monkeypatch.setattr(sources, "free_nbytes", lambda directories: 10**12)
+    monkeypatch.setattr(sources, "wear_of", lambda directory: Wear("/dev/x", 0.5, 10**12))
+    new = json.loads(run("plan", *RUN, "--json"))["explanation"]["endurance_steps"]
+    used = json.loads(run("plan", *RUN, *there, "--json"))["explanation"]["endurance_steps"]
+    assert used == pytest.approx(new / 2)
+    monkeypatch.setattr(sources, "wear_of", lambda directory: "smartctl is not installed")
+    assert json.loads(run("plan", *RUN, *there, "--json"))["explanation"]["endurance_steps"] == new
+    monkeypatch.setattr(sources, "free_nbytes", lambda directories: 10**9)
+    with pytest.raises(BudgetError, match="of storage"):
+        run("plan", *RUN, *there)
+    with pytest.raises(ConfigError, match="names 1 directories"):
+        run("plan", *RUN, "--storage", str(tmp_path))
