@@ -18,6 +18,9 @@ from offload.planner.workload import Workload
 EIGHTHS = tuple(i / 8 for i in range(9))
 QUARTERS = tuple(i / 4 for i in range(5))
 MICRO_BATCHES_MAX = 64
+SLOTS = (2, 3, 4, 6, 8)
+SLOTS_WHERE_SHARED = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 24)
+"""Each saves reads at both turns, and what is in memory of its own is not stored at all: worth a finer grid."""
 OFF_DEVICE_MICRO_BATCHES_MIN = 4
 """Where the boundary leaves the device, a micro-batch's way out and back hides behind the others' computing; with fewer
 of them it would be waited for. A user who fixes `boundary_on_device=False` may have it."""
@@ -140,7 +143,8 @@ def space_of(
         raise ConfigError("boundary_on_device=False and block inputs on the device contradict each other")
     if micro is not None and micro > batch_samples:
         raise ConfigError(f"micro_batches={micro} but the batch has {batch_samples} samples")
-    slots = tuple(sorted({min(n, n_blocks) for n in (2, 3, 4, 6, 8, n_blocks)}))
+    windows = SLOTS_WHERE_SHARED if shares_host else SLOTS
+    slots = tuple(sorted({min(n, n_blocks) for n in (*windows, n_blocks)}))
     host_fraction = _fraction(fixed, "activations_host_fraction")
     grads_fraction = _fraction(fixed, "grads_host_fraction")
     params_fraction = _fraction(fixed, "params_host_fraction")

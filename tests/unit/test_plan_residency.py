@@ -8,8 +8,9 @@ import pytest
 
 from offload.errors import BudgetError
 from offload.planner.hardware import Drive, Hardware
-from offload.planner.memory import activation_staging_nbytes
-from offload.planner.plan import Budgets
+from offload.planner.memory import Shape, activation_staging_nbytes, device_need
+from offload.planner.placement import BlockBytes, place
+from offload.planner.plan import SPLIT_MASTER, Budgets
 from offload.planner.search import make_plan
 from offload.schedule.run import simulate_plan
 from offload.schedule.unroll import unroll
@@ -182,3 +183,56 @@ def test_staging_for_activations_is_set_aside_only_where_some_go_to_storage() ->
             {**fixed, "inputs": "storage"},
             budgets=replace(PLENTY, host_memory_nbytes=activation_staging_nbytes(2 * widest)),
         )
+
+
+def by_budget(device_nbytes, host_nbytes, deferred):
+    """Fixed choices that say what `placement.place` makes of the same budgets."""
+    blocks = [
+        BlockBytes(2 * b.trainable_numel, (10 * b.trainable_numel // 4,) * 4, 4 * b.trainable_numel)
+        for b in WORK.blocks
+    ]
+    root = BlockBytes(2 * ROOT_NUMEL, (10 * ROOT_NUMEL,), 4 * ROOT_NUMEL)
+    placed = place(
+        blocks, root, device_nbytes=device_nbytes, host_nbytes=host_nbytes, staging_nbytes=100_000, has_storage=True,
+        deferred=deferred, prefetch_blocks=None, grads_per_buffer=1 if deferred else 2,
+    )  # fmt: skip
+    states = sum(
+        10 * b.trainable_numel // 4 * n for b, n in zip(WORK.blocks, placed.host_chunks, strict=False)
+    )
+    return {
+        "micro_batches": 1,
+        "update": "deferred" if deferred else "backward",
+        "prefetch_blocks": placed.n_slots - 1,
+        "grad_buffers": placed.n_grad_buffers,
+        "params_host_fraction": sum(placed.params_in_host) / LAYERS,
+        "grads_host_fraction": sum(placed.grads_in_host) / LAYERS,
+        "states_host_fraction": states / (10 * (BLOCK_NUMEL + ROOT_NUMEL)),
+        "activations": "recompute",
+    }
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("drive_bytes_per_s", [3e8, 3e9])
+def test_no_plan_is_slower_in_the_simulation_than_placement_by_budget(deferred, drive_bytes_per_s) -> None:
+    """At equal memory for state: the planner counts working memory besides, placement by budget does not."""
+    here = machine(drive_bytes_per_s=drive_bytes_per_s)
+    slot = 2 * WORK.blocks[0].trainable_numel
+    for n_slots in (3, 5, 14):
+        for host_mb in (0.5, 30):
+            device, host = 6 * ROOT_NUMEL + n_slots * 2 * slot, int(host_mb * 1e6)
+            shape = Shape(1, 2, 1, True)
+            need = device_need(WORK, SPLIT_MASTER, 2, shape, shares_host=True)
+            working = (
+                need.working
+                + need.boundary
+                + need.logits
+                + 2 * sum(b.input_nbytes_per_sample for b in WORK.blocks)
+            )
+            choices = {"update": "deferred" if deferred else "backward", "micro_batches": 1}
+            budgets = replace(
+                PLENTY, device_memory_nbytes=device + working, host_memory_nbytes=host + (1 << 20)
+            )
+            planned = make_plan(WORK, here, budgets, choices, batch_samples=2)
+            unplanned = make_plan(WORK, here, PLENTY, by_budget(device, host, deferred), batch_samples=2)
+            steps = [simulate_plan(plan, WORK, here).step_s for plan in (planned, unplanned)]
+            assert steps[0] <= 1.03 * steps[1], (n_slots, host_mb, steps)
