@@ -222,15 +222,6 @@ class CostModel:
         once = self.grads_once(load.micro_batches, load.deferred_fraction)
         return sum(self.grad_nbytes) * np.where(once, GRAD_ONCE_NBYTES / self.format.grad_nbytes, 1.0)
 
-    def updates_in_flight(self, load: Load) -> Any:
-        """Blocks whose updates may be under way at once when backward ends: each has its gradients in a buffer, and
-        its parameters in a slot, or in memory of their own."""
-        once = self.grads_once(load.micro_batches, load.deferred_fraction)
-        n_buffers = load.n_grad_buffers if self.rates.shares_host else 2
-        n_slots = load.n_slots if self.rates.shares_host else 2
-        n_grads = n_buffers * np.where(once, 2, 1)
-        return np.where(self._params_stored(load) > 0, np.minimum(n_slots, n_grads), n_grads)
-
     def _params_stored(self, load: Load) -> Any:
         """The share of the parameters that are on storage."""
         return np.where(load.params_stay, 0.0, 1 - load.params_host_nbytes / max(1, sum(self.slot_nbytes)))
@@ -269,9 +260,9 @@ class CostModel:
         root_states = f.state_nbytes * root - load.root_states_host_nbytes
         root_back = f.stored_nbytes * root if self.durable_steps else root_states
         head = np.where(late >= 1, 0.0, self.workload.root_early_numel / max(1, root))
+        """The share of the root that is updated while the blocks go backward."""
         if self.durable_steps:  # the whole root goes to its other place in one update
             head = 0.0 * head
-        """The share of the root that is updated while the blocks go backward."""
         forward = Traffic(
             flops=self.forward_work,
             h2d=on_bus * (params + boundary),

@@ -173,11 +173,11 @@ class Tables:
         """[parameters]: bytes of parameters in host memory, by number of blocks."""
         return self.params_cum[self.params_counts]
 
-    def params_stay(self, n_slots: int) -> Floats:
+    def params_stay(self, n_slots: int, budgets: Budgets) -> Floats:
         """[parameters]: 1 where there is a slot for every block that is not in host memory, so that no parameters have
-        to be on storage: where slots are what storage is read into."""
+        to be on storage: where slots are what storage is read into. (Without storage all state is in host memory.)"""
         rates, n_blocks = self.model.rates, len(self.params_cum) - 1
-        if not rates.shares_host or rates.storage is None:
+        if not rates.shares_host or rates.storage is None or budgets.storage_nbytes == 0:
             return np.zeros(len(self.params_counts))
         streamed = n_blocks - self.params_counts
         return ((streamed > 0) & (streamed <= n_slots)).astype(np.float64)
@@ -245,7 +245,7 @@ class Tables:
         rest = budgets.host_memory_nbytes - least_host
         params, states, placed_fits = self._place(rest)
         root_states = np.maximum(0.0, states - sum(model.state_nbytes))
-        stay = self.params_stay(shape.n_slots)
+        stay = self.params_stay(shape.n_slots, budgets)
         load = Load(
             deferred_fraction=np.array([count / len(model.slot_nbytes) for count, _ in self.waiting])[first],
             params_host_nbytes=params,

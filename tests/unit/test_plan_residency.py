@@ -63,6 +63,12 @@ def test_parameters_with_a_slot_for_every_block_are_never_moved(slots, params_ho
     assert plan.written_nbytes_per_step(WORK) == pytest.approx(step.written_nbytes)
 
 
+def test_without_storage_parameters_are_in_host_memory() -> None:
+    plan = make_plan(WORK, machine(), replace(PLENTY, storage_nbytes=0), batch_samples=2)
+    assert all(plan.params_in_host)
+    assert not plan.params_on_device
+
+
 def test_a_device_of_its_own_always_gets_parameters_over_the_bus() -> None:
     plan = plan_of({"prefetch_blocks": LAYERS - 1}, here=machine(shares_host=False))
     assert not plan.params_on_device
