@@ -52,9 +52,9 @@ def _repeat(
     return times
 
 
-def dram_copy_bytes_per_s(seconds: float) -> float:
-    """Bytes a second read and written by a copy, with all of torch's threads."""
-    nbytes = min(_COPY_NBYTES, psutil.virtual_memory().available // 8)
+def dram_copy_bytes_per_s(seconds: float, nbytes: int = _COPY_NBYTES) -> float:
+    """Bytes a second read and written by a copy of `nbytes`, with all of torch's threads."""
+    nbytes = min(nbytes, psutil.virtual_memory().available // 8)
     source, target = torch.ones(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
     return 2 * nbytes / statistics.median(_repeat(lambda: target.copy_(source), seconds))
 

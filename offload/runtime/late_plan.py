@@ -36,6 +36,9 @@ STEP_FLOPS_MIN = 1e12
 _PROBE_S = 0.25
 _DRIVE_BYTES_PER_S = 1e9
 """Of a drive that was never measured. Nothing that is open depends on it; the predicted seconds do."""
+PCIE_BYTES_PER_S = 24.8e9
+"""PCIe 4 x16, page-locked. Measuring it would take memory that the budgets have given away."""
+_COPY_NBYTES = 32 << 20
 _ADAM_DRAM_NBYTES = 28
 """An update's traffic through DRAM (docs/profiles.md)."""
 
@@ -142,18 +145,16 @@ class LatePlan:
 
 
 def quick_look(model: nn.Module, workload: Workload, config: Config, parts: Assembly) -> Hardware:
-    """Matrix products and DRAM as measured in half a second, AdamW from DRAM, drives and bus as most have them."""
+    """Matrix products and DRAM measured in half a second, AdamW from DRAM, drives and bus as most machines have them."""
     device = parts.resources.device
     dtype = torch.float32 if workload.param_nbytes == 4 else torch.bfloat16
     n_tokens = 2048 if device.torch_device.type == "cuda" else 128
     rate = compute_probe.matmul_flops_per_s(
         compute_probe.matmul_shapes(model)[:2], n_tokens, dtype, device.torch_device, _PROBE_S
     )
-    dram = compute_probe.dram_copy_bytes_per_s(_PROBE_S)
-    bus = None if device.shares_host else config.bus_bytes_per_s or dram / 2
-    if device.torch_device.type == "cuda":
-        measured = compute_probe.bus_bytes_per_s(_PROBE_S)
-        bus = min(measured["h2d_bytes_per_s"], measured["d2h_bytes_per_s"])
+    dram = compute_probe.dram_copy_bytes_per_s(_PROBE_S, _COPY_NBYTES)
+    on_bus = PCIE_BYTES_PER_S if device.torch_device.type == "cuda" else dram / 2
+    bus = None if device.shares_host else config.bus_bytes_per_s or on_bus
     drive = Drive(read_bytes_per_s=_DRIVE_BYTES_PER_S, write_bytes_per_s=_DRIVE_BYTES_PER_S)
     return Hardware(
         name="this machine, at a quick look",
