@@ -145,7 +145,7 @@ class LatePlan:
 
 
 def quick_look(model: nn.Module, workload: Workload, config: Config, parts: Assembly) -> Hardware:
-    """Matrix products and DRAM measured in half a second, AdamW from DRAM, drives and bus as most machines have them."""
+    """Products and DRAM measured in half a second, AdamW from DRAM, drives and bus as most machines have them."""
     device = parts.resources.device
     dtype = torch.float32 if workload.param_nbytes == 4 else torch.bfloat16
     n_tokens = 2048 if device.torch_device.type == "cuda" else 128
