@@ -293,6 +293,8 @@ class Unroller(Emitter):
     def rank(self, block: int | None) -> int:
         """Place of the update of a block (None: the root; the number of blocks: the head) among those of all steps.
         See [Note: which update goes first]."""
+        if self.deferred:  # they are listed in the order in which forward needs them, after the root's
+            return 0
         n, first = self.n_blocks, 1 + self.step * (2 * self.n_blocks + 4)
         if block is None:
             return first + n + 1
