@@ -323,9 +323,8 @@ class OffloadEngine:
     def _plan_late(self) -> None:
         """The first step is over, and its batch is known; see runtime/late_plan.py."""
         late, self._late_plan = self._late_plan, None
-        self._planned = self._planned if late is None else late.make(self._modules)
-        if late is not None and self._planned is not None:
-            self.plan = self._planned.plan
+        if late is not None and (planned := late.make(self._modules)) is not None:
+            self._planned, self.plan = planned, planned.plan
 
     def discard_gradients(self) -> None:
         """Forget gradients that no step has consumed."""
