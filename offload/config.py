@@ -74,7 +74,8 @@ class Config(BaseModel):
     write to storage, to spare the drives. Without `batch`, state is placed by budget, and what is kept for backward
     is planned after the first step, where that is worth it. `plan`: a saved plan's file, or its text, to be used as
     it is; "none": no plan. `step_aside`: when all training state takes at most half of `device_memory`, do not stream.
-    `durability`: what survives a kill or a power loss: nothing, the last `offload.save`, or the last step (docs/durability.md has what
+    `durability`: what survives a kill or a power loss: nothing, the last `offload.save`, or the last step
+    (docs/durability.md has what
     each costs); with the last, `verify_reads` compares what is read with its checksums: "auto" stops when that
     takes more than 3 % of a step. `adapters`: whether small trainable parameters of frozen blocks stay in device
     memory. `compile_blocks`: compile each block's training forward with torch.compile (True, or the name of a
