@@ -10,6 +10,7 @@ from offload.errors import (
     StoreError,
     UsageError,
 )
+from offload.lion import Lion
 from offload.runtime.engine import OffloadEngine
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.wrap import wrap
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "CorruptError",
+    "Lion",
     "OffloadEngine",
     "OffloadError",
     "OffloadOptimizer",

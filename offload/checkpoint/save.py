@@ -29,6 +29,7 @@ from offload.tiers.manifest import (
     Extent,
     Manifest,
     Parameter,
+    Rule,
     fingerprint,
     frame,
     pack_checksums,
@@ -73,6 +74,9 @@ class StreamingCopy:
             self._hand_on() if self._reading else self._end_write()
         staging = self._free.pop()
         ticket = None
+        if piece.nbytes == 0:
+            self._free.append(staging)  # a rule that keeps nothing
+            return
         if piece.memory is not None:
             staging[: piece.nbytes].copy_(piece.memory)
         elif self._source is not None:
@@ -124,7 +128,7 @@ def _pieces(
     if engine.parts.in_device is not None and buffer.trainable:
         param, record = engine.parts.in_device.chunk_of(position, chunk.start, chunk.n)
         return Piece(param.numel(), memory=param), Piece(record.numel(), memory=record)
-    state = state_piece(block, position, chunk, chunk_elements) if buffer.trainable else None
+    state = state_piece(block, position, chunk) if buffer.trainable else None
     return param_piece(block, buffer, chunk), state
 
 
@@ -264,7 +268,8 @@ def save(
 
     It holds parameters, moments and step counts bit for bit, the optimizer's groups, persistent buffers, the random
     states of torch (CPU and GPU), numpy and Python, and the `state_dict()` of everything in `state` (LR schedulers, the
-    position in the data). It takes 12 bytes a trainable parameter; memory used is the update pipeline's own.
+    position in the data). It takes 12 bytes a trainable parameter with AdamW (others: docs/optimizers.md); memory used
+    is the update pipeline's own.
     It appears at once, by a rename, as `directory/step-<n>`; then all but the last `keep_last` (None: no limit) go.
     Raises UsageError inside a step, StoreError when it does not fit, CheckpointError when another process is using
     `directory`; what was there stays as it was.
@@ -294,6 +299,7 @@ def save(
             stripe_nbytes=1 << 20,
             nbytes=nbytes,
             chunk_elements=engine.config.chunk_elements,
+            rule=Rule.of(optimizer.rule),
             blocks=blocks,
             training=training,
         )

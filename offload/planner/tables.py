@@ -86,7 +86,7 @@ class Tables:
         self.saved = [found.members(c) for c in range(len(found.counts))]
         params = [model.slot_nbytes[i] for i in spread_order(len(workload.blocks))]
         self.params_cum = np.concatenate(([0], np.cumsum(params))).astype(np.float64)
-        rows = chunk_rows(model.state_nbytes, model.format.state_nbytes * workload.root_stored_numel)
+        rows = chunk_rows(model.state_nbytes, model.format.state_of(workload.root_stored_numel))
         chunks = [chunk for row in rows for chunk in row]
         self.states_cum = np.concatenate(([0], np.cumsum(chunks))).astype(np.float64)
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from offload.update_rules import ADAMW, UpdateRule
+
 
 @dataclass(frozen=True)
 class SavedTensor:
@@ -84,6 +86,9 @@ class Workload:
     """As `BlockWork.padding_numel`."""
     root_held: tuple[tuple[int, int], ...] = ()
     """Of these bytes, what is alive while backward goes through the blocks."""
+
+    rule: UpdateRule = ADAMW
+    """How parameters are updated, and with what state."""
 
     root_early_numel: int = 0
     """Root parameters whose gradients are complete before backward comes to the blocks: those of an untied head."""

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from offload.config import Config, host_total_nbytes, parse_budget
+from offload.errors import ConfigError
 from offload.model.blocks import Cut
-from offload.model.flat import STATE_NBYTES_PER_ELEMENT, BlockLayout, lay_out
+from offload.model.flat import BlockLayout, FlatBuffer, lay_out
 from offload.planner.placement import BlockBytes, Placement, place
 from offload.planner.plan import Plan
 from offload.runtime import in_device
@@ -28,6 +29,7 @@ from offload.tiers.storage import Store
 from offload.transfer.copies import Copies
 from offload.transfer.io_engine import UpdatePipeline, split_master
 from offload.types import PAGE_NBYTES, BlockState, round_up
+from offload.update_rules import UpdateRule
 
 logger = logging.getLogger("offload")
 
@@ -103,8 +105,20 @@ def budgets(device: DeviceTier, config: Config) -> tuple[int, int]:
     return parse_budget(config.device_memory, device_total), parse_budget(config.host_memory, host_total)
 
 
-def steps_aside(cut: Cut, config: Config, device: DeviceTier, compute_dtype: torch.dtype | None) -> bool:
-    """Whether everything stays in device memory and nothing is streamed: the other half is for activations."""
+def steps_aside(
+    cut: Cut, config: Config, device: DeviceTier, compute_dtype: torch.dtype | None, rule: UpdateRule
+) -> bool:
+    """Whether everything stays in device memory and nothing is streamed: the other half is for activations.
+
+    A device of its own makes updates of fp32 moments only; with others, or with a rule in Python, everything streams.
+    """
+    if not device.shares_host and not in_device.makes(rule):
+        if config.step_aside == "always":
+            raise ConfigError(
+                f"step_aside='always' on a {device.torch_device.type} device updates with AdamW, Adam, SGD and Lion on "
+                f"fp32 moments; this optimizer is {rule.described}: leave step_aside at 'auto'"
+            )
+        return False
     if config.step_aside != "auto":
         return config.step_aside == "always"
     if config.durability == "step":
@@ -112,8 +126,12 @@ def steps_aside(cut: Cut, config: Config, device: DeviceTier, compute_dtype: tor
     if config.micro_batches > 1 or config.activations in ("host", "storage"):
         return False
     parameters = [*cut.root, *(p for block in cut.block_parameters for p in block)]
-    layout = lay_out("all", parameters, compute_dtype)
-    own_nbytes = layout.state_nbytes if device.shares_host else in_device.state_nbytes(layout.buffers)
+    layout = lay_out("all", parameters, compute_dtype, rule, config.chunk_elements)
+    own_nbytes = (
+        layout.state_nbytes
+        if device.shares_host
+        else in_device.state_nbytes(layout.buffers, len(rule.planes))
+    )
     needed_nbytes = layout.slot_nbytes + own_nbytes + layout.grad_elements * 4
     device_nbytes, _ = budgets(device, config)
     if 2 * needed_nbytes > device_nbytes:
@@ -126,14 +144,20 @@ def steps_aside(cut: Cut, config: Config, device: DeviceTier, compute_dtype: tor
     return True
 
 
+def staging_nbytes(config: Config, rule: UpdateRule) -> int:
+    """Host memory of the update pipeline's chunk buffers."""
+    return UpdatePipeline.buffer_nbytes_required(
+        config.chunk_elements, config.chunk_buffers, rule.record_nbytes_per_element
+    )
+
+
 def block_bytes(layout: BlockLayout, chunk_elements: int) -> BlockBytes:
     """What the planner needs to know of one block."""
     chunks: list[int] = []
     for buffer in layout.buffers:
         if buffer.trainable:
-            per_element = STATE_NBYTES_PER_ELEMENT[buffer.codec]
             for start in range(0, buffer.n_elements, chunk_elements):
-                chunks.append(min(chunk_elements, buffer.n_elements - start) * per_element)
+                chunks.append(buffer.record_nbytes(min(chunk_elements, buffer.n_elements - start)))
     return BlockBytes(round_up(layout.slot_nbytes, PAGE_NBYTES), tuple(chunks), layout.grad_elements * 4)
 
 
@@ -147,17 +171,16 @@ class _Builder:
         compute_dtype: torch.dtype | None,
         device: DeviceTier,
         plan: Plan | None,
+        rule: UpdateRule,
     ) -> None:
-        self.config, self.device, self.plan = config, device, plan
+        self.config, self.device, self.plan, self.rule = config, device, plan, rule
         self.layouts = [
-            lay_out(name, parameters, compute_dtype)
+            lay_out(name, parameters, compute_dtype, rule, config.chunk_elements)
             for (name, _), parameters in zip(cut.blocks, cut.block_parameters, strict=True)
         ]
-        self.root_layout = lay_out("root", cut.root, compute_dtype)
+        self.root_layout = lay_out("root", cut.root, compute_dtype, rule, config.chunk_elements)
         self.bytes_of = [block_bytes(layout, config.chunk_elements) for layout in self.layouts]
-        self.staging_nbytes = UpdatePipeline.buffer_nbytes_required(
-            config.chunk_elements, config.chunk_buffers
-        )
+        self.staging_nbytes = staging_nbytes(config, rule)
         self.device_nbytes, self.host_nbytes = budgets(device, config)
         root_bytes = block_bytes(self.root_layout, config.chunk_elements)
         self.streams = bool(cut.blocks)
@@ -253,6 +276,7 @@ class _Builder:
             n_threads,
             staging.data_ptr(),
             self.staging_nbytes,
+            self.rule.record_nbytes_per_element,
         )
 
     def make_slots(self) -> tuple[list[Slot], list[DeviceSlot]]:
@@ -346,8 +370,7 @@ class _Builder:
             n_chunks = -(-buffer.n_elements // chunk_elements)
             host_chunks = min(left, n_chunks)
             left -= host_chunks
-            per_element = STATE_NBYTES_PER_ELEMENT[buffer.codec]
-            host_nbytes = min(buffer.n_elements, host_chunks * chunk_elements) * per_element
+            host_nbytes = buffer.first_records_nbytes(host_chunks)
             stored_nbytes = buffer.state_nbytes - host_nbytes
             if sides is not None:
                 offset = sides.state_offsets[position][0] + host_nbytes
@@ -365,13 +388,19 @@ def assemble(
     compute_dtype: torch.dtype | None,
     device: DeviceTier,
     spans: SpanLog,
-    plan: Plan | None = None,
+    plan: Plan | None,
+    rule: UpdateRule,
 ) -> Assembly:
     """Place `cut` by budget, create the store, and move every parameter to where it belongs, block by block.
 
     Raises BudgetError before anything is written when it cannot fit.
     """
-    builder = _Builder(cut, config, compute_dtype, device, plan)
+    builder = _Builder(cut, config, compute_dtype, device, plan, rule)
+    if builder.all_in_device and not in_device.makes(rule):
+        raise ConfigError(
+            f"this model has no blocks to stream, and a {device.torch_device.type} device updates with AdamW, Adam, "
+            f"SGD and Lion on fp32 moments only; this optimizer is {rule.described}: use one of them, or device='cpu'"
+        )
     resources = builder.make_resources(spans)
     try:
         return _fill(builder, resources)
@@ -435,7 +464,7 @@ def _import(
                 segment.view(plane).copy_(source)
             segment.parameter.data = torch.empty(0, dtype=buffer.dtype)
         if lo is not None and bool(lo.any()):
-            _import_lo(lo, record.states[position], store, chunk_elements)
+            _import_lo(lo, buffer, record.states[position], store, chunk_elements)
     if record.slot is None and store is not None:
         address, nbytes = slot.bytes_tensor.data_ptr(), record.layout.slot_nbytes
         store.engine.write(address, nbytes, record.param_offset).wait()
@@ -447,14 +476,17 @@ def _import(
         record.unbind(device.torch_device)
 
 
-def _import_lo(lo: torch.Tensor, extents: StateExtents, store: Store | None, chunk_elements: int) -> None:
+def _import_lo(
+    lo: torch.Tensor, buffer: FlatBuffer, extents: StateExtents, store: Store | None, chunk_elements: int
+) -> None:
     """Write the low halves of fp32 masters into their chunk records; moments stay zero."""
     for chunk, start in enumerate(range(0, lo.numel(), chunk_elements)):
         part = lo[start : start + chunk_elements].view(torch.uint8)
         if extents.host is not None and chunk < extents.host_chunks:
-            extents.host[start * 10 : start * 10 + part.numel()] = part
+            begin = buffer.record_begin(chunk)
+            extents.host[begin : begin + part.numel()] = part
         elif store is not None:
             staging = HostArena(part.numel())
             staging.bytes_tensor[: part.numel()] = part
-            offset = extents.offset + (start - extents.host_chunks * chunk_elements) * 10
+            offset = extents.offset + buffer.record_begin(chunk - extents.host_chunks)
             store.engine.write(staging.address, part.numel(), offset).wait()

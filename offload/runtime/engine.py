@@ -64,15 +64,19 @@ class OffloadEngine:
         self.device = device.torch_device
         self.config = config = config.beside(self.device.type)
         try:
-            self.aside = steps_aside(cut, config, device, dtype)
+            self.aside = steps_aside(cut, config, device, dtype, optimizer.rule)
             if self.aside:
                 cut = cut.all_root()
-            self._planned = None if self.aside else make_run_plan(model, config, blocks, dtype, device)
+            self._planned = (
+                None if self.aside else make_run_plan(model, config, blocks, dtype, device, optimizer.rule)
+            )
             if not self.aside:
                 cut = place_adapters(cut, config, device, self._planned is not None)
             self.plan = None if self._planned is None else self._planned.plan
             self.micro_batches = config.micro_batches if self.plan is None else self.plan.micro_batches
-            parts = self._assembly = assemble(cut, config, dtype, device, self.spans, self.plan)
+            parts = self._assembly = assemble(
+                cut, config, dtype, device, self.spans, self.plan, optimizer.rule
+            )
         except BaseException:
             device.close()
             raise
@@ -247,8 +251,8 @@ class OffloadEngine:
 
     # ---- called by the optimizer -----------------------------------------------------------------------------
 
-    def _hyper_of(self, parameter: nn.Parameter) -> Any:
-        return self._live_optimizer().hyper_of(parameter)
+    def _hyper_of(self, parameter: nn.Parameter, start: int) -> Any:
+        return self._live_optimizer().hyper_of(parameter, start)
 
     def _live_optimizer(self) -> OffloadOptimizer:
         optimizer = self._optimizer()
