@@ -1,6 +1,7 @@
 """Full fine-tuning of models far larger than the device, streamed between device, DRAM and NVMe."""
 
 from offload.checkpoint import Resumed, export, from_deepspeed, inspect, load, resume, save
+from offload.elementwise import ElementwiseOptimizer
 from offload.errors import (
     BudgetError,
     CheckpointError,
@@ -22,6 +23,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "CorruptError",
+    "ElementwiseOptimizer",
     "Lion",
     "OffloadEngine",
     "OffloadError",

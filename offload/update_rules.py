@@ -67,6 +67,10 @@ class UpdateRule:
 
     name: str
     planes: tuple[Plane, ...]
+    title: str = ""
+    """Of a callback: the optimizer's name, for messages and checkpoints."""
+    whole_gradients: bool = False
+    """Whether the first element of a parameter is updated only when all its gradients are in host memory."""
 
     @property
     def kinds(self) -> list[str]:
@@ -106,7 +110,7 @@ class UpdateRule:
     def described(self) -> str:
         """For messages: `adamw with exp_avg float32, exp_avg_sq float32`."""
         planes = ", ".join(f"{plane.name} {plane.kind}" for plane in self.planes)
-        return f"{self.name} with {planes or 'no state'}"
+        return f"{self.title or self.name} with {planes or 'no state'}"
 
 
 def kernel_rule(name: str, moments: str = "fp32", *, has_momentum: bool = True) -> UpdateRule:
@@ -120,9 +124,9 @@ def kernel_rule(name: str, moments: str = "fp32", *, has_momentum: bool = True) 
     return UpdateRule(name, tuple(Plane(plane, _MOMENTS[moments][sign]) for plane, sign in signs.items()))
 
 
-def callback_rule(names: Sequence[str]) -> UpdateRule:
+def callback_rule(title: str, names: Sequence[str], *, whole_gradients: bool = False) -> UpdateRule:
     """A rule made in Python, with fp32 planes of these names."""
-    return UpdateRule("callback", tuple(Plane(name, "float32") for name in names))
+    return UpdateRule("callback", tuple(Plane(name, "float32") for name in names), title, whole_gradients)
 
 
 ADAMW = kernel_rule("adamw")

@@ -435,7 +435,9 @@ void UpdatePipeline::finish(const ChunkPtr& chunk) {
     if (--job.unfinished == 0) done = chunk->job;
   }
   changed_.notify_all();
-  if (done) done->ticket->settle_piece(done->error);
+  if (!done) return;
+  done->job.callback = nullptr;  // dropping it may wait for Python, which may wait for the lock
+  done->ticket->settle_piece(done->error);
 }
 
 void UpdatePipeline::work() {

@@ -134,7 +134,25 @@ class OffloadEngine:
     # ---- called by blocks and hooks --------------------------------------------------------------------------
 
     def _root_needed(self) -> None:
+        self._measure_parameters()
         self._scheduler.hold_root()
+
+    def _measure_parameters(self) -> None:
+        """Before the first step with an optimizer that scales by the size of parameters."""
+        adafactor = self._live_optimizer().adafactor
+        if adafactor is None or not adafactor.needs_start():
+            return
+        by_name = {
+            segment.name: segment.parameter
+            for block in [self.root, *self.blocks]
+            for buffer in block.layout.buffers
+            if buffer.trainable
+            for segment in buffer.segments
+        }
+        for values in self.iter_blocks():
+            for name, value in values:
+                if name in by_name:
+                    adafactor.start(by_name[name], value)
 
     def _receive_root_gradient(
         self, block: BlockRecord, buffer: FlatBuffer, position: int, parameter: nn.Parameter
@@ -223,8 +241,8 @@ class OffloadEngine:
         """Update what the blocks' backward does not use or change; see runtime/early_root.py."""
         if not self._sync or self._defers(self.root) or self._assembly.in_device is not None:
             return
-        if self.commits is not None:
-            return  # the whole root goes to its other side in one update
+        if self.commits is not None or self._live_optimizer().rule.whole_gradients:
+            return  # the whole root goes to its other side in one update, or needs its gradients at once
         final, chunks = self._early_root.take()
         if not final:
             return

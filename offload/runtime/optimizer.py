@@ -9,6 +9,8 @@ import torch
 
 from offload.errors import CheckpointError, ConfigError, UsageError
 from offload.runtime import taken_gradients
+from offload.runtime.adafactor import AdafactorUpdater
+from offload.runtime.chunk_update import CallbackHyper
 from offload.runtime.recognised import recognise
 from offload.transfer.io_engine import Hyper
 from offload.update_rules import UpdateRule
@@ -74,6 +76,15 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._used[id(group)] = values
         step = self._steps.get(parameter, 0) + 1
         self._steps[parameter] = step
+        if self._recognised.updater is not None:
+            return CallbackHyper(
+                self._recognised.updater,
+                parameter,
+                values,
+                step=step,
+                grad_scale=self.grad_scale,
+                start=start,
+            )
         return Hyper(
             **values,
             step=step,
@@ -81,6 +92,12 @@ class OffloadOptimizer(torch.optim.Optimizer):
             noise_seed=self._number_of[parameter],
             noise_origin=start,
         )
+
+    @property
+    def adafactor(self) -> AdafactorUpdater | None:
+        """What keeps Adafactor's statistics; None of another optimizer."""
+        updater = self._recognised.updater
+        return updater if isinstance(updater, AdafactorUpdater) else None
 
     def steps_of(self, parameter: torch.nn.Parameter) -> int:
         """Updates that one parameter has had."""

@@ -8,15 +8,20 @@ from typing import Any
 
 import torch
 
+from offload.elementwise import ElementwiseOptimizer
 from offload.errors import ConfigError
-from offload.update_rules import UpdateRule, kernel_rule
+from offload.runtime.adafactor import AdafactorUpdater
+from offload.runtime.chunk_update import ElementwiseUpdater
+from offload.update_rules import UpdateRule, callback_rule, kernel_rule
 
 Group = dict[str, Any]
 
 SUPPORTED = (
-    "torch.optim.AdamW, Adam and SGD, Lion (offload.Lion, or any class of that name), and bitsandbytes.optim's AdamW, "
-    "AdamW8bit, Lion and Lion8bit"
+    "torch.optim.AdamW, Adam and SGD, Lion (offload.Lion, or any class of that name), torch.optim.Adafactor, "
+    "bitsandbytes.optim's AdamW, AdamW8bit, Lion and Lion8bit, or an offload.ElementwiseOptimizer of your own"
 )
+
+STATE_NAMES_MAX = 8
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class Recognised:
 
     rule: UpdateRule
     values: Callable[[Group], dict[str, Any]]
+    updater: Any = None
+    """Of a rule made in Python: what updates pieces (`chunk_update.PieceUpdater`); `values` are the group's own."""
 
 
 def _adam(decoupled: bool) -> Callable[[Group], dict[str, Any]]:
@@ -91,9 +98,40 @@ def _of_bitsandbytes(source: torch.optim.Optimizer, moments: str) -> Recognised 
     return None
 
 
+def _own_values(group: Group) -> dict[str, Any]:
+    return {
+        name: value.item() if isinstance(value, torch.Tensor) else value
+        for name, value in group.items()
+        if name != "params"
+    }
+
+
+def _in_python(source: torch.optim.Optimizer, moments: str) -> Recognised | None:
+    """Optimizers whose update Python makes."""
+    name = type(source).__name__
+    if isinstance(source, torch.optim.Adafactor):
+        parameters = [p for group in source.param_groups for p in group["params"]]
+        updater: Any = AdafactorUpdater({p: number for number, p in enumerate(parameters)})
+        rule = callback_rule("adafactor", (), whole_gradients=True)
+    elif isinstance(source, ElementwiseOptimizer):
+        if len(source.state_names) > STATE_NAMES_MAX or len(set(source.state_names)) < len(
+            source.state_names
+        ):
+            raise ConfigError(
+                f"{name}.state_names={source.state_names}: give at most {STATE_NAMES_MAX} different names"
+            )
+        updater = ElementwiseUpdater(source)
+        rule = callback_rule(name, source.state_names)
+    else:
+        return None
+    if moments != "fp32":
+        raise ConfigError(f"optimizer_state={moments!r}: {name} keeps its state in fp32; leave it out")
+    return Recognised(rule, _own_values, updater)
+
+
 def recognise(source: torch.optim.Optimizer, moments: str) -> Recognised:
     """The rule of `source` with moments in "fp32", "bf16" or "8bit". Raises ConfigError for what is not supported."""
-    found = _of_bitsandbytes(source, moments)
+    found = _of_bitsandbytes(source, moments) or _in_python(source, moments)
     if found is None and isinstance(source, torch.optim.AdamW):
         found = Recognised(kernel_rule("adamw", moments), _adam(True))
     if found is None and isinstance(source, torch.optim.Adam):

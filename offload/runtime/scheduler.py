@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from offload.errors import BudgetError
+from offload.runtime.chunk_update import ChunkUpdate
 from offload.runtime.device_residency import Residency
 from offload.runtime.early_root import Range, split
 from offload.runtime.gradients import Gradients
@@ -345,6 +346,9 @@ class Scheduler:
                 grad_address, grad_offset = plane.data_ptr(), -1
             job = UpdateJob(
                 rule=buffer.rule.name,
+                callback=ChunkUpdate(buffer, segments, grad_dtype, grad_address)
+                if buffer.rule.is_callback
+                else None,
                 state_planes=buffer.rule.kinds,
                 param_codec=buffer.codec,
                 n_elements=buffer.n_elements,

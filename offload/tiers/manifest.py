@@ -53,6 +53,8 @@ class Rule(Strict):
     """What the optimizer state is of."""
 
     name: Name = ADAMW.name
+    title: Name = ""
+    whole_gradients: bool = False
     planes: Annotated[list[StatePlane], Field(max_length=8)] = [
         StatePlane(name=plane.name, kind=plane.kind) for plane in ADAMW.planes
     ]
@@ -60,12 +62,14 @@ class Rule(Strict):
     @classmethod
     def of(cls, rule: UpdateRule) -> Rule:
         """As a manifest names it."""
-        return cls(name=rule.name, planes=[StatePlane(name=p.name, kind=p.kind) for p in rule.planes])
+        planes = [StatePlane(name=plane.name, kind=plane.kind) for plane in rule.planes]
+        return cls(name=rule.name, title=rule.title, whole_gradients=rule.whole_gradients, planes=planes)
 
     @property
     def rule(self) -> UpdateRule:
         """With the sizes that follow from it."""
-        return UpdateRule(self.name, tuple(Plane(p.name, p.kind) for p in self.planes))
+        planes = tuple(Plane(plane.name, plane.kind) for plane in self.planes)
+        return UpdateRule(self.name, planes, self.title, self.whole_gradients)
 
 
 class Extent(Strict):
