@@ -47,13 +47,12 @@ OFFLOAD_TARGET inline void encode_quantised(float* __restrict__ moments, std::ui
   }
   *absmax = float_of(largest);
   const float divisor = largest == 0 ? 1.0f : float_of(largest);
-  const std::uint8_t least = stays_above_zero ? 1 : 0;
+  const unsigned least = stays_above_zero ? 1 : 0;
   alignas(64) float share[kQuantBlock];
   for (std::size_t i = 0; i < n; ++i) share[i] = moments[i] / divisor;
   for (std::size_t i = 0; i < n; ++i) {
-    const std::uint8_t code = map.nearest(share[i]);
-    const std::uint8_t floor = moments[i] > 0.0f ? least : 0;
-    codes[i] = code > floor ? code : floor;
+    const unsigned code = map.nearest(share[i]);
+    codes[i] = static_cast<std::uint8_t>(code + (static_cast<unsigned>(code == 0) & (moments[i] > 0.0f) & least));
   }
 }
 
