@@ -13,10 +13,11 @@ from torch import nn
 from offload.config import Config, host_total_nbytes, parse_budget
 from offload.errors import ConfigError
 from offload.model.blocks import Cut
-from offload.model.flat import BlockLayout, FlatBuffer, lay_out
+from offload.model.flat import BlockLayout, lay_out
 from offload.planner.placement import BlockBytes, Placement, place
 from offload.planner.plan import Plan
 from offload.runtime import in_device
+from offload.runtime.first_content import import_into
 from offload.runtime.in_device import InDeviceState
 from offload.runtime.planning import placement_of
 from offload.stores.block_store import BlockRecord, DeviceSlot, GradBuffer, Slot, StateExtents
@@ -27,7 +28,7 @@ from offload.tiers.emulated_device import EmulatedDevice
 from offload.tiers.host import HostArena
 from offload.tiers.storage import Store
 from offload.transfer.copies import Copies
-from offload.transfer.io_engine import UpdatePipeline, split_master
+from offload.transfer.io_engine import UpdatePipeline
 from offload.types import PAGE_NBYTES, BlockState, round_up
 from offload.update_rules import UpdateRule
 
@@ -322,7 +323,7 @@ class _Builder:
             record.grad_host = self.host_arena.take(layout.grad_elements * 4).view(torch.float32)
         elif store is not None and layout.grad_elements and self.gradients_wait(index):
             record.grad_offset = store.allocate(layout.grad_elements * 4)
-        _import(record, store, scratch, self.config.chunk_elements, self.device)
+        import_into(record, store, scratch, self.config.chunk_elements, self.device)
         return record
 
     def make_root(self, store: Store | None) -> BlockRecord:
@@ -345,7 +346,7 @@ class _Builder:
             root.device_stale = True
             out = self.host_arena.take(grad_nbytes).view(torch.float32)
             root.grad_out_home = GradBuffer(out, root, permanent=True)
-        _import(root, store, None, self.config.chunk_elements, self.device)
+        import_into(root, store, None, self.config.chunk_elements, self.device)
         return root
 
     def _sides(self, layout: BlockLayout, store: Store | None) -> Sides | None:
@@ -445,58 +446,3 @@ def _fill(builder: _Builder, resources: Resources) -> Assembly:
         device_nbytes=builder.device_nbytes,
         host_nbytes=builder.host_nbytes,
     )
-
-
-def _import(
-    record: BlockRecord, store: Store | None, scratch: Slot | None, chunk_elements: int, device: DeviceTier
-) -> None:
-    """Fill the block's planes and states from the parameters it still holds, then point the parameters at them."""
-    slot = record.slot or scratch
-    if slot is None:
-        return
-    for position, buffer in enumerate(record.layout.buffers):
-        plane = record.plane(buffer, slot.bytes_tensor)
-        plane.view(torch.uint8).zero_()
-        split = buffer.trainable and buffer.codec == "split_bf16"
-        lo = torch.zeros(buffer.n_elements, dtype=torch.int16) if split else None
-        for segment in buffer.segments:
-            source = segment.parameter.data
-            if lo is not None and source.dtype == torch.float32:
-                flat = source.contiguous().view(-1).cpu()
-                end = segment.start + segment.numel
-                split_master(
-                    flat.data_ptr(),
-                    plane[segment.start : end].data_ptr(),
-                    lo[segment.start : end].data_ptr(),
-                    segment.numel,
-                )
-            else:
-                segment.view(plane).copy_(source)
-            segment.parameter.data = torch.empty(0, dtype=buffer.dtype)
-        if lo is not None and bool(lo.any()):
-            _import_lo(lo, buffer, record.states[position], store, chunk_elements)
-    if record.slot is None and store is not None:
-        address, nbytes = slot.bytes_tensor.data_ptr(), record.layout.slot_nbytes
-        store.engine.write(address, nbytes, record.param_offset).wait()
-    else:
-        record.state = BlockState.RESIDENT
-    if record.slot is not None and device.shares_host:
-        record.bind()
-    else:
-        record.unbind(device.torch_device)
-
-
-def _import_lo(
-    lo: torch.Tensor, buffer: FlatBuffer, extents: StateExtents, store: Store | None, chunk_elements: int
-) -> None:
-    """Write the low halves of fp32 masters into their chunk records; moments stay zero."""
-    for chunk, start in enumerate(range(0, lo.numel(), chunk_elements)):
-        part = lo[start : start + chunk_elements].view(torch.uint8)
-        if extents.host is not None and chunk < extents.host_chunks:
-            begin = buffer.record_begin(chunk)
-            extents.host[begin : begin + part.numel()] = part
-        elif store is not None:
-            staging = HostArena(part.numel())
-            staging.bytes_tensor[: part.numel()] = part
-            offset = extents.offset + buffer.record_begin(chunk - extents.host_chunks)
-            store.engine.write(staging.address, part.numel(), offset).wait()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import pathlib
 
 import pytest
 import torch
 
 import offload
+from offload.checkpoint.directory import MANIFEST_FILE
+from offload.checkpoint.save import KIND
 from offload.errors import CheckpointError, ConfigError
+from offload.tiers.manifest import crc32c_of
 from offload.update_rules import kernel_rule
 from tests.fault.training import STREAMING, Model, smallest_budgets
 
@@ -177,6 +182,24 @@ def test_a_checkpoint_of_other_moments_is_refused_with_both_named(tmp_path):
         with pytest.raises(CheckpointError, match=f"adamw with exp_avg int8.*{named}"):
             offload.resume(model, str(tmp_path))
         model.offload.close()
+
+
+def test_a_checkpoint_from_before_rules_is_read_as_adamws(tmp_path):
+    """Format version 1 did not say whose state it held."""
+    model, optimizer = make("adamw", "fp32")
+    train(model, optimizer, 2)
+    expected = parameters_of(model)
+    path = pathlib.Path(offload.save(model, str(tmp_path))) / MANIFEST_FILE
+    model.offload.close()
+    body = json.loads(path.read_bytes().splitlines()[1])
+    assert body.pop("rule")["name"] == "adamw"
+    raw = json.dumps(body).encode()
+    head = {"format": KIND, "version": 1, "nbytes": len(raw), "crc32c": crc32c_of(raw)}
+    path.write_bytes(json.dumps(head).encode() + b"\n" + raw + b"\n")
+    model, _ = make("adamw", "fp32")
+    assert offload.resume(model, str(tmp_path)).step == 2
+    assert_same(parameters_of(model), expected)
+    model.offload.close()
 
 
 def on_device(kind, moments, tmp_path):
