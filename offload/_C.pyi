@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 class Arena:
@@ -66,23 +66,34 @@ class Hyper:
     decoupled: bool
     grad_scale: float
     maximize: bool
+    momentum: float
+    dampening: float
+    nesterov: bool
     def __init__(
         self,
         lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        step: int,
+        beta1: float = 0.0,
+        beta2: float = 0.0,
+        eps: float = 0.0,
+        weight_decay: float = 0.0,
+        step: int = 1,
         decoupled: bool = True,
         grad_scale: float = 1.0,
         maximize: bool = False,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        nesterov: bool = False,
+        noise_seed: int = 0,
+        noise_origin: int = 0,
     ) -> None: ...
 
 class UpdateJob:
     def __init__(
         self,
         *,
+        rule: str = "adamw",
+        state_planes: Sequence[str] = ...,
+        callback: Callable[[int, int, int, int, int, int, list[int]], object] | None = None,
         param_codec: str,
         n_elements: int,
         param_address: int,
@@ -115,9 +126,12 @@ class UpdatePipeline:
         n_threads: int,
         buffer_address: int,
         buffer_nbytes: int,
+        record_nbytes_per_element: int = 10,
     ) -> None: ...
     @staticmethod
-    def buffer_nbytes_required(chunk_elements: int, n_buffers: int) -> int: ...
+    def buffer_nbytes_required(
+        chunk_elements: int, n_buffers: int, record_nbytes_per_element: int = 10
+    ) -> int: ...
     def submit(self, job: UpdateJob) -> Ticket: ...
     def record_spans(self, on: bool) -> None: ...
     def take_spans(self) -> list[tuple[str, int, float, float]]: ...
@@ -131,6 +145,23 @@ def simd_levels() -> list[str]: ...
 def split_master(source: int, hi: int, lo: int, n: int, level: str = "auto") -> None: ...
 def merge_master(hi: int, lo: int, destination: int, n: int, level: str = "auto") -> None: ...
 def canonicalize_nan(values: int, n: int) -> None: ...
+def record_nbytes(param_codec: str, state_planes: Sequence[str], n: int) -> int: ...
+def quant_map(is_signed: bool) -> list[float]: ...
+def rule_update(
+    rule: str,
+    state_planes: Sequence[str],
+    param_codec: str,
+    param: int,
+    lo: int,
+    state: Sequence[int],
+    absmax: Sequence[int],
+    grad: int,
+    grad_dtype: str,
+    n: int,
+    hyper: Hyper,
+    element: int = 0,
+    level: str = "auto",
+) -> None: ...
 def adamw_update(
     param_codec: str,
     param: int,

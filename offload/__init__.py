@@ -1,6 +1,7 @@
 """Full fine-tuning of models far larger than the device, streamed between device, DRAM and NVMe."""
 
 from offload.checkpoint import Resumed, export, from_deepspeed, inspect, load, resume, save
+from offload.elementwise import ElementwiseOptimizer
 from offload.errors import (
     BudgetError,
     CheckpointError,
@@ -10,6 +11,7 @@ from offload.errors import (
     StoreError,
     UsageError,
 )
+from offload.lion import Lion
 from offload.runtime.engine import OffloadEngine
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.wrap import wrap
@@ -21,6 +23,8 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "CorruptError",
+    "ElementwiseOptimizer",
+    "Lion",
     "OffloadEngine",
     "OffloadError",
     "OffloadOptimizer",

@@ -10,6 +10,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from offload.errors import ConfigError
+from offload.update_rules import Moments
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS.update({"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40})
@@ -60,6 +61,9 @@ def host_total_nbytes() -> int:
 NO_PLAN = "none"
 """Value of `Config.plan` that places by budget alone."""
 
+CHUNK_ELEMENTS = 1 << 18
+"""Parameters whose state is read, updated and written as a whole, unless `chunk_elements` says otherwise."""
+
 
 class Config(BaseModel):
     """Everything `offload.wrap` can be told. Unknown names are refused.
@@ -73,13 +77,13 @@ class Config(BaseModel):
     probe` has stored); settings given explicitly stay as given. `written_per_step`: most bytes a planned step may
     write to storage, to spare the drives. Without `batch`, state is placed by budget, and what is kept for backward
     is planned after the first step, where that is worth it. `plan`: a saved plan's file, or its text, to be used as
-    it is; "none": no plan. `step_aside`: when all training state takes at most half of `device_memory`, do not stream.
-    `durability`: what survives a kill or a power loss: nothing, the last `offload.save`, or the last step
-    (docs/durability.md has what
-    each costs); with the last, `verify_reads` compares what is read with its checksums: "auto" stops when that
-    takes more than 3 % of a step. `adapters`: whether small trainable parameters of frozen blocks stay in device
-    memory. `compile_blocks`: compile each block's training forward with torch.compile (True, or the name of a
-    backend). `pin`: page-lock host memory for a CUDA device.
+    it is; "none": no plan. `step_aside`: when all training state takes at most half of `device_memory`, do not
+    stream. `durability`: what survives a kill or a power loss: nothing, the last `offload.save`, or the last step
+    (docs/durability.md has what each costs); with the last, `verify_reads` compares what is read with its checksums:
+    "auto" stops when that takes more than 3 % of a step. `adapters`: whether small trainable parameters of frozen
+    blocks stay in device memory. `optimizer_state`: what the optimizer's moments are kept in between steps, "fp32",
+    "bf16" or "8bit" (docs/optimizers.md). `compile_blocks`: compile each block's training forward with torch.compile
+    (True, or the name of a backend). `pin`: page-lock host memory for a CUDA device.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -88,6 +92,7 @@ class Config(BaseModel):
     device_memory: str | int | float = "50%"
     host_memory: str | int | float = "50%"
     storage: list[str] = Field(default_factory=list)
+    optimizer_state: Moments = "fp32"
     update: Literal["auto", "backward", "deferred"] = "auto"
     max_grad_norm: float | None = Field(default=None, gt=0)
     micro_batches: int = Field(default=1, ge=1)
@@ -101,7 +106,7 @@ class Config(BaseModel):
     io_block_nbytes: int = Field(default=1 << 22, ge=4096)
     io_queue_depth: int = Field(default=32, ge=1, le=4096)
     stripe_nbytes: int = Field(default=1 << 20, ge=4096)
-    chunk_elements: int = Field(default=1 << 18, ge=2048)
+    chunk_elements: int = Field(default=CHUNK_ELEMENTS, ge=2048)
     chunk_buffers: int = Field(default=4, ge=2)
     update_threads: int = Field(default=max(1, min(4, (os.cpu_count() or 1) // 2)), ge=1)
     keep_store: bool = False

@@ -12,8 +12,9 @@ PAGE_NBYTES = 4096
 PLANE_ELEMENTS = 2048
 """Flat buffers are padded to this many elements, so that a 2-byte plane is a whole number of pages."""
 
-SEGMENT_ELEMENTS = 64
-"""Each parameter starts at a multiple of this many elements inside its flat buffer."""
+SEGMENT_ELEMENTS = 256
+"""Each parameter starts at a multiple of this many elements inside its flat buffer; with 8-bit moments so many share a
+scale, and no scale may belong to two parameters."""
 
 
 class BlockState(enum.Enum):

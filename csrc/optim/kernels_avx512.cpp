@@ -1,5 +1,6 @@
 // The kernels for the instruction set "avx512".
 #include "optim/kernels.h"
+#include "optim/quant_map.h"
 
 #if defined(__x86_64__)
 

@@ -1,10 +1,9 @@
-// The arithmetic, written once. Included inside one namespace per instruction set, with OFFLOAD_TARGET set to the
-// function attributes of that set; there is no include guard on purpose. No fused multiply-add anywhere
+// What every rule shares, written once. Included inside one namespace per instruction set, with OFFLOAD_TARGET set to
+// the function attributes of that set; there is no include guard on purpose. No fused multiply-add anywhere
 // (-ffp-contract=off), so every instruction set gives the same bits.
 //
-// Order of operations follows torch.optim.AdamW (single tensor path): decay, lerp, addcmul, addcdiv. The moments have
-// the bits of torch where torch does not fuse either (with AVX2 and AVX-512 it fuses lerp, addcmul and add(alpha)); the
-// parameter too, but for torch's CPU square root, which is not correctly rounded. Ours is.
+// A rule is a loop over fp32 moments (rules_body.h). Moments of another kind are decoded to fp32, updated and encoded
+// again, kQuantBlock elements at a time in the first-level cache (moments_body.h): the rule does not know.
 
 OFFLOAD_TARGET inline std::uint32_t bits_of(float value) {
   std::uint32_t bits;
@@ -33,73 +32,65 @@ OFFLOAD_TARGET inline std::uint32_t canonical(std::uint32_t bits) {
   return (bits & ~mask) | (0x7FC00000u & mask);  // no branch, which would keep the loop from being vectorised
 }
 
-// One loop over whole vectors for the compiler: every plane a restricted argument, every scalar a copy (a float store
-// might else change it), no branch. The benchmark compares its rate with torch's; a loop that is no longer vectorised
-// shows there, by a factor of five.
-template <typename Param, typename Grad, bool has_l2, bool lerp_from_grad>
-OFFLOAD_TARGET __attribute__((noinline)) void update_planes(Param* __restrict__ param, std::int16_t* __restrict__ lo,
-                                                            float* __restrict__ exp_avg, float* __restrict__ exp_avg_sq,
-                                                            const Grad* __restrict__ grad, std::size_t n,
-                                                            const Scalars s) {
-  constexpr bool is_split = sizeof(Param) == 2;
-  for (std::size_t i = 0; i < n; ++i) {
-    float p, g;
-    if constexpr (is_split)
-      p = float_of(merged(param[i], lo[i]));
-    else
-      p = param[i];
-    if constexpr (sizeof(Grad) == 2)
-      g = float_of(static_cast<std::uint32_t>(grad[i]) << 16);
-    else
-      g = grad[i];
-    g = g * s.grad_scale;
-    if constexpr (has_l2) g = g + s.l2 * p;
-    p = p * s.decay;
-    const float before = exp_avg[i];
-    const float m = (lerp_from_grad ? g : before) + s.lerp_weight * (g - before);
-    const float v = exp_avg_sq[i] * s.beta2 + s.one_minus_beta2 * g * g;
-    const float denominator = __builtin_sqrtf(v) / s.bias_correction2_sqrt + s.eps;
-    p = p + s.negative_step_size * m / denominator;
-    exp_avg[i] = float_of(canonical(bits_of(m)));
-    exp_avg_sq[i] = float_of(canonical(bits_of(v)));
-    const std::uint32_t bits = canonical(bits_of(p));
-    if constexpr (is_split) {
-      param[i] = hi_of(bits);
-      lo[i] = lo_of(bits);
-    } else {
-      param[i] = float_of(bits);
-    }
-  }
-}
-
-template <typename Param, typename Grad, bool has_l2>
-OFFLOAD_TARGET void update_by_lerp(const Planes& planes, std::size_t n, const Scalars& s) {
-  const auto call =
-      s.lerp_from_grad ? &update_planes<Param, Grad, has_l2, true> : &update_planes<Param, Grad, has_l2, false>;
-  call(static_cast<Param*>(planes.param), planes.lo, planes.exp_avg, planes.exp_avg_sq,
-       static_cast<const Grad*>(planes.grad), n, s);
-}
-
-template <typename Param, typename Grad>
-OFFLOAD_TARGET void update_as(const Planes& planes, std::size_t n, const Scalars& s) {
-  if (s.l2 != 0.0f)
-    update_by_lerp<Param, Grad, true>(planes, n, s);
+template <typename Param>
+OFFLOAD_TARGET inline float load_master(const Param* param, const std::int16_t* lo, std::size_t i) {
+  if constexpr (sizeof(Param) == 2)
+    return float_of(merged(param[i], lo[i]));
   else
-    update_by_lerp<Param, Grad, false>(planes, n, s);
+    return param[i];
 }
 
-OFFLOAD_TARGET void update(Codec codec, GradDtype grad_dtype, const Planes& planes, std::size_t n, const Scalars& s) {
-  if (codec == Codec::split_bf16) {
-    if (grad_dtype == GradDtype::float32)
-      update_as<std::uint16_t, float>(planes, n, s);
-    else
-      update_as<std::uint16_t, std::uint16_t>(planes, n, s);
+template <typename Param>
+OFFLOAD_TARGET inline void store_master(Param* param, std::int16_t* lo, std::size_t i, float value) {
+  const std::uint32_t bits = canonical(bits_of(value));
+  if constexpr (sizeof(Param) == 2) {
+    param[i] = hi_of(bits);
+    lo[i] = lo_of(bits);
   } else {
-    if (grad_dtype == GradDtype::float32)
-      update_as<float, float>(planes, n, s);
-    else
-      update_as<float, std::uint16_t>(planes, n, s);
+    param[i] = float_of(bits);
   }
+}
+
+template <typename Grad>
+OFFLOAD_TARGET inline float load_grad(const Grad* grad, std::size_t i, float scale) {
+  if constexpr (sizeof(Grad) == 2)
+    return float_of(static_cast<std::uint32_t>(grad[i]) << 16) * scale;
+  else
+    return grad[i] * scale;
+}
+
+#include "optim/rules_body.h"
+//
+#include "optim/moments_body.h"
+
+// One tile after the other: decode, update, encode.
+OFFLOAD_TARGET void update_tiles(RuleLoop loop, std::size_t param_nbytes, std::size_t grad_nbytes,
+                                 const StatePlanes& kinds, const Planes& planes, std::size_t n, const Scalars& s) {
+  alignas(64) float moments[kMomentsMax][kQuantBlock];
+  for (std::size_t start = 0; start < n; start += kQuantBlock) {
+    const std::size_t count = n - start < kQuantBlock ? n - start : kQuantBlock;
+    Planes tile = planes;
+    tile.param = static_cast<char*>(planes.param) + start * param_nbytes;
+    tile.lo = planes.lo + start;
+    tile.grad = static_cast<const char*>(planes.grad) + start * grad_nbytes;
+    for (std::size_t i = 0; i < kinds.size(); ++i) decode(kinds[i], planes, i, start, count, moments[i]);
+    loop(tile, moments[0], moments[1], count, s);
+    for (std::size_t i = 0; i < kinds.size(); ++i) encode(kinds[i], planes, i, start, count, moments[i], s);
+  }
+}
+
+OFFLOAD_TARGET void update(Rule rule, Codec codec, GradDtype grad_dtype, const StatePlanes& kinds, const Planes& planes,
+                           std::size_t n, const Scalars& s) {
+  const bool is_split = codec == Codec::split_bf16, is_fp32 = grad_dtype == GradDtype::float32;
+  RuleLoop loop =
+      is_split ? (is_fp32 ? loop_of<std::uint16_t, float>(rule, s) : loop_of<std::uint16_t, std::uint16_t>(rule, s))
+               : (is_fp32 ? loop_of<float, float>(rule, s) : loop_of<float, std::uint16_t>(rule, s));
+  bool all_fp32 = true;
+  for (const PlaneKind kind : kinds) all_fp32 = all_fp32 && kind == PlaneKind::float32;
+  if (all_fp32)
+    loop(planes, static_cast<float*>(planes.state[0]), static_cast<float*>(planes.state[1]), n, s);
+  else
+    update_tiles(loop, is_split ? 2 : 4, is_fp32 ? 4 : 2, kinds, planes, n, s);
 }
 
 OFFLOAD_TARGET void split(const float* __restrict__ source, std::uint16_t* __restrict__ hi,

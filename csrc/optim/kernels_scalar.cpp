@@ -1,5 +1,6 @@
 // The kernels for every processor: on x86-64 one element at a time, elsewhere as the compiler vectorises them.
 #include "optim/kernels.h"
+#include "optim/quant_map.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define OFFLOAD_TARGET __attribute__((optimize("no-tree-vectorize")))  // an oracle for the vector levels

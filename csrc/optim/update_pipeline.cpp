@@ -17,7 +17,7 @@ namespace offload::optim {
 namespace {
 
 constexpr std::size_t kPlaneElements = 2048;  // 2-byte planes of this many elements are whole pages
-constexpr std::size_t kRecordNbytesMax = 10, kGradNbytesMax = 4;
+constexpr std::size_t kGradNbytesMax = 4;
 
 std::size_t param_nbytes_per_element(Codec codec) { return codec == Codec::split_bf16 ? 2 : 4; }
 std::size_t grad_nbytes_per_element(GradDtype dtype) { return dtype == GradDtype::float32 ? 4 : 2; }
@@ -32,6 +32,14 @@ std::int64_t nanoseconds_since(std::chrono::steady_clock::time_point begin) {
 
 double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
+// SGD may do without its plane.
+bool has_planes_of_rule(const UpdateJob& job) {
+  const std::size_t n = job.planes.size();
+  if (job.rule == Rule::adamw) return n == 2;
+  if (job.rule == Rule::lion) return n == 1;
+  return job.rule == Rule::callback || n <= 1;
+}
+
 io::Error error_of(const std::exception& thrown) {
   if (const auto* system = dynamic_cast<const std::system_error*>(&thrown))
     return {system->code().value(), thrown.what()};
@@ -40,22 +48,25 @@ io::Error error_of(const std::exception& thrown) {
 
 }  // namespace
 
-std::size_t state_nbytes_per_element(Codec codec) { return codec == Codec::split_bf16 ? 10 : 8; }
-
-std::size_t UpdatePipeline::buffer_nbytes_required(std::size_t chunk_elements, std::size_t n_buffers) {
-  return chunk_elements * (kRecordNbytesMax + kGradNbytesMax) * n_buffers;
+std::size_t UpdatePipeline::buffer_nbytes_required(std::size_t chunk_elements, std::size_t n_buffers,
+                                                   std::size_t record_nbytes_per_element) {
+  return chunk_elements * (record_nbytes_per_element + kGradNbytesMax) * n_buffers;
 }
 
 UpdatePipeline::UpdatePipeline(std::shared_ptr<io::Engine> engine, std::size_t chunk_elements, std::size_t n_buffers,
-                               std::size_t n_threads, char* buffer, std::size_t buffer_nbytes)
-    : engine_(std::move(engine)), chunk_elements_(chunk_elements), owner_pid_(::getpid()) {
+                               std::size_t n_threads, char* buffer, std::size_t buffer_nbytes,
+                               std::size_t record_nbytes_per_element)
+    : engine_(std::move(engine)),
+      chunk_elements_(chunk_elements),
+      record_nbytes_per_element_(record_nbytes_per_element),
+      owner_pid_(::getpid()) {
+  const std::size_t need = buffer_nbytes_required(chunk_elements, n_buffers, record_nbytes_per_element);
   OFFLOAD_CHECK(chunk_elements > 0 && chunk_elements % kPlaneElements == 0,
                 "chunk_elements must be a multiple of 2048");
   OFFLOAD_CHECK(n_buffers > 0 && n_threads > 0, "an update pipeline needs a buffer and a thread");
-  OFFLOAD_CHECK(buffer_nbytes >= buffer_nbytes_required(chunk_elements, n_buffers), "the chunk buffers are too small");
+  OFFLOAD_CHECK(buffer_nbytes >= need, "the chunk buffers are too small");
   OFFLOAD_CHECK(buffer != nullptr && on_page(buffer), "the chunk buffers must start on a page");
-  for (std::size_t i = 0; i < n_buffers; ++i)
-    free_buffers_.push_back(buffer + i * buffer_nbytes_required(chunk_elements, 1));
+  for (std::size_t i = 0; i < n_buffers; ++i) free_buffers_.push_back(buffer + i * (need / n_buffers));
   try {
     for (std::size_t i = 0; i < n_threads; ++i) threads_.emplace_back([this] { work(); });
   } catch (...) {
@@ -69,8 +80,16 @@ UpdatePipeline::~UpdatePipeline() { close(); }
 void UpdatePipeline::check(const UpdateJob& job, std::size_t n_chunks) const {
   OFFLOAD_CHECK(job.param != nullptr, "an update needs the parameter plane in host memory");
   OFFLOAD_CHECK(job.grad != nullptr || job.grad_offset >= 0, "an update needs gradients");
-  OFFLOAD_CHECK(job.host_chunks == 0 || job.state_host != nullptr, "host_chunks needs state_host_address");
-  OFFLOAD_CHECK(job.host_chunks >= n_chunks || job.state_offset >= 0, "state_offset is missing");
+  const std::size_t record_nbytes = job.record_nbytes(chunk_elements_);
+  const bool stores_state = job.host_chunks < n_chunks && record_nbytes > 0;
+  OFFLOAD_CHECK(job.planes.size() <= kStatePlanesMax, "too many state planes");
+  OFFLOAD_CHECK(record_nbytes <= chunk_elements_ * record_nbytes_per_element_,
+                "a record of this job is larger than the chunk buffers");
+  OFFLOAD_CHECK((job.rule == Rule::callback) == (job.callback != nullptr), "a callback is what Rule::callback needs");
+  OFFLOAD_CHECK(has_planes_of_rule(job), "these are not the state planes that the rule updates");
+  OFFLOAD_CHECK(job.host_chunks == 0 || record_nbytes == 0 || job.state_host != nullptr,
+                "host_chunks needs state_host_address");
+  OFFLOAD_CHECK(!stores_state || job.state_offset >= 0, "state_offset is missing");
   OFFLOAD_CHECK(!job.read_param || job.param_offset >= 0, "read_param needs param_offset");
   OFFLOAD_CHECK(job.param_offset < 0 || (on_page(job.param) && on_page(job.param_offset)),
                 "a parameter plane on storage must start on a page, in memory and in the store");
@@ -83,10 +102,15 @@ void UpdatePipeline::check(const UpdateJob& job, std::size_t n_chunks) const {
   OFFLOAD_CHECK(job.state_out_offset < 0 || job.host_chunks == 0 || on_page(job.state_host),
                 "records in host memory that are written must start on a page");
   const bool uses_storage = job.param_out_offset >= 0 || job.state_out_offset >= 0 || job.param_offset >= 0 ||
-                            job.grad_offset >= 0 || job.host_chunks < n_chunks;
+                            job.grad_offset >= 0 || stores_state;
   OFFLOAD_CHECK(!uses_storage || engine_ != nullptr, "this update needs storage, and the pipeline has no engine");
+  const bool quantised = std::any_of(job.planes.begin(), job.planes.end(), is_quantised);
   std::size_t end = 0;
   for (const Segment& segment : job.segments) {
+    OFFLOAD_CHECK(!quantised || segment.start % kQuantBlock == 0,
+                  "with 8-bit moments segments start at a multiple of 256");
+    OFFLOAD_CHECK(job.rule != Rule::sgd || segment.hyper.momentum == 0.0 || !job.planes.empty(),
+                  "momentum needs a state plane");
     OFFLOAD_CHECK(
         segment.start >= end && segment.start <= job.n_elements && segment.n <= job.n_elements - segment.start,
         "segments must be sorted, disjoint and inside the buffer");
@@ -125,7 +149,7 @@ std::shared_ptr<io::Ticket> UpdatePipeline::submit(UpdateJob job) {
     state->ticket->settle_piece({});
     return state->ticket;
   }
-  for (const Segment& segment : job.segments) state->scalars.push_back(scalars_of(segment.hyper));
+  for (const Segment& segment : job.segments) state->scalars.push_back(scalars_of(job.rule, segment.hyper));
   state->job = std::move(job);
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -155,17 +179,17 @@ void UpdatePipeline::close() {
 
 char* UpdatePipeline::record(const Chunk& chunk) const {
   const UpdateJob& job = chunk.job->job;
-  if (chunk.index >= job.host_chunks) return chunk.buffer;
-  return job.state_host + chunk.index * chunk_elements_ * state_nbytes_per_element(job.codec);
+  if (chunk.index >= job.host_chunks || job.state_host == nullptr) return chunk.buffer;
+  return job.state_host + chunk.index * job.record_nbytes(chunk_elements_);
 }
 
 char* UpdatePipeline::grad_buffer(const Chunk& chunk) const {
-  return chunk.buffer + chunk_elements_ * kRecordNbytesMax;
+  return chunk.buffer + chunk_elements_ * record_nbytes_per_element_;
 }
 
 std::int64_t UpdatePipeline::record_offset(const Chunk& chunk) const {
   const UpdateJob& job = chunk.job->job;
-  const std::size_t position = (chunk.index - job.host_chunks) * chunk_elements_ * state_nbytes_per_element(job.codec);
+  const std::size_t position = (chunk.index - job.host_chunks) * job.record_nbytes(chunk_elements_);
   return job.state_offset + static_cast<std::int64_t>(position);
 }
 
@@ -207,16 +231,19 @@ void UpdatePipeline::take_next_chunk() {
     return range(static_cast<std::uint64_t>(offset) + start * nbytes_per_element, chunk->n * nbytes_per_element);
   };
   const std::size_t param_nbytes = param_nbytes_per_element(job.codec);
-  const std::size_t record_nbytes = chunk->n * state_nbytes_per_element(job.codec);
+  const std::size_t record_nbytes = job.record_nbytes(chunk->n);
   chunk->storage[1] = extent(job.param_offset, param_nbytes);
   if (!chunk->idle) chunk->storage[2] = extent(job.grad_offset, grad_nbytes_per_element(job.grad_dtype));
   chunk->memory[0] = range(reinterpret_cast<std::uintptr_t>(job.param) + start * param_nbytes, chunk->n * param_nbytes);
   if (chunk->index < job.host_chunks)
     chunk->memory[1] = range(reinterpret_cast<std::uintptr_t>(record(*chunk)), record_nbytes);
-  else if (!chunk->idle)
+  else if (!chunk->idle && record_nbytes > 0)
     chunk->storage[0] = range(static_cast<std::uint64_t>(record_offset(*chunk)), record_nbytes);
   chunk->written = {chunk->storage[0], chunk->storage[1]};
-  if (job.state_out_offset >= 0) chunk->written[0] = extent(job.state_out_offset, state_nbytes_per_element(job.codec));
+  if (job.state_out_offset >= 0)
+    chunk->written[0] =
+        range(static_cast<std::uint64_t>(job.state_out_offset) + chunk->index * job.record_nbytes(chunk_elements_),
+              record_nbytes);
   if (job.param_out_offset >= 0) chunk->written[1] = extent(job.param_out_offset, param_nbytes);
   next_ = std::move(chunk);
 }
@@ -311,26 +338,45 @@ void UpdatePipeline::read_gradients(const ChunkPtr& chunk) {
   }
 }
 
-void UpdatePipeline::compute(const Chunk& chunk) const {
+Planes UpdatePipeline::planes_at(const Chunk& chunk, std::size_t at) const {
   const UpdateJob& job = chunk.job->job;
-  char* state = record(chunk);
   const std::size_t start = chunk.index * chunk_elements_;
-  const std::size_t param_nbytes = param_nbytes_per_element(job.codec);
   const std::size_t grad_nbytes = grad_nbytes_per_element(job.grad_dtype);
-  const std::size_t lo_nbytes = job.codec == Codec::split_bf16 ? 2 * chunk.n : 0;
   const char* grad = job.grad_offset >= 0 ? grad_buffer(chunk) : job.grad + start * grad_nbytes;
+  char* state = record(chunk);
+  Planes planes{};
+  planes.param = job.param + (start + at) * param_nbytes_per_element(job.codec);
+  planes.lo = reinterpret_cast<std::int16_t*>(state) + at;
+  planes.grad = grad + at * grad_nbytes;
+  planes.element = start + at;
+  state += lo_nbytes(job.codec, chunk.n);
+  for (std::size_t i = 0; i < job.planes.size(); ++i) {
+    const PlaneKind kind = job.planes[i];
+    planes.state[i] = state + at * code_nbytes(kind);
+    if (is_quantised(kind)) planes.absmax[i] = reinterpret_cast<float*>(state + chunk.n) + at / kQuantBlock;
+    state += plane_nbytes(kind, chunk.n);
+  }
+  return planes;
+}
+
+io::Error UpdatePipeline::compute(const Chunk& chunk) const {
+  const UpdateJob& job = chunk.job->job;
+  const std::size_t start = chunk.index * chunk_elements_;
   const Kernels& best = kernels().back();
   for (std::size_t i = 0; i < job.segments.size(); ++i) {
     const Segment& segment = job.segments[i];
     const std::size_t from = std::max(segment.start, start);
     const std::size_t to = std::min(segment.start + segment.n, start + chunk.n);
     if (from >= to) continue;
-    const std::size_t at = from - start;
-    const Planes planes{job.param + from * param_nbytes, reinterpret_cast<std::int16_t*>(state) + at,
-                        reinterpret_cast<float*>(state + lo_nbytes) + at,
-                        reinterpret_cast<float*>(state + lo_nbytes + 4 * chunk.n) + at, grad + at * grad_nbytes};
-    best.update(job.codec, job.grad_dtype, planes, to - from, chunk.job->scalars[i]);
+    const Planes planes = planes_at(chunk, from - start);
+    if (job.callback) {
+      const io::Error error = job.callback({i, planes, to - from});
+      if (error.code != 0) return error;
+    } else {
+      best.update(job.rule, job.codec, job.grad_dtype, job.planes, planes, to - from, chunk.job->scalars[i]);
+    }
   }
+  return {};
 }
 
 // Whether what was read is what was written. The error names the first chunk that is not.
@@ -358,7 +404,7 @@ void UpdatePipeline::sum(const Chunk& chunk) const {
   const std::size_t param_nbytes = param_nbytes_per_element(job.codec);
   job.checksums[2 * chunk.index] =
       crc32c(job.param + chunk.index * chunk_elements_ * param_nbytes, chunk.n * param_nbytes);
-  job.checksums[2 * chunk.index + 1] = crc32c(record(chunk), chunk.n * state_nbytes_per_element(job.codec));
+  job.checksums[2 * chunk.index + 1] = crc32c(record(chunk), job.record_nbytes(chunk.n));
 }
 
 // A chunk that must not be written yet keeps its buffer; those behind it are read and computed in the others.
@@ -413,7 +459,9 @@ void UpdatePipeline::finish(const ChunkPtr& chunk) {
     if (--job.unfinished == 0) done = chunk->job;
   }
   changed_.notify_all();
-  if (done) done->ticket->settle_piece(done->error);
+  if (!done) return;
+  done->job.callback = nullptr;  // dropping it may wait for Python, which may wait for the lock
+  done->ticket->settle_piece(done->error);
 }
 
 void UpdatePipeline::work() {
@@ -446,18 +494,21 @@ void UpdatePipeline::work() {
         failed = wrong.code != 0;
         if (failed) chunk->error = wrong;  // no I/O of the chunk is in flight: nobody else looks at it
       }
-      if (failed) {
-        finish(chunk);
-      } else {
+      if (!failed) {
         const auto begin = std::chrono::steady_clock::now();
         const double start_s = now_s();
-        compute(*chunk);
+        const io::Error refused = compute(*chunk);
+        failed = refused.code != 0;
+        if (failed) chunk->error = refused;
         sum(*chunk);
         note('u', *chunk, start_s);
         kernel_ns_ += nanoseconds_since(begin);
-        if (!chunk->idle) ++chunks_updated_;
-        write_when_allowed(chunk);
+        if (!failed && !chunk->idle) ++chunks_updated_;
       }
+      if (failed)
+        finish(chunk);
+      else
+        write_when_allowed(chunk);
       lock.lock();
       continue;
     }

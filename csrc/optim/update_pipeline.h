@@ -6,6 +6,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -23,8 +24,19 @@ struct Segment {
   Hyper hyper;
 };
 
+// What Rule::callback is called with: a piece of a chunk, inside one segment.
+struct CallbackPiece {
+  std::size_t segment;  // position in UpdateJob::segments
+  Planes planes;        // of this piece
+  std::size_t n;
+};
+
 // One flat buffer's update. Offsets of -1 mean "not on storage".
 struct UpdateJob {
+  Rule rule = Rule::adamw;
+  StatePlanes planes{PlaneKind::float32, PlaneKind::float32};
+  // Rule::callback: called on the pipeline's threads, for several pieces at once. An error fails the job.
+  std::function<io::Error(const CallbackPiece&)> callback;
   Codec codec = Codec::split_bf16;
   std::size_t n_elements = 0;
   char* param = nullptr;  // plane in host memory, updated in place
@@ -33,6 +45,7 @@ struct UpdateJob {
   std::int64_t state_offset = -1;
   char* state_host = nullptr;
   std::size_t host_chunks = 0;
+  std::size_t record_nbytes(std::size_t n) const { return optim::record_nbytes(codec, planes, n); }
   const char* grad = nullptr;
   GradDtype grad_dtype = GradDtype::float32;
   std::int64_t grad_offset = -1;
@@ -64,18 +77,21 @@ struct ChunkSpan {
   double start_s, end_s;
 };
 
-std::size_t state_nbytes_per_element(Codec codec);
+constexpr std::size_t kRecordNbytesPerElement = 10;  // of split_bf16 with two fp32 planes
 
 class UpdatePipeline {
  public:
-  // `buffer` holds n_buffers chunk records, each followed by room for an fp32 gradient chunk.
+  // `buffer` holds n_buffers chunk records, each followed by room for an fp32 gradient chunk. No record takes more than
+  // `record_nbytes_per_element` for each element of a chunk.
   UpdatePipeline(std::shared_ptr<io::Engine> engine, std::size_t chunk_elements, std::size_t n_buffers,
-                 std::size_t n_threads, char* buffer, std::size_t buffer_nbytes);
+                 std::size_t n_threads, char* buffer, std::size_t buffer_nbytes,
+                 std::size_t record_nbytes_per_element = kRecordNbytesPerElement);
   ~UpdatePipeline();
   UpdatePipeline(const UpdatePipeline&) = delete;
   UpdatePipeline& operator=(const UpdatePipeline&) = delete;
 
-  static std::size_t buffer_nbytes_required(std::size_t chunk_elements, std::size_t n_buffers);
+  static std::size_t buffer_nbytes_required(std::size_t chunk_elements, std::size_t n_buffers,
+                                            std::size_t record_nbytes_per_element = kRecordNbytesPerElement);
 
   // Queues a job; its ticket completes when every write of it has. Jobs may be queued on bytes that earlier jobs still
   // write: the later chunk waits. Chunks that no segment touches are neither read nor written, unless read_param is
@@ -137,7 +153,9 @@ class UpdatePipeline {
   void issue_reads(std::unique_lock<std::mutex>& lock);
   void start_reads(const ChunkPtr& chunk, bool skip);
   void read_gradients(const ChunkPtr& chunk);
-  void compute(const Chunk& chunk) const;
+  io::Error compute(const Chunk& chunk) const;
+  // The planes of a chunk's elements from `at` on.
+  Planes planes_at(const Chunk& chunk, std::size_t at) const;
   io::Error verify(const Chunk& chunk) const;
   void sum(const Chunk& chunk) const;
   void write_when_allowed(const ChunkPtr& chunk);
@@ -151,6 +169,7 @@ class UpdatePipeline {
 
   std::shared_ptr<io::Engine> engine_;
   std::size_t chunk_elements_;
+  std::size_t record_nbytes_per_element_;
   const int owner_pid_;
   std::mutex mutex_;
   std::condition_variable changed_;

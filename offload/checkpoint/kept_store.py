@@ -19,9 +19,9 @@ from offload.runtime.commits import LAYOUT_KIND, RECORD_KIND
 from offload.tiers.encoding import dtype_named
 from offload.tiers.host import HostArena
 from offload.tiers.manifest import (
+    CODECS,
     ENTRIES_MAX,
     MANIFEST_NBYTES_MAX,
-    RECORD_NBYTES,
     Block,
     Buffer,
     Count,
@@ -29,6 +29,7 @@ from offload.tiers.manifest import (
     Manifest,
     Name,
     Parameter,
+    Rule,
     Strict,
     check,
     pack_checksums,
@@ -69,6 +70,7 @@ class _Layout(Strict):
     stripe_nbytes: Annotated[int, Field(ge=PAGE_NBYTES, le=1 << 40)]
     nbytes: Count
     chunk_elements: Annotated[int, Field(ge=1, le=1 << 30)]
+    rule: Rule = Rule()
     slots: _Pair
     slot_nbytes: Annotated[int, Field(ge=PAGE_NBYTES, le=MANIFEST_NBYTES_MAX)]
     blocks: Annotated[list[_BlockLayout], Field(max_length=ENTRIES_MAX)]
@@ -249,7 +251,7 @@ def _compose(layout: _Layout, record: _Record, where: str) -> Manifest:
     """The layout and a record together as the manifest of one step."""
     try:
         blocks = [
-            _block(block, side, generation, steps, sums, layout.chunk_elements)
+            _block(block, side, generation, steps, sums, layout)
             for block, side, generation, steps, sums in zip(
                 layout.blocks, record.sides, record.generations, record.steps, record.checksums, strict=True
             )
@@ -263,6 +265,7 @@ def _compose(layout: _Layout, record: _Record, where: str) -> Manifest:
         stripe_nbytes=layout.stripe_nbytes,
         nbytes=layout.nbytes,
         chunk_elements=layout.chunk_elements,
+        rule=layout.rule,
         blocks=blocks,
         training=record.training,
     )
@@ -270,22 +273,23 @@ def _compose(layout: _Layout, record: _Record, where: str) -> Manifest:
 
 
 def _block(
-    layout: _BlockLayout,
+    block: _BlockLayout,
     side: int,
     generation: int,
     steps: list[list[int]],
     checksums: list[str],
-    chunk_elements: int,
+    layout: _Layout,
 ) -> Block:
     buffers = []
-    for buffer, counts, packed in zip(layout.buffers, steps, checksums, strict=True):
+    rule, chunk_elements = layout.rule.rule, layout.chunk_elements
+    for buffer, counts, packed in zip(block.buffers, steps, checksums, strict=True):
         sums = unpack_checksums(packed)
         if sums.size != 2 * -(-buffer.n_elements // chunk_elements):
-            raise ValueError(f"block {layout.name} has {sums.size} checksums")
+            raise ValueError(f"block {block.name} has {sums.size} checksums")
         of_param, of_state = np.ascontiguousarray(sums[0::2]), np.ascontiguousarray(sums[1::2])
         state = None
-        if buffer.state_offsets is not None and buffer.dtype in RECORD_NBYTES:
-            nbytes = buffer.n_elements * RECORD_NBYTES[buffer.dtype]
+        if buffer.state_offsets is not None and buffer.dtype in CODECS:
+            nbytes = rule.state_nbytes(CODECS[buffer.dtype], buffer.n_elements, chunk_elements)
             state = Extent(offset=buffer.state_offsets[side], nbytes=nbytes, crc32c=pack_checksums(of_state))
         param_nbytes = buffer.n_elements * dtype_named(buffer.dtype).itemsize
         buffers.append(
@@ -303,4 +307,4 @@ def _block(
                 ],
             )
         )
-    return Block(name=layout.name, generation=generation, buffers=buffers)
+    return Block(name=block.name, generation=generation, buffers=buffers)

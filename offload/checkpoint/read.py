@@ -14,7 +14,7 @@ from offload.errors import CheckpointError, CorruptError
 from offload.tiers.encoding import dtype_named
 from offload.tiers.host import HostArena
 from offload.tiers.manifest import (
-    RECORD_NBYTES,
+    CODECS,
     Buffer,
     Extent,
     Manifest,
@@ -52,7 +52,9 @@ class ChunkReader:
         longest = max((b.n_elements for block in manifest.blocks for b in block.buffers), default=0)
         n = min(manifest.chunk_elements, longest) or PAGE_NBYTES
         self._param_nbytes = round_up(n * itemsize_max, PAGE_NBYTES)
-        piece_nbytes = self._param_nbytes + round_up(n * max(RECORD_NBYTES.values()), PAGE_NBYTES)
+        self._rule = manifest.rule.rule
+        record_nbytes = max(self._rule.record_nbytes(codec, n) for codec in CODECS.values())
+        piece_nbytes = self._param_nbytes + round_up(record_nbytes, PAGE_NBYTES)
         self._arenas = [HostArena(piece_nbytes), HostArena(piece_nbytes)]
         self._held: list[tuple[int, int] | None] = [None, None]
         self._tickets: list[list[Ticket]] = [[], []]
@@ -98,8 +100,10 @@ class ChunkReader:
         itemsize = dtype_named(buffer.dtype).itemsize
         yield buffer.param, buffer.param.offset + start * itemsize, n * itemsize, 0
         if buffer.state is not None:
-            per_element = RECORD_NBYTES[buffer.dtype]
-            yield buffer.state, buffer.state.offset + start * per_element, n * per_element, self._param_nbytes
+            codec, size = CODECS[buffer.dtype], self.manifest.chunk_elements
+            begin = index * self._rule.record_nbytes(codec, size)
+            nbytes = self._rule.record_nbytes(codec, n)
+            yield buffer.state, buffer.state.offset + begin, nbytes, self._param_nbytes
 
     def _issue(self, buffer: Buffer, index: int) -> int:
         slot, self._next = self._next, 1 - self._next
@@ -110,6 +114,7 @@ class ChunkReader:
         self._tickets[slot] = [
             self._engine.read(address + place, round_up(nbytes, PAGE_NBYTES), offset)
             for _, offset, nbytes, place in self._ranges(buffer, index)
+            if nbytes
         ]
         return slot
 
@@ -128,7 +133,9 @@ class ChunkReader:
             self._verify(buffer, index, slot)
         piece = self._arenas[slot].bytes_tensor
         n = self.elements(buffer, index)
-        state_nbytes = 0 if buffer.state is None else n * RECORD_NBYTES[buffer.dtype]
+        state_nbytes = 0
+        if buffer.state is not None:
+            state_nbytes = self._rule.record_nbytes(CODECS[buffer.dtype], n)
         param = piece[: n * dtype_named(buffer.dtype).itemsize]
         return param, piece[self._param_nbytes : self._param_nbytes + state_nbytes]
 

@@ -15,7 +15,7 @@ from offload.checkpoint.kept_store import KeptStore, manifests_in, taken_over
 from offload.checkpoint.read import ChunkReader, read_manifest
 from offload.checkpoint.save import engine_of, fingerprint_of
 from offload.errors import CheckpointError
-from offload.model.flat import STATE_NBYTES_PER_ELEMENT, FlatBuffer
+from offload.model.flat import FlatBuffer
 from offload.runtime.engine import OffloadEngine
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.training_state import checked_stateful, load_training_state
@@ -26,6 +26,7 @@ from offload.tiers.host import HostArena
 from offload.tiers.manifest import Buffer, Manifest, Parameter
 from offload.transfer.io_engine import merge_master, split_master
 from offload.types import PAGE_NBYTES, round_up
+from offload.update_rules import ADAMW, LO_NBYTES, QUANT_BLOCK_ELEMENTS, UpdateRule
 
 
 @dataclass(frozen=True)
@@ -36,27 +37,36 @@ class Resumed:
     step: int
 
 
-def _planes(record: torch.Tensor, n: int, split: bool) -> list[torch.Tensor]:
-    """(lo), exp_avg, exp_avg_sq of a chunk record of `n` elements, typed."""
-    lo_nbytes = 2 * n if split else 0
-    moments = [
-        record[lo_nbytes + i * 4 * n : lo_nbytes + (i + 1) * 4 * n].view(torch.float32) for i in (0, 1)
-    ]
-    return [record[:lo_nbytes].view(torch.int16), *moments] if split else moments
+def _planes(record: torch.Tensor, n: int, codec: str, rule: UpdateRule) -> list[tuple[torch.Tensor, int]]:
+    """(lo) and the rule's planes of a chunk record of `n` elements: typed, and how many elements share an entry."""
+    begin = LO_NBYTES[codec] * n
+    planes = [(record[:begin].view(torch.int16), 1)] if begin else []
+    for plane in rule.planes:
+        part = record[begin : begin + plane.nbytes(n)]
+        begin += part.numel()
+        if plane.is_quantised:
+            planes += [(part[:n], 1), (part[n:].view(torch.float32), QUANT_BLOCK_ELEMENTS)]
+        else:
+            planes.append((part.view(getattr(torch, plane.kind)), 1))
+    return planes
 
 
 def _convert(
-    param: torch.Tensor, record: torch.Tensor, n: int, to_split: bool
+    param: torch.Tensor, record: torch.Tensor, n: int, to_split: bool, rule: UpdateRule
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A chunk of one codec in the other: the fp32 master is the same in both."""
-    moments = record[-8 * n :]
+    other = torch.zeros(rule.record_nbytes("split_bf16" if to_split else "fp32", n), dtype=torch.uint8)
+    planes_nbytes = sum(plane.nbytes(n) for plane in rule.planes)
+    lo_nbytes = LO_NBYTES["split_bf16"] * n
     if to_split:
-        hi, lo = torch.empty(n, dtype=torch.bfloat16), torch.empty(n, dtype=torch.int16)
-        split_master(param.data_ptr(), hi.data_ptr(), lo.data_ptr(), n)
-        return hi.view(torch.uint8), torch.cat([lo.view(torch.uint8), moments])
+        hi = torch.empty(n, dtype=torch.bfloat16)
+        split_master(param.data_ptr(), hi.data_ptr(), other.data_ptr(), n)
+        other[lo_nbytes : lo_nbytes + planes_nbytes] = record[:planes_nbytes]
+        return hi.view(torch.uint8), other
     master = torch.empty(n, dtype=torch.float32)
     merge_master(param.data_ptr(), record.data_ptr(), master.data_ptr(), n)
-    return master.view(torch.uint8), moments.clone()
+    other[:planes_nbytes] = record[lo_nbytes : lo_nbytes + planes_nbytes]
+    return master.view(torch.uint8), other
 
 
 class _Filler:
@@ -72,7 +82,9 @@ class _Filler:
         )
         itemsize = max((b.dtype.itemsize for x in self._blocks() for b in x.layout.buffers), default=2)
         self._param = HostArena(n * itemsize)
-        self._record = HostArena(n * max(STATE_NBYTES_PER_ELEMENT.values()))
+        rule = engine.root.layout.buffers[0].rule if engine.root.layout.buffers else ADAMW
+        self._rule = reader.manifest.rule.rule
+        self._record = HostArena(max(rule.record_nbytes(codec, n) for codec in LO_NBYTES))
 
     def _blocks(self) -> list[BlockRecord]:
         return [self._engine.root, *self._engine.blocks]
@@ -90,7 +102,7 @@ class _Filler:
         param_whole = self._param.bytes_tensor[: round_up(chunk.n * itemsize, PAGE_NBYTES)]
         record = self._record.bytes_tensor[:0]
         if buffer.trainable:
-            record = self._record.bytes_tensor[: chunk.n * STATE_NBYTES_PER_ELEMENT[buffer.codec]]
+            record = self._record.bytes_tensor[: buffer.record_nbytes(chunk.n)]
         param_whole.zero_()
         record.zero_()
         for segment in buffer.segments:
@@ -113,7 +125,7 @@ class _Filler:
         store = self._engine.parts.resources.store
         fill(param_piece(block, buffer, chunk), param_whole, store)
         if buffer.trainable:
-            fill(state_piece(block, position, chunk, self._chunk_elements), record, store)
+            fill(state_piece(block, position, chunk), record, store)
 
     def _copy(
         self,
@@ -138,18 +150,21 @@ class _Filler:
             from_param, from_record = self._reader.chunk(source, index)
             if target.trainable and source.dtype != dtype_name(target.dtype):
                 from_param, from_record = _convert(
-                    from_param, from_record, held_n, target.codec == "split_bf16"
+                    from_param, from_record, held_n, target.codec == "split_bf16", self._rule
                 )
             itemsize = target.dtype.itemsize
             to = (at + done) * itemsize
             param[to : to + count * itemsize] = from_param[within * itemsize : (within + count) * itemsize]
             if target.trainable:
-                split = target.codec == "split_bf16"
                 planes = zip(
-                    _planes(record, target_n, split), _planes(from_record, held_n, split), strict=True
+                    _planes(record, target_n, target.codec, self._rule),
+                    _planes(from_record, held_n, target.codec, self._rule),
+                    strict=True,
                 )
-                for into, out_of in planes:
-                    into[at + done : at + done + count] = out_of[within : within + count]
+                for (into, shared), (out_of, _) in planes:
+                    start, n_entries = within // shared, -(-count // shared)
+                    to = (at + done) // shared
+                    into[to : to + n_entries] = out_of[start : start + n_entries]
             done += count
 
 
@@ -165,6 +180,7 @@ def check_same_model(manifest: Manifest, engine: OffloadEngine, where: str) -> N
                 _check_parameter(found, segment.name, list(segment.shape), buffer, where)
     if saved:
         raise CheckpointError(f"{where}: is of another model: this one has no parameter {next(iter(saved))}")
+    _check_same_rule(manifest, engine, where)
     if manifest.fingerprint != fingerprint_of(engine):
         raise CheckpointError(
             f"{where}: its fingerprint is not that of its own parameters: it has been edited"
@@ -186,6 +202,16 @@ def _check_parameter(
         raise CheckpointError(
             f"{where}: the frozen {name} is {source.dtype} there and {dtype_name(buffer.dtype)} here: "
             "build the model in the dtype it had"
+        )
+
+
+def _check_same_rule(manifest: Manifest, engine: OffloadEngine, where: str) -> None:
+    saved = manifest.rule.rule
+    ours = next((b.rule for x in [engine.root, *engine.blocks] for b in x.layout.buffers), saved)
+    if saved != ours:
+        raise CheckpointError(
+            f"{where}: holds the state of {saved.described}, this run's optimizer is {ours.described}: use the "
+            "optimizer and the optimizer_state it was saved with"
         )
 
 

@@ -19,7 +19,7 @@ from offload.checkpoint.beside import SaveBeside
 from offload.checkpoint.copying import Item, StreamingCopy, share
 from offload.checkpoint.directory import EXTENTS_FILE, MANIFEST_FILE, NewCheckpoint, keep_only, locked
 from offload.errors import ConfigError, StoreError, UsageError
-from offload.model.flat import STATE_NBYTES_PER_ELEMENT, FlatBuffer
+from offload.model.flat import FlatBuffer
 from offload.runtime.engine import OffloadEngine
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.training_state import checked_stateful, training_state
@@ -33,6 +33,7 @@ from offload.tiers.manifest import (
     Extent,
     Manifest,
     Parameter,
+    Rule,
     fingerprint,
     frame,
     pack_checksums,
@@ -146,7 +147,7 @@ def _pieces(engine: OffloadEngine, saved: _Saved, chunk: Chunk) -> tuple[Piece, 
         return Piece(param.numel(), memory=param), Piece(record.numel(), memory=record)
     if block.sides is not None and _on_sides(engine):
         return side_pieces(block, block.sides, position, chunk)
-    state = state_piece(block, position, chunk, engine.config.chunk_elements) if buffer.trainable else None
+    state = state_piece(block, position, chunk) if buffer.trainable else None
     return param_piece(block, buffer, chunk), state
 
 
@@ -157,7 +158,7 @@ def _items(engine: OffloadEngine, saved: _Saved) -> Iterator[Item]:
         param, state = _pieces(engine, saved, chunk)
         yield Item(saved.block, param, at_param, saved.of_param, chunk.index)
         at_param += param.nbytes
-        if state is not None:
+        if state is not None and state.nbytes:  # some update rules keep nothing
             yield Item(saved.block, state, at_state, saved.of_state, chunk.index)
             at_state += state.nbytes
 
@@ -256,7 +257,7 @@ class _Save:
             stack.enter_context(locked(directory, exclusive=True))
             self._new = stack.enter_context(NewCheckpoint(directory, optimizer.steps_made))
             self._training = encode(training_state(engine.model, optimizer, dict(tracked)))
-            self._step = optimizer.steps_made
+            self._step, self._rule = optimizer.steps_made, Rule.of(optimizer.rule)
             self._saved, self._nbytes = _to_save(engine, optimizer)
             file_nbytes = max(self._nbytes, PAGE_NBYTES)
             self._file = _File(os.path.join(self._new.path, EXTENTS_FILE), file_nbytes, engine)
@@ -300,6 +301,7 @@ class _Save:
                 stripe_nbytes=1 << 20,
                 nbytes=self._nbytes,
                 chunk_elements=self._engine.config.chunk_elements,
+                rule=self._rule,
                 blocks=[
                     Block(name=name, generation=self._step, buffers=held) for name, held in blocks.values()
                 ],
@@ -337,9 +339,16 @@ def _copy_now(engine: OffloadEngine, save: _Save) -> None:
     save.complete()
 
 
+def _piece_nbytes(buffer: FlatBuffer, chunk_elements: int) -> int:
+    """Whole pages for the larger of a chunk's parameters and its record."""
+    record_nbytes = buffer.record_nbytes(chunk_elements) if buffer.trainable else 0
+    return round_up(max(chunk_elements * buffer.dtype.itemsize, record_nbytes), PAGE_NBYTES)
+
+
 def _copy_beside(engine: OffloadEngine, save: _Save) -> None:
     """Through two pieces of host memory beside the budget; what an update in device memory changes is taken at once."""
-    piece_nbytes = engine.config.chunk_elements * max(STATE_NBYTES_PER_ELEMENT.values())
+    buffers = [b for block in [engine.root, *engine.blocks] for b in block.layout.buffers]
+    piece_nbytes = max(_piece_nbytes(b, engine.config.chunk_elements) for b in buffers)
     copy = save.copy(_ring(HostArena(2 * piece_nbytes).bytes_tensor, 2))
     try:
         for item in save.made():
@@ -366,7 +375,8 @@ def save(
 
     It holds parameters, moments and step counts bit for bit, the optimizer's groups, persistent buffers, the random
     states of torch (CPU and GPU), numpy and Python, and the `state_dict()` of everything in `state` (LR schedulers, the
-    position in the data). It takes 12 bytes a trainable parameter; memory used is the update pipeline's own.
+    position in the data). It takes 12 bytes a trainable parameter with AdamW (others: docs/optimizers.md); memory used
+    is the update pipeline's own.
     It appears at once, by a rename, as `directory/step-<n>`; then all but the last `keep_last` (None: no limit) go.
     Where the file system can share extents between files (XFS, Btrfs) and the store is one file there, nothing is
     copied. With `wait=False` training may go on at once, and the checkpoint, which is of this step boundary all the

@@ -33,6 +33,22 @@ _MODEL, _MEMORY, _TRAINING, _RESULT = "Model and data", "Memory and storage", "T
 _MACHINE = "Machine"
 
 
+_Optimizer = Annotated[
+    str,
+    typer.Option(
+        help="adamw, lion, sgd (with momentum 0.9) or adafactor. Their bytes differ: docs/optimizers.md.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+_OptimizerState = Annotated[
+    str,
+    typer.Option(
+        help="What moments are kept in between steps: fp32, bf16 or 8bit. Less to read, write and store.",
+        rich_help_panel=_TRAINING,
+    ),
+]
+
+
 @app.command("finetune")
 def finetune_command(
     model: Annotated[
@@ -160,6 +176,8 @@ def finetune_command(
     weight_decay: Annotated[
         float, typer.Option(min=0.0, help="Decoupled, for matrices only.", rich_help_panel=_TRAINING)
     ] = 0.0,
+    optimizer: _Optimizer = "adamw",
+    optimizer_state: _OptimizerState = "fp32",
     max_grad_norm: Annotated[
         float | None,
         typer.Option(
@@ -268,7 +286,7 @@ def finetune_command(
         micro_batches=micro_batches, lr=lr, schedule=schedule, warmup_steps=warmup_steps, weight_decay=weight_decay,
         max_grad_norm=max_grad_norm, seed=seed, output=output, trace=trace, plot=plot,
         checkpoints=checkpoints, save_every=save_every, keep_last=keep_last, resume=resume,
-        durability=durability, write_budget=write_budget,
+        durability=durability, write_budget=write_budget, optimizer=optimizer, optimizer_state=optimizer_state,
     )  # fmt: skip
     finetune(settings, JsonOutput(sys.stdout) if json_lines else TextOutput(sys.stderr, sys.stdout))
 
@@ -358,6 +376,8 @@ def plan_command(
     hardware: _HardwareSource,
     batch: _Batch = 8,
     sequence_length: _Tokens = 1024,
+    optimizer: _Optimizer = "adamw",
+    optimizer_state: _OptimizerState = "fp32",
     clip: _Clip = False,
     fix: _Fix = None,
     overrides: _Overrides = None,
@@ -381,6 +401,7 @@ def plan_command(
     settings = PlanSettings(
         model=model, hardware=hardware, overrides=overrides or [], batch=batch, tokens=sequence_length,
         budgets=budgets, fixed=fix or [], save=save, as_json=as_json,
+        optimizer=optimizer, optimizer_state=optimizer_state,
     )  # fmt: skip
     run_plan(settings, sys.stdout)
 
@@ -391,6 +412,8 @@ def simulate_command(
     hardware: _HardwareSource,
     batch: _Batch = 8,
     sequence_length: _Tokens = 1024,
+    optimizer: _Optimizer = "adamw",
+    optimizer_state: _OptimizerState = "fp32",
     clip: _Clip = False,
     fix: _Fix = None,
     overrides: _Overrides = None,
@@ -428,6 +451,7 @@ def simulate_command(
     settings = SimulateSettings(
         model=model, hardware=hardware, overrides=overrides or [], batch=batch, tokens=sequence_length,
         budgets=budgets, fixed=fix or [], plan=plan, policy=policy, plot=plot, trace=trace, as_json=as_json,
+        optimizer=optimizer, optimizer_state=optimizer_state,
     )  # fmt: skip
     run_simulate(settings, sys.stdout)
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from offload.checkpoint import export, load, resume, save
+from offload.cli import optimizers
 from offload.cli.data import TokenStream
 from offload.cli.output import Output, StepReport
 from offload.cli.planned import Planning, Request, planning_of
@@ -62,7 +63,7 @@ def _optimizer(parameters: Iterable[nn.Parameter], settings: Settings) -> torch.
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr)
+    return optimizers.make(settings.optimizer, [g for g in groups if g["params"]], settings.lr)
 
 
 def _tokenizer(settings: Settings) -> Any:
@@ -102,6 +103,7 @@ def _wrap(
         "step_aside": settings.step_aside,
         "max_grad_norm": settings.max_grad_norm,
         "durability": settings.durability,
+        "optimizer_state": settings.optimizer_state,
         **planning.settings,
     }
     if model is None:

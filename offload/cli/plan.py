@@ -27,6 +27,8 @@ class PlanSettings:
     fixed: list[str]
     save: str | None
     as_json: bool
+    optimizer: str = "adamw"
+    optimizer_state: str = "fp32"
 
 
 def load_plan(path: str) -> Plan:
@@ -38,7 +40,7 @@ def run_plan(settings: PlanSettings, out: TextIO) -> Plan:
     """Make the plan and print it with its explanation. Raises BudgetError, with what would do, when nothing fits."""
     machine = sources.hardware(settings.hardware, settings.overrides)
     machine = sources.worn(machine, settings.budgets.directories)
-    work = sources.workload(settings.model, settings.tokens)
+    work = sources.workload(settings.model, settings.tokens, settings.optimizer, settings.optimizer_state)
     budgets, fixed = settings.budgets.of(machine), sources.fixed_choices(settings.fixed)
     plan = make_plan(work, machine, budgets, fixed, batch_samples=settings.batch)
     why = explain(plan, work, machine, budgets, fixed)

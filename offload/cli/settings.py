@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
+from offload.cli.optimizers import rule_of
 from offload.config import parse_budget
 from offload.errors import ConfigError
 
@@ -38,6 +39,8 @@ class Settings:
     schedule: str = "constant"
     warmup_steps: int = 0
     weight_decay: float = 0.0
+    optimizer: str = "adamw"
+    optimizer_state: str = "fp32"
     max_grad_norm: float | None = None
     seed: int = 0
     output: str | None = None
@@ -57,6 +60,7 @@ def check(settings: Settings) -> None:
         raise ConfigError(
             f"--schedule {settings.schedule} not understood; write one of {', '.join(SCHEDULES)}"
         )
+    rule_of(settings.optimizer, settings.optimizer_state)
     if not os.path.exists(settings.model):
         raise ConfigError(f"--model {settings.model}: no such directory or file")
     if settings.output is not None and os.path.isdir(settings.output) and os.listdir(settings.output):

@@ -36,6 +36,8 @@ class SimulateSettings:
     plot: str | None
     trace: str | None
     as_json: bool
+    optimizer: str = "adamw"
+    optimizer_state: str = "fp32"
 
 
 def _plan(settings: SimulateSettings, work: Workload, machine: Hardware, budgets: Budgets) -> Plan:
@@ -118,7 +120,7 @@ def run_simulate(settings: SimulateSettings, out: TextIO) -> SimulatedStep:
     """Plan (or load a plan), simulate, print, draw and write."""
     machine = sources.hardware(settings.hardware, settings.overrides)
     machine = sources.worn(machine, settings.budgets.directories)
-    work = sources.workload(settings.model, settings.tokens)
+    work = sources.workload(settings.model, settings.tokens, settings.optimizer, settings.optimizer_state)
     if settings.policy == "lohan":
         work = lohan_workload(work)
     plan = _plan(settings, work, machine, settings.budgets.of(machine))

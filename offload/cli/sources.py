@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from offload.config import parse_budget
 from offload.errors import ConfigError
@@ -13,11 +13,12 @@ from offload.tiers.storage import free_nbytes
 from offload.tiers.wear import Wear, wear_of
 
 
-def workload(source: str, tokens_per_sample: int) -> Workload:
-    """A shape preset, a model directory or a `config.json`."""
+def workload(source: str, tokens_per_sample: int, optimizer: str, moments: str) -> Workload:
+    """A shape preset, a model directory or a `config.json`, trained by an optimizer with its moments in `moments`."""
+    from offload.cli.optimizers import rule_of
     from offload.profiling.workload import workload_of
 
-    return workload_of(source, tokens_per_sample)
+    return replace(workload_of(source, tokens_per_sample), rule=rule_of(optimizer, moments))
 
 
 def hardware(source: str, overrides: list[str]) -> Hardware:

@@ -20,6 +20,7 @@ from offload.stores.block_store import BlockRecord
 from offload.stores.state_image import Chunk, chunks_of, fill, state_piece
 from offload.tiers.host import HostArena
 from offload.types import PAGE_NBYTES, round_up
+from offload.update_rules import LO_NBYTES
 
 logger = logging.getLogger("offload")
 
@@ -104,20 +105,22 @@ def _forget_optimizer(engine: OffloadEngine, optimizer: OffloadOptimizer) -> Non
 
 
 def _zero_moments(engine: OffloadEngine, block: BlockRecord, position: int, chunk: Chunk) -> None:
-    """A record ends with its two fp32 moments."""
+    """A record is `lo` and then the moments."""
+    buffer = block.layout.buffers[position]
+    begin = LO_NBYTES[buffer.codec] * chunk.n
     in_device, store = engine.parts.in_device, engine.parts.resources.store
     if in_device is not None:
         param, record = in_device.chunk_of(position, chunk.start, chunk.n)
-        record[-8 * chunk.n :].zero_()
+        record[begin:].zero_()
         in_device.set_chunk(position, chunk.start, param, record)
         return
-    piece = state_piece(block, position, chunk, engine.config.chunk_elements)
+    piece = state_piece(block, position, chunk)
     if piece.memory is not None:
-        piece.memory[-8 * chunk.n :].zero_()
+        piece.memory[begin:].zero_()
         return
-    if store is None:
+    if store is None or piece.nbytes == 0:
         return
     staging = HostArena(round_up(piece.nbytes, PAGE_NBYTES)).bytes_tensor
     store.engine.read(staging.data_ptr(), staging.numel(), piece.offset).wait()
-    staging[piece.nbytes - 8 * chunk.n : piece.nbytes].zero_()
+    staging[begin : piece.nbytes].zero_()
     fill(piece, staging, store)

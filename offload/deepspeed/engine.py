@@ -235,9 +235,10 @@ class DeepSpeedEngine(nn.Module):
         """Learning rate of each group."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
-    def get_mom(self) -> list[tuple[float, float]]:
-        """Betas of each group."""
-        return [tuple(group["betas"]) for group in self.optimizer.param_groups]
+    def get_mom(self) -> list[Any]:
+        """Betas of each group; of SGD its momentum, of Adafactor nothing."""
+        groups = self.optimizer.param_groups
+        return [group.get("momentum", tuple(group.get("betas", ()))) for group in groups]
 
     def get_global_grad_norm(self) -> float | None:
         """Norm of all gradients before clipping, of the last step; None where no norm is computed."""

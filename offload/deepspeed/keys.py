@@ -104,8 +104,10 @@ _TOP: _Rows = [
 _SECTIONS: dict[str, _Rows] = {
     "optimizer": [
         *_honoured(
-            type="Adam or AdamW (Adam is AdamW unless `adam_w_mode` is false); others are refused by name",
-            params="lr, betas, eps, weight_decay, adam_w_mode, torch_adam; weight_decay is 0 when absent, as there",
+            type="Adam, AdamW (Adam is AdamW unless `adam_w_mode` is false), Lion, SGD or Adafactor; others are "
+            "refused by name",
+            params="of Adam lr, betas, eps, weight_decay, adam_w_mode, torch_adam (weight_decay is 0 when absent, as "
+            "there); of the others by torch's names",
         ),
         *_without_effect("AdamW's kernel is always that of this library", "legacy_fusion"),
     ],
@@ -133,7 +135,8 @@ _SECTIONS: dict[str, _Rows] = {
         ),
         *_without_effect("gradients go straight into an fp32 plane", "immediate_grad_update"),
         *_refused(
-            "set it to false: masters, gradients and moments are fp32 (12 bytes a parameter on storage)",
+            "set it to false: masters and gradients are fp32; `optimizer_state` in the section `offload` has moments "
+            "in bf16 or 8 bits",
             "bf16_master_weights_and_grads",
             "bf16_optimizer_states",
         ),

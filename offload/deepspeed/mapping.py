@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from offload.config import Config
 from offload.deepspeed.config import get
 from offload.errors import ConfigError
+from offload.lion import Lion
 from offload.model.blocks import cut
 from offload.model.flat import lay_out
 from offload.planner.placement import (
@@ -204,10 +205,27 @@ def _held(layouts: list[Any], sizes: list[Any], elements_max: int) -> int:
 _OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay")
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What an `optimizer.type` makes, from which `optimizer.params`."""
+
+    make: Callable[..., torch.optim.Optimizer]
+    params: tuple[str, ...]
+
+
+_KINDS = {
+    "adam": _Kind(torch.optim.Adam, _OPTIMIZER_PARAMS),
+    "adamw": _Kind(torch.optim.AdamW, _OPTIMIZER_PARAMS),
+    "lion": _Kind(Lion, ("lr", "betas", "weight_decay")),
+    "sgd": _Kind(torch.optim.SGD, ("lr", "momentum", "dampening", "nesterov", "weight_decay")),
+    "adafactor": _Kind(torch.optim.Adafactor, ("lr", "beta2_decay", "eps", "d", "weight_decay")),
+}
+
+
 def make_optimizer(config: Mapping[str, Any], parameters: Iterable[Any]) -> torch.optim.Optimizer:
     """The optimizer that the section `optimizer` names, over `parameters` (tensors or groups).
 
-    Adam means AdamW unless `adam_w_mode` is false, as in DeepSpeed, and weight decay is 0 when it is not given.
+    Adam means AdamW unless `adam_w_mode` is false, as in DeepSpeed, and its weight decay is 0 when it is not given.
     Raises ConfigError for another optimizer or parameter.
     """
     name = get(config, "optimizer.type")
@@ -215,43 +233,52 @@ def make_optimizer(config: Mapping[str, Any], parameters: Iterable[Any]) -> torc
         raise ConfigError(
             "no optimizer: give initialize(optimizer=...), or a section optimizer with type and params"
         )
-    if str(name).lower() not in ("adam", "adamw"):
+    key = str(name).lower()
+    if key not in _KINDS:
         raise ConfigError(
-            f"optimizer.type={name!r}: this library updates with Adam and AdamW; choose one of them"
+            f"optimizer.type={name!r}: this library updates with Adam, AdamW, Lion, SGD and Adafactor; choose one"
         )
     given = dict(get(config, "optimizer.params", {}))
     if "max_grad_norm" in given:
         raise ConfigError("optimizer.params.max_grad_norm is refused: write gradient_clipping at the top")
-    adam_w_mode = bool(given.pop("adam_w_mode", True))
-    torch_adam = bool(given.pop("torch_adam", False))
     for ours in ("foreach", "fused", "capturable", "differentiable"):
         given.pop(ours, None)
+    if key in ("adam", "adamw"):
+        key = _settle_adam(key, given)
+    kind = _KINDS[key]
+    unknown = sorted(set(given) - set(kind.params))
+    if unknown:
+        raise ConfigError(f"optimizer.params.{unknown[0]}: not a parameter of {name}; known: {kind.params}")
+    for pair in ("betas", "eps"):
+        if isinstance(given.get(pair), list):
+            given[pair] = tuple(given[pair])
+    return kind.make(parameters, **given)
+
+
+def _settle_adam(key: str, given: dict[str, Any]) -> str:
+    """Which of the two it is; takes out of `given` what only says so, or says nothing."""
+    adam_w_mode = bool(given.pop("adam_w_mode", True))
     neutral = {
         "bias_correction": True,
         "amsgrad": False,
         "fp32_optimizer_states": True,
         "amsgrad_mode": False,
     }
-    for key, value in neutral.items():
-        if given.pop(key, value) not in (value, None):
-            raise ConfigError(f"optimizer.params.{key} is refused: only {value} is supported; delete it")
-    unknown = sorted(set(given) - set(_OPTIMIZER_PARAMS))
-    if unknown:
-        raise ConfigError(
-            f"optimizer.params.{unknown[0]}: not a parameter of {name}; known: {_OPTIMIZER_PARAMS}"
-        )
-    if "betas" in given:
-        given["betas"] = tuple(given["betas"])
-    decoupled = str(name).lower() == "adamw" or adam_w_mode
-    if not torch_adam:
+    for name, value in neutral.items():
+        if given.pop(name, value) not in (value, None):
+            raise ConfigError(f"optimizer.params.{name} is refused: only {value} is supported; delete it")
+    if not given.pop("torch_adam", False):
         given.setdefault("weight_decay", 0.0)
-    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
-    return kind(parameters, **given)
+    return "adamw" if key == "adamw" or adam_w_mode else "adam"
 
 
 def as_torch_adam(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """DeepSpeed's own Adam classes as the torch optimizer with the same groups; any other as it is."""
-    if type(optimizer).__name__ not in ("DeepSpeedCPUAdam", "FusedAdam"):
+    """DeepSpeed's own Adam and Lion classes as the optimizer with the same groups; any other as it is."""
+    name = type(optimizer).__name__
+    if name in ("DeepSpeedCPULion", "FusedLion"):
+        kept = ("params", *_KINDS["lion"].params)
+        return Lion([{k: v for k, v in group.items() if k in kept} for group in optimizer.param_groups])
+    if name not in ("DeepSpeedCPUAdam", "FusedAdam"):
         return optimizer
     decoupled = bool(getattr(optimizer, "adam_w_mode", True))
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam

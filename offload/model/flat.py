@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from offload.config import CHUNK_ELEMENTS
 from offload.errors import ConfigError
 from offload.types import PAGE_NBYTES, PLANE_ELEMENTS, SEGMENT_ELEMENTS, round_up
+from offload.update_rules import ADAMW, UpdateRule
 
 _CODECS = {torch.bfloat16: "split_bf16", torch.float32: "fp32"}
 TRAINABLE_DTYPES = frozenset(_CODECS)
-STATE_NBYTES_PER_ELEMENT = {"split_bf16": 10, "fp32": 8}
-"""Optimizer-state bytes beside the parameter plane: lo + m + v, or m + v."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class FlatBuffer:
     plane_offset_nbytes: int
     grad_start: int
     """First element of this buffer in the block's fp32 gradient plane (trainable buffers only)."""
+    rule: UpdateRule = ADAMW
+    chunk_elements: int = CHUNK_ELEMENTS
+    """Elements of one record of optimizer state."""
 
     @property
     def plane_nbytes(self) -> int:
@@ -56,7 +59,22 @@ class FlatBuffer:
     @property
     def state_nbytes(self) -> int:
         """Bytes of optimizer state beside the plane; 0 when frozen."""
-        return self.n_elements * STATE_NBYTES_PER_ELEMENT[self.codec] if self.trainable else 0
+        if not self.trainable:
+            return 0
+        return self.rule.state_nbytes(self.codec, self.n_elements, self.chunk_elements)
+
+    def record_nbytes(self, n: int) -> int:
+        """Bytes of the record of a chunk of `n` elements (trainable buffers only)."""
+        return self.rule.record_nbytes(self.codec, n)
+
+    def record_begin(self, index: int) -> int:
+        """Bytes of the records before that of chunk `index`."""
+        return index * self.rule.record_nbytes(self.codec, self.chunk_elements)
+
+    def first_records_nbytes(self, n_chunks: int) -> int:
+        """Bytes of the records of the first `n_chunks` chunks."""
+        n_elements = min(self.n_elements, n_chunks * self.chunk_elements)
+        return self.rule.state_nbytes(self.codec, n_elements, self.chunk_elements)
 
 
 @dataclass(frozen=True)
@@ -83,11 +101,14 @@ def lay_out(
     name: str,
     parameters: Iterable[tuple[str, torch.nn.Parameter]],
     compute_dtype: torch.dtype | None,
+    rule: UpdateRule = ADAMW,
+    chunk_elements: int = CHUNK_ELEMENTS,
 ) -> BlockLayout:
     """Group a block's parameters by (dtype, trainability) and place them end to end.
 
     `compute_dtype` is the dtype that trainable fp32 parameters will be computed in (their fp32 value stays the
-    master); None keeps each parameter's own. Raises ConfigError for a trainable dtype without a codec.
+    master); None keeps each parameter's own. `rule` and `chunk_elements` say what optimizer state there is.
+    Raises ConfigError for a trainable dtype without a codec.
     """
     groups: dict[tuple[torch.dtype, bool], list[tuple[str, torch.nn.Parameter]]] = {}
     for parameter_name, parameter in parameters:
@@ -109,7 +130,9 @@ def lay_out(
             segments.append(Segment(parameter_name, parameter, start, parameter.numel(), parameter.shape))
             start = round_up(start + parameter.numel(), SEGMENT_ELEMENTS)
         n_elements = round_up(start, PLANE_ELEMENTS)
-        buffer = FlatBuffer(dtype, trainable, tuple(segments), n_elements, offset_nbytes, grad_start)
+        buffer = FlatBuffer(
+            dtype, trainable, tuple(segments), n_elements, offset_nbytes, grad_start, rule, chunk_elements
+        )
         buffers.append(buffer)
         offset_nbytes += buffer.plane_nbytes
         grad_start += n_elements if trainable else 0

@@ -34,7 +34,7 @@ class Traffic:
     written: Any
     updated: Any
 
-    def dram(self, update_dram_nbytes: int, shares_host: bool) -> Any:
+    def dram(self, update_dram_nbytes: float, shares_host: bool) -> Any:
         """Bytes through DRAM: a transfer touches it once, a copy inside it twice, an update its state and gradient."""
         copies = 2 if shares_host else 1
         bus = copies * (self.h2d + self.d2h)
@@ -154,7 +154,7 @@ class CostModel:
     @cached_property
     def state_nbytes(self) -> tuple[int, ...]:
         """Optimizer state of each block, without the parameter."""
-        return tuple(self.format.state_nbytes * b.stored_numel for b in self.workload.blocks)
+        return tuple(self.format.state_of(b.stored_numel) for b in self.workload.blocks)
 
     @cached_property
     def input_nbytes(self) -> int:
@@ -162,7 +162,7 @@ class CostModel:
         return self.batch * sum(b.input_nbytes_per_sample for b in self.workload.blocks)
 
     @cached_property
-    def update_dram_nbytes(self) -> int:
+    def update_dram_nbytes(self) -> float:
         """DRAM bytes of one parameter's update: state in and out, parameter in (where needed) and out, gradient in."""
         f = self.format
         return 2 * f.state_nbytes + f.param_nbytes * (1 + f.update_reads_param) + f.grad_nbytes
@@ -257,12 +257,10 @@ class CostModel:
         held = early * load.held / n_blocks
         """The share of the state that the held update moves in the next forward."""
         root = self.workload.root_stored_numel
-        root_states = f.state_nbytes * root - load.root_states_host_nbytes
-        root_back = f.stored_nbytes * root if self.durable_steps else root_states
-        head = np.where(late >= 1, 0.0, self.workload.root_early_numel / max(1, root))
+        root_states = f.state_of(root) - load.root_states_host_nbytes
+        root_back = f.stored_of(root) if self.durable_steps else root_states
+        head = np.where(late >= 1, 0.0, self.workload.early_numel / max(1, root))
         """The share of the root that is updated while the blocks go backward."""
-        if self.durable_steps:  # the whole root goes to its other place in one update
-            head = 0.0 * head
         forward = Traffic(
             flops=self.forward_work,
             h2d=on_bus * (params + boundary),

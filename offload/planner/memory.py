@@ -137,7 +137,7 @@ def durable_nbytes(workload: Workload, state: StateFormat) -> int:
     trainable = sum(b.stored_numel for b in blocks) + workload.root_stored_numel
     frozen = sum(b.frozen_numel for b in blocks) + workload.root_frozen_numel
     record = COMMIT_RECORD_NBYTES + RECORD_NBYTES_PER_PARAM * trainable
-    return int(2 * (state.stored_nbytes * trainable + state.param_nbytes * frozen + record))
+    return int(2 * (state.stored_of(trainable) + state.param_nbytes * frozen + record))
 
 
 def host_need(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -187,10 +188,11 @@ def first_chunks(chunk_nbytes: Sequence[int], fraction: float) -> int:
     return n
 
 
-def state_nbytes_in_host(numel: int, state_nbytes: int, chunk_elements: int, fraction: float) -> int:
+def state_nbytes_in_host(numel: int, state_nbytes: float, chunk_elements: int, fraction: float) -> int:
     """Bytes of the state of `numel` parameters that whole chunks put into host memory for `fraction` of them."""
     whole, rest = divmod(numel, chunk_elements)
-    chunks = [chunk_elements * state_nbytes] * whole + ([rest * state_nbytes] if rest else [])
+    chunks = [math.ceil(chunk_elements * state_nbytes)] * whole
+    chunks += [math.ceil(rest * state_nbytes)] if rest else []
     return sum(chunks[: first_chunks(chunks, fraction)])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +12,7 @@ from offload.errors import ConfigError
 from offload.planner.placement import state_nbytes_in_host
 from offload.planner.workload import Workload
 from offload.types import PAGE_NBYTES, round_up
+from offload.update_rules import ADAMW
 
 Outcome = Literal["device", "host", "storage", "recompute"]
 """What becomes of a tensor that backward needs: kept on the device, swapped out to a tier, or computed again."""
@@ -27,16 +29,24 @@ class StateFormat(BaseModel):
     name: str
     param_nbytes: int = Field(gt=0)
     """What forward and backward read, and the update writes."""
-    state_nbytes: int = Field(gt=0)
-    """The rest: master (or its low half), exp_avg, exp_avg_sq. Read and written once by each update."""
+    state_nbytes: int | float = Field(ge=0)
+    """The rest: master (or its low half) and the optimizer's planes. Read and written once by each update."""
     grad_nbytes: int = Field(gt=0)
     """One gradient in its buffer and over the bus."""
     update_reads_param: bool
     """Whether the update needs the parameter itself (half of a split master). It then costs no read in backward mode,
     the parameter being in memory, and serves forward as well in deferred mode."""
 
+    def state_of(self, numel: int) -> int:
+        """Bytes of state of `numel` parameters."""
+        return math.ceil(self.state_nbytes * numel)
+
+    def stored_of(self, numel: int) -> int:
+        """Bytes of `numel` parameters and their state."""
+        return self.param_nbytes * numel + self.state_of(numel)
+
     @property
-    def stored_nbytes(self) -> int:
+    def stored_nbytes(self) -> int | float:
         """All of it, as it lies in the store."""
         return self.param_nbytes + self.state_nbytes
 
@@ -56,8 +66,15 @@ FP32 = StateFormat(name="fp32", param_nbytes=4, state_nbytes=8, grad_nbytes=4, u
 
 
 def state_format_of(workload: Workload) -> StateFormat:
-    """The format this library uses for a model computed with `workload.param_nbytes` bytes a parameter."""
-    return FP32 if workload.param_nbytes == 4 else SPLIT_MASTER
+    """The format this library uses for a model computed with `workload.param_nbytes` bytes a parameter, and updated by
+    `workload.rule`."""
+    base, codec = (FP32, "fp32") if workload.param_nbytes == 4 else (SPLIT_MASTER, "split_bf16")
+    if workload.rule == ADAMW:
+        return base
+    nbytes = workload.rule.nbytes_per_element(codec)
+    name = f"{base.name}, {workload.rule.described}"
+    whole = int(nbytes) if nbytes == int(nbytes) else nbytes
+    return base.model_copy(update={"name": name, "state_nbytes": whole})
 
 
 @dataclass(frozen=True)
@@ -202,11 +219,9 @@ class Plan(BaseModel):
         samples = -(-self.batch_samples // self.micro_batches)
         numels = [b.stored_numel for b in blocks] + [workload.root_stored_numel]
         if self.durable_steps:
-            written = state.stored_nbytes * sum(numels)
+            written = sum(state.stored_of(n) for n in numels)
         else:
-            written = sum(
-                state.state_nbytes * n - self.state_in_host_nbytes(i, n) for i, n in enumerate(numels)
-            )
+            written = sum(state.state_of(n) - self.state_in_host_nbytes(i, n) for i, n in enumerate(numels))
         for i, block in enumerate(blocks):
             if self.param_on_storage(i) and not self.durable_steps:
                 written += state.param_nbytes * block.stored_numel

@@ -62,7 +62,7 @@ def _placed(search: Search, load: Load) -> tuple[tuple[bool, ...], tuple[float, 
     model = search.model
     nothing = BlockBytes(0, (), 0)
     order = spread_order(len(search.workload.blocks))
-    root = model.format.state_nbytes * search.workload.root_stored_numel
+    root = model.format.state_of(search.workload.root_stored_numel)
     rows = chunk_rows(model.state_nbytes, root)
     params, *_ = fill_host(
         [BlockBytes(model.slot_nbytes[i], (), 0) for i in order], nothing, int(load.params_host_nbytes), False

@@ -95,7 +95,7 @@ class Tables:
             sorted({round(share * n_blocks) for share in space.params_host_fractions})
         )
         """[parameters]: blocks whose parameters live in host memory."""
-        rows = chunk_rows(model.state_nbytes, model.format.state_nbytes * workload.root_stored_numel)
+        rows = chunk_rows(model.state_nbytes, model.format.state_of(workload.root_stored_numel))
         chunks = [chunk for row in rows for chunk in row]
         self.states_cum = np.concatenate(([0], np.cumsum(chunks))).astype(np.float64)
 

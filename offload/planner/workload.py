@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from offload.update_rules import ADAMW, UpdateRule
+
 
 @dataclass(frozen=True)
 class SavedTensor:
@@ -87,6 +89,10 @@ class Workload:
 
     one_dtype: bool = True
     """Whether all trainable parameters of the blocks have `param_nbytes`."""
+
+    rule: UpdateRule = ADAMW
+    """How parameters are updated, and with what state."""
+
     root_early_numel: int = 0
     """Root parameters whose gradients are complete before backward comes to the blocks: those of an untied head."""
 
@@ -94,6 +100,12 @@ class Workload:
     def root_stored_numel(self) -> int:
         """As `BlockWork.stored_numel`."""
         return self.root_trainable_numel + self.root_padding_numel
+
+    @property
+    def early_numel(self) -> int:
+        """Root parameters that are updated before the blocks' backward ends; none where a rule needs all gradients of
+        the root at once."""
+        return 0 if self.rule.whole_gradients else self.root_early_numel
 
     @property
     def numel(self) -> int:

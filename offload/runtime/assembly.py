@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from offload.config import Config, host_total_nbytes, parse_budget
+from offload.errors import ConfigError
 from offload.model.blocks import Cut
-from offload.model.flat import STATE_NBYTES_PER_ELEMENT, BlockLayout, lay_out
+from offload.model.flat import BlockLayout, lay_out
 from offload.planner.placement import BlockBytes, Placement, place
 from offload.planner.plan import Plan
 from offload.runtime import in_device
+from offload.runtime.first_content import import_into
 from offload.runtime.in_device import InDeviceState
 from offload.runtime.planning import placement_of
 from offload.stores.block_store import BlockRecord, DeviceSlot, GradBuffer, Slot, StateExtents
@@ -26,8 +28,9 @@ from offload.tiers.emulated_device import EmulatedDevice
 from offload.tiers.host import HostArena
 from offload.tiers.storage import Store
 from offload.transfer.copies import Copies
-from offload.transfer.io_engine import UpdatePipeline, split_master
+from offload.transfer.io_engine import UpdatePipeline
 from offload.types import PAGE_NBYTES, BlockState, round_up
+from offload.update_rules import UpdateRule
 
 logger = logging.getLogger("offload")
 
@@ -103,8 +106,20 @@ def budgets(device: DeviceTier, config: Config) -> tuple[int, int]:
     return parse_budget(config.device_memory, device_total), parse_budget(config.host_memory, host_total)
 
 
-def steps_aside(cut: Cut, config: Config, device: DeviceTier, compute_dtype: torch.dtype | None) -> bool:
-    """Whether everything stays in device memory and nothing is streamed: the other half is for activations."""
+def steps_aside(
+    cut: Cut, config: Config, device: DeviceTier, compute_dtype: torch.dtype | None, rule: UpdateRule
+) -> bool:
+    """Whether everything stays in device memory and nothing is streamed: the other half is for activations.
+
+    A device of its own makes updates of fp32 moments only; with others, or with a rule in Python, everything streams.
+    """
+    if not device.shares_host and not in_device.makes(rule):
+        if config.step_aside == "always":
+            raise ConfigError(
+                f"step_aside='always' on a {device.torch_device.type} device updates with AdamW, Adam, SGD and Lion on "
+                f"fp32 moments; this optimizer is {rule.described}: leave step_aside at 'auto'"
+            )
+        return False
     if config.step_aside != "auto":
         return config.step_aside == "always"
     if config.durability == "step":
@@ -112,8 +127,12 @@ def steps_aside(cut: Cut, config: Config, device: DeviceTier, compute_dtype: tor
     if config.micro_batches > 1 or config.activations in ("host", "storage"):
         return False
     parameters = [*cut.root, *(p for block in cut.block_parameters for p in block)]
-    layout = lay_out("all", parameters, compute_dtype)
-    own_nbytes = layout.state_nbytes if device.shares_host else in_device.state_nbytes(layout.buffers)
+    layout = lay_out("all", parameters, compute_dtype, rule, config.chunk_elements)
+    own_nbytes = (
+        layout.state_nbytes
+        if device.shares_host
+        else in_device.state_nbytes(layout.buffers, len(rule.planes))
+    )
     needed_nbytes = layout.slot_nbytes + own_nbytes + layout.grad_elements * 4
     device_nbytes, _ = budgets(device, config)
     if 2 * needed_nbytes > device_nbytes:
@@ -126,14 +145,20 @@ def steps_aside(cut: Cut, config: Config, device: DeviceTier, compute_dtype: tor
     return True
 
 
+def staging_nbytes(config: Config, rule: UpdateRule) -> int:
+    """Host memory of the update pipeline's chunk buffers."""
+    return UpdatePipeline.buffer_nbytes_required(
+        config.chunk_elements, config.chunk_buffers, rule.record_nbytes_per_element
+    )
+
+
 def block_bytes(layout: BlockLayout, chunk_elements: int) -> BlockBytes:
     """What the planner needs to know of one block."""
     chunks: list[int] = []
     for buffer in layout.buffers:
         if buffer.trainable:
-            per_element = STATE_NBYTES_PER_ELEMENT[buffer.codec]
             for start in range(0, buffer.n_elements, chunk_elements):
-                chunks.append(min(chunk_elements, buffer.n_elements - start) * per_element)
+                chunks.append(buffer.record_nbytes(min(chunk_elements, buffer.n_elements - start)))
     return BlockBytes(round_up(layout.slot_nbytes, PAGE_NBYTES), tuple(chunks), layout.grad_elements * 4)
 
 
@@ -147,17 +172,16 @@ class _Builder:
         compute_dtype: torch.dtype | None,
         device: DeviceTier,
         plan: Plan | None,
+        rule: UpdateRule,
     ) -> None:
-        self.config, self.device, self.plan = config, device, plan
+        self.config, self.device, self.plan, self.rule = config, device, plan, rule
         self.layouts = [
-            lay_out(name, parameters, compute_dtype)
+            lay_out(name, parameters, compute_dtype, rule, config.chunk_elements)
             for (name, _), parameters in zip(cut.blocks, cut.block_parameters, strict=True)
         ]
-        self.root_layout = lay_out("root", cut.root, compute_dtype)
+        self.root_layout = lay_out("root", cut.root, compute_dtype, rule, config.chunk_elements)
         self.bytes_of = [block_bytes(layout, config.chunk_elements) for layout in self.layouts]
-        self.staging_nbytes = UpdatePipeline.buffer_nbytes_required(
-            config.chunk_elements, config.chunk_buffers
-        )
+        self.staging_nbytes = staging_nbytes(config, rule)
         self.device_nbytes, self.host_nbytes = budgets(device, config)
         root_bytes = block_bytes(self.root_layout, config.chunk_elements)
         self.streams = bool(cut.blocks)
@@ -253,6 +277,7 @@ class _Builder:
             n_threads,
             staging.data_ptr(),
             self.staging_nbytes,
+            self.rule.record_nbytes_per_element,
         )
 
     def make_slots(self) -> tuple[list[Slot], list[DeviceSlot]]:
@@ -299,7 +324,7 @@ class _Builder:
             record.grad_host = self.host_arena.take(layout.grad_elements * 4).view(torch.float32)
         elif store is not None and layout.grad_elements and self.gradients_wait(index):
             record.grad_offset = store.allocate(layout.grad_elements * 4)
-        _import(record, store, scratch, self.config.chunk_elements, self.device)
+        import_into(record, store, scratch, self.config.chunk_elements, self.device)
         return record
 
     def make_root(self, store: Store | None) -> BlockRecord:
@@ -322,7 +347,7 @@ class _Builder:
             root.device_stale = True
             out = self.host_arena.take(grad_nbytes).view(torch.float32)
             root.grad_out_home = GradBuffer(out, root, permanent=True)
-        _import(root, store, None, self.config.chunk_elements, self.device)
+        import_into(root, store, None, self.config.chunk_elements, self.device)
         return root
 
     def _sides(self, layout: BlockLayout, store: Store | None) -> Sides | None:
@@ -350,8 +375,7 @@ class _Builder:
             n_chunks = -(-buffer.n_elements // chunk_elements)
             host_chunks = min(left, n_chunks)
             left -= host_chunks
-            per_element = STATE_NBYTES_PER_ELEMENT[buffer.codec]
-            host_nbytes = min(buffer.n_elements, host_chunks * chunk_elements) * per_element
+            host_nbytes = buffer.first_records_nbytes(host_chunks)
             stored_nbytes = buffer.state_nbytes - host_nbytes
             if sides is not None:
                 offset = sides.state_offsets[position][0] + host_nbytes
@@ -369,13 +393,24 @@ def assemble(
     compute_dtype: torch.dtype | None,
     device: DeviceTier,
     spans: SpanLog,
-    plan: Plan | None = None,
+    plan: Plan | None,
+    rule: UpdateRule,
 ) -> Assembly:
     """Place `cut` by budget, create the store, and move every parameter to where it belongs, block by block.
 
     Raises BudgetError before anything is written when it cannot fit.
     """
-    builder = _Builder(cut, config, compute_dtype, device, plan)
+    if rule.whole_gradients and config.durability == "step":
+        raise ConfigError(
+            f"durability='step' with {rule.title}: its statistics are in host memory and no step's record has room for "
+            "them: use durability='checkpoint'"
+        )
+    builder = _Builder(cut, config, compute_dtype, device, plan, rule)
+    if builder.all_in_device and not in_device.makes(rule):
+        raise ConfigError(
+            f"this model has no blocks to stream, and a {device.torch_device.type} device updates with AdamW, Adam, "
+            f"SGD and Lion on fp32 moments only; this optimizer is {rule.described}: use one of them, or device='cpu'"
+        )
     resources = builder.make_resources(spans)
     try:
         return _fill(builder, resources)
@@ -391,6 +426,11 @@ def _fill(builder: _Builder, resources: Resources) -> Assembly:
     activation_staging = builder.host_arena.take(builder.placement.activation_staging_nbytes)
     scratch = slots[0] if slots else None
     blocks = [builder.make_block(index, store, scratch) for index in range(len(builder.layouts))]
+    if builder.rule.whole_gradients and any(block.grad_offset >= 0 for block in blocks):
+        raise ConfigError(
+            f"{builder.rule.title} needs all gradients of a parameter at once, and host_memory has no room for those "
+            "that wait: raise host_memory, or use update='backward' without max_grad_norm"
+        )
     root = builder.make_root(store)
     if store is not None:  # this makes the pages present: only now is the model that was imported gone
         store.engine.register_buffer(builder.device_arena.address, builder.device_arena.nbytes)
@@ -410,55 +450,3 @@ def _fill(builder: _Builder, resources: Resources) -> Assembly:
         device_nbytes=builder.device_nbytes,
         host_nbytes=builder.host_nbytes,
     )
-
-
-def _import(
-    record: BlockRecord, store: Store | None, scratch: Slot | None, chunk_elements: int, device: DeviceTier
-) -> None:
-    """Fill the block's planes and states from the parameters it still holds, then point the parameters at them."""
-    slot = record.slot or scratch
-    if slot is None:
-        return
-    for position, buffer in enumerate(record.layout.buffers):
-        plane = record.plane(buffer, slot.bytes_tensor)
-        plane.view(torch.uint8).zero_()
-        split = buffer.trainable and buffer.codec == "split_bf16"
-        lo = torch.zeros(buffer.n_elements, dtype=torch.int16) if split else None
-        for segment in buffer.segments:
-            source = segment.parameter.data
-            if lo is not None and source.dtype == torch.float32:
-                flat = source.contiguous().view(-1).cpu()
-                end = segment.start + segment.numel
-                split_master(
-                    flat.data_ptr(),
-                    plane[segment.start : end].data_ptr(),
-                    lo[segment.start : end].data_ptr(),
-                    segment.numel,
-                )
-            else:
-                segment.view(plane).copy_(source)
-            segment.parameter.data = torch.empty(0, dtype=buffer.dtype)
-        if lo is not None and bool(lo.any()):
-            _import_lo(lo, record.states[position], store, chunk_elements)
-    if record.slot is None and store is not None:
-        address, nbytes = slot.bytes_tensor.data_ptr(), record.layout.slot_nbytes
-        store.engine.write(address, nbytes, record.param_offset).wait()
-    else:
-        record.state = BlockState.RESIDENT
-    if record.slot is not None and device.shares_host:
-        record.bind()
-    else:
-        record.unbind(device.torch_device)
-
-
-def _import_lo(lo: torch.Tensor, extents: StateExtents, store: Store | None, chunk_elements: int) -> None:
-    """Write the low halves of fp32 masters into their chunk records; moments stay zero."""
-    for chunk, start in enumerate(range(0, lo.numel(), chunk_elements)):
-        part = lo[start : start + chunk_elements].view(torch.uint8)
-        if extents.host is not None and chunk < extents.host_chunks:
-            extents.host[start * 10 : start * 10 + part.numel()] = part
-        elif store is not None:
-            staging = HostArena(part.numel())
-            staging.bytes_tensor[: part.numel()] = part
-            offset = extents.offset + (start - extents.host_chunks * chunk_elements) * 10
-            store.engine.write(staging.address, part.numel(), offset).wait()

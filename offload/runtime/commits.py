@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from offload.errors import StoreError, UsageError
-from offload.model.flat import STATE_NBYTES_PER_ELEMENT
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.training_state import Stateful, persistent_buffers, random_states
 from offload.runtime.verification import Verification
@@ -31,10 +30,11 @@ from offload.stores.sides import Sides, record_nbytes
 from offload.stores.state_image import chunks_of, param_piece, state_piece
 from offload.tiers.encoding import dtype_name, encode
 from offload.tiers.host import HostArena
-from offload.tiers.manifest import fingerprint, frame, pack_checksums
+from offload.tiers.manifest import Rule, fingerprint, frame, pack_checksums
 from offload.tiers.storage import Store
 from offload.transfer.io_engine import Ticket, crc32c
 from offload.types import PAGE_NBYTES, BlockState, round_up
+from offload.update_rules import ADAMW
 
 LAYOUT_KIND, RECORD_KIND = "offload-store", "offload-commit"
 
@@ -59,6 +59,8 @@ class StepCommits:
         self._model, self._blocks, self._store, self._tracked = model, blocks, store, tracked
         self._chunk_elements = chunk_elements
         self.verification = verification
+        rules = {b.rule for block in blocks for b in block.layout.buffers}
+        self._rule = next(iter(rules), ADAMW)
         self._slot_nbytes = record_nbytes([b.layout for b in blocks], chunk_elements)
         self._slots = [store.allocate(self._slot_nbytes) for _ in range(2)]
         self._record = HostArena(self._slot_nbytes)
@@ -137,7 +139,11 @@ class StepCommits:
 
     def _sum_and_write(self) -> None:
         """Bring the current side on storage up to what is in memory, and take every checksum."""
-        arena = HostArena(self._chunk_elements * max(STATE_NBYTES_PER_ELEMENT.values()))
+        buffers = [buffer for block in self._blocks for buffer in block.layout.buffers]
+        arena = HostArena(
+            max((b.record_nbytes(self._chunk_elements) for b in buffers if b.trainable), default=0)
+            + self._chunk_elements * max((b.dtype.itemsize for b in buffers), default=4)
+        )
         for block in self._blocks:
             sides = self._sides(block)
             for position, buffer in enumerate(block.layout.buffers):
@@ -151,15 +157,17 @@ class StepCommits:
                     if not buffer.trainable:
                         sides.checksums[position][sides.other][chunk.index] = sums
                         continue
-                    piece = state_piece(block, position, chunk, self._chunk_elements)
+                    piece = state_piece(block, position, chunk)
                     target = sides.state_offsets[position][sides.current]
-                    target += chunk.start * STATE_NBYTES_PER_ELEMENT[buffer.codec]
+                    target += buffer.record_begin(chunk.index)
                     sums[1] = self._put(piece, arena, [target])
             sides.verifies = self.verification.on
 
     def _put(self, piece: Any, arena: HostArena, targets: list[int]) -> int:
         """Write a piece to each of the targets that it is not at; its checksum."""
         engine, nbytes = self._store.engine, round_up(piece.nbytes, PAGE_NBYTES)
+        if nbytes == 0:
+            return 0
         if piece.memory is None:
             engine.read(arena.address, nbytes, piece.offset).wait()
         else:
@@ -183,6 +191,7 @@ class StepCommits:
             "stripe_nbytes": self._store.stripe_nbytes,
             "nbytes": self._store.capacity_nbytes,
             "chunk_elements": self._chunk_elements,
+            "rule": Rule.of(self._rule).model_dump(),
             "slots": self._slots,
             "slot_nbytes": self._slot_nbytes,
             "blocks": [

@@ -66,15 +66,19 @@ class OffloadEngine:
         self.device = device.torch_device
         self.config = config = config.beside(self.device.type)
         try:
-            self.aside = steps_aside(cut, config, device, dtype)
+            self.aside = steps_aside(cut, config, device, dtype, optimizer.rule)
             if self.aside:
                 cut = cut.all_root()
-            self._planned = None if self.aside else make_run_plan(model, config, blocks, dtype, device)
+            self._planned = (
+                None if self.aside else make_run_plan(model, config, blocks, dtype, device, optimizer.rule)
+            )
             if not self.aside:
                 cut = place_adapters(cut, config, device, self._planned is not None)
             self.plan = None if self._planned is None else self._planned.plan
             self.micro_batches = config.micro_batches if self.plan is None else self.plan.micro_batches
-            parts = self._assembly = assemble(cut, config, dtype, device, self.spans, self.plan)
+            parts = self._assembly = assemble(
+                cut, config, dtype, device, self.spans, self.plan, optimizer.rule
+            )
         except BaseException:
             device.close()
             raise
@@ -135,7 +139,25 @@ class OffloadEngine:
     # ---- called by blocks and hooks --------------------------------------------------------------------------
 
     def _root_needed(self) -> None:
+        self._measure_parameters()
         self._scheduler.hold_root()
+
+    def _measure_parameters(self) -> None:
+        """Before the first step with an optimizer that scales by the size of parameters."""
+        adafactor = self._live_optimizer().adafactor
+        if adafactor is None or not adafactor.needs_start():
+            return
+        by_name = {
+            segment.name: segment.parameter
+            for block in [self.root, *self.blocks]
+            for buffer in block.layout.buffers
+            if buffer.trainable
+            for segment in buffer.segments
+        }
+        for values in self.iter_blocks():
+            for name, value in values:
+                if name in by_name:
+                    adafactor.start(by_name[name], value)
 
     def _receive_root_gradient(
         self, block: BlockRecord, buffer: FlatBuffer, position: int, parameter: nn.Parameter
@@ -229,6 +251,8 @@ class OffloadEngine:
         """Update what the blocks' backward does not use or change; see runtime/early_root.py."""
         if not self._sync or self._defers(self.root) or self._assembly.in_device is not None:
             return
+        if self._live_optimizer().rule.whole_gradients:
+            return  # it needs all gradients of the root at once
         final, chunks = self._early_root.take()
         if not final:
             return
@@ -257,8 +281,8 @@ class OffloadEngine:
 
     # ---- called by the optimizer -----------------------------------------------------------------------------
 
-    def _hyper_of(self, parameter: nn.Parameter) -> Any:
-        return self._live_optimizer().hyper_of(parameter)
+    def _hyper_of(self, parameter: nn.Parameter, start: int) -> Any:
+        return self._live_optimizer().hyper_of(parameter, start)
 
     def _live_optimizer(self) -> OffloadOptimizer:
         optimizer = self._optimizer()

@@ -1,4 +1,4 @@
-"""The update of parameters whose whole state is in the memory of a device of its own: torch's AdamW, fused, on fp32.
+"""The update of parameters whose whole state is in the memory of a device of its own: torch's optimizers, on fp32.
 
 Only for what is not streamed. On a CPU the extension's kernels do this, so that streamed and unstreamed training have
 the same bits; on another device the two differ as torch's AdamW differs from ours (see docs/architecture.md).
@@ -7,48 +7,114 @@ the same bits; on another device the two differ as torch's AdamW differs from ou
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
-from torch.optim import adam, adamw
+from torch.optim import adam, adamw, sgd
 
 from offload.model.flat import FlatBuffer
 from offload.stores.block_store import BlockRecord
 from offload.tiers.device import DeviceTier
 from offload.transfer.io_engine import Hyper, merge_master, split_master
+from offload.update_rules import UpdateRule
 
 Segments = list[tuple[int, int, Hyper]]
+
+
+_ALIKE = (
+    "lr", "beta1", "beta2", "eps", "weight_decay", "step", "decoupled", "grad_scale", "maximize", "momentum",
+    "dampening", "nesterov",
+)  # fmt: skip
+
+Tensors = list[torch.Tensor]
+
+
+def _adamw(params: Tensors, grads: Tensors, moments: list[Tensors], hyper: Hyper) -> None:
+    steps = [torch.full((), hyper.step - 1, dtype=torch.float32, device=p.device) for p in params]
+    function = adamw.adamw if hyper.decoupled else adam.adam
+    function(
+        params,
+        grads,
+        moments[0],
+        moments[1],
+        [],
+        steps,
+        fused=True,
+        amsgrad=False,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        lr=hyper.lr,
+        weight_decay=hyper.weight_decay,
+        eps=hyper.eps,
+        maximize=hyper.maximize,
+    )
+
+
+def _sgd(params: Tensors, grads: Tensors, moments: list[Tensors], hyper: Hyper) -> None:
+    buffers: list[torch.Tensor | None] = [None] * len(params)
+    if hyper.momentum and hyper.step > 1:
+        buffers = list(moments[0])
+    sgd.sgd(
+        params,
+        grads,
+        buffers,
+        foreach=True,
+        weight_decay=hyper.weight_decay,
+        momentum=hyper.momentum,
+        lr=hyper.lr,
+        dampening=hyper.dampening,
+        nesterov=hyper.nesterov,
+        maximize=hyper.maximize,
+    )
+    if hyper.momentum and hyper.step == 1:  # torch has made them
+        for ours, made in zip(moments[0], buffers, strict=True):
+            if made is not None:
+                ours.copy_(made)
+
+
+def _lion(params: Tensors, grads: Tensors, moments: list[Tensors], hyper: Hyper) -> None:
+    if hyper.maximize:
+        torch._foreach_neg_(grads)
+    updates = torch._foreach_mul(moments[0], hyper.beta1)
+    torch._foreach_add_(updates, grads, alpha=1 - hyper.beta1)
+    torch._foreach_sign_(updates)
+    torch._foreach_mul_(params, 1 - hyper.lr * hyper.weight_decay)
+    torch._foreach_add_(params, updates, alpha=-hyper.lr)
+    torch._foreach_mul_(moments[0], hyper.beta2)
+    torch._foreach_add_(moments[0], grads, alpha=1 - hyper.beta2)
+
+
+_STEPS: dict[str, Callable[[Tensors, Tensors, list[Tensors], Hyper], None]] = {
+    "adamw": _adamw,
+    "sgd": _sgd,
+    "lion": _lion,
+}
+
+
+def makes(rule: UpdateRule) -> bool:
+    """Whether this room can make the rule's update."""
+    return rule.name in _STEPS and rule.in_fp32
 
 
 class _BufferState:
     """fp32 master and moments of one flat buffer; the master is the parameter plane itself when that is fp32."""
 
-    def __init__(self, plane: torch.Tensor, sources: list[tuple[int, torch.Tensor]]) -> None:
-        self.plane = plane
+    def __init__(
+        self, plane: torch.Tensor, sources: list[tuple[int, torch.Tensor]], rule: UpdateRule
+    ) -> None:
+        self.plane, self._step = plane, _STEPS[rule.name]
         self.master = plane if plane.dtype == torch.float32 else torch.zeros_like(plane, dtype=torch.float32)
         for start, source in sources:
             self.master[start : start + source.numel()].copy_(source.reshape(-1))
         if self.master is not plane:
             self.plane.copy_(self.master)
-        self.exp_avg = torch.zeros_like(self.master)
-        self.exp_avg_sq = torch.zeros_like(self.master)
-        self.steps = torch.zeros((), dtype=torch.float32, device=plane.device)
+        self.moments = [torch.zeros_like(self.master) for _ in rule.planes]
 
     def update(self, segments: Segments, grads: torch.Tensor) -> None:
         """One step of every segment; those with the same hyperparameters go in one call. `grads` is scaled in place."""
         alike: dict[tuple[float, ...], Segments] = defaultdict(list)
         for segment in segments:
-            hyper = segment[2]
-            alike[
-                hyper.lr,
-                hyper.beta1,
-                hyper.beta2,
-                hyper.eps,
-                hyper.weight_decay,
-                hyper.step,
-                hyper.decoupled,
-                hyper.grad_scale,
-                hyper.maximize,
-            ].append(segment)
+            alike[tuple(getattr(segment[2], name) for name in _ALIKE)].append(segment)
         for group in alike.values():
             self._update_alike(group, grads)
         if self.master is not self.plane:
@@ -62,23 +128,8 @@ class _BufferState:
 
         if hyper.grad_scale != 1.0:
             torch._foreach_mul_(views(grads), hyper.grad_scale)
-        function = adamw.adamw if hyper.decoupled else adam.adam
-        function(
-            views(self.master),
-            views(grads),
-            views(self.exp_avg),
-            views(self.exp_avg_sq),
-            [],
-            [torch.full_like(self.steps, hyper.step - 1) for _ in segments],
-            fused=True,
-            amsgrad=False,
-            beta1=hyper.beta1,
-            beta2=hyper.beta2,
-            lr=hyper.lr,
-            weight_decay=hyper.weight_decay,
-            eps=hyper.eps,
-            maximize=hyper.maximize,
-        )
+        moments = [views(plane) for plane in self.moments]
+        self._step(views(self.master), views(grads), moments, hyper)
 
 
 class InDeviceState:
@@ -92,7 +143,7 @@ class InDeviceState:
             plane.zero_()
             sources = [(s.start, s.parameter.data.to(device.torch_device)) for s in buffer.segments]
             if buffer.trainable:
-                self._states[position] = _BufferState(plane, sources)
+                self._states[position] = _BufferState(plane, sources, buffer.rule)
             else:
                 for start, source in sources:
                     plane[start : start + source.numel()].copy_(source.reshape(-1))
@@ -112,12 +163,10 @@ class InDeviceState:
     def chunk_of(self, position: int, start: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Elements `start` to `start + n` as a parameter plane and a chunk record, uint8 in host memory."""
         buffer, state = self._root.layout.buffers[position], self._states[position]
-        master, *moments = (
-            t[start : start + n].cpu() for t in (state.master, state.exp_avg, state.exp_avg_sq)
-        )
+        master, *moments = (t[start : start + n].cpu() for t in (state.master, *state.moments))
         planes = [t.view(torch.uint8) for t in moments]
         if buffer.codec == "fp32":
-            return master.view(torch.uint8), torch.cat(planes)
+            return master.view(torch.uint8), torch.cat([torch.empty(0, dtype=torch.uint8), *planes])
         hi, lo = torch.empty(n, dtype=torch.bfloat16), torch.empty(n, dtype=torch.int16)
         split_master(master.data_ptr(), hi.data_ptr(), lo.data_ptr(), n)
         return hi.view(torch.uint8), torch.cat([lo.view(torch.uint8), *planes])
@@ -132,8 +181,9 @@ class InDeviceState:
         if split:
             merge_master(param.data_ptr(), record.data_ptr(), master.data_ptr(), n)
         state.master[start : start + n].copy_(master)
-        state.exp_avg[start : start + n].copy_(record[lo_nbytes : lo_nbytes + 4 * n].view(torch.float32))
-        state.exp_avg_sq[start : start + n].copy_(record[lo_nbytes + 4 * n :].view(torch.float32))
+        for i, moment in enumerate(state.moments):
+            begin = lo_nbytes + i * 4 * n
+            moment[start : start + n].copy_(record[begin : begin + 4 * n].view(torch.float32))
         if split:
             state.plane[start : start + n].copy_(state.master[start : start + n])
 
@@ -142,7 +192,8 @@ class InDeviceState:
         return plane[buffer.grad_start : buffer.grad_start + buffer.n_elements]
 
 
-def state_nbytes(root_buffers: tuple[FlatBuffer, ...]) -> int:
+def state_nbytes(root_buffers: tuple[FlatBuffer, ...], n_moments: int) -> int:
     """Device memory beside planes and gradients: moments, and masters of planes that are not fp32."""
-    per = {True: 8, False: 12}
-    return sum(b.n_elements * per[b.dtype == torch.float32] for b in root_buffers if b.trainable)
+    return sum(
+        b.n_elements * 4 * (n_moments + (b.dtype != torch.float32)) for b in root_buffers if b.trainable
+    )

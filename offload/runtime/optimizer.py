@@ -9,7 +9,11 @@ import torch
 
 from offload.errors import CheckpointError, ConfigError, UsageError
 from offload.runtime import taken_gradients
+from offload.runtime.adafactor import AdafactorUpdater
+from offload.runtime.chunk_update import CallbackHyper
+from offload.runtime.recognised import recognise
 from offload.transfer.io_engine import Hyper
+from offload.update_rules import UpdateRule
 
 
 class Stepper(Protocol):
@@ -19,35 +23,22 @@ class Stepper(Protocol):
     def discard_gradients(self) -> None: ...
 
 
-_NEEDED = ("lr", "betas", "eps", "weight_decay")
-
-
 class OffloadOptimizer(torch.optim.Optimizer):
-    """AdamW (decoupled weight decay) or Adam (L2), over state kept by the engine.
+    """The user's optimizer over state kept by the engine.
 
     Made by `offload.wrap` from the user's optimizer: same parameters, same groups, so LR schedulers attach to it.
     Hyperparameters are read when a block's update is decided: at `step()` in deferred mode, during backward
-    otherwise; changing them between backward and `step()` raises UsageError in the latter case.
+    otherwise; changing them between backward and `step()` raises UsageError in the latter case. `moments`: what they
+    are kept in, "fp32", "bf16" or "8bit".
     """
 
-    def __init__(self, source: torch.optim.Optimizer) -> None:
-        if isinstance(source, torch.optim.AdamW):
-            decoupled = True
-        elif isinstance(source, torch.optim.Adam):
-            decoupled = bool(source.defaults.get("decoupled_weight_decay", False))
-        else:
-            raise ConfigError(
-                f"{type(source).__name__} is not supported: use torch.optim.AdamW or torch.optim.Adam"
-            )
-        for group in source.param_groups:
-            if group.get("amsgrad"):
-                raise ConfigError("amsgrad=True is not supported: it needs a third moment per parameter")
+    def __init__(self, source: torch.optim.Optimizer, moments: str = "fp32") -> None:
+        self._recognised = recognise(source, moments)
         if any(len(state) for state in source.state.values()):
             raise ConfigError("the optimizer has state already; wrap it before its first step")
         self.engine: Stepper | None = None
-        self._decoupled = decoupled
         self._steps: dict[torch.nn.Parameter, int] = {}
-        self._used: dict[int, tuple[Any, ...]] = {}
+        self._used: dict[int, dict[str, Any]] = {}
         self.steps_made = 0
         """Calls of `step()` that ended, those before a resume included."""
         self.grad_scale = 1.0
@@ -58,44 +49,55 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self.grad_norm: torch.Tensor | None = None
         """Global gradient norm before clipping, of the last step with `max_grad_norm`; without the loss scale."""
         super().__init__([dict(group) for group in source.param_groups], dict(source.defaults))
+        self._index_groups()
+
+    def _index_groups(self) -> None:
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
+        self._number_of = {p: number for number, p in enumerate(self._group_of)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Torch puts new groups in place of the old ones when a state is loaded."""
         super().__setstate__(state)
-        self._group_of = {p: group for group in self.param_groups for p in group["params"]}
+        self._index_groups()
 
-    @staticmethod
-    def _values(group: dict[str, Any]) -> tuple[Any, ...]:
-        return (
-            float(group["lr"]),
-            *map(float, group["betas"]),
-            float(group["eps"]),
-            float(group["weight_decay"]),
-        )
+    @property
+    def rule(self) -> UpdateRule:
+        """What a step does with a parameter, and the state it keeps."""
+        return self._recognised.rule
 
-    def hyper_of(self, parameter: torch.nn.Parameter) -> Hyper:
-        """Hyperparameters of this step for one parameter; counts the step."""
+    def hyper_of(self, parameter: torch.nn.Parameter, start: int = 0) -> Hyper:
+        """Hyperparameters of this step for one parameter, at element `start` of its flat buffer; counts the step."""
         group = self._group_of.get(parameter)
         if group is None:
             raise UsageError(
                 "a trainable parameter of the model is in no group of the optimizer: freeze it or add it"
             )
-        lr, beta1, beta2, eps, weight_decay = values = self._values(group)
+        values = self._recognised.values(group)
         self._used[id(group)] = values
         step = self._steps.get(parameter, 0) + 1
         self._steps[parameter] = step
+        if self._recognised.updater is not None:
+            return CallbackHyper(
+                self._recognised.updater,
+                parameter,
+                values,
+                step=step,
+                grad_scale=self.grad_scale,
+                start=start,
+            )
         return Hyper(
-            lr,
-            beta1,
-            beta2,
-            eps,
-            weight_decay,
-            step,
-            self._decoupled,
-            self.grad_scale,
-            bool(group.get("maximize")),
+            **values,
+            step=step,
+            grad_scale=self.grad_scale,
+            noise_seed=self._number_of[parameter],
+            noise_origin=start,
         )
+
+    @property
+    def adafactor(self) -> AdafactorUpdater | None:
+        """What keeps Adafactor's statistics; None of another optimizer."""
+        updater = self._recognised.updater
+        return updater if isinstance(updater, AdafactorUpdater) else None
 
     def steps_of(self, parameter: torch.nn.Parameter) -> int:
         """Updates that one parameter has had."""
@@ -136,7 +138,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             used = self._used.get(id(group))
-            if used is not None and used != self._values(group):
+            if used is not None and used != self._recognised.values(group):
                 raise UsageError(
                     "hyperparameters were changed between backward and optimizer.step(), but updates ran during "
                     "backward: change them after step(), or use update='deferred'"

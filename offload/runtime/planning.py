@@ -20,7 +20,7 @@ from offload.planner.placement import (
     first_chunks,
     place,
 )
-from offload.planner.plan import INPUT, Budgets, Plan
+from offload.planner.plan import INPUT, Budgets, Plan, state_format_of
 from offload.planner.search import make_plan
 from offload.planner.workload import Workload
 from offload.profiling.stored import stored_hardware
@@ -29,6 +29,7 @@ from offload.runtime.recompute import Recipe
 from offload.stores.activations import Tier
 from offload.tiers.storage import free_nbytes
 from offload.types import PAGE_NBYTES
+from offload.update_rules import ADAMW, UpdateRule
 
 logger = logging.getLogger("offload")
 
@@ -126,6 +127,7 @@ def plan_run(
     host_nbytes: int,
     staging_nbytes: int,
     shares_host: bool,
+    rule: UpdateRule = ADAMW,
     compute_dtype: Any = None,
     inputs: Callable[[int], Any] | None = None,
 ) -> RunPlan | None:
@@ -139,6 +141,7 @@ def plan_run(
     given = None if config.plan is None else _read_plan(config.plan)
     tokens = given.tokens_per_sample if given is not None else (config.batch or (1, 1))[1]
     workload = profile_model(model, tokens, blocks=blocks, inputs=inputs, compute_dtype=compute_dtype)
+    workload = replace(workload, rule=rule)
     limit_nbytes = config.written_nbytes_per_step
     if given is not None:
         _refuse_beside_plan(config)
@@ -156,6 +159,12 @@ def plan_run(
             raise ConfigError(
                 f"the plan is for parameters of {given.state_format.param_nbytes} bytes, this run computes with "
                 f"{workload.param_nbytes}: plan again, or give the compute_dtype it was made for"
+            )
+        ours = state_format_of(workload)
+        if given.state_format.state_nbytes != ours.state_nbytes:
+            raise ConfigError(
+                f"the plan is for {given.state_format.state_nbytes} bytes of optimizer state a parameter, this run has "
+                f"{ours.state_nbytes} ({rule.described}): plan again, with the optimizer and optimizer_state of the run"
             )
         writes = given.written_nbytes_per_step(workload)
         if limit_nbytes is not None and writes > limit_nbytes:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from offload.errors import BudgetError, CorruptError
+from offload.runtime.chunk_update import ChunkUpdate
 from offload.runtime.device_residency import Residency
 from offload.runtime.early_root import Range, split
 from offload.runtime.gradients import Gradients
@@ -35,8 +36,9 @@ from offload.types import BlockState
 Segments = list[list[tuple[int, int, Hyper]]]
 """Per flat buffer, (start, n, hyperparameters) of what is updated."""
 
-HyperOf = Callable[[torch.nn.Parameter], "Hyper"]
-"""Hyperparameters of this step's update of one parameter; counts the step."""
+HyperOf = Callable[[torch.nn.Parameter, int], "Hyper"]
+"""Hyperparameters of this step's update of a parameter, which begins at this element of its flat buffer; counts the
+step."""
 
 
 class Scheduler:
@@ -268,7 +270,7 @@ class Scheduler:
         """Every parameter that has a gradient."""
         segments_of = [
             [
-                (segment.start, segment.numel, hyper_of(segment.parameter))
+                (segment.start, segment.numel, hyper_of(segment.parameter, segment.start))
                 for segment in buffer.segments
                 if buffer.trainable and id(segment.parameter) in block.touched
             ]
@@ -387,6 +389,11 @@ class Scheduler:
             if not segments:  # what has no gradient goes to the other side as it is
                 grad_address, grad_offset = plane.data_ptr(), -1
             job = UpdateJob(
+                rule=buffer.rule.name,
+                callback=ChunkUpdate(buffer, segments, grad_dtype, grad_address)
+                if buffer.rule.is_callback
+                else None,
+                state_planes=buffer.rule.kinds,
                 param_codec=buffer.codec,
                 n_elements=buffer.n_elements,
                 param_address=plane.data_ptr(),

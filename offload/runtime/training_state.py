@@ -84,6 +84,7 @@ def training_state(
     """All of it, as plain data and tensors."""
     return {
         "optimizer": optimizer.hyperparameters(),
+        **({} if optimizer.adafactor is None else {"adafactor": optimizer.adafactor.state()}),
         "random": random_states(),
         "buffers": persistent_buffers(model),
         "tracked": {name: item.state_dict() for name, item in tracked.items()},
@@ -104,6 +105,8 @@ def load_training_state(
         if buffers.keys() != state["buffers"].keys():
             raise CheckpointError(f"{where}: its buffers are not those of this model")
         optimizer.set_hyperparameters(state["optimizer"], where)
+        if optimizer.adafactor is not None:
+            optimizer.adafactor.set_state(state["adafactor"], where)
         for name, item in tracked.items():
             item.load_state_dict(state["tracked"][name])
         with torch.no_grad():

@@ -10,7 +10,7 @@ from torch import nn
 from offload.config import Config
 from offload.errors import ConfigError
 from offload.planner.report import plan_lines
-from offload.runtime.assembly import Assembly, budgets
+from offload.runtime.assembly import Assembly, budgets, staging_nbytes
 from offload.runtime.commits import StepCommits
 from offload.runtime.device_residency import CopiedResidency, Residency, SharedResidency
 from offload.runtime.gradients import Gradients
@@ -21,7 +21,7 @@ from offload.runtime.verification import Verification
 from offload.stores.activations import ActivationStore, Tier
 from offload.telemetry import SpanLog, Stalls
 from offload.tiers.device import DeviceTier
-from offload.transfer.io_engine import UpdatePipeline
+from offload.update_rules import UpdateRule
 
 logger = logging.getLogger("offload")
 
@@ -97,18 +97,23 @@ def make_activations(
 
 
 def make_run_plan(
-    model: nn.Module, config: Config, blocks: object, dtype: torch.dtype | None, device: DeviceTier
+    model: nn.Module,
+    config: Config,
+    blocks: object,
+    dtype: torch.dtype | None,
+    device: DeviceTier,
+    rule: UpdateRule,
 ) -> RunPlan | None:
     """The plan of the run, told line by line; None where none is to be made."""
     device_nbytes, host_nbytes = budgets(device, config)
-    staging_nbytes = UpdatePipeline.buffer_nbytes_required(config.chunk_elements, config.chunk_buffers)
     planned = plan_run(
         model,
         config,
         blocks,
         device_nbytes=device_nbytes,
         host_nbytes=host_nbytes,
-        staging_nbytes=staging_nbytes,
+        staging_nbytes=staging_nbytes(config, rule),
+        rule=rule,
         shares_host=device.shares_host,
         compute_dtype=dtype,
     )

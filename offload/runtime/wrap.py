@@ -29,7 +29,8 @@ def wrap(
 ) -> tuple[Any, OffloadOptimizer]:
     """Stream `model`'s training state between memory and storage. Returns the same model and a new optimizer.
 
-    `optimizer` is a fresh torch.optim.AdamW or Adam over the model's parameters. `blocks` names the repeated stack
+    `optimizer` is a fresh one over the model's parameters: torch.optim.AdamW, Adam or SGD, Lion, and what else
+    docs/optimizers.md lists. `blocks` names the repeated stack
     (a class, its name, or a list of modules) where it is not found by itself. `compute_dtype=torch.bfloat16` computes
     fp32 parameters in bf16 while their exact fp32 value stays the master. `chunked_loss` lets a Hugging Face causal
     language model compute its loss in chunks of tokens, so that the logits of a whole batch never exist; the model's
@@ -42,7 +43,7 @@ def wrap(
         raise ConfigError(f"compute_dtype={compute_dtype} is not supported: use torch.bfloat16 or None")
     if chunked_loss and (reason := why_not_chunked(base_of(model))) is not None:
         raise ConfigError(f"chunked_loss=True: {reason}")
-    wrapped = OffloadOptimizer(optimizer)
+    wrapped = OffloadOptimizer(optimizer, config.optimizer_state)
     hf_config = getattr(model, "config", None)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         model.gradient_checkpointing_disable()  # type: ignore[operator]  # a method of Hugging Face models

@@ -25,7 +25,7 @@ def held_nbytes(
     state = plan.state_format
     params = [state.param_nbytes * (b.stored_numel + b.frozen_numel) for b in workload.blocks]
     numels = [b.stored_numel for b in workload.blocks] + [workload.root_stored_numel]
-    states = sum(state.state_nbytes * numel for numel in numels)
+    states = sum(state.state_of(numel) for numel in numels)
     params_host = sum(n for n, inside in zip(params, plan.params_in_host, strict=True) if inside)
     states_host = sum(plan.state_in_host_nbytes(i, numel) for i, numel in enumerate(numels))
     params_stored = 0 if plan.params_on_device else sum(params) - params_host

@@ -279,9 +279,9 @@ class Unroller(Emitter):
     def update_head(self) -> float:
         """Start updating the share of the root whose gradients precede the blocks', unless all updates wait."""
         numel = self.workload.root_stored_numel
-        if len(self.deferred) == self.n_blocks or not numel or self.plan.durable_steps:
+        if len(self.deferred) == self.n_blocks or not numel:
             return 0.0
-        early, chunk = self.workload.root_early_numel, self.plan.chunk_elements or 1
+        early, chunk = self.workload.early_numel, self.plan.chunk_elements or 1
         share = early // chunk * chunk / numel
         if share:
             out: Index = self.last_compute

@@ -1,7 +1,7 @@
 """Where each chunk of a block's training state is, in whichever tier: what checkpoints read from and write into.
 
 A chunk is `chunk_elements` elements of a flat buffer: a piece of its parameter plane and, when it is trainable, one
-record of optimizer state (lo, exp_avg, exp_avg_sq of a split_bf16 buffer, the last two of an fp32 one).
+record of optimizer state (`lo` of a split_bf16 buffer, and the planes of its update rule).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from offload.model.flat import STATE_NBYTES_PER_ELEMENT, FlatBuffer
+from offload.model.flat import FlatBuffer
 from offload.stores.block_store import BlockRecord
 from offload.stores.sides import Sides
 from offload.tiers.storage import Store
@@ -60,16 +60,13 @@ def param_piece(block: BlockRecord, buffer: FlatBuffer, chunk: Chunk) -> Piece:
     return Piece(nbytes, memory=block.slot.bytes_tensor[begin : begin + nbytes])
 
 
-def state_piece(block: BlockRecord, position: int, chunk: Chunk, chunk_elements: int) -> Piece:
+def state_piece(block: BlockRecord, position: int, chunk: Chunk) -> Piece:
     """The chunk's record of optimizer state."""
-    extents, per_element = (
-        block.states[position],
-        STATE_NBYTES_PER_ELEMENT[block.layout.buffers[position].codec],
-    )
-    begin, nbytes = chunk.start * per_element, chunk.n * per_element
+    extents, buffer = block.states[position], block.layout.buffers[position]
+    begin, nbytes = buffer.record_begin(chunk.index), buffer.record_nbytes(chunk.n)
     if extents.host is not None and chunk.index < extents.host_chunks:
         return Piece(nbytes, memory=extents.host[begin : begin + nbytes])
-    return Piece(nbytes, extents.offset + begin - extents.host_chunks * chunk_elements * per_element)
+    return Piece(nbytes, extents.offset + begin - buffer.record_begin(extents.host_chunks))
 
 
 def side_pieces(block: BlockRecord, sides: Sides, position: int, chunk: Chunk) -> tuple[Piece, Piece | None]:
@@ -79,14 +76,14 @@ def side_pieces(block: BlockRecord, sides: Sides, position: int, chunk: Chunk) -
     param = Piece(chunk.n * buffer.dtype.itemsize, begin)
     if not buffer.trainable:
         return param, None
-    per_element = STATE_NBYTES_PER_ELEMENT[buffer.codec]
-    return param, Piece(
-        chunk.n * per_element, sides.state_offsets[position][side] + chunk.start * per_element
-    )
+    offset = sides.state_offsets[position][side] + buffer.record_begin(chunk.index)
+    return param, Piece(buffer.record_nbytes(chunk.n), offset)
 
 
 def fill(piece: Piece, source: torch.Tensor, store: Store | None) -> None:
     """Write page-aligned uint8 `source` (`piece.nbytes` and up to a whole page more) to where `piece` is, and wait."""
+    if piece.nbytes == 0:
+        return
     if piece.memory is not None:
         piece.memory.copy_(source[: piece.nbytes])
     elif store is not None:

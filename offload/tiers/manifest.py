@@ -21,14 +21,16 @@ from offload._C import crc32c
 from offload.errors import CheckpointError, CorruptError
 from offload.tiers.encoding import dtype_named
 from offload.types import PAGE_NBYTES, PLANE_ELEMENTS
+from offload.update_rules import ADAMW, Plane, PlaneKind, UpdateRule
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 says which update rule the state is of; version 1 has AdamW's, in fp32."""
 MANIFEST_NBYTES_MAX = 1 << 28
 ENTRIES_MAX = 1 << 18
 """Parameters, and buffers, of one model."""
 
-RECORD_NBYTES = {"bfloat16": 10, "float32": 8}
-"""Bytes of optimizer state an element, by the dtype of the parameter plane: lo and two moments, or the moments."""
+CODECS = {"bfloat16": "split_bf16", "float32": "fp32"}
+"""How the master is spread over plane and record, by the dtype of the parameter plane."""
 
 Count = Annotated[int, Field(ge=0, le=1 << 62)]
 Name = Annotated[str, Field(max_length=4096)]
@@ -38,6 +40,36 @@ class Strict(BaseModel):
     """Refuses unknown keys and does not convert."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class StatePlane(Strict):
+    """One plane of a record of optimizer state."""
+
+    name: Name
+    kind: PlaneKind
+
+
+class Rule(Strict):
+    """What the optimizer state is of."""
+
+    name: Name = ADAMW.name
+    title: Name = ""
+    whole_gradients: bool = False
+    planes: Annotated[list[StatePlane], Field(max_length=8)] = [
+        StatePlane(name=plane.name, kind=plane.kind) for plane in ADAMW.planes
+    ]
+
+    @classmethod
+    def of(cls, rule: UpdateRule) -> Rule:
+        """As a manifest names it."""
+        planes = [StatePlane(name=plane.name, kind=plane.kind) for plane in rule.planes]
+        return cls(name=rule.name, title=rule.title, whole_gradients=rule.whole_gradients, planes=planes)
+
+    @property
+    def rule(self) -> UpdateRule:
+        """With the sizes that follow from it."""
+        planes = tuple(Plane(plane.name, plane.kind) for plane in self.planes)
+        return UpdateRule(self.name, planes, self.title, self.whole_gradients)
 
 
 class Extent(Strict):
@@ -94,6 +126,7 @@ class Manifest(Strict):
     stripe_nbytes: Annotated[int, Field(ge=PAGE_NBYTES, le=1 << 40)]
     nbytes: Count
     chunk_elements: Annotated[int, Field(ge=PLANE_ELEMENTS, le=1 << 30)]
+    rule: Rule = Rule()
     blocks: Annotated[list[Block], Field(max_length=ENTRIES_MAX)]
     training: Any
 
@@ -202,6 +235,7 @@ def check(manifest: Manifest, where: str) -> Manifest:
             raise refuse(f"file name {name!r} is not a bare name: it could lead anywhere")
     if manifest.chunk_elements % PLANE_ELEMENTS or manifest.stripe_nbytes % PAGE_NBYTES:
         raise refuse("chunk_elements or stripe_nbytes is not a whole number of pages")
+    rule = manifest.rule.rule
     names: set[str] = set()
     ranges: list[tuple[int, int, str]] = []
     for block in manifest.blocks:
@@ -211,14 +245,16 @@ def check(manifest: Manifest, where: str) -> Manifest:
             if buffer.n_elements % PLANE_ELEMENTS:
                 raise refuse(f"block {block.name}: {buffer.n_elements} elements are no whole number of pages")
             if buffer.trainable != (buffer.state is not None) or (
-                buffer.trainable and buffer.dtype not in RECORD_NBYTES
+                buffer.trainable and buffer.dtype not in CODECS
             ):
                 raise refuse(f"block {block.name}: a buffer of {buffer.dtype} has the wrong kind of state")
             _check_extent(manifest, buffer.param, buffer.n_elements * itemsize, n_chunks, refuse)
             ranges.append((buffer.param.offset, buffer.param.offset + buffer.param.nbytes, block.name))
             if buffer.state is not None:
-                record_nbytes = RECORD_NBYTES[buffer.dtype]
-                _check_extent(manifest, buffer.state, buffer.n_elements * record_nbytes, n_chunks, refuse)
+                state_nbytes = rule.state_nbytes(
+                    CODECS[buffer.dtype], buffer.n_elements, manifest.chunk_elements
+                )
+                _check_extent(manifest, buffer.state, state_nbytes, n_chunks, refuse)
                 ranges.append((buffer.state.offset, buffer.state.offset + buffer.state.nbytes, block.name))
             end = 0
             for parameter in buffer.parameters:

@@ -264,6 +264,11 @@ def test_the_optimizer_has_deepspeeds_meanings_and_defaults():
     assert isinstance(made("adamw", adam_w_mode=False), torch.optim.AdamW)
     assert made("AdamW", torch_adam=True).defaults["weight_decay"] == 0.01
     assert made("AdamW", betas=[0.8, 0.9]).defaults["betas"] == (0.8, 0.9)
+    lion = made("Lion", lr=0.1, betas=[0.9, 0.98], weight_decay=0.2)
+    assert type(lion).__name__ == "Lion"
+    assert (lion.defaults["betas"], lion.defaults["weight_decay"]) == ((0.9, 0.98), 0.2)
+    assert made("SGD", lr=0.1, momentum=0.9, nesterov=True).defaults["nesterov"] is True
+    assert isinstance(made("Adafactor", lr=0.01), torch.optim.Adafactor)
 
 
 @pytest.mark.parametrize(
@@ -272,6 +277,7 @@ def test_the_optimizer_has_deepspeeds_meanings_and_defaults():
         ({"type": "Lamb", "params": {}}, "Lamb"),
         ({"type": "AdamW", "params": {"max_grad_norm": 1.0}}, "gradient_clipping"),
         ({"type": "AdamW", "params": {"momentum": 0.9}}, "momentum"),
+        ({"type": "SGD", "params": {"lr": 0.1, "betas": [0.9, 0.99]}}, "betas: not a parameter of SGD"),
         ({"type": "AdamW", "params": {"amsgrad": True}}, "amsgrad"),
         (None, "no optimizer"),
     ],

@@ -134,7 +134,7 @@ def test_out_of_core_updates_have_the_bits_of_the_in_memory_kernel(
     param.copy_(split(master)[0] if codec == "split_bf16" else master)
     harness.move("write", param, 0)
     records = records_of(first_planes(codec, master), chunk_elements)
-    host_nbytes = _C.UpdatePipeline.state_nbytes(codec, min(n, host_chunks * chunk_elements))
+    host_nbytes = _C.record_nbytes(codec, ["float32"] * 2, min(n, host_chunks * chunk_elements))
     host_state, stored = records[:host_nbytes].clone(), records[host_nbytes:]
     if stored.numel():
         harness.store(stored, STATE_OFFSET)

@@ -1,0 +1,189 @@
+"""Adafactor out of core: factored second moments in host memory, masters through the pipeline.
+
+The arithmetic is torch.optim.Adafactor's. Of a matrix it keeps the mean square of every row and column, of a vector
+the variance of every element: so little that it stays in host memory beside the budget, and only what the master needs
+beside the parameter is on storage. A step needs two sums over a parameter's gradients (of squares by row and column,
+and of the squared update) before the first element can change; they are made when the first chunk arrives, over
+gradients that are in host memory. The root mean square of the parameter itself is that of the masters the last update
+left; before the first one it is taken from the parameters as they are computed with.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from offload.errors import CheckpointError
+from offload.runtime.chunk_update import CallbackHyper
+
+SLAB_ELEMENTS = 1 << 20
+"""Gradients that are looked at together."""
+
+
+@dataclass
+class _Statistics:
+    """Of one parameter. `row` and `column` of a matrix, else `variance`."""
+
+    row: torch.Tensor
+    column: torch.Tensor
+    square_sums: dict[int, float] = field(default_factory=dict)
+    """Of the masters, by the first element of each piece that was updated."""
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What every piece of one update needs."""
+
+    root_mean_row: torch.Tensor
+    step_size: float
+
+
+def _matrix(parameter: torch.Tensor) -> tuple[int, int, int]:
+    """(matrices, rows, columns) of a parameter; a vector is one matrix of one row."""
+    shape = parameter.shape
+    if len(shape) < 2:
+        return 1, 1, parameter.numel()
+    return parameter.numel() // max(1, shape[-1] * shape[-2]), shape[-2], shape[-1]
+
+
+class AdafactorUpdater:
+    """Its state by parameter; `numbers` are the parameters' places in the optimizer's groups."""
+
+    def __init__(self, numbers: dict[torch.nn.Parameter, int]) -> None:
+        self._numbers = numbers
+        self._statistics: dict[torch.nn.Parameter, _Statistics] = {}
+        self._prepared: dict[torch.nn.Parameter, tuple[int, _Prepared]] = {}
+        self._lock = threading.Lock()
+
+    # ---- state -----------------------------------------------------------------------------------------------
+
+    def needs_start(self) -> bool:
+        """Whether the parameters have not been measured yet."""
+        return not self._statistics
+
+    def start(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
+        """Before the first step: measure `parameter`, whose present `value` this is."""
+        n_matrices, rows, columns = _matrix(value)
+        is_matrix = value.dim() > 1
+        total = sum(float(part.double().square().sum()) for part in value.reshape(-1).split(SLAB_ELEMENTS))
+        self._statistics[parameter] = _Statistics(
+            torch.zeros(n_matrices, rows if is_matrix else 0),
+            torch.zeros(n_matrices, columns),
+            {0: total},
+        )
+
+    def state(self) -> dict[str, Any]:
+        """To be saved."""
+        return {
+            str(self._numbers[parameter]): {
+                "row": held.row,
+                "column": held.column,
+                "square_sum": _total(held),
+            }
+            for parameter, held in self._statistics.items()
+        }
+
+    def set_state(self, state: dict[str, Any], where: str) -> None:
+        """Undo what has happened since `state`. Raises CheckpointError for another model's."""
+        found: dict[torch.nn.Parameter, _Statistics] = {}
+        for parameter, number in self._numbers.items():
+            held = state.get(str(number))
+            if held is None:
+                continue
+            n_matrices, rows, columns = _matrix(parameter)
+            row, column = held["row"], held["column"]
+            rows = rows if len(parameter.shape) > 1 else 0
+            if tuple(row.shape) != (n_matrices, rows) or tuple(column.shape) != (n_matrices, columns):
+                raise CheckpointError(f"{where}: its Adafactor state is of other parameters")
+            found[parameter] = _Statistics(row.clone(), column.clone(), {0: float(held["square_sum"])})
+        if len(found) != len(state):
+            raise CheckpointError(f"{where}: its Adafactor state is of other parameters")
+        self._statistics, self._prepared = found, {}
+
+    # ---- a step ----------------------------------------------------------------------------------------------
+
+    def update_piece(
+        self,
+        hyper: CallbackHyper,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        offset: int,
+        whole_grad: torch.Tensor | None,
+    ) -> None:
+        """Elements `offset` and on of a parameter, after what all its gradients say."""
+        parameter, group = hyper.parameter, hyper.group
+        with self._lock:
+            held = self._statistics[parameter]
+            step, prepared = self._prepared.get(parameter, (0, None))
+            if prepared is None or step != hyper.step:
+                prepared = self._prepare(held, hyper, whole_grad)
+                self._prepared[parameter] = (hyper.step, prepared)
+        _, rows, columns = _matrix(parameter)
+        at = torch.arange(offset, offset + param.numel())
+        column = held.column.view(-1)[at // (rows * columns) * columns + at % columns]
+        if held.row.numel():
+            column = column * held.row.view(-1)[at // columns]
+            column /= prepared.root_mean_row[at // (rows * columns)]
+        if group.get("maximize"):
+            grad.neg_()
+        param.mul_(1 - group["lr"] * group["weight_decay"])
+        update = column.clamp_(min=_eps(group) ** 2).rsqrt_().mul_(grad)
+        param.add_(update, alpha=-prepared.step_size)
+        held.square_sums[offset] = float(param.double().square().sum())
+
+    def _prepare(self, held: _Statistics, hyper: CallbackHyper, whole_grad: torch.Tensor | None) -> _Prepared:
+        group, parameter = hyper.group, hyper.parameter
+        if whole_grad is None:
+            raise ValueError("Adafactor needs the gradients of a whole parameter")
+        numel = max(1, parameter.numel())
+        beta = hyper.step ** group["beta2_decay"]
+        rho = min(group["lr"], 1 / hyper.step**0.5)
+        step_size = max(group["eps"][1], (_total(held) / numel) ** 0.5) * rho
+        held.square_sums.clear()
+        matrices, rows, columns = _matrix(parameter)
+        squares = torch.zeros(matrices, columns, dtype=torch.float64)
+        row_means = torch.zeros(matrices, rows)
+        for matrix, first, part in _slabs(whole_grad, matrices, rows, columns, hyper.grad_scale):
+            part = part.square_()
+            row_means[matrix, first : first + part.shape[0]] = part.mean(-1)
+            squares[matrix] += part.sum(0, dtype=torch.float64)
+        if held.row.numel():
+            held.row.lerp_(row_means, beta)
+        held.column.lerp_((squares / rows).float(), beta)
+        eps = _eps(group)
+        root_mean_row = held.row.mean(-1).clamp_(min=eps) if held.row.numel() else torch.ones(matrices)
+        total = 0.0
+        for matrix, first, part in _slabs(whole_grad, matrices, rows, columns, hyper.grad_scale):
+            variance = held.column[matrix][None, :]
+            if held.row.numel():
+                variance = held.row[matrix, first : first + part.shape[0], None] * variance
+                variance = variance / root_mean_row[matrix]
+            update = variance.clamp(min=eps * eps).rsqrt_().mul(part)
+            total += float(update.double().square().sum())
+        denominator = max(1.0, total**0.5 / (numel**0.5 * group["d"]))
+        return _Prepared(root_mean_row, step_size / denominator)
+
+
+def _total(held: _Statistics) -> float:
+    """Sum of squares of all masters, added in the order of their elements."""
+    return sum(held.square_sums[offset] for offset in sorted(held.square_sums))
+
+
+def _eps(group: dict[str, Any]) -> float:
+    return torch.finfo(torch.float32).eps if group["eps"][0] is None else float(group["eps"][0])
+
+
+def _slabs(
+    grad: torch.Tensor, matrices: int, rows: int, columns: int, scale: float
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """(matrix, first row, fp32 rows of the scaled gradients), a bounded number of elements at a time."""
+    whole = grad.view(matrices, rows, columns)
+    step = max(1, SLAB_ELEMENTS // max(1, columns))
+    for matrix in range(matrices):
+        for first in range(0, rows, step):
+            yield matrix, first, whole[matrix, first : first + step].to(torch.float32, copy=True).mul_(scale)

@@ -1,0 +1,132 @@
+"""The update of a piece of a chunk in Python: from the pipeline's memory to fp32 tensors and back.
+
+The pipeline's threads call in with the GIL (`csrc/bindings_optim.cpp`); what is raised here fails the block's update.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from offload.errors import UsageError
+from offload.model.flat import FlatBuffer
+from offload.transfer.io_engine import Hyper, canonicalize_nan, merge_master, split_master
+
+
+class PieceUpdater(Protocol):
+    """An optimizer that updates pieces of parameters."""
+
+    def update_piece(
+        self,
+        hyper: CallbackHyper,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        offset: int,
+        whole_grad: torch.Tensor | None,
+    ) -> None: ...
+
+
+class CallbackHyper(Hyper):
+    """What `updater` is given with a piece of `parameter`; `group` has the values of when the step was decided."""
+
+    def __init__(
+        self,
+        updater: PieceUpdater,
+        parameter: torch.nn.Parameter,
+        group: dict[str, Any],
+        *,
+        step: int,
+        grad_scale: float,
+        start: int,
+    ) -> None:
+        super().__init__(float(group.get("lr", 0.0)), step=step, grad_scale=grad_scale, noise_origin=start)
+        self.updater = updater
+        self.parameter = parameter
+        self.group = group
+        self.start = start
+        """Element of the flat buffer where the parameter begins."""
+
+
+def tensor_at(address: int, n: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor over memory that somebody else owns."""
+    held = (ctypes.c_byte * (n * dtype.itemsize)).from_address(address)
+    return torch.frombuffer(held, dtype=dtype)
+
+
+class ChunkUpdate:
+    """What a job calls. `grad_address` is that of the buffer's first gradient; 0 where they are read chunk by chunk."""
+
+    def __init__(
+        self,
+        buffer: FlatBuffer,
+        segments: Sequence[tuple[int, int, Hyper]],
+        grad_dtype: str,
+        grad_address: int,
+    ) -> None:
+        self._split = buffer.codec == "split_bf16"
+        self._names = [plane.name for plane in buffer.rule.planes]
+        self._needs_whole = buffer.rule.whole_gradients
+        self._hypers = [hyper for _, _, hyper in segments]
+        self._grad_dtype: torch.dtype = getattr(torch, grad_dtype)
+        self._grad_address = grad_address
+
+    def _whole_grad(self, hyper: CallbackHyper) -> torch.Tensor | None:
+        if not self._needs_whole:
+            return None
+        if not self._grad_address:
+            raise UsageError(
+                "this optimizer needs all gradients of a parameter at once, and they wait on storage: raise host_memory"
+            )
+        address = self._grad_address + hyper.start * self._grad_dtype.itemsize
+        return tensor_at(address, hyper.parameter.numel(), self._grad_dtype)
+
+    @torch.no_grad()
+    def __call__(
+        self, segment: int, element: int, n: int, param: int, lo: int, grad: int, state: list[int]
+    ) -> None:
+        """Update `n` elements from `element` of the flat buffer on; addresses are of the first of them."""
+        hyper = self._hypers[segment]
+        if not isinstance(hyper, CallbackHyper):
+            raise UsageError("an update in Python needs a CallbackHyper; please report this")
+        if self._split:
+            master = torch.empty(n, dtype=torch.float32)
+            merge_master(param, lo, master.data_ptr(), n)
+        else:
+            master = tensor_at(param, n, torch.float32)
+        grads = tensor_at(grad, n, self._grad_dtype).to(torch.float32, copy=True)
+        if hyper.grad_scale != 1.0:
+            grads.mul_(hyper.grad_scale)
+        planes = {
+            name: tensor_at(address, n, torch.float32)
+            for name, address in zip(self._names, state, strict=True)
+        }
+        hyper.updater.update_piece(
+            hyper, master, grads, planes, element - hyper.start, self._whole_grad(hyper)
+        )
+        for tensor in (master, *planes.values()):
+            canonicalize_nan(tensor.data_ptr(), n)
+        if self._split:
+            split_master(master.data_ptr(), param, lo, n)
+
+
+class ElementwiseUpdater:
+    """Runs an `offload.ElementwiseOptimizer`."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def update_piece(
+        self,
+        hyper: CallbackHyper,
+        param: torch.Tensor,
+        grad: torch.Tensor,
+        state: dict[str, torch.Tensor],
+        offset: int,
+        whole_grad: torch.Tensor | None,
+    ) -> None:
+        """Its own update of this piece."""
+        self._source.apply(param, grad, state, hyper.step, hyper.group)

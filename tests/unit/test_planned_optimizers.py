@@ -1,0 +1,66 @@
+"""The planner counts the bytes of the optimizer that will run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from offload.cli.optimizers import rule_of
+from offload.errors import ConfigError
+from offload.planner.plan import Budgets, Plan, state_format_of
+from offload.planner.search import make_plan
+from offload.schedule.run import simulate_plan
+from tests.planning import gpt, lohan_machine
+
+# bytes of state a parameter beside a bf16 parameter, and beside an fp32 one
+STATE = {
+    ("adamw", "fp32"): (10, 8),
+    ("adamw", "bf16"): (6, 4),
+    ("adamw", "8bit"): (4 + 1 / 32, 2 + 1 / 32),
+    ("lion", "fp32"): (6, 4),
+    ("lion", "8bit"): (3 + 1 / 64, 1 + 1 / 64),
+    ("sgd", "bf16"): (4, 2),
+    ("adafactor", "fp32"): (2, 0),
+}
+NOTHING_IN_HOST = {"states_host_fraction": 0.0, "params_host_fraction": 0.0, "update": "backward"}
+
+
+@pytest.mark.parametrize(("name", "moments"), STATE)
+@pytest.mark.parametrize("width", [2, 4])
+def test_a_planned_step_writes_the_state_of_its_optimizer(name, moments, width):
+    """With everything on storage: the parameters of the blocks, and all state."""
+    state = STATE[name, moments][width == 4]
+    work = dataclasses.replace(gpt("m", 4, 256, width=width), rule=rule_of(name, moments))
+    assert state_format_of(work).state_nbytes == state
+    budgets = Budgets(device_memory_nbytes=10**9, host_memory_nbytes=10**9)
+    plan = make_plan(work, lohan_machine(2), budgets, NOTHING_IN_HOST, batch_samples=4)
+    blocks = sum(block.trainable_numel for block in work.blocks)
+    expected = width * blocks + state * work.numel
+    assert plan.predicted.bytes["written"] == pytest.approx(expected, abs=100)
+    assert plan.written_nbytes_per_step(work) == pytest.approx(expected, abs=100)
+    assert simulate_plan(plan, work, lohan_machine(2)).written_nbytes == pytest.approx(expected, abs=100)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_fewer_bytes_are_never_slower_where_storage_binds():
+    budgets = Budgets(device_memory_nbytes=10**9, host_memory_nbytes=10**9)
+    work = gpt("m", 8, 1024)
+
+    def seconds(name, moments):
+        made = dataclasses.replace(work, rule=rule_of(name, moments))
+        plan = make_plan(made, lohan_machine(1), budgets, NOTHING_IN_HOST, batch_samples=1)
+        return plan.predicted.step_s
+
+    exact, half, eighth = (seconds("adamw", moments) for moments in ("fp32", "bf16", "8bit"))
+    assert eighth < half < exact
+    assert eighth < 0.6 * exact
+
+
+def test_what_no_optimizer_has_is_refused_with_what_there_is():
+    with pytest.raises(ConfigError, match=r"--optimizer lamb.*adamw, lion, sgd, adafactor"):
+        rule_of("lamb", "fp32")
+    with pytest.raises(ConfigError, match=r"optimizer_state='4bit'.*fp32, bf16, 8bit"):
+        rule_of("adamw", "4bit")
+    with pytest.raises(ConfigError, match="adafactor keeps its state in fp32"):
+        rule_of("adafactor", "8bit")
