@@ -147,8 +147,8 @@ def test_fp16_is_autocast_with_loss_scaling(tmp_path):
         optimizer.zero_grad()
         expected.append(loss.item())
     assert losses == pytest.approx(expected, abs=2e-4)
-    for name, parameter in model.named_parameters():  # fp16 rounds a few gradients to another sign
-        assert ((after[name] - parameter.detach()).abs() > BOUND).float().mean() < 0.005, name
+    far = [((after[name] - p.detach()).abs() > BOUND).flatten() for name, p in model.named_parameters()]
+    assert torch.cat(far).float().mean() < 0.002  # fp16 rounds a few gradients to another sign
 
 
 def test_an_overflow_skips_the_step_and_lowers_the_scale(tmp_path):

@@ -145,8 +145,8 @@ def serialise(engine):
     scheduler = engine._scheduler
     submit = scheduler._submit_update
 
-    def update_and_wait(block, *, read_param):
-        submit(block, read_param=read_param)
+    def update_and_wait(block, **which):
+        submit(block, **which)
         for ticket in block.tickets:
             ticket.wait()
 
