@@ -84,6 +84,8 @@ class OffloadEngine:
             raise
         self.root, self.blocks, self.placement = parts.root, parts.blocks, parts.placement
         self._optimizer = weakref.ref(optimizer)
+        self._whole_gradients = optimizer.rule.whole_gradients
+        """Whether an update needs all gradients of the root at once."""
         holds = self.plan is None or self.plan.held_block is not None
         self._scheduler = make_scheduler(parts, self.stalls, self.spans, holds=holds)
         self._gradients = self._scheduler.gradients
@@ -251,8 +253,8 @@ class OffloadEngine:
         """Update what the blocks' backward does not use or change; see runtime/early_root.py."""
         if not self._sync or self._defers(self.root) or self._assembly.in_device is not None:
             return
-        if self._live_optimizer().rule.whole_gradients:
-            return  # it needs all gradients of the root at once
+        if self._whole_gradients:
+            return
         final, chunks = self._early_root.take()
         if not final:
             return

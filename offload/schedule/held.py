@@ -21,7 +21,10 @@ def held_nbytes(
 
     `has_storage` says that the run has storage even where the plan puts no state there.
     """
-    shape = Shape(plan.micro_batches, plan.n_slots, plan.n_grad_buffers, plan.boundary_on_device)
+    n_slots = plan.n_slots
+    if plan.params_on_device:  # a slot of its own for each block that needs one
+        n_slots = min(n_slots, plan.params_in_host.count(False))
+    shape = Shape(plan.micro_batches, n_slots, plan.n_grad_buffers, plan.boundary_on_device)
     state = plan.state_format
     params = [state.param_nbytes * (b.stored_numel + b.frozen_numel) for b in workload.blocks]
     numels = [b.stored_numel for b in workload.blocks] + [workload.root_stored_numel]

@@ -20,6 +20,11 @@ def held():
     return process.num_fds(), process.num_threads()
 
 
+def assert_nothing_more_than(before):
+    """What tests before this one have left behind may go meanwhile."""
+    assert all(now <= then for now, then in zip(held(), before, strict=True)), (held(), before)
+
+
 @pytest.mark.parametrize("backend", ["uring", "posix"])
 def test_50_runs_in_a_row_leave_no_descriptor_no_thread_and_no_file(tmp_path, backend):
     def run():
@@ -32,7 +37,7 @@ def test_50_runs_in_a_row_leave_no_descriptor_no_thread_and_no_file(tmp_path, ba
     before = held()
     for _ in range(50):
         run()
-    assert held() == before
+    assert_nothing_more_than(before)
     assert os.listdir(tmp_path) == []
 
 
@@ -44,7 +49,7 @@ def test_runs_that_are_forgotten_without_close_leave_nothing_either(tmp_path):
     before = held()
     for _ in range(10):
         run()
-    assert held() == before
+    assert_nothing_more_than(before)
     assert os.listdir(tmp_path) == []
 
 
@@ -69,5 +74,5 @@ def test_runs_that_fail_leave_nothing_either(tmp_path, monkeypatch):
     before = held()
     for nth in range(1, 21):
         run(nth)
-    assert held() == before
+    assert_nothing_more_than(before)
     assert os.listdir(tmp_path) == []

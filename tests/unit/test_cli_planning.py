@@ -21,7 +21,7 @@ def asked(monkeypatch):
     """Models and machines come from formulas; what the command asked for."""
     asked = {}
 
-    def workload(source, tokens):
+    def workload(source, tokens, *optimizer):
         asked["tokens"] = tokens
         return gpt(source, 40, 5120, tokens=tokens)
 
