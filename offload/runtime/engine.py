@@ -146,7 +146,8 @@ class OffloadEngine:
 
     def _measure_parameters(self) -> None:
         """Before the first step with an optimizer that scales by the size of parameters."""
-        adafactor = self._live_optimizer().adafactor
+        optimizer = self._optimizer()
+        adafactor = None if optimizer is None else optimizer.adafactor
         if adafactor is None or not adafactor.needs_start():
             return
         by_name = {
