@@ -203,6 +203,7 @@ def small_probe(monkeypatch, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_command_measures_stores_and_shows(small_probe, capsys):
     drive, kept = str(small_probe / "drive"), small_probe / "config" / "profile.json"
     options = ["--storage", drive, "--write-limit", "70MB", "--seconds", "1", "--model", "smollm2-135m"]
@@ -232,6 +233,7 @@ def assert_has_block_rates(profile):
     assert rates_of(profile, 6 - width).work_flops_per_s == {}
 
 
+@pytest.mark.slow
 def test_blocks_are_timed_from_shapes_and_the_model_is_left_as_it_was():
     model = model_on_meta("smollm2-135m")
     names = [name for name, _ in model.named_modules()]

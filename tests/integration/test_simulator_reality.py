@@ -69,8 +69,8 @@ CHOICES = [
 
 
 CASES = [
-    # Most of the cases' time is a large batch in bf16, on processors without instructions for it.
-    pytest.param(kind, batch, chosen, marks=[pytest.mark.slow] if "bf16" in kind and batch > 4 else [])
+    # Most of the cases' time is a batch in bf16, on processors without instructions for it.
+    pytest.param(kind, batch, chosen, marks=[pytest.mark.slow] if "bf16" in kind and batch > 2 else [])
     for batch, chosen in CHOICES
     for kind in MODELS
 ]
