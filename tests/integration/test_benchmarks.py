@@ -132,7 +132,7 @@ def stages(directory, *names, python="exit 0", **variables):
         capture_output=True,
         text=True,
         env=environment,
-        timeout=250,
+        timeout=100,
     )
     return done.returncode, done.stdout + done.stderr, log.read_text() if log.exists() else ""
 
@@ -189,7 +189,7 @@ def test_the_swapping_benchmark_runs_all_three_policies_with_the_same_bits(tmp_p
         "--batch", "4", "--micro-batches", "2", "--rounds", "1", "--probe-s", "0.2", "--host-memory", "100000000",
         "--json", str(report),
     ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, timeout=250, cwd=BENCHMARKS.parent)
+    subprocess.run(command, check=True, capture_output=True, timeout=100, cwd=BENCHMARKS.parent)
     rows = {row["name"]: row for row in json.loads(report.read_text())["rows"]}
     assert all(row["same_bits"] for row in rows.values())
     assert rows["recompute_all"]["swapped_bytes_per_step"] == 0
@@ -204,7 +204,7 @@ def test_the_durability_benchmark_gives_a_row_for_each_level(tmp_path):
         sys.executable, str(BENCHMARKS / "durability.py"), "--model", "tiny", "--rounds", "2", "--tokens", "8",
         "--storage", str(tmp_path), "--device-memory", "60MB", "--host-memory", "32MB", "--json", str(report),
     ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True, timeout=250, cwd=BENCHMARKS.parent)
+    subprocess.run(command, check=True, capture_output=True, timeout=100, cwd=BENCHMARKS.parent)
     rows = {row["name"]: row for row in json.loads(report.read_text())["rows"]}
     assert rows["level_step"]["written_bytes_per_param"] > 11
     assert rows["checkpoint"]["bytes_per_param"] > 11

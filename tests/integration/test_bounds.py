@@ -177,7 +177,7 @@ def test_peak_memory_stays_within_baseline_plus_budgets_with_ten_times_the_state
         [sys.executable, "-c", textwrap.dedent(RSS_SCRIPT), str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=100,
         env={**os.environ, "MALLOC_ARENA_MAX": "2"},
     )
     assert done.returncode == 0, done.stderr

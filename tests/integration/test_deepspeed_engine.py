@@ -147,8 +147,10 @@ def test_fp16_is_autocast_with_loss_scaling(tmp_path):
         optimizer.zero_grad()
         expected.append(loss.item())
     assert losses == pytest.approx(expected, abs=2e-4)
-    far = [((after[name] - p.detach()).abs() > BOUND).flatten() for name, p in model.named_parameters()]
-    assert torch.cat(far).float().mean() < 0.002  # fp16 rounds a few gradients to another sign
+    far = {n: ((after[n] - p.detach()).abs() > BOUND).flatten() for n, p in model.named_parameters()}
+    for name, beyond in far.items():  # fp16 rounds a few gradients to another sign: one, where there are few
+        assert beyond.sum() <= max(1, 0.005 * beyond.numel()), name
+    assert torch.cat(list(far.values())).float().mean() < 0.002
 
 
 def test_an_overflow_skips_the_step_and_lowers_the_scale(tmp_path):

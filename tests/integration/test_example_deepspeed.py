@@ -13,11 +13,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_the_deepspeed_script_trains_resumes_and_exports(tmp_path):
+def test_the_deepspeed_script_runs_in_under_two_minutes(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "deepspeed_config.py"), "--out", str(tmp_path / "out")]
     command += ["--deepspeed_config", str(ROOT / "examples" / "deepspeed_config.json")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout.strip().splitlines()[-1])
     assert report["first_loss"] > 5.0

@@ -315,7 +315,7 @@ def test_a_stopped_probe_removes_its_files(tmp_path, signal_number):
     assert not (tmp_path / "profile.json").exists()
 
 
-@pytest.mark.long  # on a machine that does nothing else
+@pytest.mark.slow
 def test_a_probe_with_its_defaults_takes_less_than_a_minute(tmp_path):
     start = time.perf_counter()
     probe([str(tmp_path)])

@@ -201,7 +201,7 @@ def test_updates_have_the_bits_of_torch_where_torch_does_not_fuse(sqrt):
     root = str(pathlib.Path(_C.__file__).parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     command = [sys.executable, __file__, sqrt]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stderr
 
 

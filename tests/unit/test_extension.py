@@ -25,7 +25,7 @@ def run(script, *arguments, **environment):
         [sys.executable, "-c", textwrap.dedent(script), *arguments],
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=100,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
     )
     assert done.returncode == 0, done.stderr
