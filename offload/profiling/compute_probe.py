@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import statistics
 import threading
 import time
@@ -27,6 +28,8 @@ _UPDATE_NUMEL = 1 << 24
 _STATE_NBYTES_PER_PARAM = 10
 _WIDTH_MAX = {"cuda": 16384, "cpu": 8192}
 """Wider matrices are measured at this width: they are no faster, and take memory."""
+_TRIAL_ROWS = 8
+"""How many rows tell whether a product of all of them can be waited for."""
 
 
 def matmul_shapes(model: nn.Module) -> tuple[tuple[int, int], ...]:
@@ -62,24 +65,40 @@ def dram_copy_bytes_per_s(seconds: float, nbytes: int = _COPY_NBYTES) -> float:
 def matmul_flops_per_s(
     shapes: Sequence[tuple[int, int]], n_tokens: int, dtype: torch.dtype, device: torch.device, seconds: float
 ) -> float:
-    """FLOP/s over the three products that training makes of each matrix: forward, and the gradients of both factors."""
+    """FLOP/s over the three products that training makes of each matrix: forward, and the gradients of both factors.
+
+    Of `n_tokens` rows, or of as many as `seconds` allow on a processor that is slow in `dtype`.
+    """
     settle: Callable[[], object] = (
         (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
     )
-    n_flops, spent_s = 0, 0.0
     widest = _WIDTH_MAX[device.type]
-    for n_in, n_out in ((min(n_in, widest), min(n_out, widest)) for n_in, n_out in shapes):
-        x = torch.randn(n_tokens, n_in, device=device, dtype=dtype)
-        weight = torch.randn(n_out, n_in, device=device, dtype=dtype)
-        grad = torch.randn(n_tokens, n_out, device=device, dtype=dtype)
+    measured = [(min(n_in, widest), min(n_out, widest)) for n_in, n_out in shapes]
+    share_s = seconds / len(measured)
 
-        def products(x: torch.Tensor = x, weight: torch.Tensor = weight, grad: torch.Tensor = grad) -> None:
+    def run(rows: int, n_in: int, n_out: int, seconds: float) -> float:
+        """FLOP/s with so many rows."""
+        x = torch.randn(rows, n_in, device=device, dtype=dtype)
+        weight = torch.randn(n_out, n_in, device=device, dtype=dtype)
+        grad = torch.randn(rows, n_out, device=device, dtype=dtype)
+
+        def products() -> None:
             x @ weight.t()
             grad @ weight
             grad.t() @ x
 
-        spent_s += statistics.median(_repeat(products, seconds / len(shapes), settle))
-        n_flops += 3 * 2 * n_tokens * n_in * n_out
+        return 6 * rows * n_in * n_out / statistics.median(_repeat(products, seconds, settle))
+
+    trial = min(_TRIAL_ROWS, n_tokens)
+    at_first = run(trial, *min(measured, key=math.prod), 0.0)
+    n_flops, spent_s = 0.0, 0.0
+    for n_in, n_out in measured:
+        row_flops = 6 * n_in * n_out
+        rows = max(
+            trial, min(n_tokens, int(share_s * at_first / (2 * row_flops)))
+        )  # one warms up, one counts
+        n_flops += rows * row_flops
+        spent_s += rows * row_flops / run(rows, n_in, n_out, share_s)
     return n_flops / spent_s
 
 
