@@ -92,6 +92,11 @@ class BlockLayout:
         return sum(b.n_elements for b in self.buffers if b.trainable)
 
     @property
+    def trainable_segments(self) -> list[Segment]:
+        """Where each trainable parameter is."""
+        return [segment for b in self.buffers if b.trainable for segment in b.segments]
+
+    @property
     def state_nbytes(self) -> int:
         """Optimizer-state bytes of all its buffers."""
         return sum(b.state_nbytes for b in self.buffers)

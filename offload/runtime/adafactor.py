@@ -11,14 +11,15 @@ left; before the first one it is taken from the parameters as they are computed 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from offload.errors import CheckpointError
-from offload.runtime.chunk_update import CallbackHyper
+from offload.model.flat import BlockLayout
+from offload.runtime.chunk_update import CallbackHyper, PieceUpdate
 
 SLAB_ELEMENTS = 1 << 20
 """Gradients that are looked at together."""
@@ -65,8 +66,14 @@ class AdafactorUpdater:
         """Whether the parameters have not been measured yet."""
         return not self._statistics
 
-    def start(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-        """Before the first step: measure `parameter`, whose present `value` this is."""
+    def start(self, layouts: list[BlockLayout], values: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Before the first step: measure every trainable parameter; `values` are the present ones by name."""
+        by_name = {s.name: s.parameter for layout in layouts for s in layout.trainable_segments}
+        for name, value in values:
+            if name in by_name:
+                self._start(by_name[name], value)
+
+    def _start(self, parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
         n_matrices, rows, columns = _matrix(value)
         is_matrix = value.dim() > 1
         total = sum(float(part.double().square().sum()) for part in value.reshape(-1).split(SLAB_ELEMENTS))
@@ -106,22 +113,15 @@ class AdafactorUpdater:
 
     # ---- a step ----------------------------------------------------------------------------------------------
 
-    def update_piece(
-        self,
-        hyper: CallbackHyper,
-        param: torch.Tensor,
-        grad: torch.Tensor,
-        state: dict[str, torch.Tensor],
-        offset: int,
-        whole_grad: torch.Tensor | None,
-    ) -> None:
-        """Elements `offset` and on of a parameter, after what all its gradients say."""
+    def update_piece(self, piece: PieceUpdate) -> None:
+        """The update of a piece, after what all gradients of its parameter say."""
+        hyper, param, grad, offset = piece.hyper, piece.param, piece.grad, piece.offset
         parameter, group = hyper.parameter, hyper.group
         with self._lock:
             held = self._statistics[parameter]
             step, prepared = self._prepared.get(parameter, (0, None))
             if prepared is None or step != hyper.step:
-                prepared = self._prepare(held, hyper, whole_grad)
+                prepared = self._prepare(held, hyper, piece.whole_grad)
                 self._prepared[parameter] = (hyper.step, prepared)
         _, rows, columns = _matrix(parameter)
         at = torch.arange(offset, offset + param.numel())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,18 +17,24 @@ from offload.model.flat import FlatBuffer
 from offload.transfer.io_engine import Hyper, canonicalize_nan, merge_master, split_master
 
 
+@dataclass(frozen=True)
+class PieceUpdate:
+    """Elements `offset` and on of a parameter. `param` (the master), `grad` (scaled) and the planes of `state` are fp32
+    and of one length; `param` and `state` are changed in place. `whole_grad`: all gradients of the parameter in their
+    own dtype and not scaled, for a rule that needs them."""
+
+    hyper: CallbackHyper
+    param: torch.Tensor
+    grad: torch.Tensor
+    state: dict[str, torch.Tensor]
+    offset: int
+    whole_grad: torch.Tensor | None
+
+
 class PieceUpdater(Protocol):
     """An optimizer that updates pieces of parameters."""
 
-    def update_piece(
-        self,
-        hyper: CallbackHyper,
-        param: torch.Tensor,
-        grad: torch.Tensor,
-        state: dict[str, torch.Tensor],
-        offset: int,
-        whole_grad: torch.Tensor | None,
-    ) -> None: ...
+    def update_piece(self, piece: PieceUpdate) -> None: ...
 
 
 class CallbackHyper(Hyper):
@@ -104,9 +111,8 @@ class ChunkUpdate:
             name: tensor_at(address, n, torch.float32)
             for name, address in zip(self._names, state, strict=True)
         }
-        hyper.updater.update_piece(
-            hyper, master, grads, planes, element - hyper.start, self._whole_grad(hyper)
-        )
+        offset = element - hyper.start
+        hyper.updater.update_piece(PieceUpdate(hyper, master, grads, planes, offset, self._whole_grad(hyper)))
         for tensor in (master, *planes.values()):
             canonicalize_nan(tensor.data_ptr(), n)
         if self._split:
@@ -119,14 +125,7 @@ class ElementwiseUpdater:
     def __init__(self, source: Any) -> None:
         self._source = source
 
-    def update_piece(
-        self,
-        hyper: CallbackHyper,
-        param: torch.Tensor,
-        grad: torch.Tensor,
-        state: dict[str, torch.Tensor],
-        offset: int,
-        whole_grad: torch.Tensor | None,
-    ) -> None:
+    def update_piece(self, piece: PieceUpdate) -> None:
         """Its own update of this piece."""
-        self._source.apply(param, grad, state, hyper.step, hyper.group)
+        hyper = piece.hyper
+        self._source.apply(piece.param, piece.grad, piece.state, hyper.step, hyper.group)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
+import itertools
 import time
 import weakref
 from collections.abc import Iterator
@@ -19,19 +19,18 @@ from offload.model.blocks import Cut
 from offload.model.blocks import cut as cut_model
 from offload.model.flat import FlatBuffer
 from offload.model.quantized import prepare_quantized
-from offload.runtime import hooks, taken_gradients
+from offload.runtime import hooks, taken_gradients, wiring
 from offload.runtime.assembly import Assembly, assemble, choose_device, steps_aside
 from offload.runtime.block_function import run_block
-from offload.runtime.durable_steps import DurableSteps
 from offload.runtime.early_root import EarlyRoot
 from offload.runtime.gradient_norms import GradientNorms
 from offload.runtime.late_plan import LatePlan, is_open
 from offload.runtime.optimizer import OffloadOptimizer
+from offload.runtime.planning import NoPlan, RunPlan
 from offload.runtime.recompute import Recipe
 from offload.runtime.recording import computing, recording
 from offload.runtime.resident import place_adapters
 from offload.runtime.training_state import Saving, Stateful, checked_stateful
-from offload.runtime.wiring import make_activations, make_commits, make_run_plan, make_scheduler, move_buffers
 from offload.stores.activations import Tier
 from offload.stores.block_store import BlockRecord
 from offload.telemetry import Span, SpanLog, Stalls
@@ -69,12 +68,12 @@ class OffloadEngine:
             self.aside = steps_aside(cut, config, device, dtype, optimizer.rule)
             if self.aside:
                 cut = cut.all_root()
-            self._planned = (
-                None if self.aside else make_run_plan(model, config, blocks, dtype, device, optimizer.rule)
-            )
+            planned = None
             if not self.aside:
-                cut = place_adapters(cut, config, device, self._planned is not None)
-            self.plan = None if self._planned is None else self._planned.plan
+                planned = wiring.make_run_plan(model, config, blocks, dtype, device, optimizer.rule)
+                cut = place_adapters(cut, config, device, planned is not None)
+            self._planned: RunPlan | NoPlan = planned or NoPlan(config.saved_activations)
+            self.plan = self._planned.plan
             self.micro_batches = config.micro_batches if self.plan is None else self.plan.micro_batches
             parts = self._assembly = assemble(
                 cut, config, dtype, device, self.spans, self.plan, optimizer.rule
@@ -87,22 +86,19 @@ class OffloadEngine:
         self._whole_gradients = optimizer.rule.whole_gradients
         """Whether an update needs all gradients of the root at once."""
         holds = self.plan is None or self.plan.held_block is not None
-        self._scheduler = make_scheduler(parts, self.stalls, self.spans, holds=holds)
+        self._scheduler = wiring.make_scheduler(parts, self.stalls, self.spans, holds=holds)
         self._gradients = self._scheduler.gradients
         self._early_root = EarlyRoot(self.root, config.chunk_elements)
         self.tracked: dict[str, Stateful] = {}
-        self.commits = make_commits(model, parts, config, self.tracked, self._scheduler)
-        limit = config.max_grad_norm
-        self._norms = GradientNorms(self.root, self.blocks, limit, judged=self.commits is not None)
-        self._durable = None
-        if self.commits is not None:
-            late = None if config.deferred else limit
-            self._durable = DurableSteps(
-                self.commits, self.root, self.blocks, self._scheduler, self.stalls, late
-            )
+        self.commits = wiring.make_commits(model, parts, config, self.tracked, self._scheduler)
+        self._durable = wiring.make_durable_steps(self.commits, parts, config, self._scheduler, self.stalls)
+        judged = self.commits is not None
+        self._norms = GradientNorms(self.root, self.blocks, config.max_grad_norm, judged)
         may_plan = not self.aside and is_open(config)
         self._late_plan = LatePlan(model, config, blocks, parts) if may_plan else None
-        self.activations = make_activations(parts, config, self.stalls, self.spans, self.plan is not None)
+        self.activations = wiring.make_activations(
+            parts, config, self.stalls, self.spans, self.plan is not None
+        )
         self._step_start_s = time.perf_counter()
         try:
             self._attach(cut)
@@ -127,7 +123,7 @@ class OffloadEngine:
         owning = [self.model, *(modules[name] for name in owners)]
         self._handles += hooks.before_forward(owning, self._root_needed)
         self._handles += prepare_quantized(self.model)
-        move_buffers(self.model, self.device)
+        wiring.move_buffers(self.model, self.device)
         self._scheduler.hold_root()
 
     def _detach(self) -> None:
@@ -148,19 +144,9 @@ class OffloadEngine:
         """Before the first step with an optimizer that scales by the size of parameters."""
         optimizer = self._optimizer()
         adafactor = None if optimizer is None else optimizer.adafactor
-        if adafactor is None or not adafactor.needs_start():
-            return
-        by_name = {
-            segment.name: segment.parameter
-            for block in [self.root, *self.blocks]
-            for buffer in block.layout.buffers
-            if buffer.trainable
-            for segment in buffer.segments
-        }
-        for values in self.iter_blocks():
-            for name, value in values:
-                if name in by_name:
-                    adafactor.start(by_name[name], value)
+        if adafactor is not None and adafactor.needs_start():
+            layouts = [block.layout for block in [self.root, *self.blocks]]
+            adafactor.start(layouts, itertools.chain.from_iterable(self.iter_blocks()))
 
     def _receive_root_gradient(
         self, block: BlockRecord, buffer: FlatBuffer, position: int, parameter: nn.Parameter
@@ -226,7 +212,7 @@ class OffloadEngine:
 
     def input_tier(self, block: BlockRecord) -> Tier | None:
         """Where the block's input waits for backward; None: where there is room."""
-        return None if self._planned is None else self._planned.input_tier(block.index)
+        return self._planned.input_tier(block.index)
 
     def given_tensors(self, block: BlockRecord) -> list[torch.Tensor]:
         """What a block's operations may read besides its inputs: parameters (the root's too) and buffers."""
@@ -235,12 +221,7 @@ class OffloadEngine:
 
     def tiers_of_saved(self, block: BlockRecord, recipe: Recipe) -> dict[int, Tier]:
         """Which results of the block's operations are kept for backward, and where; all others are recomputed."""
-        where = self.config.saved_activations
-        if self._planned is not None:
-            return self._planned.tiers_of_saved(block.index, recipe)
-        if where == "recompute":
-            return {}
-        return {value.op: where for value in recipe.keepable()}
+        return self._planned.tiers_of_saved(block.index, recipe)
 
     def _open_backward(self) -> None:
         if self._backward_open:
@@ -466,32 +447,18 @@ class OffloadEngine:
     def counters(self) -> dict[str, int]:
         """Bytes read from and written to storage so far."""
         store = self._assembly.resources.store
-        if store is None:
-            return {"read_bytes": 0, "written_bytes": 0}
-        counted = store.engine.counters()
-        return {"read_bytes": counted["read_bytes"], "written_bytes": counted["written_bytes"]}
+        return {"read_bytes": 0, "written_bytes": 0} if store is None else store.counters()
 
     def written_by_drive(self) -> dict[str, int]:
         """Bytes written to each storage directory so far."""
         store = self._assembly.resources.store
-        if store is None:
-            return {}
-        written: dict[str, int] = {}
-        for path, drive in zip(store.paths, store.engine.counters()["drives"], strict=True):
-            directory = os.path.dirname(path)
-            written[directory] = written.get(directory, 0) + int(drive["written_bytes"])
-        return written
+        return {} if store is None else store.written_by_directory()
 
     @property
     def trainable_numel(self) -> int:
         """Trainable parameters."""
-        return sum(
-            segment.numel
-            for block in [*self.blocks, self.root]
-            for buffer in block.layout.buffers
-            if buffer.trainable
-            for segment in buffer.segments
-        )
+        trainable = (s for block in [*self.blocks, self.root] for s in block.layout.trainable_segments)
+        return sum(segment.numel for segment in trainable)
 
     def iter_blocks(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
         """The parameters as they are computed with, block by block, the root first; valid until the next one."""

@@ -6,7 +6,7 @@ import logging
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -72,6 +72,24 @@ class RunPlan:
             if outcome != "recompute" and recipe.ops[value.op].may_keep:
                 tiers[value.op] = _TIERS[outcome]
         return tiers
+
+
+@dataclass(frozen=True)
+class NoPlan:
+    """The same questions answered by the setting `saved_activations`, and by where there is room."""
+
+    saved_activations: Literal["recompute", "device", "host", "storage"]
+    plan: None = None
+
+    def input_tier(self, block: int) -> Tier | None:
+        """Where there is room."""
+        return None
+
+    def tiers_of_saved(self, block: int, recipe: Recipe) -> dict[int, Tier]:
+        """All that may be kept, or nothing."""
+        if self.saved_activations == "recompute":
+            return {}
+        return {value.op: self.saved_activations for value in recipe.keepable()}
 
 
 def hardware_for(config: Config, shares_host: bool) -> Hardware:

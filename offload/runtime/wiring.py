@@ -13,6 +13,7 @@ from offload.planner.report import plan_lines
 from offload.runtime.assembly import Assembly, budgets, staging_nbytes
 from offload.runtime.commits import StepCommits
 from offload.runtime.device_residency import CopiedResidency, Residency, SharedResidency
+from offload.runtime.durable_steps import DurableSteps
 from offload.runtime.gradients import Gradients
 from offload.runtime.planning import RunPlan, plan_run
 from offload.runtime.scheduler import Scheduler
@@ -72,6 +73,16 @@ def make_commits(
     return StepCommits(
         model, [parts.root, *parts.blocks], store, config.chunk_elements, tracked, verification
     )
+
+
+def make_durable_steps(
+    commits: StepCommits | None, parts: Assembly, config: Config, scheduler: Scheduler, stalls: Stalls
+) -> DurableSteps | None:
+    """What commits steps and takes them back. Updates that wait for the norm are clipped, and need no limit."""
+    if commits is None:
+        return None
+    limit = None if config.deferred else config.max_grad_norm
+    return DurableSteps(commits, parts.root, parts.blocks, scheduler, stalls, limit)
 
 
 def make_activations(

@@ -212,6 +212,19 @@ class Store:
             _preallocate(path, descriptor, file_nbytes)
         self.capacity_nbytes, self._file_nbytes = capacity_nbytes, file_nbytes
 
+    def counters(self) -> dict[str, int]:
+        """Bytes read and written so far."""
+        counted = self.engine.counters()
+        return {name: int(counted[name]) for name in ("read_bytes", "written_bytes")}
+
+    def written_by_directory(self) -> dict[str, int]:
+        """Bytes written so far to each directory."""
+        written: dict[str, int] = {}
+        for path, drive in zip(self.paths, self.engine.counters()["drives"], strict=True):
+            directory = os.path.dirname(path)
+            written[directory] = written.get(directory, 0) + int(drive["written_bytes"])
+        return written
+
     @property
     def file_nbytes(self) -> int:
         """Of each file."""
