@@ -71,6 +71,21 @@ def make_run(directory, layers=3, optimizer=None, **settings):
     return offload.wrap(model, made, **smallest_budgets(str(refused.value)), **settings)
 
 
+IN_MEMORY = {"device_memory": "1GB", "host_memory": "1GB", "storage": []}
+
+
+def wrap_small(model, optimizer, **settings):
+    """Wrapped in memory; with `storage` and without budgets, in the smallest that would do."""
+    if not settings.get("storage"):
+        return offload.wrap(model, optimizer, **{**IN_MEMORY, **settings})
+    if "host_memory" not in settings:
+        settings = {**STREAMING, "prefetch_blocks": 1, **settings}
+        with pytest.raises(offload.BudgetError) as refused:
+            offload.wrap(model, optimizer, device_memory=1, host_memory=1, **settings)
+        settings |= smallest_budgets(str(refused.value))
+    return offload.wrap(model, optimizer, **settings)
+
+
 def smallest_budgets(refusal):
     """The budgets that a BudgetError names."""
     return {name: int(re.search(rf"{name}='(\d+)'", refusal)[1]) for name in ("device_memory", "host_memory")}

@@ -15,7 +15,7 @@ from offload.checkpoint.save import KIND
 from offload.errors import CheckpointError, ConfigError
 from offload.tiers.manifest import crc32c_of
 from offload.update_rules import kernel_rule
-from tests.fault.training import STREAMING, Model, smallest_budgets
+from tests.fault.training import IN_MEMORY, STREAMING, Model, wrap_small
 
 LR = 1e-3
 OPTIMIZERS = {
@@ -32,7 +32,6 @@ KINDS = [(name, "fp32") for name in OPTIMIZERS] + [
 FAST = [("adamw", "bf16"), ("lion", "8bit")]
 """For paths whose combinations are many: the others are slow tests."""
 FAST_OR_SLOW = [kind if kind in FAST else pytest.param(*kind, marks=pytest.mark.slow) for kind in KINDS]
-IN_MEMORY = {"device_memory": "1GB", "host_memory": "1GB", "storage": []}
 
 
 def make(kind, moments, dtype=torch.bfloat16, **settings):
@@ -41,14 +40,7 @@ def make(kind, moments, dtype=torch.bfloat16, **settings):
     model = Model(3).to(dtype)
     optimizer = OPTIMIZERS[kind](model.parameters())
     settings = {"optimizer_state": moments, "chunk_elements": 2048, "chunk_buffers": 2, **settings}
-    if settings.get("storage") and "host_memory" not in settings:
-        settings = {**STREAMING, "prefetch_blocks": 1, **settings}
-        with pytest.raises(offload.BudgetError) as refused:
-            offload.wrap(model, optimizer, device_memory=1, host_memory=1, **settings)
-        settings |= smallest_budgets(str(refused.value))
-    elif not settings.get("storage"):
-        settings = {**IN_MEMORY, **settings}
-    return offload.wrap(model, optimizer, **settings)
+    return wrap_small(model, optimizer, **settings)
 
 
 def train(model, optimizer, n_steps, accumulate=1, seed=1):

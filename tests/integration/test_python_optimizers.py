@@ -8,8 +8,8 @@ from torch.optim.rmsprop import rmsprop
 
 import offload
 from offload.errors import ConfigError
-from tests.fault.training import STREAMING, Model, smallest_budgets
-from tests.integration.test_optimizer_rules import IN_MEMORY, assert_same, parameters_of, train
+from tests.fault.training import STREAMING, Model, wrap_small
+from tests.integration.test_optimizer_rules import assert_same, parameters_of, train
 
 LR = 1e-3
 
@@ -72,14 +72,7 @@ def make(kind, dtype=torch.float32, **settings):
     model = Model(3).to(dtype)
     optimizer = PAIRS[kind][0](model.parameters()) if isinstance(kind, str) else kind(model.parameters())
     settings = {"chunk_elements": 2048, "chunk_buffers": 2, **settings}
-    if settings.get("storage") and "host_memory" not in settings:
-        settings = {**STREAMING, "prefetch_blocks": 1, **settings}
-        with pytest.raises(offload.BudgetError) as refused:
-            offload.wrap(model, optimizer, device_memory=1, host_memory=1, **settings)
-        settings |= smallest_budgets(str(refused.value))
-    elif not settings.get("storage"):
-        settings = {**IN_MEMORY, **settings}
-    return offload.wrap(model, optimizer, **settings)
+    return wrap_small(model, optimizer, **settings)
 
 
 def result(kind, dtype=torch.float32, n_steps=6, accumulate=1, **settings):
