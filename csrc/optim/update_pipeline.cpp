@@ -16,29 +16,13 @@ namespace offload::optim {
 
 namespace {
 
-constexpr std::size_t kPlaneElements = 2048;  // 2-byte planes of this many elements are whole pages
 constexpr std::size_t kGradNbytesMax = 4;
-
-std::size_t param_nbytes_per_element(Codec codec) { return codec == Codec::split_bf16 ? 2 : 4; }
-std::size_t grad_nbytes_per_element(GradDtype dtype) { return dtype == GradDtype::float32 ? 4 : 2; }
-
-bool on_page(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % kPageNbytes == 0; }
-bool on_page(std::int64_t offset) { return offset % static_cast<std::int64_t>(kPageNbytes) == 0; }
-bool on_page_or_none(std::int64_t offset) { return offset < 0 || on_page(offset); }
 
 std::int64_t nanoseconds_since(std::chrono::steady_clock::time_point begin) {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now() - begin).count();
 }
 
 double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
-// SGD may do without its plane.
-bool has_planes_of_rule(const UpdateJob& job) {
-  const std::size_t n = job.planes.size();
-  if (job.rule == Rule::adamw) return n == 2;
-  if (job.rule == Rule::lion) return n == 1;
-  return job.rule == Rule::callback || n <= 1;
-}
 
 io::Error error_of(const std::exception& thrown) {
   if (const auto* system = dynamic_cast<const std::system_error*>(&thrown))
@@ -65,7 +49,8 @@ UpdatePipeline::UpdatePipeline(std::shared_ptr<io::Engine> engine, std::size_t c
                 "chunk_elements must be a multiple of 2048");
   OFFLOAD_CHECK(n_buffers > 0 && n_threads > 0, "an update pipeline needs a buffer and a thread");
   OFFLOAD_CHECK(buffer_nbytes >= need, "the chunk buffers are too small");
-  OFFLOAD_CHECK(buffer != nullptr && on_page(buffer), "the chunk buffers must start on a page");
+  OFFLOAD_CHECK(buffer != nullptr && reinterpret_cast<std::uintptr_t>(buffer) % kPageNbytes == 0,
+                "the chunk buffers must start on a page");
   for (std::size_t i = 0; i < n_buffers; ++i) free_buffers_.push_back(buffer + i * (need / n_buffers));
   try {
     for (std::size_t i = 0; i < n_threads; ++i) threads_.emplace_back([this] { work(); });
@@ -76,47 +61,6 @@ UpdatePipeline::UpdatePipeline(std::shared_ptr<io::Engine> engine, std::size_t c
 }
 
 UpdatePipeline::~UpdatePipeline() { close(); }
-
-void UpdatePipeline::check(const UpdateJob& job, std::size_t n_chunks) const {
-  OFFLOAD_CHECK(job.param != nullptr, "an update needs the parameter plane in host memory");
-  OFFLOAD_CHECK(job.grad != nullptr || job.grad_offset >= 0, "an update needs gradients");
-  const std::size_t record_nbytes = job.record_nbytes(chunk_elements_);
-  const bool stores_state = job.host_chunks < n_chunks && record_nbytes > 0;
-  OFFLOAD_CHECK(job.planes.size() <= kStatePlanesMax, "too many state planes");
-  OFFLOAD_CHECK(record_nbytes <= chunk_elements_ * record_nbytes_per_element_,
-                "a record of this job is larger than the chunk buffers");
-  OFFLOAD_CHECK((job.rule == Rule::callback) == (job.callback != nullptr), "a callback is what Rule::callback needs");
-  OFFLOAD_CHECK(has_planes_of_rule(job), "these are not the state planes that the rule updates");
-  OFFLOAD_CHECK(job.host_chunks == 0 || record_nbytes == 0 || job.state_host != nullptr,
-                "host_chunks needs state_host_address");
-  OFFLOAD_CHECK(!stores_state || job.state_offset >= 0, "state_offset is missing");
-  OFFLOAD_CHECK(!job.read_param || job.param_offset >= 0, "read_param needs param_offset");
-  OFFLOAD_CHECK(job.param_offset < 0 || (on_page(job.param) && on_page(job.param_offset)),
-                "a parameter plane on storage must start on a page, in memory and in the store");
-  OFFLOAD_CHECK(job.state_offset < 0 || on_page(job.state_offset), "state_offset must be a multiple of 4096");
-  OFFLOAD_CHECK(job.grad_offset < 0 || on_page(job.grad_offset), "grad_offset must be a multiple of 4096");
-  OFFLOAD_CHECK(on_page_or_none(job.param_out_offset) && on_page_or_none(job.state_out_offset),
-                "param_out_offset and state_out_offset must be multiples of 4096");
-  OFFLOAD_CHECK(job.param_out_offset < 0 || on_page(job.param),
-                "a parameter plane that is written must start on a page");
-  OFFLOAD_CHECK(job.state_out_offset < 0 || job.host_chunks == 0 || on_page(job.state_host),
-                "records in host memory that are written must start on a page");
-  const bool uses_storage = job.param_out_offset >= 0 || job.state_out_offset >= 0 || job.param_offset >= 0 ||
-                            job.grad_offset >= 0 || stores_state;
-  OFFLOAD_CHECK(!uses_storage || engine_ != nullptr, "this update needs storage, and the pipeline has no engine");
-  const bool quantised = std::any_of(job.planes.begin(), job.planes.end(), is_quantised);
-  std::size_t end = 0;
-  for (const Segment& segment : job.segments) {
-    OFFLOAD_CHECK(!quantised || segment.start % kQuantBlock == 0,
-                  "with 8-bit moments segments start at a multiple of 256");
-    OFFLOAD_CHECK(job.rule != Rule::sgd || segment.hyper.momentum == 0.0 || !job.planes.empty(),
-                  "momentum needs a state plane");
-    OFFLOAD_CHECK(
-        segment.start >= end && segment.start <= job.n_elements && segment.n <= job.n_elements - segment.start,
-        "segments must be sorted, disjoint and inside the buffer");
-    end = segment.start + segment.n;
-  }
-}
 
 // The chunks that a job has to move, in order. One without gradients keeps its state untouched, and is only read where
 // the parameters have to come in anyway; where the job writes to another place, every chunk goes there.
@@ -139,9 +83,8 @@ std::vector<UpdatePipeline::Part> UpdatePipeline::chunks_of(const UpdateJob& job
 }
 
 std::shared_ptr<io::Ticket> UpdatePipeline::submit(UpdateJob job) {
-  OFFLOAD_CHECK(job.n_elements > 0 && job.n_elements % kPlaneElements == 0, "n_elements must be a multiple of 2048");
+  check(job, chunk_elements_, record_nbytes_per_element_, engine_ != nullptr);
   auto state = std::make_shared<JobState>();
-  check(job, (job.n_elements + chunk_elements_ - 1) / chunk_elements_);
   state->chunks = chunks_of(job);
   state->unfinished = state->chunks.size();
   state->ticket = std::make_shared<io::Ticket>(1);
@@ -230,10 +173,10 @@ void UpdatePipeline::take_next_chunk() {
     if (offset < 0) return Range{};
     return range(static_cast<std::uint64_t>(offset) + start * nbytes_per_element, chunk->n * nbytes_per_element);
   };
-  const std::size_t param_nbytes = param_nbytes_per_element(job.codec);
+  const std::size_t param_nbytes = job.param_nbytes_per_element();
   const std::size_t record_nbytes = job.record_nbytes(chunk->n);
   chunk->storage[1] = extent(job.param_offset, param_nbytes);
-  if (!chunk->idle) chunk->storage[2] = extent(job.grad_offset, grad_nbytes_per_element(job.grad_dtype));
+  if (!chunk->idle) chunk->storage[2] = extent(job.grad_offset, job.grad_nbytes_per_element());
   chunk->memory[0] = range(reinterpret_cast<std::uintptr_t>(job.param) + start * param_nbytes, chunk->n * param_nbytes);
   if (chunk->index < job.host_chunks)
     chunk->memory[1] = range(reinterpret_cast<std::uintptr_t>(record(*chunk)), record_nbytes);
@@ -306,7 +249,7 @@ void UpdatePipeline::start_reads(const ChunkPtr& chunk, bool skip) {
   try {
     if (!skip) {
       read(chunk->buffer, chunk->storage[0]);
-      if (job.read_param) read(job.param + start * param_nbytes_per_element(job.codec), chunk->storage[1]);
+      if (job.read_param) read(job.param + start * job.param_nbytes_per_element(), chunk->storage[1]);
       if (!job.grad_gate) read(grad_buffer(*chunk), chunk->storage[2]);
     }
   } catch (const std::exception& error) {
@@ -341,11 +284,11 @@ void UpdatePipeline::read_gradients(const ChunkPtr& chunk) {
 Planes UpdatePipeline::planes_at(const Chunk& chunk, std::size_t at) const {
   const UpdateJob& job = chunk.job->job;
   const std::size_t start = chunk.index * chunk_elements_;
-  const std::size_t grad_nbytes = grad_nbytes_per_element(job.grad_dtype);
+  const std::size_t grad_nbytes = job.grad_nbytes_per_element();
   const char* grad = job.grad_offset >= 0 ? grad_buffer(chunk) : job.grad + start * grad_nbytes;
   char* state = record(chunk);
   Planes planes{};
-  planes.param = job.param + (start + at) * param_nbytes_per_element(job.codec);
+  planes.param = job.param + (start + at) * job.param_nbytes_per_element();
   planes.lo = reinterpret_cast<std::int16_t*>(state) + at;
   planes.grad = grad + at * grad_nbytes;
   planes.element = start + at;
@@ -393,15 +336,15 @@ io::Error UpdatePipeline::verify(const Chunk& chunk) const {
   const std::size_t start = chunk.index * chunk_elements_;
   io::Error error = differs(chunk.buffer, chunk.storage[0], job.expected[2 * chunk.index + 1]);
   if (error.code == 0 && job.read_param)
-    error = differs(job.param + start * param_nbytes_per_element(job.codec), chunk.storage[1],
-                    job.expected[2 * chunk.index]);
+    error =
+        differs(job.param + start * job.param_nbytes_per_element(), chunk.storage[1], job.expected[2 * chunk.index]);
   return error;
 }
 
 void UpdatePipeline::sum(const Chunk& chunk) const {
   const UpdateJob& job = chunk.job->job;
   if (job.checksums == nullptr) return;
-  const std::size_t param_nbytes = param_nbytes_per_element(job.codec);
+  const std::size_t param_nbytes = job.param_nbytes_per_element();
   job.checksums[2 * chunk.index] =
       crc32c(job.param + chunk.index * chunk_elements_ * param_nbytes, chunk.n * param_nbytes);
   job.checksums[2 * chunk.index + 1] = crc32c(record(chunk), job.record_nbytes(chunk.n));
@@ -436,7 +379,7 @@ void UpdatePipeline::start_writes(const ChunkPtr& chunk) {
   };
   try {
     write(record(*chunk), chunk->written[0]);
-    if (!chunk->idle) write(job.param + start * param_nbytes_per_element(job.codec), chunk->written[1]);
+    if (!chunk->idle) write(job.param + start * job.param_nbytes_per_element(), chunk->written[1]);
   } catch (const std::exception& error) {
     refused = error_of(error);
   }

@@ -6,69 +6,16 @@
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "io/engine.h"
-#include "optim/kernels.h"
+#include "optim/update_job.h"
 
 namespace offload::optim {
-
-struct Segment {
-  std::size_t start, n;
-  Hyper hyper;
-};
-
-// What Rule::callback is called with: a piece of a chunk, inside one segment.
-struct CallbackPiece {
-  std::size_t segment;  // position in UpdateJob::segments
-  Planes planes;        // of this piece
-  std::size_t n;
-};
-
-// One flat buffer's update. Offsets of -1 mean "not on storage".
-struct UpdateJob {
-  Rule rule = Rule::adamw;
-  StatePlanes planes{PlaneKind::float32, PlaneKind::float32};
-  // Rule::callback: called on the pipeline's threads, for several pieces at once. An error fails the job.
-  std::function<io::Error(const CallbackPiece&)> callback;
-  Codec codec = Codec::split_bf16;
-  std::size_t n_elements = 0;
-  char* param = nullptr;  // plane in host memory, updated in place
-  std::int64_t param_offset = -1;
-  bool read_param = false;
-  std::int64_t state_offset = -1;
-  char* state_host = nullptr;
-  std::size_t host_chunks = 0;
-  std::size_t record_nbytes(std::size_t n) const { return optim::record_nbytes(codec, planes, n); }
-  const char* grad = nullptr;
-  GradDtype grad_dtype = GradDtype::float32;
-  std::int64_t grad_offset = -1;
-  // The gradients may be read once this has completed (a copy from the device, or a write to grad_offset); null: now.
-  std::shared_ptr<io::Ticket> grad_gate;
-  std::vector<Segment> segments;
-  // Elements, from the first to before the second, of the chunks that the job is for; empty: all. Whole chunks, sorted.
-  std::vector<std::pair<std::size_t, std::size_t>> only;
-  // Nothing is written before this has completed; null: at once. What completes it must not wait for this job, nor for
-  // one behind it.
-  std::shared_ptr<io::Ticket> write_gate;
-  // Where the updated bytes go; -1: where they were read from. state_out_offset has room for the records of all chunks:
-  // those that live in host memory are written there too.
-  std::int64_t param_out_offset = -1;
-  std::int64_t state_out_offset = -1;
-  // Two CRC32C a chunk, of its parameters and of its record: written here of what is written, and compared with
-  // `expected` before what was read is used. Null: neither. The memory outlives the job.
-  std::uint32_t* checksums = nullptr;
-  const std::uint32_t* expected = nullptr;
-  std::int64_t tag = -1;  // comes back in the spans of its chunks
-  // The turn to the next forward: jobs that have not begun are put in the order of their tags, which is that of use.
-  bool reorders = false;
-};
 
 // What a chunk did while spans were recorded: 'r'ead, 'u'pdate or 'w'rite, in seconds of the steady clock.
 struct ChunkSpan {
@@ -144,7 +91,6 @@ class UpdatePipeline {
   };
   using ChunkPtr = std::shared_ptr<Chunk>;
 
-  void check(const UpdateJob& job, std::size_t n_chunks) const;
   std::vector<Part> chunks_of(const UpdateJob& job) const;
   void take_next_chunk();
   bool can_issue() const;
