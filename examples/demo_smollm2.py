@@ -28,6 +28,7 @@ from torch import nn
 import offload
 from offload.cli.data import TokenStream
 from offload.model.loading import load_gguf
+from offload.profiling.processor import has_bfloat16_products
 
 BYTES_PER_PARAMETER = 12
 """Split master 4, first moment 4, second moment 4."""
@@ -58,11 +59,13 @@ def held_out_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float:
     return float(model(**batch).loss)
 
 
-def train_in_memory(model: nn.Module, batches: list[dict[str, torch.Tensor]], lr: float) -> list[float]:
-    """Plain torch: bf16 compute, fp32 masters, torch.optim.AdamW, all of it in DRAM."""
+def train_in_memory(
+    model: nn.Module, batches: list[dict[str, torch.Tensor]], lr: float, dtype: torch.dtype
+) -> list[float]:
+    """Plain torch: compute in `dtype`, fp32 masters, torch.optim.AdamW, all of it in DRAM."""
     masters = [p.detach().clone().requires_grad_() for p in model.parameters()]
     optimizer = make_optimizer(masters, lr)
-    model.to(torch.bfloat16)
+    model.to(dtype)
     losses = []
     for batch in batches:
         start_s = time.perf_counter()
@@ -89,6 +92,7 @@ def train_offloaded(
     held_out: dict[str, torch.Tensor],
     arguments: argparse.Namespace,
     store: str,
+    dtype: torch.dtype,
 ) -> tuple[list[float], nn.Module, float, float]:
     """The same steps with the training state in `store`: losses, the wrapped model, held-out loss before and after."""
     optimizer = make_optimizer(list(model.parameters()), arguments.lr)
@@ -98,7 +102,7 @@ def train_offloaded(
         device_memory=arguments.device_memory,
         host_memory=arguments.host_memory,
         storage=[store],
-        compute_dtype=torch.bfloat16,
+        compute_dtype=None if dtype == torch.float32 else dtype,
         chunked_loss=True,
     )
     losses, moved = [], []
@@ -127,20 +131,21 @@ def train_offloaded(
         for name in ("read_bytes", "written_bytes")
     )
     print(
-        f"\nCounted, median step: read {read:.2f} and written {written:.2f} bytes a parameter. With nothing kept "
-        "in host memory it would be 14 and 12;\nthe usual form (a bf16 copy beside the fp32 master) reads 16 and "
-        "writes 14."
+        f"\nCounted, median step: read {read:.2f} and written {written:.2f} bytes a parameter. With nothing kept in "
+        f"host memory it would be {14 if dtype == torch.bfloat16 else 16} and 12."
     )
+    if dtype == torch.bfloat16:
+        print("The usual form (a bf16 copy beside the fp32 master) reads 16 and writes 14.")
     return losses, model, first, held_out_loss(model, held_out)
 
 
-def compare(offloaded: list[float], in_memory: list[float]) -> None:
+def compare(offloaded: list[float], in_memory: list[float], dtype: torch.dtype) -> None:
     """Both runs side by side."""
     print("\nstep   through SSD   in memory   difference")
     for step, (a, b) in enumerate(zip(offloaded, in_memory, strict=True), 1):
         print(f"{step:>4}   {a:>11.4f}   {b:>9.4f}   {a - b:>+10.4f}")
     worst = max(abs(a - b) / b for a, b in zip(offloaded, in_memory, strict=True))
-    print(f"Largest relative difference: {worst:.1e} (bf16 resolves 3.9e-03).")
+    print(f"Largest relative difference: {worst:.1e} ({dtype} resolves {torch.finfo(dtype).eps / 2:.1e}).")
 
 
 def export_and_generate(model: nn.Module, tokenizer: object, out_dir: str) -> None:
@@ -168,14 +173,20 @@ def main() -> None:
         "--host-memory", default="400MB", help="DRAM for training state (default: %(default)s)"
     )
     parser.add_argument(
-        "--device-memory", default="300MB", help="memory computed with (default: %(default)s)"
+        "--device-memory", default="400MB", help="memory computed with (default: %(default)s)"
     )
     parser.add_argument(
         "--storage", default=None, help="directory on an SSD (default: one made here, then removed)"
     )
     parser.add_argument("--output", default=None, help="keep the exported model here (default: not kept)")
     parser.add_argument("--no-comparison", action="store_true", help="skip the run in memory")
+    parser.add_argument(
+        "--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="compute in it"
+    )
     arguments = parser.parse_args()
+    dtype = torch.bfloat16 if has_bfloat16_products() else torch.float32
+    if arguments.dtype != "auto":
+        dtype = getattr(torch, arguments.dtype)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*pad_token.*")
 
@@ -191,6 +202,8 @@ def main() -> None:
         f"{n_parameters / 1e6:.1f} M parameters: {n_parameters * BYTES_PER_PARAMETER / 1e9:.2f} GB of training state; "
         f"host_memory={arguments.host_memory}, device_memory={arguments.device_memory}, the rest on the disk"
     )
+    if dtype == torch.float32 and arguments.dtype == "auto":
+        print("This processor has no instructions for bf16 products: both runs compute in fp32.")
     with tempfile.TemporaryDirectory(prefix="offload-demo-", dir=".") as place:
         text = Path(place) / "plays.txt"
         write_plays(text)
@@ -204,13 +217,13 @@ def main() -> None:
         if not arguments.no_comparison:
             twin = type(model)(model.config).train()
             twin.load_state_dict(model.state_dict())
-            in_memory = train_in_memory(twin, batches, arguments.lr)
+            in_memory = train_in_memory(twin, batches, arguments.lr, dtype)
             in_memory_after = held_out_loss(twin, held_out)
             del twin
         store = arguments.storage or os.path.join(place, "store")
-        offloaded, model, before, after = train_offloaded(model, batches, held_out, arguments, store)
+        offloaded, model, before, after = train_offloaded(model, batches, held_out, arguments, store, dtype)
         if in_memory is not None:
-            compare(offloaded, in_memory)
+            compare(offloaded, in_memory, dtype)
         print(f"Loss on held-out text: {before:.4f} before, {after:.4f} after", end="")
         print("." if in_memory is None else f" ({in_memory_after:.4f} after the run in memory).")
         export_and_generate(model, tokenizer, arguments.output or os.path.join(place, "tuned"))

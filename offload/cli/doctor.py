@@ -16,6 +16,7 @@ import torch
 from offload import _C
 from offload.config import Config, host_total_nbytes
 from offload.errors import ConfigError
+from offload.profiling.processor import has_bfloat16_products
 from offload.profiling.stored import profile_path, stored_hardware
 from offload.tiers.host import HostArena
 from offload.tiers.storage import leftover_stores
@@ -109,6 +110,7 @@ def examine(directories: list[str]) -> dict[str, Any]:
         "torch": torch.__version__,
         "cpu_cores": len(os.sched_getaffinity(0)),
         "simd_levels": levels,
+        "bfloat16_products": has_bfloat16_products(),
         "dram_bytes": memory.total,
         "dram_available_bytes": memory.available,
         "dram_limit_bytes": host_total_nbytes(),
@@ -189,6 +191,10 @@ def show(found: dict[str, Any], out: TextIO, *, as_json: bool) -> None:
         f"CPU          {found['cpu_cores']} cores for this process; updates use {levels[-1]} (of {', '.join(levels)})",
         f"DRAM         {_gb(found['dram_bytes'])}, {_gb(found['dram_available_bytes'])} available",
     ]
+    if not found["bfloat16_products"] and not found["gpus"]:
+        lines.insert(
+            2, "             no instructions for bf16 products: compute in float32 here, it is far faster"
+        )
     if found["dram_limit_bytes"] < found["dram_bytes"]:
         lines.append(
             f"             limited by its cgroup to {_gb(found['dram_limit_bytes'])}: percentages count from that"

@@ -12,10 +12,14 @@ from offload.config import Config
 from offload.errors import ConfigError
 from offload.model.blocks import base_of
 from offload.model.causal_lm_loss import chunk_loss, why_not_chunked
+from offload.profiling.processor import has_bfloat16_products
 from offload.runtime.engine import OffloadEngine
 from offload.runtime.optimizer import OffloadOptimizer
 
 logger = logging.getLogger("offload")
+
+SLOW_BFLOAT16_PARAMETERS = 10_000_000
+"""A model with fewer is soon done in any dtype."""
 
 
 def wrap(
@@ -50,10 +54,22 @@ def wrap(
         logger.info("gradient checkpointing of the model is off: blocks recompute by themselves")
     if getattr(hf_config, "use_cache", False):
         hf_config.use_cache = False  # type: ignore[union-attr]  # a cache would grow twice when a block recomputes
+    dtypes = {compute_dtype, *(p.dtype for p in model.parameters())}
+    n_parameters = sum(p.numel() for p in model.parameters())
     engine = OffloadEngine(model, wrapped, config, blocks, compute_dtype)
+    if torch.bfloat16 in dtypes and n_parameters >= SLOW_BFLOAT16_PARAMETERS and engine.device.type == "cpu":
+        _warn_of_slow_bfloat16()
     if chunked_loss:
         chunk_loss(base_of(model))
     wrapped.engine = engine
     model.zero_grad = engine.zero_grad  # type: ignore[method-assign]  # gradients are not where its own would look
     model.offload = engine  # type: ignore[assignment]  # documented attribute
     return model, wrapped
+
+
+def _warn_of_slow_bfloat16() -> None:
+    if not has_bfloat16_products():
+        logger.warning(
+            "this processor has no instructions for bf16 products: computing in float32 (the model loaded in float32, "
+            "no compute_dtype) is far faster here"
+        )

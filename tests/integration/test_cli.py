@@ -11,6 +11,7 @@ import signal
 import pytest
 import torch
 
+import offload
 from offload import _C
 from offload.cli import main
 from offload.cli.data import IGNORED, TokenStream
@@ -166,6 +167,24 @@ def test_doctor_says_why_io_uring_is_not_used(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["doctor", "--storage", str(tmp_path)])
     assert "I/O backend: posix" in capsys.readouterr().out
+
+
+def test_doctor_and_a_log_line_advise_float32_where_the_processor_has_no_bf16_products(
+    tmp_path, capsys, caplog, monkeypatch
+):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["doctor", "--storage", str(tmp_path)])
+    assert "compute in float32 here" in capsys.readouterr().out
+    for dtype in (torch.float32, torch.bfloat16):
+        blocks = [torch.nn.Linear(1024, 1024, dtype=dtype) for _ in range(10)]
+        model = torch.nn.Sequential(*blocks)
+        optimizer = torch.optim.AdamW(model.parameters())
+        caplog.clear()
+        wrapped, _ = offload.wrap(model, optimizer, device_memory="200MB", host_memory="1GB", storage=[])
+        wrapped.offload.close()
+        assert ("float32" in caplog.text) == (dtype == torch.bfloat16)
 
 
 def test_doctor_names_what_killed_runs_have_left(tmp_path, capsys):
