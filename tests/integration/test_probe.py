@@ -100,8 +100,8 @@ def test_storage_rates_are_of_the_size_of_a_plain_measurement(tmp_path):
 
 
 def test_memory_rates_are_of_the_size_of_a_plain_measurement():
-    copied = torch.ones(64 << 20, dtype=torch.uint8)
-    seconds = compute_probe._repeat(lambda: copied.clone(), 0.2)
+    copied, target = (torch.full((64 << 20,), value, dtype=torch.uint8) for value in (1, 2))
+    seconds = compute_probe._repeat(lambda: target.copy_(copied), 0.2)
     plain = 2 * copied.nbytes / min(seconds)
     assert 0.2 * plain < compute_probe.dram_copy_bytes_per_s(0.2) < 10 * plain
 
