@@ -1,7 +1,11 @@
 """Small random models of the shapes people train, and loops over them; nothing is downloaded."""
 
+import functools
+
 import pytest
 import torch
+
+from offload import _C
 
 
 def llama(layers=4, tie=False, dropout=0.0, hidden=64, vocab=256):
@@ -94,6 +98,27 @@ def two_groups(model, lr=2e-3, kind=torch.optim.AdamW):
 def batches(n_steps, batch=4, length=16, vocab=256, seed=1):
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, vocab, (batch, length), generator=generator) for _ in range(n_steps)]
+
+
+@functools.cache
+def why_no_io_uring(path):
+    """None where it can be used."""
+    try:
+        _C.Engine([path], backend="uring").close()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+@pytest.fixture(autouse=True)
+def _backend_is_here(request, tmp_path_factory):
+    """Cases of io_uring are skipped where the build or the kernel has none."""
+    case = getattr(request.node, "callspec", None)
+    if case is not None and case.params.get("backend") == "uring":
+        path = tmp_path_factory.getbasetemp() / "io_uring"
+        path.write_bytes(bytes(4096))
+        if reason := why_no_io_uring(str(path)):
+            pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ import time
 
 import pytest
 
-from offload._C import Engine
 from tests.child import end, start, wait_until
 
 transformers = pytest.importorskip("transformers")
@@ -39,19 +38,11 @@ engine.close()
 """
 
 
-def skip_without(backend, path):
-    try:
-        Engine([str(path)], backend=backend).close()
-    except OSError as error:
-        pytest.skip(f"{backend} is refused here: {error}")
-
-
 @pytest.mark.parametrize("backend", ["uring", "posix"])
 def test_ctrl_c_works_while_waiting_for_a_ticket(tmp_path, backend):
     """The transfer takes 25 s."""
     path = tmp_path / "file"
     path.write_bytes(bytes(1 << 20))
-    skip_without(backend, path)
     child = start(WAITING, path, backend)
     assert child.stdout.readline() == "waiting\n"
     time.sleep(0.5)
@@ -128,8 +119,6 @@ def assert_ended_in_order(child, place, status, out, err):
 def test_a_signal_while_the_update_pipeline_runs_ends_finetune_in_order(
     model, tmp_path, backend, signal_number
 ):
-    (tmp_path / "file").write_bytes(bytes(4096))
-    skip_without(backend, tmp_path / "file")
     child = start_finetune(model, tmp_path, backend, "--json")
     for _ in range(3):  # three steps: updates are in flight nearly all the time
         line = child.stdout.readline()
@@ -158,8 +147,6 @@ def test_a_signal_while_blocked_in_a_wait_on_a_slow_drive_ends_finetune_in_order
     model, tmp_path, backend, more
 ):
     """Each transfer takes 0.1 s, one after the other with io_uring: a step of some hundred takes half a minute."""
-    (tmp_path / "file").write_bytes(bytes(4096))
-    skip_without(backend, tmp_path / "file")
     child = start_finetune(model, tmp_path, backend, *more, faults={"delay_ms": 100})
     wait_until(lambda: "trainable parameters" in peek(child), child)
     time.sleep(2)
