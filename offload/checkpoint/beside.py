@@ -44,6 +44,7 @@ class SaveBeside:
         self._wanted: int | None = None
         self._copy, self._complete, self._abandon = copy, complete, abandon
         self._failure: BaseException | None = None
+        self._given_up = False
         self._thread = threading.Thread(target=self._run, name="offload-save")
         self._thread.start()
 
@@ -52,6 +53,8 @@ class SaveBeside:
     def _run(self) -> None:
         try:
             while (index := self._next()) is not None:
+                if self._given_up:
+                    raise StoreError("a checkpoint was being written when the run was stopped: it is removed")
                 begin_s = time.monotonic()
                 items = self._todo[index]
                 if items:
@@ -67,7 +70,8 @@ class SaveBeside:
         except BaseException as error:
             self._failure = error
             self._abandon()
-            logger.warning("a checkpoint could not be written, training goes on: %s", error)
+            if not self._given_up:
+                logger.warning("a checkpoint could not be written, training goes on: %s", error)
         finally:
             for event in self._copied.values():
                 event.set()
@@ -87,6 +91,20 @@ class SaveBeside:
             self._wanted = block.index
             event.wait()
             self._wanted = None
+
+    @property
+    def done(self) -> bool:
+        """Whether `wait` would return, or raise, at once."""
+        return not self._thread.is_alive()
+
+    @property
+    def read_nbytes(self) -> int:
+        """Read from the store so far."""
+        return self._copy.source_read_nbytes
+
+    def give_up(self) -> None:
+        """The run is being stopped: end soon, and leave nothing of it."""
+        self._given_up = True
 
     def wait(self) -> None:
         """Until it is complete. Raises StoreError when it could not be written; what was there is intact."""

@@ -78,6 +78,8 @@ class StreamingCopy:
         self._depth = max(1, len(ring) // 2)
         self._reading: deque[tuple[Ticket | None, torch.Tensor, Item]] = deque()
         self._writing: deque[tuple[Ticket, torch.Tensor]] = deque()
+        self.source_read_nbytes = 0
+        """Read from the store so far."""
 
     def add(self, item: Item) -> None:
         """Start moving it, or only reading and summing it where the file has it already."""
@@ -91,7 +93,9 @@ class StreamingCopy:
         elif item.shared:
             ticket = self._target.read(staging.data_ptr(), round_up(nbytes, PAGE_NBYTES), item.offset)
         elif self._source is not None:
-            ticket = self._source.read(staging.data_ptr(), round_up(nbytes, PAGE_NBYTES), item.piece.offset)
+            whole_nbytes = round_up(nbytes, PAGE_NBYTES)
+            ticket = self._source.read(staging.data_ptr(), whole_nbytes, item.piece.offset)
+            self.source_read_nbytes += whole_nbytes
         self._reading.append((ticket, staging, item))
         if len(self._reading) >= self._depth:
             self._hand_on()

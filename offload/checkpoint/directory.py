@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 
 from offload.errors import CheckpointError, StoreError
+from offload.tiers.durable_files import rename, sync_directory
 
 MANIFEST_FILE = "manifest.jsonl"
 EXTENTS_FILE = "extents.bin"
@@ -39,15 +40,6 @@ def newest(directory: str) -> str:
             f"{directory}: holds no checkpoint: name the directory that was given to offload.save"
         )
     return found[-1]
-
-
-def sync_directory(directory: str) -> None:
-    """Make the names in it durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -102,7 +94,7 @@ class NewCheckpoint:
     def commit(self) -> str:
         """Everything in `path` has been synced: give it its name, durably. Returns the checkpoint's path."""
         sync_directory(self.path)
-        os.rename(self.path, self.final)
+        rename(self.path, self.final)
         sync_directory(self._directory)
         return self.final
 
@@ -115,7 +107,7 @@ def keep_only(directory: str, n_last: int) -> list[str]:
     going = checkpoints_in(directory)[:-n_last]
     for path in going:
         hidden = os.path.join(directory, _GOING + os.path.basename(path))
-        os.rename(path, hidden)
+        rename(path, hidden)
         sync_directory(directory)
         shutil.rmtree(hidden, ignore_errors=True)
     return going

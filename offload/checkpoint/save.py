@@ -25,6 +25,7 @@ from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.training_state import checked_stateful, training_state
 from offload.stores.block_store import BlockRecord
 from offload.stores.state_image import Chunk, Piece, chunks_of, param_piece, side_pieces, state_piece
+from offload.tiers.durable_files import sync_file, write_file
 from offload.tiers.encoding import dtype_name, encode
 from offload.tiers.host import HostArena
 from offload.tiers.manifest import (
@@ -207,15 +208,20 @@ class _File:
         """All of it is on the drive afterwards."""
         try:
             self.engine.close()
-            os.fsync(self._descriptor)
+            sync_file(self._descriptor, self._path)
         finally:
-            os.close(self._descriptor)
+            self._close_descriptor()
 
     def abandon(self) -> None:
         """Stop what is in flight."""
         self.engine.cancel()
         self.engine.close()
-        os.close(self._descriptor)
+        self._close_descriptor()
+
+    def _close_descriptor(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def _reserve(path: str, descriptor: int, nbytes: int) -> None:
@@ -230,14 +236,6 @@ def _reserve(path: str, descriptor: int, nbytes: int) -> None:
             f"{max(0, nbytes - free_nbytes)} too few: {error.strerror}: free some space, lower keep_last, or save "
             "elsewhere"
         ) from error
-
-
-def _write_manifest(path: str, manifest: Manifest) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(frame(KIND, manifest.model_dump_json()))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class _Save:
@@ -307,7 +305,8 @@ class _Save:
                 ],
                 training=self._training,
             )
-            _write_manifest(os.path.join(self._new.path, MANIFEST_FILE), manifest)
+            content = frame(KIND, manifest.model_dump_json())
+            write_file(os.path.join(self._new.path, MANIFEST_FILE), content)
             self._new.commit()
             if self._keep_last is not None:
                 keep_only(self._directory, self._keep_last)
@@ -360,7 +359,7 @@ def _copy_beside(engine: OffloadEngine, save: _Save) -> None:
     order = (
         [engine.root, *engine.blocks] if engine.config.deferred else [*reversed(engine.blocks), engine.root]
     )
-    engine.save_beside(SaveBeside(save.items, order, _on_sides(engine), copy, save.complete, save.abandon))
+    engine.saves.begin(SaveBeside(save.items, order, _on_sides(engine), copy, save.complete, save.abandon))
 
 
 def save(

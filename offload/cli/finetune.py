@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,15 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.checkpoint import export, load, resume, save
+from offload.checkpoint import export, load
 from offload.cli import optimizers
+from offload.cli.checkpoints import Checkpoints, WriteBudget
 from offload.cli.data import TokenStream
 from offload.cli.output import Output, StepReport
 from offload.cli.planned import Planning, Request, planning_of
 from offload.cli.settings import Settings, check
 from offload.cli.stop import StopSignals
 from offload.cli.totals import Totals, summary_of
-from offload.config import parse_budget
 from offload.errors import ConfigError, OffloadError
 from offload.model.causal_lm_loss import why_not_chunked
 from offload.model.loading import dtype_of, load_gguf
@@ -147,43 +146,62 @@ def _recorded(engine: Any, settings: Settings, step: int, output: Output) -> Ite
     output.note(f"step {step} is drawn in {' and '.join(p for p in (settings.trace, settings.plot) if p)}")
 
 
-class _Checkpoints:
-    """When to save, and going on from what was saved."""
+class _Moved:
+    """Seconds since the step before, and bytes that steps moved meanwhile; what checkpoints read is not theirs."""
 
-    def __init__(self, model: nn.Module, tracked: dict[str, Any], settings: Settings, output: Output) -> None:
-        self._model, self._tracked, self._settings, self._output = model, tracked, settings, output
-        self.written_nbytes = 0
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._before, self._before_s = self._now(), time.perf_counter()
+
+    def _now(self) -> tuple[int, int]:
+        saved_nbytes = self._engine.saves.read_nbytes
+        counted = self._engine.counters()
+        return counted["read_bytes"] - saved_nbytes, counted["written_bytes"]
+
+    def by_step(self) -> tuple[float, int, int]:
+        """(seconds, bytes read, bytes written) since the last call."""
+        before, before_s = self._before, self._before_s
+        self._before, self._before_s = self._now(), time.perf_counter()
+        read_nbytes, written_nbytes = (now - then for now, then in zip(self._before, before, strict=True))
+        return self._before_s - before_s, read_nbytes, written_nbytes
 
     @property
-    def next_nbytes(self) -> int:
-        """Bytes that one more checkpoint would write; 0 when none is wanted."""
-        if self._settings.checkpoints is None:
-            return 0
-        engine: Any = self._model.offload
-        layouts = [block.layout for block in [engine.root, *engine.blocks]]
-        return sum(layout.slot_nbytes + layout.state_nbytes for layout in layouts)
+    def stall_s(self) -> dict[str, float]:
+        """Seconds waited by cause, in the last step."""
+        return dict(self._engine.last_step.get("stall_s", {}))
 
-    def resume(self) -> int:
-        """Steps made already."""
-        if self._settings.resume is None:
-            return 0
-        found = resume(self._model, self._settings.resume, state=self._tracked)
-        self._output.note(f"resumed from {found.path}, after step {found.step}")
-        return found.step
 
-    def after_step(self, step: int, stopping: bool) -> bool:
-        """Save when it is due. Whether it was."""
-        every = self._settings.save_every
-        if self._settings.checkpoints is None:
-            return False
-        if not stopping and step != self._settings.steps and (every is None or step % every):
-            return False
-        path = save(
-            self._model, self._settings.checkpoints, state=self._tracked, keep_last=self._settings.keep_last
+def _report(
+    step: int,
+    settings: Settings,
+    optimizer: OffloadOptimizer,
+    meter: FloorMeter,
+    moved: _Moved,
+    loss: float,
+    learning_rate: float,
+) -> StepReport:
+    """Of the step that has just ended. Raises OffloadError when its loss is not finite."""
+    if not math.isfinite(loss):
+        raise OffloadError(
+            f"the loss of step {step} is {loss}: lower --lr, add --warmup-steps, or clip with --max-grad-norm 1.0"
         )
-        self._output.note(f"saved {path}")
-        self.written_nbytes += sum(entry.stat().st_size for entry in os.scandir(path))
-        return True
+    step_s, read_nbytes, written_nbytes = moved.by_step()
+    stall_s = moved.stall_s
+    floor = meter.step(step_s, sum(stall_s.values()), read_nbytes, written_nbytes)
+    return StepReport(
+        step=step,
+        steps=settings.steps,
+        loss=loss,
+        learning_rate=learning_rate,
+        step_s=step_s,
+        tokens_per_s=settings.batch_size * settings.sequence_length / step_s,
+        floor_s=floor.floor_s,
+        floor_fraction=floor.fraction,
+        stall_s=stall_s,
+        read_bytes=read_nbytes,
+        written_bytes=written_nbytes,
+        grad_norm=None if optimizer.grad_norm is None else float(optimizer.grad_norm),
+    )
 
 
 def _train(
@@ -203,71 +221,38 @@ def _train(
     batches = stream.batches(settings.batch_size, settings.seed)
     tracked = {"scheduler": scheduler, "data": batches}
     model.offload.track(**tracked)
-    checkpoints = _Checkpoints(model, tracked, settings, output)
+    checkpoints = Checkpoints(model, tracked, settings, output)
     start = checkpoints.resume()
+    budget = WriteBudget(settings.write_budget, checkpoints, sum(model.offload.written_by_drive().values()))
     if settings.checkpoints is not None:
         signals.finish_step(
             lambda: output.note("stopping: this step ends and is saved; once more to stop at once")
         )
-    budget_nbytes = None if settings.write_budget is None else parse_budget(settings.write_budget, 0)
-    counted = model.offload.counters()
-    start_s = time.perf_counter()
-    for step in range(start + 1, settings.steps + 1):
-        batch = {name: tensor.to(model.offload.device) for name, tensor in next(batches).items()}
-        with _recorded(model.offload, settings, step, output):
-            loss = model(**batch).loss
-            loss.backward()
-            learning_rate = float(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            optimizer.zero_grad()
-        scheduler.step()
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise OffloadError(
-                f"the loss of step {step} is {value}: lower --lr, add --warmup-steps, or clip with --max-grad-norm 1.0"
-            )
-        now_s, before = time.perf_counter(), counted
-        counted = model.offload.counters()
-        step_s = now_s - start_s
-        stall_s = model.offload.last_step.get("stall_s", {})
-        moved = {name: counted[name] - before[name] for name in ("read_bytes", "written_bytes")}
-        floor = meter.step(step_s, sum(stall_s.values()), moved["read_bytes"], moved["written_bytes"])
-        report = StepReport(
-            step=step,
-            steps=settings.steps,
-            loss=value,
-            learning_rate=learning_rate,
-            step_s=step_s,
-            tokens_per_s=settings.batch_size * settings.sequence_length / step_s,
-            floor_s=floor.floor_s,
-            floor_fraction=floor.fraction,
-            stall_s=stall_s,
-            read_bytes=moved["read_bytes"],
-            written_bytes=moved["written_bytes"],
-            grad_norm=None if optimizer.grad_norm is None else float(optimizer.grad_norm),
-        )
-        totals.add(report)
-        output.step(report)
-        totals.written_by_drive = model.offload.written_by_drive()
-        used_up = (
-            budget_nbytes is not None
-            and step < settings.steps
-            and (
-                sum(totals.written_by_drive.values())
-                + checkpoints.written_nbytes
-                + checkpoints.next_nbytes
-                + totals.most_written_nbytes
-                > budget_nbytes
-            )
-        )
-        if checkpoints.after_step(step, signals.requested or used_up):
-            totals.saved_step = step
-            totals.checkpoint_nbytes = checkpoints.written_nbytes
-            counted = model.offload.counters()  # what a checkpoint read and wrote is not the next step's
-        if used_up:
-            raise _BudgetUsed
-        start_s = time.perf_counter()
-        signals.check()
+    moved = _Moved(model.offload)
+    try:
+        for step in range(start + 1, settings.steps + 1):
+            batch = {name: tensor.to(model.offload.device) for name, tensor in next(batches).items()}
+            with _recorded(model.offload, settings, step, output):
+                loss = model(**batch).loss
+                loss.backward()
+                learning_rate = float(optimizer.param_groups[0]["lr"])
+                optimizer.step()
+                optimizer.zero_grad()
+            scheduler.step()
+            report = _report(step, settings, optimizer, meter, moved, float(loss.detach()), learning_rate)
+            totals.add(report)
+            output.step(report)
+            totals.written_by_drive = model.offload.written_by_drive()
+            used_up = step < settings.steps and budget.is_used_up(step, sum(totals.written_by_drive.values()))
+            checkpoints.after_step(step, signals.requested or used_up)
+            if used_up:
+                raise _BudgetUsed
+            signals.check()
+    except BaseException as error:
+        checkpoints.settle(at_once=isinstance(error, KeyboardInterrupt))
+        raise
+    finally:
+        totals.saved_step, totals.checkpoint_nbytes = checkpoints.saved_step, checkpoints.written_nbytes
 
 
 def _run(settings: Settings, output: Output, totals: Totals, signals: StopSignals) -> dict[str, Any]:

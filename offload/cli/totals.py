@@ -33,8 +33,6 @@ class Totals:
     stall_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     read_bytes: int = 0
     written_bytes: int = 0
-    most_written_nbytes: int = 0
-    """By one step."""
 
     def add(self, report: StepReport) -> None:
         """Count one step in."""
@@ -44,7 +42,6 @@ class Totals:
         self.floor_fractions.append(report.floor_fraction)
         self.read_bytes += report.read_bytes
         self.written_bytes += report.written_bytes
-        self.most_written_nbytes = max(self.most_written_nbytes, report.written_bytes)
         for cause, seconds in report.stall_s.items():
             self.stall_s[cause] += seconds
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from offload.checkpoint.directory import checkpoints_in, sync_directory
+from offload.checkpoint.directory import checkpoints_in
 from offload.checkpoint.resume import resume
 from offload.checkpoint.save import engine_of, save
 from offload.errors import UsageError
@@ -18,6 +18,7 @@ from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.training_state import random_states, set_random_states
 from offload.stores.block_store import BlockRecord
 from offload.stores.state_image import Chunk, chunks_of, fill, state_piece
+from offload.tiers.durable_files import sync_directory
 from offload.tiers.host import HostArena
 from offload.types import PAGE_NBYTES, round_up
 from offload.update_rules import LO_NBYTES

@@ -30,7 +30,8 @@ from offload.runtime.planning import NoPlan, RunPlan
 from offload.runtime.recompute import Recipe
 from offload.runtime.recording import computing, recording
 from offload.runtime.resident import place_adapters
-from offload.runtime.training_state import Saving, Stateful, checked_stateful
+from offload.runtime.saves import SavesBeside
+from offload.runtime.training_state import Stateful, checked_stateful
 from offload.stores.activations import Tier
 from offload.stores.block_store import BlockRecord
 from offload.telemetry import Span, SpanLog, Stalls
@@ -56,7 +57,6 @@ class OffloadEngine:
         self.last_step: dict[str, Any] = {}
         self._closed = False
         self._sync = True
-        self._saving: Saving | None = None
         self._backward_open = False
         self._handles: list[Any] = []
         self._modules: list[nn.Module] = []
@@ -88,6 +88,7 @@ class OffloadEngine:
         holds = self.plan is None or self.plan.held_block is not None
         self._scheduler = wiring.make_scheduler(parts, self.stalls, self.spans, holds=holds)
         self._gradients = self._scheduler.gradients
+        self.saves = SavesBeside(self._scheduler)
         self._early_root = EarlyRoot(self.root, config.chunk_elements)
         self.tracked: dict[str, Stateful] = {}
         self.commits = wiring.make_commits(model, parts, config, self.tracked, self._scheduler)
@@ -402,21 +403,13 @@ class OffloadEngine:
         self._wait_for_commit()
         return optimizer
 
-    def save_beside(self, saving: Saving) -> None:
-        """A checkpoint of this step boundary is being written while training goes on."""
-        self._saving, self._scheduler.before_update = saving, saving.before_update
-
     def wait_saved(self) -> None:
         """Until the checkpoint that `offload.save(..., wait=False)` began is complete.
 
         Raises StoreError when it could not be written; earlier ones are intact, and training may go on.
         """
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            try:
-                saving.wait()
-            finally:
-                self._scheduler.before_update = lambda _: None
+        with self.stalls.waiting("save"):
+            self.saves.wait()
 
     def track(self, **state: Any) -> None:
         """With durability 'step': whose state_dict() belongs to a step: LR schedulers, the position in the data."""
@@ -493,6 +486,7 @@ class OffloadEngine:
                 self._wait_for_commit()
             self.wait_saved()
         finally:
+            self.saves.end()
             if self.commits is not None:
                 self.commits.join()
             self._detach()

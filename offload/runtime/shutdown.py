@@ -17,6 +17,7 @@ def abandon(engine: OffloadEngine) -> None:
     already been given, so that a stopped run ends soon on a slow drive. Errors of the others are not raised.
     """
     store = engine._assembly.resources.store
+    engine.saves.give_up()
     if engine.commits is not None:
         engine.commits.join()  # a step whose record is being written is not lost
     if store is not None:

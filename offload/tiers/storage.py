@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from offload._C import Engine
 from offload.errors import StoreError
+from offload.tiers.durable_files import rename, sync_directory, write_file
 from offload.types import PAGE_NBYTES, round_up
 
 logger = logging.getLogger("offload")
@@ -263,16 +264,9 @@ class Store:
         for directory in dict.fromkeys(map(os.path.dirname, self.paths)):
             path = os.path.join(directory, f"offload-{self.run_id}.manifest")
             self._paths_to_remove.insert(0, path)
-            with open(path + ".partial", "wb", opener=lambda p, f: os.open(p, f, 0o600)) as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(path + ".partial", path)
-            descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            write_file(path + ".partial", content)
+            rename(path + ".partial", path)
+            sync_directory(directory)
 
     def close(self) -> None:
         """Wait for what is in flight, unlock and (unless kept) remove the files. Safe to call twice."""

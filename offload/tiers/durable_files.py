@@ -1,0 +1,58 @@
+"""Small files, and names in a directory, put on the drive; an error names the file, which `fsync`'s own does not."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from offload.errors import StoreError
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"{path}: cannot be put on the drive: {error.strerror}: check the drive and the room on it"
+        ) from error
+
+
+def sync_file(descriptor: int, path: str) -> None:
+    """What has been written to the open file is on the drive afterwards. Raises StoreError."""
+    with _named(path):
+        os.fsync(descriptor)
+
+
+def sync_directory(directory: str) -> None:
+    """The names in it are on the drive afterwards. Raises StoreError."""
+    with _named(directory):
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def write_file(path: str, content: bytes) -> None:
+    """A file of `content` that only its owner can read, on the drive, in the place of one of that name.
+
+    Raises StoreError, and leaves none then; whoever gives it its final name does so afterwards.
+    """
+    with _named(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        except BaseException:
+            os.unlink(path)
+            raise
+
+
+def rename(source: str, target: str) -> None:
+    """Give a file or a directory another name at once; a file of that name goes. Raises StoreError."""
+    with _named(target):
+        os.rename(source, target)
