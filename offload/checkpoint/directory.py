@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 
 from offload.errors import CheckpointError, StoreError
-from offload.tiers.durable_files import rename, sync_directory
+from offload.tiers.durable_files import naming, rename, sync_directory
 
 MANIFEST_FILE = "manifest.jsonl"
 EXTENTS_FILE = "extents.bin"
@@ -64,8 +64,9 @@ def locked(directory: str, *, exclusive: bool) -> Iterator[None]:
                 f"{directory}: is in use by process {owner}: wait for it, or give every run a directory of its own"
             ) from None
         if exclusive:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            with naming(path):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)

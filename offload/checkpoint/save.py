@@ -25,7 +25,7 @@ from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.training_state import checked_stateful, training_state
 from offload.stores.block_store import BlockRecord
 from offload.stores.state_image import Chunk, Piece, chunks_of, param_piece, side_pieces, state_piece
-from offload.tiers.durable_files import sync_file, write_file
+from offload.tiers.durable_files import naming, sync_file, write_file
 from offload.tiers.encoding import dtype_name, encode
 from offload.tiers.host import HostArena
 from offload.tiers.manifest import (
@@ -179,7 +179,8 @@ class _File:
         self._path, self._nbytes = path, nbytes
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.ftruncate(self._descriptor, nbytes)
+            with naming(path):
+                os.ftruncate(self._descriptor, nbytes)
             config = engine.config
             self.engine = Engine(
                 [path],

@@ -10,7 +10,8 @@ from offload.errors import StoreError
 
 
 @contextlib.contextmanager
-def _named(path: str) -> Iterator[None]:
+def naming(path: str) -> Iterator[None]:
+    """An error of the system inside becomes a StoreError that names the file."""
     try:
         yield
     except OSError as error:
@@ -21,13 +22,13 @@ def _named(path: str) -> Iterator[None]:
 
 def sync_file(descriptor: int, path: str) -> None:
     """What has been written to the open file is on the drive afterwards. Raises StoreError."""
-    with _named(path):
+    with naming(path):
         os.fsync(descriptor)
 
 
 def sync_directory(directory: str) -> None:
     """The names in it are on the drive afterwards. Raises StoreError."""
-    with _named(directory):
+    with naming(directory):
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
@@ -40,7 +41,7 @@ def write_file(path: str, content: bytes) -> None:
 
     Raises StoreError, and leaves none then; whoever gives it its final name does so afterwards.
     """
-    with _named(path):
+    with naming(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             with os.fdopen(descriptor, "wb") as file:
@@ -54,5 +55,5 @@ def write_file(path: str, content: bytes) -> None:
 
 def rename(source: str, target: str) -> None:
     """Give a file or a directory another name at once; a file of that name goes. Raises StoreError."""
-    with _named(target):
+    with naming(target):
         os.rename(source, target)

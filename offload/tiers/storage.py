@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from offload._C import Engine
 from offload.errors import StoreError
-from offload.tiers.durable_files import rename, sync_directory, write_file
+from offload.tiers.durable_files import naming, rename, sync_directory, write_file
 from offload.types import PAGE_NBYTES, round_up
 
 logger = logging.getLogger("offload")
@@ -61,7 +61,8 @@ def _preallocate(path: str, descriptor: int, file_nbytes: int) -> None:
         logger.warning(
             "%s: this file system cannot reserve space; a full disk will show during training", path
         )
-        os.ftruncate(descriptor, file_nbytes)
+        with naming(path):
+            os.ftruncate(descriptor, file_nbytes)
 
 
 def _remove(
