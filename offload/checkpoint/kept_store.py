@@ -7,6 +7,7 @@ import fcntl
 import glob
 import json
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -189,7 +190,13 @@ def _lock(paths: list[str], locks: contextlib.ExitStack) -> list[int] | None:
     """Descriptors that hold the locks until `locks` closes them; None where somebody else has one."""
     descriptors = []
     for path in paths:
-        descriptors.append(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        try:
+            descriptors.append(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be opened: {error.strerror}") from error
+        if not stat.S_ISREG(os.fstat(descriptors[-1]).st_mode):  # of a pipe, a read would not end
+            locks.callback(os.close, descriptors[-1])
+            raise CheckpointError(f"{path}: is no file")
         locks.callback(os.close, descriptors[-1])
         try:
             fcntl.flock(descriptors[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from offload.cli.output import StepReport
 from offload.cli.settings import Settings
 from offload.planner.hardware import Hardware
 from offload.schedule.run import endurance_steps
-from offload.tiers.wear import wear_of
+from offload.tiers.wear import Wear, wear_of
 
 
 @dataclass
@@ -46,13 +47,30 @@ class Totals:
             self.stall_s[cause] += seconds
 
 
-def _wear(settings: Settings) -> dict[str, str]:
-    """What each storage drive says of its wear."""
-    found: dict[str, str] = {}
-    for directory in settings.storage:
-        worn = wear_of(directory)
-        found[directory] = worn if isinstance(worn, str) else f"{worn.device}: {worn.used_fraction:.0%} used"
-    return found
+def _described(wear: Wear | str) -> str:
+    return wear if isinstance(wear, str) else f"{wear.device}: {wear.used_fraction:.0%} used"
+
+
+def lifetime_steps(
+    hardware: Hardware | None, wears: Sequence[Wear | str], written_nbytes_per_step: float
+) -> float | None:
+    """Steps until the first drive has taken all the writes its maker allows; the drives are written evenly.
+
+    `wears`: of each storage directory; what a drive says it has taken already counts, one that says nothing is new.
+    None where the profile does not know, or nothing is written.
+    """
+    if hardware is None:
+        return None
+    if len(wears) != len(hardware.drives):  # it is not known which drive is which
+        return endurance_steps(hardware, written_nbytes_per_step)
+    left = [
+        (wear if isinstance(wear, Wear) else Wear("", 0.0, 0)).steps_left(
+            drive.endurance_nbytes, written_nbytes_per_step / len(wears)
+        )
+        for wear, drive in zip(wears, hardware.drives, strict=True)
+        if drive.endurance_nbytes is not None
+    ]
+    return min(left) if left and written_nbytes_per_step > 0 else None
 
 
 def summary_of(settings: Settings, totals: Totals, status: str) -> dict[str, Any]:
@@ -60,6 +78,7 @@ def summary_of(settings: Settings, totals: Totals, status: str) -> dict[str, Any
     median_s = statistics.median(totals.step_s) if totals.step_s else None
     fractions = totals.floor_fractions
     per_step = max(1, totals.trainable_numel * totals.step)
+    wears = [wear_of(directory) for directory in settings.storage]
     written_a_step = totals.written_bytes / max(1, totals.step)
     return {
         "status": status,
@@ -78,8 +97,8 @@ def summary_of(settings: Settings, totals: Totals, status: str) -> dict[str, Any
         "written_bytes_per_step": written_a_step,
         "written_gb_by_drive": {name: nbytes / 1e9 for name, nbytes in totals.written_by_drive.items()},
         "checkpoints_gb": totals.checkpoint_nbytes / 1e9,
-        "drive_wear": _wear(settings),
-        "endurance_steps": endurance_steps(totals.hardware, written_a_step) if totals.hardware else None,
+        "drive_wear": dict(zip(settings.storage, map(_described, wears), strict=True)),
+        "endurance_steps": lifetime_steps(totals.hardware, wears, written_a_step),
         "read_bytes_per_parameter_and_step": totals.read_bytes / per_step,
         "written_bytes_per_parameter_and_step": totals.written_bytes / per_step,
         "output": settings.output if status == "done" else None,

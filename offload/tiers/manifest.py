@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import stat
 from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar
 
@@ -199,8 +200,14 @@ def unframe(kind: str, data: bytes, where: str) -> Any:
 
 def read_bounded(path: str) -> bytes:
     """A file of at most MANIFEST_NBYTES_MAX bytes. Raises CheckpointError when it is larger or cannot be read."""
+
+    def opened(path: str, flags: int) -> int:
+        return os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe's other end is not waited for
+
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=opened) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise CheckpointError(f"{path}: is no file: resume from another checkpoint")
             nbytes = os.fstat(file.fileno()).st_size
             if nbytes > MANIFEST_NBYTES_MAX:
                 raise CheckpointError(

@@ -96,6 +96,22 @@ def test_an_oversized_manifest_is_not_even_read(tmp_path):
         read_manifest(str(place))
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "directory"])
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path, saved, make):
+    place = tmp_path / "place"
+    place.mkdir()
+    make(place / "manifest.jsonl")
+    with pytest.raises(CheckpointError, match=r"manifest\.jsonl"):
+        read_manifest(str(place))
+    (manifest,) = saved[1].glob("*.manifest")
+    (place / manifest.name).write_bytes(manifest.read_bytes())
+    for path in saved[1].glob("*.store"):
+        make(place / path.name)
+    with pytest.raises(CheckpointError, match=r"\.store|commit record"), taken_over(str(place), []):
+        pass
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_a_manifest_of_a_million_entries_is_refused_soon(tmp_path, saved):

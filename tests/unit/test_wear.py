@@ -8,6 +8,8 @@ import os
 
 import pytest
 
+from offload.cli.totals import lifetime_steps
+from offload.planner.hardware import load_hardware
 from offload.tiers import wear
 from offload.tiers.wear import Wear, parse_smart, wear_of
 
@@ -53,3 +55,18 @@ def test_without_program_or_device_a_sentence_says_so(tmp_path, monkeypatch):
     assert "no block device" in wear_of(str(tmp_path))
     monkeypatch.undo()
     assert isinstance(wear_of(str(tmp_path / "nowhere")), str)
+
+
+def test_the_lifetime_in_the_summary_counts_what_the_drives_have_taken_already():
+    """Rated for 1200 TB each, written evenly: the one that is worn most ends it."""
+    one = load_hardware("laptop-8gb")
+    assert lifetime_steps(one, ["smartctl is not installed"], 1e12) == pytest.approx(1200)
+    assert lifetime_steps(one, [Wear("/dev/nvme0n1", 0.75, 0)], 1e12) == pytest.approx(300)
+    assert lifetime_steps(one, [], 1e12) == pytest.approx(1200)
+    two = one.model_copy(update={"drives": (one.drives[0], one.drives[0])})
+    assert lifetime_steps(two, [Wear("a", 0.5, 0), Wear("b", 0.0, 0)], 1e12) == pytest.approx(1200)
+    assert lifetime_steps(two, [Wear("a", 1.5, 0), "no"], 1e12) == 0
+    unknown = load_hardware("laptop-8gb", ["drives.0.endurance_nbytes=null"])
+    assert lifetime_steps(unknown, [Wear("a", 0.5, 0)], 1e12) is None
+    assert lifetime_steps(None, [], 1e12) is None
+    assert lifetime_steps(one, ["no"], 0) is None
