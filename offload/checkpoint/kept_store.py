@@ -182,8 +182,21 @@ def taken_over(directory: str, others: list[str]) -> Iterator[KeptStore]:
             raise CheckpointError(f"{directory}: no step had been committed when the run ended: start again")
         if best is None:
             raise CheckpointError(f"{directory}: holds no checkpoint and no kept store")
-        best.empty.extend(empty)
+        best.empty.extend([*empty, *_never_described([directory, *others], locks)])
         yield best
+
+
+def _never_described(directories: list[str], locks: contextlib.ExitStack) -> list[str]:
+    """Store files of dead runs that nothing describes, such as one that was killed while it resumed; locked."""
+    found = []
+    for directory in dict.fromkeys(map(os.path.realpath, directories)):
+        described = {os.path.basename(path).removesuffix(".manifest") for path in manifests_in(directory)}
+        for path in sorted(glob.glob(os.path.join(glob.escape(directory), "offload-*.store"))):
+            run = os.path.basename(path).removesuffix(".store").rpartition("-")[0]
+            with contextlib.suppress(CheckpointError):  # it is no file, or another user's
+                if run not in described and _lock([path], locks) is not None:
+                    found.append(path)
+    return found
 
 
 def _lock(paths: list[str], locks: contextlib.ExitStack) -> list[int] | None:

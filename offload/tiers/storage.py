@@ -169,15 +169,17 @@ class Store:
             )
         path = os.path.join(directory, f"offload-{self.run_id}-{drive}.store")
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(path + ".new", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise StoreError(
                 f"{path}: cannot be created: {error.strerror}: name a directory that this user can write to"
             ) from error
-        self.paths.append(path)
-        self._paths_to_remove.append(path)
+        self._paths_to_remove += [path + ".new", path]
         self._descriptors.append(descriptor)
+        # Locked before it has a name that others look for: one of that name without a lock is a dead run's.
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        rename(path + ".new", path)
+        self.paths.append(path)
         _preallocate(path, descriptor, file_nbytes)
 
     def allocate(self, nbytes: int) -> int:

@@ -148,3 +148,37 @@ def test_a_death_right_after_taking_over_costs_nothing(tmp_path):
     still = durable(tmp_path / "still")
     assert still.steps(4) == losses + later
     still.model.offload.close(remove=True)
+
+
+DIES_WHILE_RESUMING = """
+import os, sys
+from offload.checkpoint import kept_store
+from tests.fault.test_durable_steps import durable
+run = durable(sys.argv[1])
+kept_store.unframe = lambda *_: os._exit(9)
+run.resume(sys.argv[1])
+"""
+
+
+def test_what_a_run_leaves_that_is_killed_while_it_resumes_goes_with_the_next(tmp_path):
+    """Its own store had no step yet, and nothing describes it; a living run's store of the same kind stays."""
+    still = durable(tmp_path / "still")
+    losses = still.steps(4)
+    still.model.offload.close(remove=True)
+    first = durable(tmp_path / "d")
+    first.steps(2)
+    first.close()
+    for _ in range(2):
+        status, _, err = end(start(DIES_WHILE_RESUMING, tmp_path / "d"))
+        assert status == 9, err
+    assert len(list((tmp_path / "d").glob("*.store"))) == 3
+    living = durable(tmp_path / "d")
+    last = durable(tmp_path / "d")
+    assert last.resume(tmp_path / "d").step == 2
+    paths = [run.model.offload.parts.resources.store.paths[0] for run in (living, last)]
+    assert sorted(map(str, (tmp_path / "d").glob("*.store"))) == sorted(paths)
+    assert last.steps(2) == losses[2:]
+    last.model.offload.close(remove=True)
+    living.steps(1)
+    living.model.offload.close(remove=True)
+    assert os.listdir(tmp_path / "d") == []
