@@ -203,7 +203,8 @@ def finetune_command(
         ),
     ] = None,
     save_every: Annotated[
-        int | None, typer.Option(min=1, help="Save every so many steps.", rich_help_panel=_RESULT)
+        int | None,
+        typer.Option(min=1, help="Save every so many steps, beside them.", rich_help_panel=_RESULT),
     ] = None,
     keep_last: Annotated[
         int | None,

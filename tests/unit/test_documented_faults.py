@@ -34,3 +34,37 @@ def test_each_error_is_a_class():
     assert len(named) > 5
     for word in named:
         assert hasattr(errors, word) or hasattr(builtins, word), word
+
+
+FAULTS = [
+    "EIO on the n-th read or write",
+    "short transfers",
+    "disk full before training",
+    "disk full in the middle of a step",
+    "drive unplugged",
+    "corrupt chunk",
+    "truncated store file",
+    "manifest of a newer version",
+    "manifest of another model",
+    "host memory runs out",
+    "Ctrl-C",
+    "SIGTERM",
+    "kill -9",
+    "power loss",
+    "exception in the user's forward or backward",
+    "a loss that is not finite",
+    "gradients that are not finite",
+    "another batch shape in every step",
+    "`step()` twice",
+    "backward twice",
+    "a second process",
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_that_a_workstation_has_is_answered(fault):
+    answers = [row for row in rows() if fault in row[0]]
+    assert answers
+    for _, error, outcome, _ in answers:
+        assert error
+        assert outcome
