@@ -16,30 +16,11 @@ import tempfile
 from typing import Any
 
 import common
+from deepspeed_configuration import configuration
 from deepspeed_script import UNTIMED_STEPS, joined, run
 
-LARGEST_PARAMETER = 8192 * 1024
+ZERO = {"largest_parameter": 8192 * 1024, "sub_group_size": 20_000_000}
 SIDES: dict[str, tuple[str, ...]] = {"own_handle": (), "our_engine": ("--through-our-io",)}
-
-
-def configuration(storage: str) -> dict[str, Any]:
-    """What runs with both on NVMe: no prefetch, and a buffer for every parameter that a block needs."""
-    nvme = {"device": "nvme", "nvme_path": storage, "pin_memory": False}
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_clipping": 1.0,
-        "bf16": {"enabled": True},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
-        "zero_optimization": {
-            "stage": 3,
-            "stage3_prefetch_bucket_size": 0,
-            "stage3_param_persistence_threshold": 0,
-            "sub_group_size": 20_000_000,
-            "offload_param": {**nvme, "buffer_count": 64, "buffer_size": LARGEST_PARAMETER, "max_in_cpu": 0},
-            "offload_optimizer": {**nvme, "buffer_count": 8},
-        },
-        "aio": {"block_size": 1 << 20, "queue_depth": 32, "intra_op_parallelism": 2},
-    }
 
 
 def row_of(name: str, side: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -78,9 +59,8 @@ def main() -> None:
         for _ in range(options.rounds):
             for name, more in SIDES.items():
                 storage = tempfile.mkdtemp(dir=directory)
-                found[name].append(
-                    run(options.peer_python, "deepspeed", configuration(storage), options, *more)
-                )
+                wanted = configuration(storage, **ZERO)
+                found[name].append(run(options.peer_python, "deepspeed", wanted, options, *more))
                 shutil.rmtree(storage)
         about = common.about(directory, backend=common.backend(directory))
     finally:

@@ -23,33 +23,12 @@ import tempfile
 from typing import Any
 
 import common
+from deepspeed_configuration import configuration
 
 LOOP = pathlib.Path(__file__).with_name("deepspeed_loop.py")
 UNTIMED_STEPS = 2
 BF16_ROUNDING = 2.0**-8
 """Largest relative change by one rounding to bf16."""
-
-
-def configuration(storage: str) -> dict[str, Any]:
-    """What a user who offloads the optimizer to NVMe writes."""
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 1.0,
-        "bf16": {"enabled": True},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
-        "zero_optimization": {
-            "stage": 3,
-            "offload_param": {"device": "cpu", "pin_memory": False},
-            "offload_optimizer": {
-                "device": "nvme",
-                "nvme_path": storage,
-                "buffer_count": 8,
-                "pin_memory": False,
-            },
-        },
-        "aio": {"block_size": 1 << 20, "queue_depth": 32, "intra_op_parallelism": 2},
-    }
 
 
 def run(

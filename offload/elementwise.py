@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from offload.closures import loss_of
+
 
 class ElementwiseOptimizer(torch.optim.Optimizer):
     """A torch optimizer whose update of an element needs that element's parameter, gradient and state alone.
@@ -51,10 +53,7 @@ class ElementwiseOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, in memory. Returns the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:

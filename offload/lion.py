@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from offload.closures import loss_of
+
 
 class Lion(torch.optim.Optimizer):
     """Lion (Chen et al. 2023, arXiv 2302.06675): the sign of an interpolated momentum, with decoupled weight decay.
@@ -29,10 +31,7 @@ class Lion(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient. Returns the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for parameter in group["params"]:

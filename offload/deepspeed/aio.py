@@ -302,32 +302,27 @@ def _compare(tensor: torch.Tensor, path: str, offset: int) -> None:
                 raise OSError(f"{path}: the bytes from offset {offset + start} are not those of the tensor")
 
 
-def aio_read(
-    buffer: torch.Tensor,
-    filename: str,
-    block_size: int,
-    queue_depth: int,
-    single_submit: bool,
-    overlap_events: bool,
-    validate: bool,
-) -> int:
-    """Fill `buffer` from a file. Returns 1, the operations completed."""
-    return aio_handle(block_size, queue_depth, single_submit, overlap_events).read(buffer, filename, validate)
+def _at_once(operation: Callable[[aio_handle, torch.Tensor, str, bool], int]) -> Callable[..., int]:
+    """`operation` of a handle that is made for it alone."""
+
+    def transfer(
+        buffer: torch.Tensor,
+        filename: str,
+        block_size: int,
+        queue_depth: int,
+        single_submit: bool,
+        overlap_events: bool,
+        validate: bool,
+    ) -> int:
+        """All of `buffer` from or to a file. Returns 1, the operations completed."""
+        handle = aio_handle(block_size, queue_depth, single_submit, overlap_events)
+        return operation(handle, buffer, filename, validate)
+
+    return transfer
 
 
-def aio_write(
-    buffer: torch.Tensor,
-    filename: str,
-    block_size: int,
-    queue_depth: int,
-    single_submit: bool,
-    overlap_events: bool,
-    validate: bool,
-) -> int:
-    """Write `buffer` to a file. Returns 1, the operations completed."""
-    return aio_handle(block_size, queue_depth, single_submit, overlap_events).write(
-        buffer, filename, validate
-    )
+aio_read = _at_once(aio_handle.read)
+aio_write = _at_once(aio_handle.write)
 
 
 def deepspeed_memcpy(destination: torch.Tensor, source: torch.Tensor) -> int:

@@ -133,7 +133,7 @@ class WarmupLR(_Warmup):
 
 
 class WarmupDecayLR(WarmupLR):
-    """WarmupLR, then linearly down to `warmup_min_lr` at `total_num_steps`."""
+    """WarmupLR, then linearly down to `warmup_min_lr` at `total_num_steps`. What follows the rates is WarmupLR's."""
 
     def __init__(
         self,
@@ -141,14 +141,11 @@ class WarmupDecayLR(WarmupLR):
         total_num_steps: int,
         warmup_min_lr: PerGroup = 0.0,
         warmup_max_lr: PerGroup = 0.001,
-        warmup_num_steps: int = 1000,
-        warmup_type: str = "log",
-        last_batch_iteration: int = -1,
+        *way_up: Any,
+        **named: Any,
     ) -> None:
         self.total_num_steps = total_num_steps
-        super().__init__(
-            optimizer, warmup_min_lr, warmup_max_lr, warmup_num_steps, warmup_type, last_batch_iteration
-        )
+        super().__init__(optimizer, warmup_min_lr, warmup_max_lr, *way_up, **named)
 
     def _after(self) -> float:
         left = self.total_num_steps - self.last_batch_iteration

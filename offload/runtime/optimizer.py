@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from offload.closures import loss_of
 from offload.errors import CheckpointError, ConfigError, UsageError
 from offload.runtime import taken_gradients
 from offload.runtime.adafactor import AdafactorUpdater
@@ -132,10 +133,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make (or confirm) the update of every parameter that has a gradient. Returns the closure's loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             used = self._used.get(id(group))
             if used is not None and used != self._recognised.values(group):

@@ -12,34 +12,26 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import torch
+from deepspeed_configuration import configuration
 from llama_shaped import build
 
 BATCH, TOKENS = 2, 64
 
 
-def configuration(options):
-    nvme = {"device": "nvme", "nvme_path": options.storage, "pin_memory": False}
-    model = build("tiny")
-    largest = max(p.numel() for p in model.parameters())
-    params = {"device": "cpu", "pin_memory": False}
-    if options.swap == "both":
-        params = {**nvme, "buffer_count": 64, "buffer_size": largest + 4096, "max_in_cpu": 0}
-    return {
-        "train_micro_batch_size_per_gpu": BATCH,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 1.0,
-        "bf16": {"enabled": True},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-        "zero_optimization": {
-            "stage": 3,
-            "sub_group_size": 200_000,
-            "stage3_prefetch_bucket_size": 0,
-            "stage3_param_persistence_threshold": 0,
-            "offload_param": params,
-            "offload_optimizer": {**nvme, "buffer_count": 8},
-        },
-        "aio": {"block_size": 1 << 18, "queue_depth": 16, "intra_op_parallelism": 1},
-    }
+def configured(options):
+    """A test's small sizes: sub-groups, blocks and queues that a tiny model fills."""
+    largest = max(p.numel() for p in build("tiny").parameters()) + 4096
+    return configuration(
+        options.storage,
+        batch=BATCH,
+        lr=1e-3,
+        largest_parameter=largest if options.swap == "both" else None,
+        block_size=1 << 18,
+        queue_depth=16,
+        threads=1,
+        sub_group_size=200_000,
+        stage3_param_persistence_threshold=0,
+    )
 
 
 def main():
@@ -63,7 +55,7 @@ def main():
     model = build("tiny", recompute=options.side != "offload")
     numel = sum(p.numel() for p in model.parameters())
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=model.parameters(), config=configuration(options)
+        model=model, model_parameters=model.parameters(), config=configured(options)
     )
     generator = torch.Generator().manual_seed(0)
     losses = []
