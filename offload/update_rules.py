@@ -6,6 +6,7 @@ A chunk's record of optimizer state is `lo` (of a split_bf16 buffer) and the rul
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -70,7 +71,8 @@ class UpdateRule:
     title: str = ""
     """Of a callback: the optimizer's name, for messages and checkpoints."""
     whole_gradients: bool = False
-    """Whether the first element of a parameter is updated only when all its gradients are in host memory."""
+    """Whether all gradients of a parameter are looked at before its first element is updated, and sums of them by row
+    and column are kept in host memory."""
 
     @property
     def kinds(self) -> list[str]:
@@ -100,6 +102,14 @@ class UpdateRule:
     def nbytes_per_element(self, codec: str) -> float:
         """Bytes of state of one element beside the parameter plane; the last page of a record may have some more."""
         return LO_NBYTES[codec] + sum(plane.nbytes_per_element for plane in self.planes)
+
+    def statistics_numel(self, shape: Sequence[int]) -> int:
+        """Floats kept in host memory for a parameter of this shape, beside the planes."""
+        if not self.whole_gradients:
+            return 0
+        if len(shape) < 2:
+            return math.prod(shape)
+        return math.prod(shape[:-2]) * (shape[-2] + shape[-1])
 
     @property
     def record_nbytes_per_element(self) -> int:

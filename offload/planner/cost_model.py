@@ -267,7 +267,7 @@ class CostModel:
             d2h=copied,
             read=(early + separate) * stored * params * fetched_forward
             + late * (stored * (updated_params + f.param_nbytes * self.frozen) * fetched_forward + states)
-            + load.grads_spilled_nbytes
+            + self.workload.stored_grad_reads * load.grads_spilled_nbytes
             + held * states,
             written=load.swapped_storage_nbytes + late * written_back + held * held_back,
             updated=late * self.trainable,

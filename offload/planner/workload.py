@@ -108,6 +108,12 @@ class Workload:
         return 0 if self.rule.whole_gradients else self.root_early_numel
 
     @property
+    def stored_grad_reads(self) -> int:
+        """How often gradients that wait on storage are read: once by the update, and once for each of two sums that a
+        rule may need of all of them."""
+        return 3 if self.rule.whole_gradients else 1
+
+    @property
     def numel(self) -> int:
         """All parameters, each once."""
         blocks = sum(b.trainable_numel + b.frozen_numel for b in self.blocks)

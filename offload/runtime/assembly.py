@@ -400,11 +400,6 @@ def assemble(
 
     Raises BudgetError before anything is written when it cannot fit.
     """
-    if rule.whole_gradients and config.durability == "step":
-        raise ConfigError(
-            f"durability='step' with {rule.title}: its statistics are in host memory and no step's record has room for "
-            "them: use durability='checkpoint'"
-        )
     builder = _Builder(cut, config, compute_dtype, device, plan, rule)
     if builder.all_in_device and not in_device.makes(rule):
         raise ConfigError(
@@ -426,11 +421,6 @@ def _fill(builder: _Builder, resources: Resources) -> Assembly:
     activation_staging = builder.host_arena.take(builder.placement.activation_staging_nbytes)
     scratch = slots[0] if slots else None
     blocks = [builder.make_block(index, store, scratch) for index in range(len(builder.layouts))]
-    if builder.rule.whole_gradients and any(block.grad_offset >= 0 for block in blocks):
-        raise ConfigError(
-            f"{builder.rule.title} needs all gradients of a parameter at once, and host_memory has no room for those "
-            "that wait: raise host_memory, or use update='backward' without max_grad_norm"
-        )
     root = builder.make_root(store)
     if store is not None:  # this makes the pages present: only now is the model that was imported gone
         store.engine.register_buffer(builder.device_arena.address, builder.device_arena.nbytes)

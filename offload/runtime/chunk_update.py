@@ -5,7 +5,6 @@ The pipeline's threads call in with the GIL (`csrc/bindings_optim.cpp`); what is
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,6 +13,8 @@ import torch
 
 from offload.errors import UsageError
 from offload.model.flat import FlatBuffer
+from offload.runtime.whole_gradients import HeldGradients, StoredGradients, WholeGradients, tensor_at
+from offload.tiers.storage import Store
 from offload.transfer.io_engine import Hyper, canonicalize_nan, merge_master, split_master
 
 
@@ -28,7 +29,7 @@ class PieceUpdate:
     grad: torch.Tensor
     state: dict[str, torch.Tensor]
     offset: int
-    whole_grad: torch.Tensor | None
+    whole_grads: WholeGradients | None
 
 
 class PieceUpdater(Protocol):
@@ -58,38 +59,21 @@ class CallbackHyper(Hyper):
         """Element of the flat buffer where the parameter begins."""
 
 
-def tensor_at(address: int, n: int, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor over memory that somebody else owns."""
-    held = (ctypes.c_byte * (n * dtype.itemsize)).from_address(address)
-    return torch.frombuffer(held, dtype=dtype)
-
-
 class ChunkUpdate:
-    """What a job calls. `grad_address` is that of the buffer's first gradient; 0 where they are read chunk by chunk."""
+    """What a job calls."""
 
     def __init__(
         self,
         buffer: FlatBuffer,
         segments: Sequence[tuple[int, int, Hyper]],
         grad_dtype: str,
-        grad_address: int,
+        whole_grads: WholeGradients,
     ) -> None:
         self._split = buffer.codec == "split_bf16"
         self._names = [plane.name for plane in buffer.rule.planes]
-        self._needs_whole = buffer.rule.whole_gradients
+        self._whole_grads = whole_grads if buffer.rule.whole_gradients else None
         self._hypers = [hyper for _, _, hyper in segments]
         self._grad_dtype: torch.dtype = getattr(torch, grad_dtype)
-        self._grad_address = grad_address
-
-    def _whole_grad(self, hyper: CallbackHyper) -> torch.Tensor | None:
-        if not self._needs_whole:
-            return None
-        if not self._grad_address:
-            raise UsageError(
-                "this optimizer needs all gradients of a parameter at once, and they wait on storage: raise host_memory"
-            )
-        address = self._grad_address + hyper.start * self._grad_dtype.itemsize
-        return tensor_at(address, hyper.parameter.numel(), self._grad_dtype)
 
     @torch.no_grad()
     def __call__(
@@ -112,11 +96,29 @@ class ChunkUpdate:
             for name, address in zip(self._names, state, strict=True)
         }
         offset = element - hyper.start
-        hyper.updater.update_piece(PieceUpdate(hyper, master, grads, planes, offset, self._whole_grad(hyper)))
+        hyper.updater.update_piece(PieceUpdate(hyper, master, grads, planes, offset, self._whole_grads))
         for tensor in (master, *planes.values()):
             canonicalize_nan(tensor.data_ptr(), n)
         if self._split:
             split_master(master.data_ptr(), param, lo, n)
+
+
+def chunk_update(
+    buffer: FlatBuffer,
+    segments: Sequence[tuple[int, int, Hyper]],
+    grad_dtype: str,
+    grad_address: int,
+    grad_offset: int,
+    store: Store | None,
+) -> ChunkUpdate | None:
+    """What a job on `buffer` calls; None where a kernel makes its update. The buffer's gradients are in host memory at
+    `grad_address` or, where `grad_offset` is not negative, in the store there."""
+    if not buffer.rule.is_callback:
+        return None
+    whole: WholeGradients = HeldGradients(grad_address, getattr(torch, grad_dtype))
+    if grad_offset >= 0 and store is not None:
+        whole = StoredGradients(store, grad_offset)
+    return ChunkUpdate(buffer, segments, grad_dtype, whole)
 
 
 class ElementwiseUpdater:

@@ -13,9 +13,10 @@ their schedulers) is read when the next forward begins, or at the next flush. Bo
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -280,15 +281,21 @@ class StepCommits:
         }
         updates = [t for b in self._blocks if b.state is BlockState.UPDATING for t in b.tickets]
         self._on_drives, self._updates_ended = Ticket(), False
-        self._thread = threading.Thread(target=self._write, args=(record, updates), name="offload-commit")
+        statistics = functools.partial(optimizer.statistics, self._step_counts)
+        self._thread = threading.Thread(
+            target=self._write, args=(record, updates, statistics), name="offload-commit"
+        )
         self._thread.start()
 
-    def _write(self, record: dict[str, Any], updates: list[Ticket]) -> None:
+    def _write(
+        self, record: dict[str, Any], updates: list[Ticket], statistics: Callable[[], dict[str, Any]]
+    ) -> None:
         # See [Note: commit order].
         try:
             for ticket in updates:
                 ticket.wait()
             self._updates_ended = True
+            record["training"]["dict"] += [[name, encode(value)] for name, value in statistics().items()]
             record["checksums"] = [
                 [pack_checksums(of[side]) for _, of in sorted(self._sides(b).checksums.items())]
                 for b, side in zip(self._blocks, record["sides"], strict=True)
@@ -358,7 +365,7 @@ class StepCommits:
         for block in changed:
             block.turn(self._sides(block).committed)
             self._reread(block)
-        optimizer.set_all_steps(self._step_counts)
+        optimizer.roll_back(self._step_counts)
         return changed
 
     def _reread(self, block: BlockRecord) -> None:

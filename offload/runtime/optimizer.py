@@ -100,6 +100,11 @@ class OffloadOptimizer(torch.optim.Optimizer):
         updater = self._recognised.updater
         return updater if isinstance(updater, AdafactorUpdater) else None
 
+    def statistics(self, steps: dict[int, int]) -> dict[str, Any]:
+        """What the optimizer keeps in host memory beside its planes, to be saved: as when parameters had been updated
+        so many times (by id()), now or one update ago. Empty but for Adafactor."""
+        return {} if self.adafactor is None else {"adafactor": self.adafactor.state(steps)}
+
     def steps_of(self, parameter: torch.nn.Parameter) -> int:
         """Updates that one parameter has had."""
         return self._steps.get(parameter, 0)
@@ -112,9 +117,11 @@ class OffloadOptimizer(torch.optim.Optimizer):
         """Updates of every parameter so far, by its id()."""
         return {id(parameter): steps for parameter, steps in self._steps.items()}
 
-    def set_all_steps(self, steps: dict[int, int]) -> None:
-        """Undo the counting since `all_steps`."""
+    def roll_back(self, steps: dict[int, int]) -> None:
+        """Undo the counting since `all_steps`, and one update's statistics."""
         self._steps = {p: steps[id(p)] for p in self._steps if id(p) in steps}
+        if self.adafactor is not None:
+            self.adafactor.roll_back(steps)
 
     def hyperparameters(self) -> list[dict[str, Any]]:
         """Everything in the groups but the parameters."""

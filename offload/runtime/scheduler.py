@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from offload.errors import BudgetError, CorruptError
-from offload.runtime.chunk_update import ChunkUpdate
+from offload.runtime.chunk_update import chunk_update
 from offload.runtime.device_residency import Residency
 from offload.runtime.early_root import Range, split
 from offload.runtime.gradients import Gradients
@@ -390,9 +390,7 @@ class Scheduler:
                 grad_address, grad_offset = plane.data_ptr(), -1
             job = UpdateJob(
                 rule=buffer.rule.name,
-                callback=ChunkUpdate(buffer, segments, grad_dtype, grad_address)
-                if buffer.rule.is_callback
-                else None,
+                callback=chunk_update(buffer, segments, grad_dtype, grad_address, grad_offset, self._store),
                 state_planes=buffer.rule.kinds,
                 param_codec=buffer.codec,
                 n_elements=buffer.n_elements,

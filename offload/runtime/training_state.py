@@ -89,7 +89,7 @@ def training_state(
     """All of it, as plain data and tensors."""
     return {
         "optimizer": optimizer.hyperparameters(),
-        **({} if optimizer.adafactor is None else {"adafactor": optimizer.adafactor.state()}),
+        **optimizer.statistics(optimizer.all_steps()),
         "random": random_states(),
         "buffers": persistent_buffers(model),
         "tracked": {name: item.state_dict() for name, item in tracked.items()},

@@ -179,7 +179,8 @@ class Emitter:
         them on; where only some are, it runs in the background as soon as it may, and the fetch reads its result."""
         arrived = self.grads_ready.pop(block)
         if not self.plan.grads_in_host[block]:
-            arrived = self.emit("read_back", "read", self.grad_nbytes(block), arrived, *wait, block=block)
+            read_nbytes = self.workload.stored_grad_reads * self.grad_nbytes(block)
+            arrived = self.emit("read_back", "read", read_nbytes, arrived, *wait, block=block)
         mixed = self.plan.update == "mixed"
         in_memory = not self.plan.param_on_storage(block) or (block in self.resident and self.shares_host)
         waiting = self.grad_nbytes(block) if self.plan.grads_in_host[block] and not self.shares_host else 0

@@ -13,8 +13,13 @@ from typing import Any
 import numpy as np
 
 from offload._C import crc32c
+from offload.errors import ConfigError
 from offload.model.flat import BlockLayout, FlatBuffer
+from offload.tiers.manifest import MANIFEST_NBYTES_MAX
 from offload.types import PAGE_NBYTES, round_up
+
+STATISTICS_NBYTES_FIXED = 512
+"""Of what JSON takes of a parameter's statistics beside their elements."""
 
 RECORD_NBYTES_FIXED = 1 << 20
 """Room in a commit record for what the user tracks, random states and hyperparameters."""
@@ -82,13 +87,33 @@ def checksum_tables(layout: BlockLayout, chunk_elements: int) -> dict[int, tuple
     return tables
 
 
+def encoded_nbytes(numel: int) -> int:
+    """What a record takes of a parameter's `numel` fp32 statistics: in base 64, with their shapes."""
+    return 4 * -(-4 * numel // 3) + STATISTICS_NBYTES_FIXED if numel else 0
+
+
 def record_nbytes(layouts: list[BlockLayout], chunk_elements: int) -> int:
-    """Room for one commit record: 24 bytes a chunk, 32 a parameter, 1 MiB for everything else."""
+    """Room for one commit record: 24 bytes a chunk, 32 a parameter, the rule's statistics, 1 MiB for everything else.
+
+    Raises ConfigError when that is more than a record may have.
+    """
     buffers = [buffer for layout in layouts for buffer in layout.buffers]
     chunks = sum(-(-buffer.n_elements // chunk_elements) for buffer in buffers)
     parameters = sum(len(buffer.segments) for buffer in buffers)
     fixed_nbytes = RECORD_NBYTES_FIXED + 256 * len(buffers)
-    return round_up(24 * chunks + 32 * parameters + fixed_nbytes, PAGE_NBYTES)
+    statistics_nbytes = sum(
+        encoded_nbytes(buffer.rule.statistics_numel(segment.shape))
+        for buffer in buffers
+        for segment in buffer.segments
+        if buffer.trainable
+    )
+    nbytes = round_up(24 * chunks + 32 * parameters + statistics_nbytes + fixed_nbytes, PAGE_NBYTES)
+    if nbytes > MANIFEST_NBYTES_MAX:
+        raise ConfigError(
+            f"durability='step': the record of each step would take {nbytes} bytes, and {MANIFEST_NBYTES_MAX} is the "
+            "most: use durability='checkpoint'"
+        )
+    return nbytes
 
 
 def durable_nbytes(layouts: list[BlockLayout], chunk_elements: int) -> int:

@@ -16,12 +16,23 @@ import torch
 from offload.deepspeed import config, keys, schedules
 from offload.errors import ConfigError
 
-pytestmark = [pytest.mark.peer, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.peer, pytest.mark.slow, pytest.mark.timeout(1800)]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 deepspeed = pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
 SIDE = pathlib.Path(__file__).with_name("deepspeed_side.py")
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def operations():
+    """DeepSpeed's operations compile at first use, which takes minutes: not in the time that a training is given."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
+        for builder in (CPUAdamBuilder, AsyncIOBuilder):
+            builder().load()
 
 
 def run(tmp_path, side, *options):

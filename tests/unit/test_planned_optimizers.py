@@ -11,6 +11,7 @@ from offload.errors import ConfigError
 from offload.planner.plan import Budgets, Plan, state_format_of
 from offload.planner.search import make_plan
 from offload.schedule.run import simulate_plan
+from offload.update_rules import kernel_rule
 from tests.planning import gpt, lohan_machine
 
 # bytes of state a parameter beside a bf16 parameter, and beside an fp32 one
@@ -41,6 +42,22 @@ def test_a_planned_step_writes_the_state_of_its_optimizer(name, moments, width):
     assert plan.written_nbytes_per_step(work) == pytest.approx(expected, abs=100)
     assert simulate_plan(plan, work, lohan_machine(2)).written_nbytes == pytest.approx(expected, abs=100)
     assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_gradients_on_storage_are_read_twice_more_where_sums_over_all_of_them_are_needed():
+    """Plain SGD has the bytes of state that Adafactor has; its update reads a waiting gradient once."""
+    budgets = Budgets(device_memory_nbytes=10**9, host_memory_nbytes=10**9)
+    fixed = NOTHING_IN_HOST | {"update": "deferred", "grads_host_fraction": 0.0}
+    read = []
+    for rule in (rule_of("adafactor", "fp32"), kernel_rule("sgd", has_momentum=False)):
+        work = dataclasses.replace(gpt("m", 4, 256), rule=rule)
+        plan = make_plan(work, lohan_machine(2), budgets, fixed, batch_samples=4)
+        assert not any(plan.grads_in_host)
+        simulated = simulate_plan(plan, work, lohan_machine(2)).read_nbytes
+        read.append((plan.predicted.bytes["read"], simulated))
+    waiting = 2 * state_format_of(work).grad_nbytes * sum(block.trainable_numel for block in work.blocks)
+    for of_adafactor, of_sgd in zip(*read, strict=True):
+        assert of_adafactor - of_sgd == pytest.approx(waiting, abs=100)
 
 
 def test_fewer_bytes_are_never_slower_where_storage_binds():
