@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import offload
-from offload.errors import ConfigError
+from offload.errors import ConfigError, UsageError
 from offload.stores import sides
 from offload.stores.sides import encoded_nbytes
 from offload.tiers.encoding import encode
@@ -70,10 +70,10 @@ class AdafactorRun:
             losses.append(loss.item())
         return losses
 
-    def state(self):
-        """Parameters, and a copy of the statistics by parameter's number."""
+    def state(self, step_counts=None):
+        """Parameters, and a copy of the statistics by parameter's number, as they are or were after so many updates."""
         parameters = parameters_of(self.model)
-        held = self.optimizer.adafactor.state(self.optimizer.all_steps())
+        held = self.optimizer.statistics(step_counts or self.optimizer.all_steps())["adafactor"]
         return parameters, {
             number: {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in of.items()}
             for number, of in held.items()
@@ -151,6 +151,21 @@ def test_a_step_with_an_infinite_gradient_leaves_no_trace_in_the_statistics(tmp_
     assert_same(run.state(), undisturbed.state())
     run.model.offload.close(remove=True)
     undisturbed.model.offload.close(remove=True)
+
+
+def test_the_statistics_of_the_step_before_can_be_had_while_the_next_is_made(tmp_path):
+    """A record is written beside the next step's backward, and has what its own step left."""
+    run = AdafactorRun(tmp_path, update="backward")
+    run.steps(2)
+    counts, (_, before) = run.optimizer.all_steps(), run.state()
+    run.steps(1)
+    (parameters, then), (_, now) = run.state(counts), run.state()
+    assert_same((parameters, then), (parameters, before))
+    assert all(not torch.equal(now[number]["column"], before[number]["column"]) for number in before)
+    run.steps(1)
+    with pytest.raises(UsageError, match="statistics of update 4, not of 2"):
+        run.state(counts)
+    run.model.offload.close()
 
 
 KILLED = """
