@@ -27,22 +27,23 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module", autouse=True)
 def operations():
     """DeepSpeed's operations compile at first use, which takes minutes: not in the time that a training is given."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+    code = "from deepspeed.ops.op_builder import *; CPUAdamBuilder().load(), AsyncIOBuilder().load()"
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"])
-        for builder in (CPUAdamBuilder, AsyncIOBuilder):
-            builder().load()
+
+def environment():
+    """Of a child process: this checkout's modules, and the tools beside this Python."""
+    path = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+    modules = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PATH": path, "PYTHONPATH": modules}
 
 
 def run(tmp_path, side, *options):
     """What `deepspeed_side.py` answers: losses and counted bytes."""
     store = tmp_path / side
     store.mkdir(exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
     command = [sys.executable, str(SIDE), side, "--storage", str(store), *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
