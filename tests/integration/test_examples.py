@@ -12,6 +12,9 @@ import torch
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+pytestmark = pytest.mark.timeout(120)
+"""What the documents promise of each, whatever time other tests are given."""
+
 EXAMPLES = pathlib.Path(__file__).resolve().parents[2] / "examples"
 
 

@@ -303,3 +303,61 @@ def test_our_loss_scale_is_deepspeeds(monkeypatch):
                 theirs.update_scale(overflow)
                 ours.update(overflow)
                 assert ours.scale == theirs.cur_scale
+
+
+def test_initialize_has_deepspeeds_signature():
+    import inspect
+
+    import offload.deepspeed
+
+    theirs, ours = (
+        inspect.signature(module.initialize).parameters for module in (deepspeed, offload.deepspeed)
+    )
+    assert list(ours) == list(theirs)
+    assert {name: p.default for name, p in ours.items()} == {name: p.default for name, p in theirs.items()}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "backward",
+        "step",
+        "save_checkpoint",
+        "load_checkpoint",
+        "save_16bit_model",
+        "gradient_accumulation_steps",
+        "is_gradient_accumulation_boundary",
+        "set_gradient_accumulation_boundary",
+        "get_global_grad_norm",
+        "get_lr",
+        "get_mom",
+        "get_batch_info",
+        "no_sync",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "set_train_batch_size",
+        "set_train_micro_batch_size",
+        "zero_optimization_stage",
+        "was_step_applied",
+        "deepspeed_io",
+        "module_state_dict",
+    ],
+)
+def test_the_methods_that_loops_call_take_what_deepspeeds_take(name):
+    import inspect
+
+    from offload.deepspeed.engine import DeepSpeedEngine
+
+    theirs = inspect.signature(getattr(deepspeed.DeepSpeedEngine, name)).parameters
+    ours = inspect.signature(getattr(DeepSpeedEngine, name)).parameters
+    assert [n for n in theirs if n not in ours and "kwargs" not in ours] == []
+    assert [n for n in ours if n in theirs] == [n for n in theirs if n in ours]  # the same by position
+
+
+def test_our_handle_has_every_method_of_deepspeeds():
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    from offload.deepspeed.aio import aio_handle
+
+    theirs = AsyncIOBuilder().load()
+    assert [n for n in dir(theirs.aio_handle) if not n.startswith("_") and not hasattr(aio_handle, n)] == []
