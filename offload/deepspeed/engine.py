@@ -439,9 +439,25 @@ class DeepSpeedEngine(nn.Module):
 
     save_fp16_model = save_16bit_model
 
-    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, torch.Tensor]:
-        """A copy of the module's weights in host memory: it must have room for all of them."""
-        return state_dict(self.module, with_frozen=not exclude_frozen_parameters)
+    def module_state_dict(
+        self,
+        destination: dict[str, torch.Tensor] | None = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+        exclude_frozen_parameters: bool = False,
+    ) -> dict[str, torch.Tensor]:
+        """A copy of the module's weights in host memory, which must have room for all of them, in `destination`.
+
+        Raises UsageError for `keep_vars=True`: a parameter holds its values only while its block is in use.
+        """
+        if keep_vars:
+            raise UsageError(
+                "keep_vars=True: parameters come and go with their blocks; leave it out for copies"
+            )
+        held = {} if destination is None else destination
+        for name, tensor in state_dict(self.module, with_frozen=not exclude_frozen_parameters).items():
+            held[prefix + name] = tensor
+        return held
 
     def destroy(self) -> None:
         """End the run: finish what is in flight, drop hooks and remove the store."""

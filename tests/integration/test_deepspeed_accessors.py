@@ -93,6 +93,22 @@ def test_backwards_inside_no_sync_add_to_the_one_outside(tmp_path, clip):
     engine.destroy()
 
 
+def test_whole_tensors_as_a_state_dict_into_a_dict_of_the_callers(tmp_path):
+    model = build("llama")
+    frozen = "model.embed_tokens.weight"
+    model.get_parameter(frozen).requires_grad_(False)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    engine, *_ = deepspeed.initialize(model=model, config=configuration(tmp_path))
+    held = {"mine": torch.zeros(1)}
+    assert engine.module_state_dict(held, "module.") is held
+    assert held.keys() == {"mine", *("module." + name for name in expected)}
+    assert all(torch.equal(held["module." + name], tensor) for name, tensor in expected.items())
+    assert engine.module_state_dict(exclude_frozen_parameters=True).keys() == expected.keys() - {frozen}
+    with pytest.raises(UsageError, match="leave it out for copies"):
+        engine.module_state_dict(keep_vars=True)
+    engine.destroy()
+
+
 def test_a_data_loader_of_the_engines_for_any_dataset(tmp_path):
     """Shuffled as DeepSpeed's sampler does for training, in order for evaluation; as many as it is told to give."""
     engine = start(tmp_path, where="none", dataloader_drop_last=True)

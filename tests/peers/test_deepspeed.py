@@ -348,9 +348,13 @@ def test_the_methods_that_loops_call_take_what_deepspeeds_take(name):
 
     from offload.deepspeed.engine import DeepSpeedEngine
 
-    theirs = inspect.signature(getattr(deepspeed.DeepSpeedEngine, name)).parameters
+    method = getattr(deepspeed.DeepSpeedEngine, name)
+    inside = [c.cell_contents for c in method.__closure__ or () if inspect.isfunction(c.cell_contents)]
+    if method.__name__ != name:  # a decorator for profiling hides what it wraps
+        (method,) = (function for function in inside if function.__name__ == name)
+    theirs = inspect.signature(method).parameters
     ours = inspect.signature(getattr(DeepSpeedEngine, name)).parameters
-    assert [n for n in theirs if n not in ours and "kwargs" not in ours] == []
+    assert [n for n in theirs if n not in ours] == []
     assert [n for n in ours if n in theirs] == [n for n in theirs if n in ours]  # the same by position
 
 
