@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from offload.planner.hardware import Drive, Hardware
+from offload.planner.search import make_plan
 from offload.planner.workload import BlockWork, SavedTensor, Workload
+
+MB = 10**6
+STAGING = 100_000
 
 
 def gpt(
@@ -91,3 +95,34 @@ PUBLISHED_ROWS = [(batch, 12, tflops) for batch, tflops in PUBLISHED_TFLOPS_BY_B
     (48, drives, tflops) for drives, tflops in PUBLISHED_TFLOPS_BY_DRIVES.items()
 ]
 """(batch, drives, hardware TFLOPS): arXiv 2403.06504, sequences of 1,024 tokens, recomputation counted."""
+
+
+def small_machine(n_drives: int, shares_host: bool, dram_gb_s: float = 50.0) -> Hardware:
+    """Slow enough that small models keep it busy."""
+    machine = lohan_machine(n_drives)
+    drives = tuple(
+        d.model_copy(
+            update={"read_bytes_per_s": 6.5e8, "write_bytes_per_s": 3.4e8, "capacity_nbytes": 10**12}
+        )
+        for d in machine.drives
+    )
+    return machine.model_copy(
+        update={
+            "name": "small",
+            "drives": drives,
+            "shares_host": shares_host,
+            "matmul_flops_per_s": {"bfloat16": 1e12},
+            "h2d_bytes_per_s": 2e9,
+            "d2h_bytes_per_s": 1.5e9,
+            "h2d_duplex_bytes_per_s": 1e9,
+            "dram_bytes_per_s": dram_gb_s * 1e9,
+            "adam_params_per_s": 2e8,
+            "step_overhead_s": 0.0,
+        }
+    )
+
+
+def step_s(work, machine, budgets, batch, fixed=None) -> float:
+    plan = make_plan(work, machine, budgets, fixed, batch_samples=batch)
+    assert plan.predicted is not None
+    return plan.predicted.step_s
