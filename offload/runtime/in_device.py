@@ -13,13 +13,11 @@ import torch
 from torch.optim import adam, adamw, sgd
 
 from offload.model.flat import FlatBuffer
+from offload.runtime.update_jobs import Segments
 from offload.stores.block_store import BlockRecord
 from offload.tiers.device import DeviceTier
 from offload.transfer.io_engine import Hyper, merge_master, split_master
 from offload.update_rules import UpdateRule
-
-Segments = list[tuple[int, int, Hyper]]
-
 
 _ALIKE = (
     "lr", "beta1", "beta2", "eps", "weight_decay", "step", "decoupled", "grad_scale", "maximize", "momentum",

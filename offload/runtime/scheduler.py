@@ -14,31 +14,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
-
-import torch
 
 from offload.errors import BudgetError, CorruptError
-from offload.runtime.chunk_update import chunk_update
 from offload.runtime.device_residency import Residency
-from offload.runtime.early_root import Range, split
+from offload.runtime.early_root import Range
 from offload.runtime.gradients import Gradients
 from offload.runtime.in_device import InDeviceState
+from offload.runtime.update_jobs import (
+    HyperOf,
+    RootParts,
+    Segments,
+    make_job,
+    needs_job,
+    param_offset,
+    touched_segments,
+)
 from offload.schedule.operations import Phase, Use, UseCursor
 from offload.stores.block_store import BlockRecord, Slot
 from offload.stores.sides import Sides
 from offload.telemetry import SpanLog, Stalls
 from offload.tiers.storage import Store
 from offload.transfer.copies import Copies
-from offload.transfer.io_engine import Hyper, Ticket, UpdateJob, UpdatePipeline
+from offload.transfer.io_engine import Ticket, UpdatePipeline
 from offload.types import BlockState
-
-Segments = list[list[tuple[int, int, Hyper]]]
-"""Per flat buffer, (start, n, hyperparameters) of what is updated."""
-
-HyperOf = Callable[[torch.nn.Parameter, int], "Hyper"]
-"""Hyperparameters of this step's update of a parameter, which begins at this element of its flat buffer; counts the
-step."""
 
 
 class Scheduler:
@@ -76,10 +74,8 @@ class Scheduler:
         self.gradients = make_gradients(self._complete)
         self._cursor = UseCursor(len(blocks))
         self._to_hold = _to_hold(blocks) if holds else None
-        self._pending_segments: dict[int, Segments] = {}
-        self._rest_of_root: Segments = []
-        self._early_chunks: list[list[Range]] = []
-        """Of the root, while some of its chunks are on the side that the next step reads and the rest is not."""
+        self._pending_segments: dict[int, list[Segments]] = {}
+        self._root_parts = RootParts(root)
         self._held: BlockRecord | None = None
         self.verify_s = 0.0
         """Spent in comparing fetched parameters with their checksums."""
@@ -266,26 +262,15 @@ class Scheduler:
 
     # ---- updates ---------------------------------------------------------------------------------------------
 
-    def segments(self, block: BlockRecord, hyper_of: HyperOf) -> Segments:
-        """Every parameter that has a gradient."""
-        segments_of = [
-            [
-                (segment.start, segment.numel, hyper_of(segment.parameter, segment.start))
-                for segment in buffer.segments
-                if buffer.trainable and id(segment.parameter) in block.touched
-            ]
-            for buffer in block.layout.buffers
-        ]
-        if block.is_root and self._rest_of_root:
-            for segments, rest in zip(segments_of, self._rest_of_root, strict=True):
-                segments += rest
-                segments.sort(key=lambda segment: segment[0])
-            self._rest_of_root = []
+    def _segments(self, block: BlockRecord, hyper_of: HyperOf) -> list[Segments]:
+        segments_of = touched_segments(block, hyper_of)
+        if block.is_root:
+            self._root_parts.add_rest(segments_of)
         return segments_of
 
     def update_now(self, block: BlockRecord, hyper_of: HyperOf) -> None:
         """Start the update of a block whose gradients are in its gradient buffer."""
-        segments_of = self.segments(block, hyper_of)
+        segments_of = self._segments(block, hyper_of)
         if self._in_device is not None and block.is_root:
             self._in_device.update(segments_of)
             block.touched.clear()
@@ -293,7 +278,7 @@ class Scheduler:
         self._update_segments(block, segments_of)
 
     def _update_segments(
-        self, block: BlockRecord, segments_of: Segments, only: list[list[Range]] | None = None
+        self, block: BlockRecord, segments_of: list[Segments], only: list[list[Range]] | None = None
     ) -> None:
         self._pending_segments[block.index] = segments_of
         self.wait_resident(block)
@@ -313,21 +298,13 @@ class Scheduler:
         root = self.root
         later = root.touched - final
         root.touched &= final
-        now: Segments = []
-        for segments, ranges in zip(self.segments(root, hyper_of), chunks, strict=True):
-            pieces = [(split(start, n, ranges), hyper) for start, n, hyper in segments]
-            now.append([(*piece, hyper) for (inside, _), hyper in pieces for piece in inside])
-            self._rest_of_root.append(
-                [(*piece, hyper) for (_, outside), hyper in pieces for piece in outside]
-            )
-        if root.sides is not None:
-            self._early_chunks = chunks
+        now = self._root_parts.take_early(self._segments(root, hyper_of), chunks)
         self._update_segments(root, now, only=chunks)
         root.touched = later
 
     def root_is_due(self) -> bool:
         """Whether it has gradients that no update has taken, or chunks that an update has left behind."""
-        return bool(self.root.touched or any(self._rest_of_root) or self._early_chunks)
+        return bool(self.root.touched) or self._root_parts.is_due
 
     # [Note: one update is held] In forward each block waits for its own update, so that all have been made when the
     # last blocks run, and storage stands idle until backward gives the first gradients. The last block but one can have
@@ -349,18 +326,18 @@ class Scheduler:
 
     def drop_undone(self) -> None:
         """Forget the gradients of updates that a failed backward has left undone."""
-        self._rest_of_root = []
+        self._root_parts.forget_rest()
         held, self._held = self._held, None
         if held is not None:
             held.touched.clear()
             self.gradients.drop(held)
-        if self._early_chunks:
+        if self._root_parts.is_divided:
             self.root.touched.clear()
             self._update_segments(self.root, [[] for _ in self.root.layout.buffers])
 
     def update_later(self, block: BlockRecord, hyper_of: HyperOf) -> None:
         """Decide the update now; it runs with the block's next fetch."""
-        self._pending_segments[block.index] = self.segments(block, hyper_of)
+        self._pending_segments[block.index] = self._segments(block, hyper_of)
         self._residency.outdated(block)
         block.pending_update = True
 
@@ -374,49 +351,26 @@ class Scheduler:
         segments_of = self._pending_segments.pop(block.index)
         gate = self.gate()
         for position, buffer in enumerate(block.layout.buffers):
-            plane = block.plane(buffer)
-            offset = -1 if block.param_offset < 0 else block.param_offset + buffer.plane_offset_nbytes
-            segments = segments_of[position]
             chunks = self._chunks_to_move(block, position, only)
-            if (not segments and (block.sides is None or not buffer.trainable)) or chunks is None:
-                if read_param and self._store is not None:
-                    block.tickets.append(
-                        self._store.engine.read(plane.data_ptr(), buffer.plane_nbytes, offset)
-                    )
-                continue
-            extents = block.states[position]
-            grad_dtype, grad_address, grad_offset = self._gradient_source(block, buffer.grad_start)
-            if not segments:  # what has no gradient goes to the other side as it is
-                grad_address, grad_offset = plane.data_ptr(), -1
-            job = UpdateJob(
-                rule=buffer.rule.name,
-                callback=chunk_update(buffer, segments, grad_dtype, grad_address, grad_offset, self._store),
-                state_planes=buffer.rule.kinds,
-                param_codec=buffer.codec,
-                n_elements=buffer.n_elements,
-                param_address=plane.data_ptr(),
-                param_offset=offset,
-                read_param=read_param,
-                state_offset=extents.offset,
-                state_host_address=0 if extents.host is None else extents.host.data_ptr(),
-                host_chunks=extents.host_chunks,
-                grad_dtype=grad_dtype,
-                grad_address=grad_address,
-                grad_offset=grad_offset,
-                grad_gate=block.grad_gate,
-                tag=-1 if block.is_root else block.index,
-                reorders=block.is_root,
-                segments=segments,
-                only=chunks,
-                write_gate=gate,
-                **self._other_side(block, position, buffer.plane_offset_nbytes),
-            )
-            block.tickets.append(self._pipeline.submit(job))
+            if chunks is not None and needs_job(block, position, segments_of[position]):
+                job = make_job(
+                    block,
+                    position,
+                    segments_of[position],
+                    read_param=read_param,
+                    only=chunks,
+                    gate=gate,
+                    store=self._store,
+                )
+                block.tickets.append(self._pipeline.submit(job))
+            elif read_param and self._store is not None:
+                address, offset = block.plane(buffer).data_ptr(), param_offset(block, position)
+                block.tickets.append(self._store.engine.read(address, buffer.plane_nbytes, offset))
         if block.sides is not None and only is None:
             block.sides.generation += 1
             block.turn(block.sides.other)
             if block.is_root:
-                self._early_chunks = []
+                self._root_parts.turned()
         block.touched.clear()
         block.grads_waiting = False
 
@@ -428,38 +382,7 @@ class Scheduler:
             return []
         if only is not None:
             return only[position] or None
-        early = self._early_chunks[position] if self._early_chunks else []
-        if not early:
-            return []
-        _, outside = split(0, block.layout.buffers[position].n_elements, early)
-        return [(start, start + n) for start, n in outside] or None
-
-    @staticmethod
-    def _other_side(block: BlockRecord, position: int, plane_offset_nbytes: int) -> dict[str, Any]:
-        """Where the update of a block with two sides writes ([Note: two sides] in stores/sides.py)."""
-        sides = block.sides
-        if sides is None:
-            return {}
-        checksums, expected = sides.addresses(position)
-        return {
-            "param_out_offset": sides.param_offsets[sides.other] + plane_offset_nbytes,
-            "state_out_offset": sides.state_offsets[position][sides.other],
-            "checksums_address": checksums,
-            "expected_address": expected,
-        }
-
-    # [Note: the turn] Backward ends at block 0, forward begins with the root and block 0: what was handed over last is
-    # wanted first. The root's update comes last of a step, and puts those that have not begun in the order of use, so
-    # that forward goes on while the updates of later blocks are still being made.
-    @staticmethod
-    def _gradient_source(block: BlockRecord, start: int) -> tuple[str, int, int]:
-        """Of the gradients from element `start`: dtype, and (address, -1) in host memory or (0, offset) on storage."""
-        if block.grad_out is not None:
-            part = block.grad_out.plane[start:]
-            return str(part.dtype).removeprefix("torch."), part.data_ptr(), -1
-        if block.grad_host is not None:
-            return "float32", block.grad_host[start:].data_ptr(), -1
-        return "float32", 0, block.grad_offset + 4 * start
+        return self._root_parts.chunks_left(position)
 
     def flush(self) -> None:
         """Make every decided update and wait for everything in flight."""
