@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from offload import _C
+from offload.profiling.workload import profile_model
+from offload.runtime import planning
 
 
 def llama(layers=4, tie=False, dropout=0.0, hidden=64, vocab=256):
@@ -125,6 +127,37 @@ def _backend_is_here(request, tmp_path_factory):
 def _no_profile_of_this_machine(monkeypatch):
     """What a test plans with is what it names."""
     monkeypatch.setenv("OFFLOAD_PROFILE", "/nonexistent/hardware.json")
+
+
+_TRACED = {}
+
+
+def shape_of(model):
+    """All that a trace without data can see of a model of `transformers`: equal for equally built ones."""
+    config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(p): name for name, p in reversed(parameters.items())}
+    return (
+        repr(model),
+        repr(config),
+        tuple((name, first[id(p)], p.shape, p.dtype, p.requires_grad) for name, p in parameters.items()),
+    )
+
+
+@pytest.fixture
+def traced_once(monkeypatch):
+    """Models of one shape are traced once for all runs that are planned: a trace takes most of a small run's time. What
+    it says is the promise of tests/unit/test_workload_profile.py."""
+
+    def profile(model, tokens, *, blocks=None, inputs=None, compute_dtype=None):
+        if blocks is not None or inputs is not None:
+            return profile_model(model, tokens, blocks=blocks, inputs=inputs, compute_dtype=compute_dtype)
+        key = (*shape_of(model), tokens, compute_dtype)
+        if key not in _TRACED:
+            _TRACED[key] = profile_model(model, tokens, compute_dtype=compute_dtype)
+        return _TRACED[key]
+
+    monkeypatch.setattr(planning, "profile_model", profile)
 
 
 @pytest.fixture(autouse=True)

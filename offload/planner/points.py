@@ -104,11 +104,10 @@ class Search:
         return best
 
     def _best_of(self, shape: Shape, needs: Needs) -> Chosen:
-        step_s = np.where(
-            needs.fits, np.broadcast_to(self.model.cost(needs.load).step_s, needs.fits.shape), np.inf
-        )
+        cost = self.model.cost(needs.load)
+        step_s = np.where(needs.fits, np.broadcast_to(cost.step_s, needs.fits.shape), np.inf)
         least = float(step_s.min())
-        written: Any = sum(t.written for t in self.model.traffic(needs.load))
+        written: Any = sum(t.written for t in cost.traffic)
         written = np.where(step_s <= least * (1 + TIE), np.broadcast_to(written, needs.fits.shape), np.inf)
         index = tuple(int(i) for i in np.unravel_index(int(written.argmin()), written.shape))
         rank = (

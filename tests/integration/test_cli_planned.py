@@ -12,6 +12,8 @@ from offload.planner.plan import INPUT, Plan
 from offload.schedule.run import endurance_steps
 from tests.integration.command_line import finetune
 
+pytestmark = pytest.mark.usefixtures("traced_once")
+
 EMULATED = [
     "--hardware",
     "laptop-8gb",

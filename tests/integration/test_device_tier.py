@@ -28,7 +28,7 @@ from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Ticket
 from tests.conftest import batches, build, two_groups
 from tests.cuda import deterministic_cuda, sleepy_copies
-from tests.integration.test_exactness import CHUNK, assert_same_bits, stored, train
+from tests.integration.test_exactness import CHUNK, assert_same_bits, stored, train, train_in_memory
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -73,7 +73,7 @@ PLACEMENTS = {
 @pytest.mark.parametrize("update", ["backward", "deferred"])
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda name: name.replace(" ", "-"))
 def test_any_placement_has_the_bits_of_host_memory(tmp_path, device, placement, update):
-    expected = train("llama", {**reference(device), "update": update}, n_steps=6)
+    expected = train_in_memory("llama", {**reference(device), "update": update}, n_steps=6)
     assert_same_bits(
         train("llama", on(device, tmp_path, update=update, **PLACEMENTS[placement]), n_steps=6), expected
     )
@@ -82,7 +82,7 @@ def test_any_placement_has_the_bits_of_host_memory(tmp_path, device, placement, 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen2", "bert"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_every_shape_and_dtype_has_the_same_bits(tmp_path, device, kind, dtype):
-    expected = train(kind, reference(device), dtype, n_steps=5, dropout=0.1)
+    expected = train_in_memory(kind, reference(device), dtype, n_steps=5, dropout=0.1)
     assert_same_bits(train(kind, on(device, tmp_path), dtype, n_steps=5, dropout=0.1), expected)
 
 
@@ -103,12 +103,12 @@ def test_every_shape_and_dtype_has_the_same_bits(tmp_path, device, kind, dtype):
 )
 def test_loop_features_have_the_same_bits(tmp_path, device, loop, settings):
     same = {key: settings[key] for key in ("micro_batches", "max_grad_norm", "update") if key in settings}
-    expected = train("llama", {**reference(device), **same}, n_steps=5, **loop)
+    expected = train_in_memory("llama", {**reference(device), **same}, n_steps=5, **loop)
     assert_same_bits(train("llama", on(device, tmp_path, **settings), n_steps=5, **loop), expected)
 
 
 def test_a_slow_bus_changes_no_number(tmp_path):
-    expected = train("llama", reference("emulated"), n_steps=4)
+    expected = train_in_memory("llama", reference("emulated"), n_steps=4)
     for update in ("backward", "deferred"):
         settings = on("emulated", tmp_path, update=update, bus_bytes_per_s=5e7)
         assert_same_bits(train("llama", settings, n_steps=4), expected)
@@ -416,7 +416,7 @@ def test_what_fits_on_a_device_of_its_own_is_updated_there_as_torch_does(device,
         "max_grad_norm": 0.5,
     }
     got = train("llama", all_there, dtype, n_steps=5, **loop)
-    expected = train("llama", {**reference(device), "max_grad_norm": 0.5}, dtype, n_steps=5, **loop)
+    expected = train_in_memory("llama", {**reference(device), "max_grad_norm": 0.5}, dtype, n_steps=5, **loop)
     tolerance = {"rtol": 2e-2, "atol": 4e-3} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-6}
     for name, parameter in expected[0].items():
         torch.testing.assert_close(got[0][name], parameter, **tolerance)

@@ -12,7 +12,9 @@ from offload.planner.plan import INPUT, Plan
 from offload.runtime import planning
 from offload.stores.sides import RECORD_NBYTES_FIXED
 from tests.conftest import batches, build, two_groups
-from tests.integration.test_exactness import CHUNK, assert_same_bits, train
+from tests.integration.test_exactness import CHUNK, assert_same_bits, train, train_in_memory
+
+pytestmark = pytest.mark.usefixtures("traced_once")
 
 BATCH = (4, 16)
 MACHINE = "laptop-8gb"
@@ -52,7 +54,7 @@ def in_memory(**same):
 def test_what_the_planner_chooses_has_the_bits_of_training_in_memory(tmp_path, same, memory):
     """Micro-batches, activation swapping, clipping and updates into the next forward, together and one by one."""
     settings = planned(tmp_path, **{"micro_batches": 1, **memory, **same})
-    expected = train("llama", in_memory(**{"micro_batches": 1, **same}), n_steps=4, layers=6)
+    expected = train_in_memory("llama", in_memory(**{"micro_batches": 1, **same}), n_steps=4, layers=6)
     assert_same_bits(train("llama", settings, n_steps=4, layers=6), expected)
 
 
@@ -61,7 +63,7 @@ def test_all_at_once_has_the_bits_of_training_in_memory(tmp_path):
     the next forward computes: each of them is seen to happen."""
     same = {"micro_batches": 2, "max_grad_norm": 0.5}
     settings = planned(tmp_path, saved_activations="storage", activations="host", **same)
-    expected = train("llama", in_memory(**same), n_steps=6, layers=6)
+    expected = train_in_memory("llama", in_memory(**same), n_steps=6, layers=6)
     assert_same_bits(train("llama", settings, n_steps=6, layers=6), expected)
     model, stepper = wrap(
         tmp_path, saved_activations="storage", activations="host", prefetch_blocks=1, **same
@@ -91,7 +93,9 @@ def test_all_at_once_has_the_bits_of_training_in_memory(tmp_path):
 def test_a_model_in_fp32_is_planned_as_it_is_computed(tmp_path, memory):
     """Two bytes a parameter to fetch and ten of state, in bf16; and the plan's bytes are those that move."""
     settings = planned(tmp_path, compute_dtype=torch.bfloat16, **memory)
-    expected = train("llama", in_memory(compute_dtype=torch.bfloat16), torch.float32, n_steps=4, layers=6)
+    expected = train_in_memory(
+        "llama", in_memory(compute_dtype=torch.bfloat16), torch.float32, n_steps=4, layers=6
+    )
     assert_same_bits(train("llama", settings, torch.float32, n_steps=4, layers=6), expected)
     plans = {}
     for dtype, compute_dtype in ((torch.float32, torch.bfloat16), (torch.bfloat16, None)):

@@ -8,7 +8,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import offload
 from offload.runtime import recompute
-from tests.integration.test_exactness import CHUNK, IN_MEMORY, assert_same_bits, stored, train
+from tests.integration.test_exactness import (
+    CHUNK,
+    IN_MEMORY,
+    assert_same_bits,
+    stored,
+    train,
+    train_in_memory,
+)
 
 TIERS = ["recompute", "device", "host", "storage"]
 ROOMY = {"host_memory": "50MB"}
@@ -31,7 +38,7 @@ def _poison(monkeypatch):
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "bert"])
 def test_with_dropout_every_tier_has_the_bits_of_a_graph_kept_whole(tmp_path, kind, tier, device):
-    expected = train(kind, {**IN_MEMORY, "step_aside": "always"}, n_steps=4, dropout=0.1)
+    expected = train_in_memory(kind, {**IN_MEMORY, "step_aside": "always"}, n_steps=4, dropout=0.1)
     settings = stored(tmp_path, device=device, saved_activations=tier, **ROOMY)
     assert_same_bits(train(kind, settings, n_steps=4, dropout=0.1), expected)
 
@@ -40,7 +47,7 @@ def test_with_dropout_every_tier_has_the_bits_of_a_graph_kept_whole(tmp_path, ki
 @pytest.mark.parametrize("host_memory", ["1MB", "50MB"])
 def test_inputs_and_results_on_storage_together_are_all_read_back(tmp_path, device, host_memory):
     """What is read ahead for the block before fills the staging while this block still needs it."""
-    expected = train("llama", {**IN_MEMORY, "step_aside": "always"}, n_steps=4)
+    expected = train_in_memory("llama", {**IN_MEMORY, "step_aside": "always"}, n_steps=4)
     settings = stored(
         tmp_path, device=device, saved_activations="storage", activations="storage", host_memory=host_memory
     )
@@ -50,7 +57,7 @@ def test_inputs_and_results_on_storage_together_are_all_read_back(tmp_path, devi
 @pytest.mark.parametrize("tier", TIERS)
 def test_with_micro_batches_clipping_and_deferred_updates_too(tmp_path, tier):
     same = {"micro_batches": 3, "max_grad_norm": 0.5, "step_aside": "never"}
-    expected = train("llama", {**IN_MEMORY, **same, "activations": "keep"}, n_steps=4)
+    expected = train_in_memory("llama", {**IN_MEMORY, **same, "activations": "keep"}, n_steps=4)
     settings = stored(
         tmp_path, device="emulated", bus_bytes_per_s=2e8, saved_activations=tier, **ROOMY, **same
     )

@@ -6,6 +6,7 @@ benchmarks/simulator_reality.py compares them, and a slow test runs some of its 
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import subprocess
@@ -76,12 +77,17 @@ CASES = [
 ]
 
 
+@functools.cache
+def workload_of(kind):
+    return profile_model(MODELS[kind][0](), TOKENS)
+
+
 @pytest.mark.parametrize(
     ("kind", "batch", "chosen"), CASES, ids=lambda value: str(value).replace("_host_fraction", "")
 )
 def test_bytes_moved_and_held_are_those_of_the_simulation(tmp_path, kind, batch, chosen):
     build, loss = MODELS[kind]
-    workload = profile_model(build(), TOKENS)
+    workload = workload_of(kind)
     plan = fixed_plan(workload, MACHINE, batch, **{**FIXED, **chosen})
     simulated = simulate_plan(plan, workload, MACHINE, staging_nbytes=staging_nbytes())
     ids = torch.randint(0, 2048, (batch, TOKENS))

@@ -22,7 +22,14 @@ from offload.tiers.emulated_device import EmulatedDevice
 from offload.tiers.host import Lease
 from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Ticket
-from tests.integration.test_exactness import CHUNK, assert_same_bits, stored, train
+from tests.integration.test_exactness import (
+    CHUNK,
+    IN_MEMORY,
+    assert_same_bits,
+    stored,
+    train,
+    train_in_memory,
+)
 
 WIDTH, ROWS, BLOCKS = 64, 256, 4
 SAVED_NBYTES = 4 * ROWS * 4 * WIDTH
@@ -45,19 +52,6 @@ def _poison(monkeypatch):
 
 # ---- any policy ----------------------------------------------------------------------------------------------
 
-_KEPT: dict[tuple[str, int], tuple[object, object]] = {}
-
-
-def kept_whole(kind, micro_batches):
-    """Parameters and losses with every graph kept, computed once."""
-    if (kind, micro_batches) not in _KEPT:
-        settings = {
-            "device_memory": "1GB", "host_memory": "1GB", "storage": [], "activations": "keep", "step_aside": "never",
-            "micro_batches": micro_batches,
-        }  # fmt: skip
-        _KEPT[kind, micro_batches] = train(kind, settings, n_steps=3, dropout=0.1)
-    return _KEPT[kind, micro_batches]
-
 
 @examples(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
@@ -77,7 +71,10 @@ def test_any_policy_for_each_tensor_has_the_bits_of_a_graph_kept_whole(
         drawn = {value.op: draw.choice(sorted(outcomes)) for value in recipe.keepable()}
         return {op: outcome for op, outcome in drawn.items() if outcome != "recompute"}
 
-    expected = kept_whole(kind, micro_batches)
+    kept_whole = {
+        **IN_MEMORY, "activations": "keep", "step_aside": "never", "micro_batches": micro_batches
+    }  # fmt: skip
+    expected = train_in_memory(kind, kept_whole, n_steps=3, dropout=0.1)
     settings = stored(
         tmp_path_factory.mktemp("any"), device=device, micro_batches=micro_batches, host_memory=host_memory
     )
@@ -136,9 +133,13 @@ def slow(tier, **more):
     }  # fmt: skip
 
 
-@pytest.fixture
-def kept_blocks(tmp_path):
-    return train_blocks(tmp_path / "kept", device="emulated", activations="keep")
+@pytest.fixture(scope="module")
+def kept_blocks(tmp_path_factory):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    kept = train_blocks(tmp_path_factory.mktemp("kept"), device="emulated", activations="keep")
+    torch.set_num_threads(threads)
+    return kept
 
 
 def differs(got, expected):

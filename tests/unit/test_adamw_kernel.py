@@ -175,18 +175,20 @@ def compare_bits_with_torch(exact_sqrt):
         torch.Tensor.sqrt = ieee_sqrt
     cases = [{}, {"weight_decay": 0.0}, {"beta1": 0.3}, {"beta1": 0.0, "eps": 1e-3}, {"maximize": True}]
     grads = [start_state(1023, seed=seed)[3] for seed in range(20)]
+    first = 0 if exact_sqrt else 1
     for kind in OPTIMIZERS:
-        for codec, level in [(codec, level) for codec in CODECS for level in LEVELS]:
-            for changes in cases:
-                settings = {**SETTINGS, **changes}
-                if not exact_sqrt and kind is torch.optim.Adam:
-                    settings["weight_decay"] = 0.0  # L2 feeds the sqrt's last bit into the moments
-                ours = theirs = start_state(1023)[:3]
+        for changes in cases:
+            settings = {**SETTINGS, **changes}
+            if not exact_sqrt and kind is torch.optim.Adam:
+                settings["weight_decay"] = 0.0  # L2 feeds the sqrt's last bit into the moments
+            theirs = start_state(1023)[:3]
+            for step, grad in enumerate(grads, start=1):
+                theirs = torch_update(kind, (*theirs, grad), step, **settings)
+            for codec, level in [(codec, level) for codec in CODECS for level in LEVELS]:
+                ours = start_state(1023)[:3]
                 for step, grad in enumerate(grads, start=1):
                     hyper = _C.Hyper(**settings, step=step, decoupled=kind is torch.optim.AdamW)
                     ours = update(codec, (*ours, grad), hyper, level)
-                    theirs = torch_update(kind, (*theirs, grad), step, **settings)
-                first = 0 if exact_sqrt else 1
                 if not same_bits(ours[first:], theirs[first:]):
                     raise SystemExit(f"{kind.__name__} {codec} {level} {changes}: bits differ from torch")
 

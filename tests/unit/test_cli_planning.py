@@ -13,7 +13,8 @@ from offload.planner.plan import Plan
 from offload.tiers.wear import Wear
 from tests.planning import gpt, lohan_machine
 
-RUN = ["--model", "13b", "--hardware", "rtx4090-2ssd", "--batch", "16", "--host-memory", "64GB"]
+RUN = ["--model", "4b", "--hardware", "rtx4090-2ssd", "--batch", "16", "--host-memory", "20GB"]
+LAYERS, HIDDEN = 12, 5120
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def asked(monkeypatch):
 
     def workload(source, tokens, *optimizer):
         asked["tokens"] = tokens
-        return gpt(source, 40, 5120, tokens=tokens)
+        return gpt(source, LAYERS, HIDDEN, tokens=tokens)
 
     def hardware(source, overrides):
         asked["overrides"] = overrides
@@ -107,7 +108,7 @@ def test_choices_are_read_as_numbers_truth_or_words() -> None:
 
 def test_durable_steps_are_planned_for_and_counted() -> None:
     """12 bytes a parameter written whatever host memory holds; 24 on storage."""
-    numel = gpt("13b", 40, 5120).numel
+    numel = gpt("4b", LAYERS, HIDDEN).numel
     durable = json.loads(run("plan", *RUN, "--durability", "step", "--json"))["plan"]
     assert durable["predicted"]["bytes"]["written"] == pytest.approx(12 * numel)
     assert durable["predicted"]["peak_nbytes"]["storage"] == pytest.approx(24 * numel, rel=0.01)
@@ -115,7 +116,7 @@ def test_durable_steps_are_planned_for_and_counted() -> None:
     assert saved["predicted"]["bytes"]["written"] < 0.9 * 12 * numel
     assert "every step is kept" in run("plan", *RUN, "--durability", "step")
     with pytest.raises(BudgetError, match="of storage"):
-        run("plan", *RUN, "--durability", "step", "--storage-limit", "200GB")
+        run("plan", *RUN, "--durability", "step", "--storage-limit", "65GB")
     with pytest.raises(ConfigError, match="none, checkpoint or step"):
         run("plan", *RUN, "--durability", "always")
 
