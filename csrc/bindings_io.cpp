@@ -135,13 +135,18 @@ void bind_io(py::module_& module) {
 
   module.def(
       "crc32c",
-      [](std::uintptr_t address, std::size_t nbytes, std::uint32_t crc, bool by_table) {
+      [](std::uintptr_t address, std::size_t nbytes, std::uint32_t crc, const std::string& level) {
         const void* const from = reinterpret_cast<const void*>(address);
         py::gil_scoped_release release;
-        return by_table ? crc32c_by_table(from, nbytes, crc) : crc32c(from, nbytes, crc);
+        return level == "auto" ? crc32c(from, nbytes, crc) : crc32c_at(level, from, nbytes, crc);
       },
-      py::arg("address"), py::arg("nbytes"), py::arg("crc") = 0, py::arg("by_table") = false);
-  module.def("crc32c_kind", &crc32c_kind);
+      py::arg("address"), py::arg("nbytes"), py::arg("crc") = 0, py::arg("level") = "auto");
+  module.def("crc32c_join", &crc32c_join, py::arg("first"), py::arg("second"), py::arg("second_nbytes"));
+  module.def("crc32c_levels", [] {
+    std::vector<std::string> names;
+    for (const Crc32cLevel& level : crc32c_levels()) names.push_back(level.name);
+    return names;
+  });
 
   py::class_<AlignedBuffer>(module, "Arena", py::buffer_protocol())
       .def(py::init<std::size_t>(), py::arg("nbytes"))

@@ -11,6 +11,7 @@
 #include "common/aligned_buffer.h"
 #include "common/check.h"
 #include "common/crc32c.h"
+#include "optim/chunk_sums.h"
 
 namespace offload::optim {
 
@@ -302,14 +303,32 @@ Planes UpdatePipeline::planes_at(const Chunk& chunk, std::size_t at) const {
   return planes;
 }
 
+// Tile by tile where checksums are wanted of what is written; functions in Python get whole pieces.
 io::Error UpdatePipeline::compute(const Chunk& chunk) const {
+  const UpdateJob& job = chunk.job->job;
+  if (job.checksums == nullptr) return update(chunk, 0, chunk.n);
+  const char* const param = job.param + chunk.index * chunk_elements_ * job.param_nbytes_per_element();
+  ChunkSums sums(job, param, record(chunk), chunk.n);
+  const std::size_t tile = job.callback ? chunk.n : kTileElements;
+  for (std::size_t from = 0; from < chunk.n; from += tile) {
+    const std::size_t to = std::min(from + tile, chunk.n);
+    const io::Error error = update(chunk, from, to);
+    if (error.code != 0) return error;
+    sums.add(from, to);
+  }
+  job.checksums[2 * chunk.index] = sums.of_param();
+  job.checksums[2 * chunk.index + 1] = sums.of_record();
+  return {};
+}
+
+io::Error UpdatePipeline::update(const Chunk& chunk, std::size_t begin, std::size_t end) const {
   const UpdateJob& job = chunk.job->job;
   const std::size_t start = chunk.index * chunk_elements_;
   const Kernels& best = kernels().back();
   for (std::size_t i = 0; i < job.segments.size(); ++i) {
     const Segment& segment = job.segments[i];
-    const std::size_t from = std::max(segment.start, start);
-    const std::size_t to = std::min(segment.start + segment.n, start + chunk.n);
+    const std::size_t from = std::max(segment.start, start + begin);
+    const std::size_t to = std::min(segment.start + segment.n, start + end);
     if (from >= to) continue;
     const Planes planes = planes_at(chunk, from - start);
     if (job.callback) {
@@ -339,15 +358,6 @@ io::Error UpdatePipeline::verify(const Chunk& chunk) const {
     error =
         differs(job.param + start * job.param_nbytes_per_element(), chunk.storage[1], job.expected[2 * chunk.index]);
   return error;
-}
-
-void UpdatePipeline::sum(const Chunk& chunk) const {
-  const UpdateJob& job = chunk.job->job;
-  if (job.checksums == nullptr) return;
-  const std::size_t param_nbytes = job.param_nbytes_per_element();
-  job.checksums[2 * chunk.index] =
-      crc32c(job.param + chunk.index * chunk_elements_ * param_nbytes, chunk.n * param_nbytes);
-  job.checksums[2 * chunk.index + 1] = crc32c(record(chunk), job.record_nbytes(chunk.n));
 }
 
 // A chunk that must not be written yet keeps its buffer; those behind it are read and computed in the others.
@@ -443,7 +453,6 @@ void UpdatePipeline::work() {
         const io::Error refused = compute(*chunk);
         failed = refused.code != 0;
         if (failed) chunk->error = refused;
-        sum(*chunk);
         note('u', *chunk, start_s);
         kernel_ns_ += nanoseconds_since(begin);
         if (!failed && !chunk->idle) ++chunks_updated_;

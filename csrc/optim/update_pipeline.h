@@ -99,11 +99,13 @@ class UpdatePipeline {
   void issue_reads(std::unique_lock<std::mutex>& lock);
   void start_reads(const ChunkPtr& chunk, bool skip);
   void read_gradients(const ChunkPtr& chunk);
+  // Updates a chunk, and sums what is to be written.
   io::Error compute(const Chunk& chunk) const;
+  // Updates its elements from `begin` to before `end`.
+  io::Error update(const Chunk& chunk, std::size_t begin, std::size_t end) const;
   // The planes of a chunk's elements from `at` on.
   Planes planes_at(const Chunk& chunk, std::size_t at) const;
   io::Error verify(const Chunk& chunk) const;
-  void sum(const Chunk& chunk) const;
   void write_when_allowed(const ChunkPtr& chunk);
   void start_writes(const ChunkPtr& chunk);
   void finish(const ChunkPtr& chunk);

@@ -8,7 +8,6 @@ from offload._C import (
     UpdatePipeline,
     canonicalize_nan,
     crc32c,
-    crc32c_kind,
     merge_master,
     split_master,
 )
@@ -21,7 +20,6 @@ __all__ = [
     "UpdatePipeline",
     "canonicalize_nan",
     "crc32c",
-    "crc32c_kind",
     "merge_master",
     "split_master",
 ]

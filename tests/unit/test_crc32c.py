@@ -1,32 +1,75 @@
-"""CRC32C of the extension against google-crc32c, by instruction and by table."""
+"""CRC32C of the extension against google-crc32c, at every level."""
 
 from __future__ import annotations
 
 import google_crc32c
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from offload import _C
 
-LENGTHS = [0, 1, 7, 8, 9, 15, 1023, 1024, 1025, 3071, 3072, 3073, 6144, 65536, 100_003]
+LEVELS = _C.crc32c_levels()
+LENGTHS = [
+    *range(48),
+    255,
+    256,
+    257,
+    511,
+    512,
+    513,
+    767,
+    768,
+    1023,
+    1024,
+    1025,
+    3071,
+    3072,
+    3073,
+    6144,
+    65536,
+    100_003,
+]
 
 
-@pytest.mark.parametrize("by_table", [False, True])
-@pytest.mark.parametrize("nbytes", LENGTHS)
-def test_the_checksum_is_googles(nbytes, by_table):
-    data = np.random.default_rng(nbytes).integers(0, 256, nbytes + 3, dtype=np.uint8)
-    for start in range(3):  # addresses that are not aligned
-        held = data[start : start + nbytes]
-        assert _C.crc32c(held.ctypes.data, nbytes, 0, by_table) == google_crc32c.value(held.tobytes())
+def bytes_of(nbytes, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8)
 
 
-@pytest.mark.parametrize("by_table", [False, True])
-def test_a_checksum_is_continued_over_pieces(by_table):
-    data = np.random.default_rng(0).integers(0, 256, 10_000, dtype=np.uint8)
-    for cut in (1, 8, 1000, 9_999):
-        first = _C.crc32c(data.ctypes.data, cut, 0, by_table)
-        whole = _C.crc32c(data.ctypes.data + cut, data.size - cut, first, by_table)
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_checksum_is_googles(level):
+    for nbytes in LENGTHS:
+        data = bytes_of(nbytes + 3, nbytes)
+        for start in range(3):  # addresses that are not aligned
+            held = data[start : start + nbytes]
+            assert _C.crc32c(held.ctypes.data, nbytes, 0, level) == google_crc32c.value(held.tobytes())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_checksum_is_continued_over_pieces(level):
+    data = bytes_of(10_000)
+    for cut in (1, 8, 1000, 5000, 9_999):
+        first = _C.crc32c(data.ctypes.data, cut, 0, level)
+        whole = _C.crc32c(data.ctypes.data + cut, data.size - cut, first, level)
         assert whole == google_crc32c.value(data.tobytes())
+
+
+@given(st.binary(max_size=2000), st.binary(max_size=2000))
+def test_checksums_of_pieces_join(one, other):
+    joined = _C.crc32c_join(google_crc32c.value(one), google_crc32c.value(other), len(other))
+    assert joined == google_crc32c.value(one + other)
+
+
+def test_checksums_of_long_pieces_join():
+    one, other = bytes_of(3_000_001, 1).tobytes(), bytes_of(2_621_440, 2).tobytes()
+    joined = _C.crc32c_join(google_crc32c.value(one), google_crc32c.value(other), len(other))
+    assert joined == google_crc32c.value(one + other)
+
+
+def test_a_level_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="by guess is not available"):
+        _C.crc32c(bytes_of(8).ctypes.data, 8, 0, "guess")
 
 
 def test_the_check_value_of_the_standard():
