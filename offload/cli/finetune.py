@@ -16,7 +16,7 @@ from offload.cli import optimizers
 from offload.cli.checkpoints import Checkpoints, WriteBudget
 from offload.cli.data import TokenStream
 from offload.cli.output import Output, StepReport
-from offload.cli.planned import Planning, Request, planning_of
+from offload.cli.planned import Planning, Request, planning_of, say_late_plan
 from offload.cli.settings import Settings, check
 from offload.cli.stop import StopSignals
 from offload.cli.totals import Totals, summary_of
@@ -229,6 +229,7 @@ def _train(
             lambda: output.note("stopping: this step ends and is saved; once more to stop at once")
         )
     moved = _Moved(model.offload)
+    plan = model.offload.plan
     try:
         for step in range(start + 1, settings.steps + 1):
             batch = {name: tensor.to(model.offload.device) for name, tensor in next(batches).items()}
@@ -242,6 +243,9 @@ def _train(
             report = _report(step, settings, optimizer, meter, moved, float(loss.detach()), learning_rate)
             totals.add(report)
             output.step(report)
+            if model.offload.plan is not plan:
+                plan = model.offload.plan
+                say_late_plan(plan, output.note)
             totals.written_by_drive = model.offload.written_by_drive()
             used_up = step < settings.steps and budget.is_used_up(step, sum(totals.written_by_drive.values()))
             checkpoints.after_step(step, signals.requested or used_up)

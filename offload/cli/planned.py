@@ -81,6 +81,15 @@ class Planning:
         return (plan.batch_samples, plan.tokens_per_sample) == wanted
 
 
+def say_late_plan(plan: Plan, note: Callable[[str], None]) -> None:
+    """A plan that the run has made after its first step: of what backward keeps, all else is as it was placed."""
+    note(
+        "what backward keeps is planned now that a step has shown its batch; without a profile, for drives of 1 GB/s:"
+    )
+    for line in plan_lines(plan):
+        note(line)
+
+
 def endurance_lines(hardware: Hardware | None, written_nbytes_per_step: float | None) -> list[str]:
     """How long the drives last at this rate, as a line of the plan's table; none where nothing is written."""
     if not written_nbytes_per_step:

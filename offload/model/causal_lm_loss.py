@@ -222,7 +222,8 @@ class ChunkedLoss:
         if labels is None and args:
             with contextlib.suppress(TypeError):  # forward itself will complain about such a call
                 labels = self._signature.bind_partial(*args, **kwargs).arguments.get("labels")
-        self._armed = labels is not None and torch.is_grad_enabled()
+        traced = self.head.weight.is_meta  # without data: the workload is that of the model's own head
+        self._armed = labels is not None and torch.is_grad_enabled() and not traced
 
     def _after_forward(self, *_: Any) -> None:
         self._armed = False

@@ -9,6 +9,7 @@ import offload
 from offload.cli.planned import endurance_lines
 from offload.planner.hardware import load_hardware, save_hardware
 from offload.planner.plan import INPUT, Plan
+from offload.runtime import late_plan
 from offload.schedule.run import endurance_steps
 from tests.integration.command_line import finetune
 
@@ -65,6 +66,18 @@ def test_without_a_profile_one_line_names_the_way_to_one_and_the_run_goes_on(wor
     assert len([line for line in notes.splitlines() if "offload probe" in line]) == 1
     assert summary["predicted_step_s"] is None
     assert summary["endurance_steps"] is None
+
+
+def test_a_plan_that_is_made_after_the_first_step_is_printed_then(workplace, capsys, monkeypatch):
+    monkeypatch.setattr(late_plan, "STEP_FLOPS_MIN", 0.0)
+    monkeypatch.setattr(late_plan, "_PROBE_S", 0.001)
+    memory = ("--host-memory", "100MB", "--device", "cpu", "--device-memory", "50MB")
+    assert finetune(workplace, *memory) == 0
+    lines = capsys.readouterr().err.splitlines()
+    [said] = [number for number, line in enumerate(lines) if "now that a step has shown its batch" in line]
+    assert [number > said for number, line in enumerate(lines) if "block slots" in line] == [True]
+    assert finetune(workplace, *memory, "--plan", "none") == 0
+    assert "now that a step" not in capsys.readouterr().err
 
 
 def test_a_stored_profile_is_planned_with_unless_told_otherwise(workplace, capsys, tmp_path):

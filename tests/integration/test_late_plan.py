@@ -58,6 +58,13 @@ def test_the_bits_are_those_without_a_plan_and_what_has_room_is_kept(tmp_path, w
     assert kept[0]["storage"] == kept[1]["storage"] == 0
 
 
+def test_a_loss_in_chunks_of_tokens_is_planned_for_too(tmp_path, worth_it):
+    plain, _ = trained(tmp_path, plan="none", chunked_loss=True)
+    planned, engine = trained(tmp_path, chunked_loss=True)
+    assert engine.plan is not None
+    assert all(torch.equal(planned[name], plain[name]) for name in plain)
+
+
 def test_the_plan_says_how_state_was_placed(tmp_path, worth_it):
     _, engine = trained(tmp_path, n_steps=1, host_memory="600KB")
     plan, placement = engine.plan, engine.placement
