@@ -16,6 +16,7 @@ from torch import nn
 
 from offload.config import Config
 from offload.model.blocks import cut
+from offload.tiers.device import DeviceTier, Event
 from offload.tiers.host import HostArena
 from offload.tiers.storage import Store
 from offload.transfer.io_engine import Hyper, UpdateJob, UpdatePipeline
@@ -202,44 +203,37 @@ def adam_params_per_s(seconds: float) -> float:
         loop.close()
 
 
-def bus_bytes_per_s(seconds: float) -> dict[str, float]:
-    """Copies between page-locked host memory and the CUDA device: each direction alone, and both at once.
+def bus_bytes_per_s(device: DeviceTier, seconds: float, copy_nbytes: int = _COPY_NBYTES) -> dict[str, float]:
+    """Copies between host memory, page-locked where the device is a GPU, and `device`: each direction alone, and both
+    at once. The device's own copies, as a run makes them.
 
     The keys are the fields of `offload.planner.hardware.Hardware`.
     """
-    nbytes = _COPY_NBYTES
-    device = torch.device("cuda")
-    host_up, host_down = (torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2))
-    device_up, device_down = (torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
-    up, down = torch.cuda.Stream(), torch.cuda.Stream()
+    pin = device.torch_device.type == "cuda"
+    host_up, host_down = (torch.empty(copy_nbytes, dtype=torch.uint8, pin_memory=pin) for _ in range(2))
+    device_up, device_down = device.allocate(copy_nbytes), device.allocate(copy_nbytes)
+    device.timing = True
 
-    def timed(
-        stream: torch.cuda.Stream, target: torch.Tensor, source: torch.Tensor, n: int
-    ) -> Callable[[], float]:
+    def timed(copy: Callable[[], Event], n: int) -> Callable[[], float]:
         """Issue `n` copies; the result waits for them and gives their seconds."""
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        with torch.cuda.stream(stream):
-            start.record(stream)
-            for _ in range(n):
-                target.copy_(source, non_blocking=True)
-            end.record(stream)
+        events = [copy() for _ in range(n)]
 
         def wait() -> float:
-            end.synchronize()
-            return start.elapsed_time(end) / 1e3
+            events[-1].wait()
+            return events[-1].times()[1] - events[0].times()[0]
 
         return wait
 
     def h2d(n: int) -> Callable[[], float]:
-        return timed(up, device_up, host_up, n)
+        return timed(lambda: device.copy_in(device_up, host_up), n)
 
     def d2h(n: int) -> Callable[[], float]:
-        return timed(down, host_down, device_down, n)
+        return timed(lambda: device.copy_out(host_down, device_down), n)
 
-    torch.cuda.synchronize()
+    device.mark().wait()
     h2d(2)(), d2h(2)()  # the first touch of the pages is not counted
     n_copies = max(4, min(200, round(seconds / 3 / h2d(1)())))
-    moved_nbytes = n_copies * nbytes
+    moved_nbytes = n_copies * copy_nbytes
     alone_up, alone_down = moved_nbytes / h2d(n_copies)(), moved_nbytes / d2h(n_copies)()
     issued = h2d(n_copies), d2h(n_copies)
     up_s, down_s = issued[0](), issued[1]()

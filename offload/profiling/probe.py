@@ -19,6 +19,7 @@ from offload.errors import ConfigError
 from offload.planner.hardware import Hardware
 from offload.profiling import compute_probe
 from offload.profiling.storage_probe import probe_drives
+from offload.tiers.device import CudaDevice
 
 WRITTEN_NBYTES_MAX = 2 * 10**9
 """Bytes written to each drive unless said otherwise."""
@@ -111,7 +112,11 @@ def _compute_rates(
     found["matmul_flops_per_s"] = rates
     if device.type == "cuda":
         note("bus: to the device, to the host, both")
-        found.update(compute_probe.bus_bytes_per_s(phase_s))
+        tier = CudaDevice(device, torch.cuda.get_device_properties(device).total_memory)
+        try:
+            found.update(compute_probe.bus_bytes_per_s(tier, phase_s))
+        finally:
+            tier.close()
     return found
 
 

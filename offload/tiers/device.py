@@ -231,9 +231,10 @@ class CudaDevice:
                     to[first:last].copy_(of[first:last], non_blocking=True)
             else:
                 target.copy_(source, non_blocking=True)
-        done = _record(stream)
-        if start is not None:
-            done.stamps = (start, self._stamp(stream))
+        end = self._stamp(stream) if self.timing else None
+        done = _record(stream)  # after the stamps: once it has happened they can be read
+        if start is not None and end is not None:
+            done.stamps = (start, end)
         return done
 
     def page_lock(self, address: int, nbytes: int, pin: Pin) -> bool:

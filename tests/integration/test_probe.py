@@ -21,6 +21,8 @@ from offload.profiling.model_probe import model_rates
 from offload.profiling.probe import probe
 from offload.profiling.storage_probe import probe_drives
 from offload.profiling.stored import profile_path, stored_hardware
+from offload.tiers.device import CudaDevice
+from offload.tiers.emulated_device import EmulatedDevice
 from offload.tiers.storage import Store
 
 SMALLEST = 64_000_000
@@ -324,10 +326,23 @@ def test_a_probe_with_its_defaults_takes_less_than_a_minute(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("rate", [1e8, 4e8])
+def test_bus_rates_are_those_of_the_bus(rate):
+    """Of an emulated device: each direction at the rate that it was given, alone and beside the other."""
+    device = EmulatedDevice(rate)
+    found = compute_probe.bus_bytes_per_s(device, 0.3, copy_nbytes=4 << 20)
+    device.close()
+    assert set(found) == {f"{way}{at}_bytes_per_s" for way in ("h2d", "d2h") for at in ("", "_duplex")}
+    for measured in found.values():
+        assert 0.7 * rate < measured <= rate
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_bus_rates_alone_are_not_below_those_at_once():
-    rates = compute_probe.bus_bytes_per_s(1.0)
+    device = CudaDevice(torch.device("cuda"), torch.cuda.get_device_properties(0).total_memory)
+    rates = compute_probe.bus_bytes_per_s(device, 1.0)
+    device.close()
     for direction in ("h2d", "d2h"):
         alone, both = rates[f"{direction}_bytes_per_s"], rates[f"{direction}_duplex_bytes_per_s"]
         assert 1e9 < both < 1.1 * alone < 1e12
