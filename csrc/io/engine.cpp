@@ -139,6 +139,7 @@ std::shared_ptr<Ticket> Engine::submit(Op op, void* address, std::size_t nbytes,
 }
 
 bool Engine::register_buffer(void* address, std::size_t nbytes) {
+  std::lock_guard<std::mutex> lock(close_mutex_);  // reopen() goes through what is registered, with other backends
   bool all = true;
   registered_.emplace_back(static_cast<char*>(address), nbytes);
   for (const auto& backend : backends_) all = backend->register_buffer(static_cast<char*>(address), nbytes) && all;
