@@ -83,7 +83,7 @@ def measure_machine(workload: Workload, options: argparse.Namespace) -> Hardware
         h2d_bytes_per_s=options.bus_bytes_per_s or 1e9,
         d2h_bytes_per_s=options.bus_bytes_per_s or 1e9,
         dram_bytes_per_s=compute_probe.dram_copy_bytes_per_s(options.probe_s / 4),
-        adam_params_per_s=compute_probe.adam_params_per_s(options.probe_s / 4),
+        adam_params_per_s=compute_probe.update_params_per_s(options.probe_s / 4),
         launch_overhead_s=launch_overhead_s(workload, rate, options),
     )
 

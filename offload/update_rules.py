@@ -35,6 +35,7 @@ _PLANES: dict[str, dict[str, str]] = {
     "sgd": {"momentum_buffer": "signed"},
     "lion": {"exp_avg": "signed"},
 }
+MOMENTS = tuple(_MOMENTS)
 RULES = tuple(_PLANES)
 """Rules with a kernel of their own. Adam is adamw with another weight decay."""
 
@@ -88,6 +89,15 @@ class UpdateRule:
     def in_fp32(self) -> bool:
         """Whether every plane is fp32."""
         return all(plane.kind == "float32" for plane in self.planes)
+
+    @property
+    def key(self) -> str:
+        """Rule and format of its moments, as hardware profiles name it: `adamw_fp32`, `lion_8bit`, `sgd` without
+        momentum; of a callback its title."""
+        if self.is_callback or not self.planes:
+            return self.title or self.name
+        formats = {"float32": "fp32", "bfloat16": "bf16"}
+        return f"{self.name}_{formats.get(self.planes[0].kind, '8bit')}"
 
     def record_nbytes(self, codec: str, n: int) -> int:
         """Bytes of the record of a chunk of `n` elements."""

@@ -140,7 +140,7 @@ class CostModel:
         self.hardware = hardware
         self.format = state_format
         self.batch = batch_samples
-        self.rates: Rates = rates_of(hardware, workload.param_nbytes)
+        self.rates: Rates = rates_of(hardware, workload.param_nbytes, workload.rule)
 
     # ---- totals of the workload ------------------------------------------------------------------------------
 
@@ -320,7 +320,7 @@ class CostModel:
             "bus": rates.bus.seconds(traffic.h2d, traffic.d2h),
             "storage": storage,
             "dram": traffic.dram(self.update_dram_nbytes, rates.shares_host) / rates.dram_bytes_per_s,
-            "cpu": traffic.updated / rates.adam_params_per_s,
+            "cpu": traffic.updated / rates.update_params_per_s,
         }
 
     def _phase(self, seconds: dict[str, Any], load: Load, exposed_s: Any) -> Any:
@@ -390,4 +390,4 @@ class CostModel:
         bus_s = 0.0
         if not self.rates.shares_host:
             bus_s = self.grads_nbytes(load) / n_blocks / self.rates.bus.d2h
-        return bus_s + np.maximum(read_s, self.trainable / n_blocks / self.rates.adam_params_per_s)
+        return bus_s + np.maximum(read_s, self.trainable / n_blocks / self.rates.update_params_per_s)

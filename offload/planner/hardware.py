@@ -67,6 +67,9 @@ class Hardware(BaseModel):
     """A copy's bytes count twice: read and written."""
     adam_params_per_s: float = Field(gt=0)
     """Fused AdamW on state in DRAM, all update threads together."""
+    update_params_per_s: dict[str, float] = Field(default_factory=dict)
+    """The same of other rules and formats of moments, by `UpdateRule.key` (`lion_fp32`, `adamw_8bit`). What is absent
+    updates as fast as AdamW."""
     drives: tuple[Drive, ...] = ()
     storage_read_bytes_per_s: float | None = Field(default=None, gt=0)
     """Limit of all drives together (a shared link); None means that the drives' rates add."""
@@ -190,7 +193,8 @@ def _checked(data: dict[str, Any]) -> Hardware:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ConfigError(f"hardware profile {data.get('name', '')!r}: {problems}") from error
-    for dtype, rate in profile.matmul_flops_per_s.items():
-        if not 0 < rate < float("inf"):
-            raise ConfigError(f"hardware profile {profile.name!r}: matmul_flops_per_s.{dtype} is {rate}")
+    for field in ("matmul_flops_per_s", "work_flops_per_s", "update_params_per_s"):
+        for name, rate in getattr(profile, field).items():
+            if not 0 < rate < float("inf"):
+                raise ConfigError(f"hardware profile {profile.name!r}: {field}.{name} is {rate}")
     return profile

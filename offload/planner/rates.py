@@ -10,6 +10,7 @@ import numpy as np
 
 from offload.errors import ConfigError
 from offload.planner.hardware import Drive, Hardware
+from offload.update_rules import ADAMW, UpdateRule
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Rates:
     bus: BusRates
     storage: StorageRates | None
     dram_bytes_per_s: float
-    adam_params_per_s: float
+    update_params_per_s: float
     shares_host: bool
     """The device tier is DRAM: nothing crosses a bus, and computing and updating share the cores."""
     compute_beside_update: float = 0.5
@@ -136,8 +137,11 @@ def storage_rates(hardware: Hardware) -> StorageRates | None:
     )
 
 
-def rates_of(hardware: Hardware, param_nbytes: int) -> Rates:
-    """Rates for a model computed with parameters of `param_nbytes`. Raises ConfigError when the profile lacks one."""
+def rates_of(hardware: Hardware, param_nbytes: int, rule: UpdateRule = ADAMW) -> Rates:
+    """Rates for a model computed with parameters of `param_nbytes` and updated by `rule`.
+
+    Raises ConfigError when the profile lacks one.
+    """
     dtype = "float32" if param_nbytes == 4 else "bfloat16"
     if dtype not in hardware.matmul_flops_per_s:
         raise ConfigError(
@@ -159,7 +163,7 @@ def rates_of(hardware: Hardware, param_nbytes: int) -> Rates:
         ),
         storage=storage_rates(hardware),
         dram_bytes_per_s=hardware.dram_bytes_per_s,
-        adam_params_per_s=hardware.adam_params_per_s,
+        update_params_per_s=hardware.update_params_per_s.get(rule.key, hardware.adam_params_per_s),
         shares_host=hardware.shares_host,
         compute_beside_update=hardware.compute_speed_beside_update,
         update_beside_compute=hardware.update_speed_beside_compute,

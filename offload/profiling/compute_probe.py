@@ -20,13 +20,13 @@ from offload.tiers.device import DeviceTier, Event
 from offload.tiers.host import HostArena
 from offload.tiers.storage import Store
 from offload.transfer.io_engine import Hyper, UpdateJob, UpdatePipeline
+from offload.update_rules import ADAMW, MOMENTS, RULES, UpdateRule, kernel_rule
 
 DEFAULT_SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))
 """(in, out) of a 7 B Llama's matrices."""
 
 _COPY_NBYTES = 256 << 20
 _UPDATE_NUMEL = 1 << 24
-_STATE_NBYTES_PER_PARAM = 10
 _WIDTH_MAX = {"cuda": 16384, "cpu": 8192}
 """Wider matrices are measured at this width: they are no faster, and take memory."""
 _TRIAL_ROWS = 8
@@ -104,22 +104,26 @@ def matmul_flops_per_s(
 
 
 class UpdateLoop:
-    """Fused AdamW on split masters, with the chunks and the update threads of a training run, over and over.
+    """A fused update of split masters, with the chunks and the update threads of a training run, over and over.
 
-    State is in DRAM; with a `store` it streams through the pipeline as in a run with everything on storage (10 bytes
-    read and 12 written a parameter), region by region over `stored_nbytes` of it.
+    State is in DRAM; with a `store` it streams through the pipeline as in a run with everything on storage (AdamW: 10
+    bytes read and 12 written a parameter), region by region over `stored_nbytes` of it.
     """
 
-    def __init__(self, store: Store | None = None, stored_nbytes: int = 0) -> None:
+    def __init__(
+        self, store: Store | None = None, stored_nbytes: int = 0, *, rule: UpdateRule = ADAMW
+    ) -> None:
+        self._rule = rule
         settings = Config().beside("cuda" if torch.cuda.is_available() else "cpu")
         chunk_elements, n_buffers = settings.chunk_elements, settings.chunk_buffers
         available_nbytes = psutil.virtual_memory().available // 8
         self._n_chunks = max(1, min(_UPDATE_NUMEL, available_nbytes // 16) // chunk_elements)
-        region_nbytes = chunk_elements * (2 + _STATE_NBYTES_PER_PARAM)
+        record_nbytes = rule.record_nbytes("split_bf16", chunk_elements)
+        region_nbytes = 2 * chunk_elements + record_nbytes
         if store is not None:
             self._n_chunks = max(1, min(self._n_chunks, stored_nbytes // region_nbytes))
         self.numel = numel = self._n_chunks * chunk_elements
-        state_nbytes = _STATE_NBYTES_PER_PARAM * numel
+        state_nbytes = self._n_chunks * record_nbytes
         buffer_nbytes = UpdatePipeline.buffer_nbytes_required(chunk_elements, n_buffers)
         self._arena = HostArena(buffer_nbytes + numel * 6 + (0 if store else state_nbytes) + 4 * 4096)
         buffers, self._params, self._grads = (
@@ -151,6 +155,8 @@ class UpdateLoop:
         param_offset, state_offset = self._regions[0] if self._regions else (-1, -1)
         self._regions.rotate(-1)
         job = UpdateJob(
+            rule=self._rule.name,
+            state_planes=self._rule.kinds,
             param_codec="split_bf16",
             n_elements=self.numel,
             param_address=self._params.data_ptr(),
@@ -194,9 +200,15 @@ class UpdateLoop:
         self._pipeline.close()
 
 
-def adam_params_per_s(seconds: float) -> float:
-    """Parameters a second of the fused AdamW, as `UpdateLoop` makes it."""
-    loop = UpdateLoop()
+def other_rules() -> list[UpdateRule]:
+    """What a kernel updates beside AdamW with moments in fp32."""
+    with_moments = [kernel_rule(name, moments) for name in RULES for moments in MOMENTS]
+    return [rule for rule in with_moments if rule != ADAMW] + [kernel_rule("sgd", has_momentum=False)]
+
+
+def update_params_per_s(seconds: float, rule: UpdateRule = ADAMW) -> float:
+    """Parameters a second of a fused update in DRAM, as `UpdateLoop` makes it."""
+    loop = UpdateLoop(rule=rule)
     try:
         return loop.params_per_s(seconds)
     finally:

@@ -103,7 +103,12 @@ def _compute_rates(
     note("DRAM: copy")
     found["dram_bytes_per_s"] = compute_probe.dram_copy_bytes_per_s(phase_s)
     note("AdamW in DRAM")
-    found["adam_params_per_s"] = compute_probe.adam_params_per_s(phase_s)
+    found["adam_params_per_s"] = compute_probe.update_params_per_s(phase_s)
+    note("other optimizers in DRAM")
+    rules = compute_probe.other_rules()
+    found["update_params_per_s"] = {
+        rule.key: compute_probe.update_params_per_s(phase_s / len(rules), rule) for rule in rules
+    }
     rates = {}
     for dtype in (torch.bfloat16, torch.float32):
         dtype_name = str(dtype).removeprefix("torch.")

@@ -99,7 +99,7 @@ def simulate_plan(
         staging_nbytes=staging_nbytes,
         has_storage=bool(hardware.drives),
     )
-    rates = rates_of(hardware, workload.param_nbytes)
+    rates = rates_of(hardware, workload.param_nbytes, workload.rule)
     timeline = simulate(operations, rates, held_nbytes=held, limit_nbytes={PIECES: plan.update_buffers})
     start_s, end_s = timeline.end_s[ends[-2]], timeline.end_s[ends[-1]]
     step_s = end_s - start_s + hardware.step_overhead_s

@@ -85,7 +85,7 @@ def duration_alone_s(operation: Operation, rates: Rates) -> float:
             "compute": rates.work_flops_per_s.get(work_of(operation), rates.flops_per_s),
             "h2d": rates.bus.h2d,
             "d2h": rates.bus.d2h,
-            "cpu": rates.adam_params_per_s,
+            "cpu": rates.update_params_per_s,
         }[lane]
         alone = amount / rate
     return max(alone, operation.dram_nbytes / rates.dram_bytes_per_s) + operation.fixed_s

@@ -113,7 +113,7 @@ def test_adam_rates_are_of_the_size_of_torchs_fused_adam():
     parameter.grad = torch.ones(1 << 23)
     optimizer = torch.optim.AdamW([parameter], fused=True)
     plain = parameter.numel() / min(compute_probe._repeat(optimizer.step, 0.3))
-    assert 0.2 * plain < compute_probe.adam_params_per_s(0.3) < 20 * plain
+    assert 0.2 * plain < compute_probe.update_params_per_s(0.3) < 20 * plain
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -324,6 +324,15 @@ def test_a_probe_with_its_defaults_takes_less_than_a_minute(tmp_path):
     assert time.perf_counter() - start < 60
     assert probe_room.SECONDS < 60
     assert os.listdir(tmp_path) == []
+
+
+def test_every_rule_of_update_has_its_rate():
+    """Plain SGD keeps nothing; 8-bit moments are looked up and rounded."""
+    rules = {rule.key: rule for rule in compute_probe.other_rules()}
+    assert len(rules) == 9
+    assert {"adamw_bf16", "adamw_8bit", "lion_fp32", "sgd_8bit", "sgd"} <= set(rules)
+    rates = {key: compute_probe.update_params_per_s(0.2, rules[key]) for key in ("sgd", "adamw_8bit")}
+    assert rates["sgd"] > compute_probe.update_params_per_s(0.2) > rates["adamw_8bit"]
 
 
 @pytest.mark.parametrize("rate", [1e8, 4e8])

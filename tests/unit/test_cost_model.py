@@ -84,8 +84,8 @@ def test_backward_takes_as_long_as_its_busiest_resource() -> None:
     storage_s = read / (2 * 6.5e9) + 14 * p / (2 * 3.4e9)
     assert found.backward["storage"] == pytest.approx(storage_s)
     assert found.backward["compute"] == pytest.approx(cost.backward_flops / 148.68e12)
-    assert found.backward["cpu"] == pytest.approx(p / rates.adam_params_per_s)
-    update_s = p / LAYERS * 2 / 24.8e9 + max(12 * p / LAYERS / 13e9, p / LAYERS / rates.adam_params_per_s)
+    assert found.backward["cpu"] == pytest.approx(p / rates.update_params_per_s)
+    update_s = p / LAYERS * 2 / 24.8e9 + max(12 * p / LAYERS / 13e9, p / LAYERS / rates.update_params_per_s)
     compute_s = found.backward["compute"] + LAYERS * 2e-4 + update_s
     busy = {**found.backward, "compute": compute_s}
     assert found.backward_s == pytest.approx(sum(s**8 for s in busy.values()) ** (1 / 8))

@@ -86,7 +86,8 @@ def test_any_figure_can_be_overridden_and_says_so():
 
 @pytest.mark.parametrize("field", [f for f in Hardware.model_fields if f.endswith(("_s", "_nbytes"))])
 def test_every_number_of_a_profile_has_its_override(field):
-    value = {"bfloat16": 3.0} if field in ("matmul_flops_per_s", "work_flops_per_s") else 3
+    by_name = ("matmul_flops_per_s", "work_flops_per_s", "update_params_per_s")
+    value = {"some": 3.0} if field in by_name else 3
     assert getattr(load_hardware("h100", [f"{field}={json.dumps(value)}"]), field) == value
 
 
@@ -103,6 +104,7 @@ def test_every_number_of_a_profile_has_its_override(field):
         ("rtx4090", ["dram_bytes_per_s=-1"], "greater than 0"),
         ("rtx4090", ["dram_bytes_per_s=NaN"], "dram_bytes_per_s"),
         ("rtx4090", ["matmul_flops_per_s.bfloat16=0"], "bfloat16"),
+        ("rtx4090", ["update_params_per_s.lion_fp32=-1"], "update_params_per_s.lion_fp32 is -1"),
         ("rtx4090-2ssd", ["drives.2.read_bytes_per_s=1"], "2 drives"),
         ("rtx4090", ["drives.x.read_bytes_per_s=1"], "1 drives"),
         ("rtx4090-0ssd", ["drives.*.read_bytes_per_s=1"], "0 drives"),

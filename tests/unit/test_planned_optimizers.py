@@ -81,3 +81,15 @@ def test_what_no_optimizer_has_is_refused_with_what_there_is():
         rule_of("adamw", "4bit")
     with pytest.raises(ConfigError, match="adafactor keeps its state in fp32"):
         rule_of("adafactor", "8bit")
+
+
+@pytest.mark.parametrize(("known", "rate"), [({"lion_fp32": 3e7}, 3e7), ({"lion_8bit": 3e7}, 2e8)])
+def test_an_update_takes_what_its_own_rule_takes_on_the_machine(known, rate):
+    """Slow updates of everything in host memory set a step's length; a rule whose rate is not known has AdamW's."""
+    machine = lohan_machine(2, adam_params_per_s=2e8).model_copy(update={"update_params_per_s": known})
+    work = dataclasses.replace(gpt("m", 8, 1024, tokens=16), rule=kernel_rule("lion"))
+    budgets = Budgets(device_memory_nbytes=10**10, host_memory_nbytes=10**11)
+    plan = make_plan(work, machine, budgets, {"update": "backward"}, batch_samples=1)
+    blocks_s = sum(block.trainable_numel for block in work.blocks) / rate
+    assert blocks_s < plan.predicted.step_s < 1.3 * work.numel / rate
+    assert simulate_plan(plan, work, machine).step_s == pytest.approx(plan.predicted.step_s, rel=0.15)

@@ -20,7 +20,7 @@ def rates(**changes) -> Rates:
         bus=BusRates(1.0, 1.0, 1.0, 1.0),
         storage=StorageRates(1.0, 1.0, 1.0, 1.0, 2.0),
         dram_bytes_per_s=1e18,
-        adam_params_per_s=1.0,
+        update_params_per_s=1.0,
         shares_host=False,
     )
     return Rates(**{**values, **changes})
