@@ -85,6 +85,8 @@ class Hardware(BaseModel):
 PROFILE_DIRECTORY = pathlib.Path(__file__).parent / "profiles"
 _NAMED = re.compile(r"^(?P<base>.+?)(?:-(?P<drives>\d+)ssds?)?$")
 _DRIVES_MAX = 64
+_BY_NAME = ("matmul_flops_per_s", "work_flops_per_s", "update_params_per_s")
+"""Fields whose rates have names of their own."""
 
 
 def shipped_profiles() -> list[str]:
@@ -178,6 +180,8 @@ def _set(data: Any, keys: list[str], value: Any, text: str) -> None:
     elif not isinstance(data, dict):
         raise ConfigError(f"override {text!r}: {key!r} is inside a single figure")
     elif rest:
+        if key in _BY_NAME:
+            data.setdefault(key, {})
         if key not in data or data[key] is None:
             raise ConfigError(f"override {text!r}: the profile has no {key!r}")
         if isinstance(data[key], (list, tuple)):
@@ -193,7 +197,7 @@ def _checked(data: dict[str, Any]) -> Hardware:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise ConfigError(f"hardware profile {data.get('name', '')!r}: {problems}") from error
-    for field in ("matmul_flops_per_s", "work_flops_per_s", "update_params_per_s"):
+    for field in _BY_NAME:
         for name, rate in getattr(profile, field).items():
             if not 0 < rate < float("inf"):
                 raise ConfigError(f"hardware profile {profile.name!r}: {field}.{name} is {rate}")

@@ -84,10 +84,17 @@ def test_any_figure_can_be_overridden_and_says_so():
     assert load_hardware("rtx4090-3ssd").drives[0].read_bytes_per_s == 6.5e9
 
 
+BY_NAME = ("matmul_flops_per_s", "work_flops_per_s", "update_params_per_s")
+
+
+@pytest.mark.parametrize("field", BY_NAME)
+def test_a_rate_with_a_name_can_be_added(field):
+    assert getattr(load_hardware("h100", [f"{field}.some=3e9"]), field)["some"] == 3e9
+
+
 @pytest.mark.parametrize("field", [f for f in Hardware.model_fields if f.endswith(("_s", "_nbytes"))])
 def test_every_number_of_a_profile_has_its_override(field):
-    by_name = ("matmul_flops_per_s", "work_flops_per_s", "update_params_per_s")
-    value = {"some": 3.0} if field in by_name else 3
+    value = {"some": 3.0} if field in BY_NAME else 3
     assert getattr(load_hardware("h100", [f"{field}={json.dumps(value)}"]), field) == value
 
 
