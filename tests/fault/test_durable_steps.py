@@ -14,6 +14,7 @@ import offload
 from offload._C import Engine
 from offload.errors import CheckpointError, ConfigError, CorruptError, OffloadError, StoreError, UsageError
 from offload.runtime.commits import StepCommits
+from offload.stores.sides import Sides
 from offload.tiers import storage
 from tests.child import end, start
 from tests.fault.test_checkpoint import assert_same_state
@@ -380,6 +381,49 @@ def test_no_committed_byte_changes_before_the_next_record_is_on_the_drives(tmp_p
                 assert during[begin : begin + nbytes] == before[begin : begin + nbytes], (block.name, side)
     go_on.set()
     stepping.join()
+    run.model.offload.close(remove=True)
+
+
+def test_a_commit_is_flushed_before_its_record_and_after_it(tmp_path, monkeypatch):
+    """Data, flush, record, flush; only then is the step the one that counts."""
+    run = durable(tmp_path / "d")
+    run.step()
+    commits = run.model.offload.commits
+    commits.wait()
+    done, flush, make_current = [], StepCommits._sync, Sides.commit
+
+    class Noted:
+        """The engine, whose writes of records are noted once they have completed."""
+
+        def __init__(self, engine):
+            self.engine = engine
+
+        def __getattr__(self, name):
+            return getattr(self.engine, name)
+
+        def write(self, address, nbytes, offset, **more):
+            ticket = self.engine.write(address, nbytes, offset, **more)
+            if offset in commits._slots:
+                ticket.wait()
+                done.append("record")
+            return ticket
+
+    def flushed(self):
+        flush(self)
+        done.append("flush")
+
+    def current(self, *committed):
+        make_current(self, *committed)
+        done.append("current")
+
+    monkeypatch.setattr(StepCommits, "_sync", flushed)
+    monkeypatch.setattr(Sides, "commit", current)
+    monkeypatch.setattr(commits._store, "engine", Noted(commits._store.engine))
+    run.step()
+    commits.wait()
+    n_sides = sum(block.sides is not None for block in commits._blocks)
+    assert done == ["flush", "record", "flush", *["current"] * n_sides]
+    monkeypatch.undo()
     run.model.offload.close(remove=True)
 
 
