@@ -1,5 +1,6 @@
 """Small random models of the shapes people train, and loops over them; nothing is downloaded."""
 
+import contextlib
 import functools
 
 import pytest
@@ -160,9 +161,16 @@ def traced_once(monkeypatch):
     monkeypatch.setattr(planning, "profile_model", profile)
 
 
-@pytest.fixture(autouse=True)
-def _deterministic():
+@contextlib.contextmanager
+def one_thread():
+    """Sums are made in one order. Fixtures of a module, which run before those of a test, need to say so."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    with one_thread():
+        yield

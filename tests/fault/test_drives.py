@@ -7,7 +7,6 @@ import errno
 import glob
 import os
 import shutil
-import subprocess
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ import offload
 from offload.errors import StoreError
 from offload.tiers import storage
 from offload.tiers.host import HostArena
+from tests.fault import disks
 from tests.fault.training import GIVEN_UP, make_run, steps
 from tests.unit.test_store import files_in, make_store
 
@@ -28,21 +28,8 @@ MIB = 1 << 20
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 8 MiB of its own."""
-    yield from mounted(tmp_path, "8m")
-
-
-def mounted(tmp_path, size):
-    place = tmp_path / "disk"
-    place.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(place)], capture_output=True, text=True
-    )
-    if done.returncode != 0:
-        pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
-    try:
+    with disks.in_memory(tmp_path / "disk", 8 * MIB) as place:
         yield place
-    finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(small_disk):
@@ -102,20 +89,9 @@ def test_a_disk_that_fills_in_the_middle_of_a_write_is_named(small_disk, monkeyp
 @pytest.fixture
 def breakable_drive(tmp_path):
     """A real file system on a loop device; `cut` takes the medium away under it."""
-    image, place = tmp_path / "image", tmp_path / "drive"
-    image.touch()
-    place.mkdir()
-    os.truncate(image, 64 * MIB)
-    for command in (["mkfs.ext4", "-q", "-F", str(image)], ["mount", "-o", "loop", str(image), str(place)]):
-        if shutil.which(command[0]) is None:
-            pytest.skip(f"{command[0]} is not installed")
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
-    try:
+    image = tmp_path / "image"
+    with disks.on_a_file(tmp_path / "drive", "ext4", image, 64 * MIB) as place:
         yield place, lambda: os.truncate(image, 0)
-    finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 @pytest.mark.parametrize("backend", ["uring", "posix"])

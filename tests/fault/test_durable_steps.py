@@ -147,22 +147,27 @@ def test_a_first_step_that_is_discarded_leaves_the_initial_state(tmp_path):
     run.model.offload.close(remove=True)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_every_failing_transfer_leaves_the_last_committed_step(tmp_path, ideal, monkeypatch, mode):
-    """For every n of a two-step run: the n-th transfer fails; the store opens and goes on with the right numbers."""
-    losses, _ = ideal
+def transfers_of_two_steps(place, monkeypatch, mode):
+    """How many there are, and the settings with which a further run makes the same ones."""
     with monkeypatch.context() as patch:
         engines = inject(patch, {})
-        run = durable(tmp_path / "count", **MODES[mode])
+        run = durable(place, **MODES[mode])
         budgets = {n: getattr(run.model.offload.config, n) for n in ("device_memory", "host_memory")}
         run.steps(2)
         run.model.offload.close(remove=True)
         counted = engines[0].counters()
-    n_transfers = counted["read_ops"] + counted["write_ops"]
+    return counted["read_ops"] + counted["write_ops"], {**MODES[mode], **budgets}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_failing_transfer_leaves_the_last_committed_step(tmp_path, ideal, monkeypatch, mode):
+    """For every n of a two-step run: the n-th transfer fails; the store opens and goes on with the right numbers."""
+    losses, _ = ideal
+    n_transfers, settings = transfers_of_two_steps(tmp_path / "count", monkeypatch, mode)
     assert n_transfers > 20
     every = max(1, n_transfers // 40)  # the slow campaign goes through all of them
     for nth in range(1 + sum(map(ord, mode)) % every, n_transfers + 1, every):
-        fail_nth(tmp_path / f"n{nth}", monkeypatch, nth, {**MODES[mode], **budgets}, losses)
+        fail_nth(tmp_path / f"n{nth}", monkeypatch, nth, settings, losses)
 
 
 @pytest.mark.slow
@@ -170,15 +175,9 @@ def test_every_failing_transfer_leaves_the_last_committed_step(tmp_path, ideal, 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_single_failing_transfer_leaves_the_last_committed_step(tmp_path, ideal, monkeypatch, mode):
     losses, _ = ideal
-    with monkeypatch.context() as patch:
-        engines = inject(patch, {})
-        run = durable(tmp_path / "count", **MODES[mode])
-        budgets = {n: getattr(run.model.offload.config, n) for n in ("device_memory", "host_memory")}
-        run.steps(2)
-        run.model.offload.close(remove=True)
-        counted = engines[0].counters()
-    for nth in range(1, counted["read_ops"] + counted["write_ops"] + 1):
-        fail_nth(tmp_path / f"n{nth}", monkeypatch, nth, {**MODES[mode], **budgets}, losses)
+    n_transfers, settings = transfers_of_two_steps(tmp_path / "count", monkeypatch, mode)
+    for nth in range(1, n_transfers + 1):
+        fail_nth(tmp_path / f"n{nth}", monkeypatch, nth, settings, losses)
 
 
 def fail_nth(place, monkeypatch, nth, settings, losses):

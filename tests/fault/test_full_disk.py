@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
-import subprocess
 
 import pytest
 
 from offload.errors import CheckpointError, OffloadError
+from tests.fault import disks
 from tests.fault.test_checkpoint import assert_same_state
 from tests.fault.trajectory import Run
 
@@ -23,23 +22,14 @@ N_STEPS = 6
 @pytest.fixture(params=["tmpfs", "ext4"])
 def disk(tmp_path, request):
     """A file system of 24 MiB, of its own."""
-    place, image = tmp_path / "disk", tmp_path / "image"
-    place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(place)]
-    if request.param == "ext4":
-        if shutil.which("mkfs.ext4") is None:
-            pytest.skip("needs mkfs.ext4")
-        with open(image, "wb") as file:
-            file.truncate(24 * MIB)
-        subprocess.run(["mkfs.ext4", "-q", "-O", "^has_journal", "-m", "0", str(image)], check=True)
-        command = ["mount", "-o", "loop", str(image), str(place)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
-    try:
+    place = tmp_path / "disk"
+    if request.param == "tmpfs":
+        made = disks.in_memory(place, 24 * MIB)
+    else:
+        options = ("-O", "^has_journal", "-m", "0")
+        made = disks.on_a_file(place, "ext4", tmp_path / "image", 24 * MIB, *options)
+    with made:
         yield place
-    finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 def durable(place):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
-import subprocess
 import threading
 import time
 
@@ -15,6 +13,7 @@ import offload
 from offload.checkpoint.copying import StreamingCopy
 from offload.errors import StoreError
 from tests.child import end, start
+from tests.fault import disks
 from tests.fault.test_checkpoint import assert_same_state
 from tests.fault.trajectory import Run
 
@@ -170,21 +169,8 @@ def test_a_kill_while_a_save_goes_on_beside_training_leaves_the_checkpoint_befor
 @pytest.fixture(params=["btrfs", "xfs"])
 def sharing_disk(tmp_path, request):
     """A file system that can share extents, on a file of its own."""
-    program = shutil.which(f"mkfs.{request.param}")
-    if program is None or os.geteuid() != 0:
-        pytest.skip(f"needs root and mkfs.{request.param}")
-    image, place = tmp_path / "image", tmp_path / "disk"
-    with open(image, "wb") as file:
-        file.truncate(400 << 20)
-    place.mkdir()
-    made = subprocess.run([program, "-q", str(image)], capture_output=True, text=True)
-    mounted = subprocess.run(["mount", "-o", "loop", str(image), str(place)], capture_output=True, text=True)
-    if made.returncode or mounted.returncode:
-        pytest.skip(f"cannot be mounted here: {made.stderr}{mounted.stderr}")
-    try:
+    with disks.on_a_file(tmp_path / "disk", request.param, tmp_path / "image", 400 << 20) as place:
         yield place
-    finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
 @pytest.mark.slow

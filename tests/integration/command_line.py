@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from offload.cli import main
+from tests.child import start
+from tests.conftest import build
 
 TEXT = "to be or not to be that is the question\n" * 60
 
@@ -21,6 +23,14 @@ def make_tokenizer():
     )
 
 
+def make_workplace(place, layers=3):
+    """A model directory with its tokenizer, and a text."""
+    build("llama", layers=layers).save_pretrained(place / "model")
+    make_tokenizer().save_pretrained(place / "model")
+    (place / "text.txt").write_text(TEXT)
+    return place
+
+
 def finetune(place, *more):
     arguments = [
         "finetune", "--model", f"{place}/model", "--data", f"{place}/text.txt", "--storage", f"{place}/store",
@@ -30,3 +40,20 @@ def finetune(place, *more):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
     return stopped.value.code or 0
+
+
+MAIN = """
+import sys, torch
+torch.set_num_threads(1)
+from offload.cli import main
+main(sys.argv[1:])
+"""
+
+
+def start_finetune(place, *more, script=MAIN):
+    """The same in a process of its own, with memory enough, which prints JSON and can be signalled and killed."""
+    return start(
+        script, "finetune", "--model", place / "model", "--data", place / "text.txt", "--host-memory", "100MB",
+        "--device-memory", "100MB", "--step-aside", "never", "--batch-size", 2, "--sequence-length", 16, "--json",
+        *more,
+    )  # fmt: skip

@@ -1,16 +1,26 @@
-"""What tests of the command line start from."""
+"""What tests of the command line start from, and NaN in what recomputation skips."""
 
 import pytest
 
-from tests.conftest import build
-from tests.integration.command_line import TEXT, make_tokenizer
+from offload.runtime import recompute
+from tests.integration.command_line import make_workplace
 
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
     """A model directory and a text; no profile of this machine."""
     monkeypatch.setenv("OFFLOAD_PROFILE", str(tmp_path / "profile.json"))
-    build("llama", layers=3).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(TEXT)
-    return tmp_path
+    return make_workplace(tmp_path)
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """What recomputation skips gives NaN, so that a wrong reader is seen."""
+    make = recompute.unread
+    monkeypatch.setattr(
+        recompute,
+        "unread",
+        lambda shape, stride, dtype, device: make(shape, stride, dtype, device).fill_(
+            float("nan") if dtype.is_floating_point else 77
+        ),
+    )

@@ -10,8 +10,8 @@ import signal
 import pytest
 
 from offload.cli import main
-from tests.child import end, start
-from tests.integration.command_line import TEXT, finetune, make_tokenizer
+from tests.child import end
+from tests.integration.command_line import finetune, make_workplace, start_finetune
 
 transformers = pytest.importorskip("transformers")
 
@@ -79,18 +79,9 @@ def test_inspect_describes_and_verifies(workplace, capsys):
 @pytest.mark.fault
 @pytest.mark.timeout(200)
 def test_sigterm_finishes_the_step_saves_it_and_the_next_run_goes_on(tmp_path):
-    from tests.conftest import build
-
-    build("llama", layers=2).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(TEXT)
-    command = "import sys, torch; torch.set_num_threads(1); from offload.cli import main; main(sys.argv[1:])"
-    arguments = [
-        "finetune", "--model", tmp_path / "model", "--data", tmp_path / "text.txt", "--storage", tmp_path / "store",
-        "--host-memory", "100MB", "--device-memory", "100MB", "--step-aside", "never", "--batch-size", 2,
-        "--sequence-length", 16, "--json", "--checkpoints", tmp_path / "saved",
-    ]  # fmt: skip
-    child = start(command, *arguments, "--steps", 100_000)
+    make_workplace(tmp_path, layers=2)
+    arguments = ["--storage", tmp_path / "store", "--checkpoints", tmp_path / "saved"]
+    child = start_finetune(tmp_path, *arguments, "--steps", 100_000)
     seen = [json.loads(child.stdout.readline()) for _ in range(3)]
     child.send_signal(signal.SIGTERM)
     status, out, err = end(child, 60)
@@ -101,7 +92,7 @@ def test_sigterm_finishes_the_step_saves_it_and_the_next_run_goes_on(tmp_path):
     last = max(losses)
     assert f"step {last} is saved in {tmp_path}/saved" in err
     assert os.listdir(tmp_path / "store") == []
-    child = start(command, *arguments, "--steps", last + 1, "--resume", tmp_path / "saved")
+    child = start_finetune(tmp_path, *arguments, "--steps", last + 1, "--resume", tmp_path / "saved")
     status, out, err = end(child, 60)
     assert status == 0, err
     assert [json.loads(line).get("step") for line in out.splitlines()] == [last + 1, None]
@@ -112,21 +103,11 @@ def test_sigterm_finishes_the_step_saves_it_and_the_next_run_goes_on(tmp_path):
 @pytest.mark.timeout(200)
 def test_a_killed_run_with_durable_steps_goes_on_from_its_store(tmp_path):
     """SIGKILL, then SIGTERM, then to the end: the losses are those of a run that was left alone."""
-    from tests.conftest import build
-
-    build("llama", layers=2).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(TEXT)
-    command = "import sys, torch; torch.set_num_threads(1); from offload.cli import main; main(sys.argv[1:])"
-    arguments = [
-        "finetune", "--model", tmp_path / "model", "--data", tmp_path / "text.txt", "--host-memory", "100MB",
-        "--device-memory", "100MB", "--step-aside", "never", "--batch-size", 2, "--sequence-length", 16, "--json",
-        "--steps", 400,
-    ]  # fmt: skip
+    make_workplace(tmp_path, layers=2)
     durable = ["--storage", tmp_path / "store", "--durability", "step"]
     losses = {}
     for number, resumed in ((signal.SIGKILL, []), (signal.SIGTERM, ["--resume", tmp_path / "store"])):
-        child = start(command, *arguments, *durable, *resumed)
+        child = start_finetune(tmp_path, "--steps", 400, *durable, *resumed)
         seen = [child.stdout.readline() for _ in range(4)]
         assert all(seen), end(child)
         child.send_signal(number)
@@ -137,14 +118,14 @@ def test_a_killed_run_with_durable_steps_goes_on_from_its_store(tmp_path):
                 assert losses.setdefault(line["step"], line["loss"]) == line["loss"]
     assert f"--resume {tmp_path}/store" in err
     last = str(max(losses) + 2)
-    child = start(command, *arguments, *durable, "--resume", tmp_path / "store", "--steps", last)
+    child = start_finetune(tmp_path, *durable, "--resume", tmp_path / "store", "--steps", last)
     status, out, err = end(child, 60)
     assert status == 0, err
     for line in map(json.loads, out.splitlines()):
         if "step" in line:
             assert losses.setdefault(line["step"], line["loss"]) == line["loss"]
     assert os.listdir(tmp_path / "store") == []
-    child = start(command, *arguments, "--storage", tmp_path / "other", "--steps", last)
+    child = start_finetune(tmp_path, "--storage", tmp_path / "other", "--steps", last)
     status, out, err = end(child, 60)
     assert status == 0, err
     expected = {line["step"]: line["loss"] for line in map(json.loads, out.splitlines()) if "step" in line}

@@ -12,9 +12,9 @@ import pytest
 from offload.checkpoint import directory
 from offload.checkpoint.copying import StreamingCopy
 from offload.cli.output import JsonOutput
-from tests.child import end, start
+from tests.child import end
 from tests.fault.test_checkpoint import assert_same_state
-from tests.integration.command_line import TEXT, finetune, make_tokenizer
+from tests.integration.command_line import finetune, make_workplace, start_finetune
 from tests.integration.test_cli_checkpoints import lines_of
 
 transformers = pytest.importorskip("transformers")
@@ -257,16 +257,7 @@ def test_with_saves_beside_the_steps_no_write_budget_is_exceeded(workplace, caps
         assert losses | lines_of(capsys)[0] == expected
 
 
-@pytest.mark.slow
-@pytest.mark.fault
-@pytest.mark.timeout(200)
-def test_a_kill_while_a_periodic_checkpoint_is_written_leaves_those_before(tmp_path):
-    from tests.conftest import build
-
-    build("llama", layers=2).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text(TEXT)
-    command = """
+SLOW_FOURTH_SAVE = """
 import sys, threading, time, torch
 torch.set_num_threads(1)
 from offload.checkpoint import directory
@@ -280,12 +271,15 @@ def commits(self):
 directory.NewCheckpoint.commit = commits
 main(sys.argv[1:])
 """
-    arguments = [
-        "finetune", "--model", tmp_path / "model", "--data", tmp_path / "text.txt", "--storage", tmp_path / "store",
-        "--host-memory", "100MB", "--device-memory", "100MB", "--step-aside", "never", "--batch-size", 2,
-        "--sequence-length", 16, "--json", "--checkpoints", tmp_path / "saved", "--save-every", 2,
-    ]  # fmt: skip
-    child = start(command, *arguments, "--steps", 100_000)
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+@pytest.mark.timeout(200)
+def test_a_kill_while_a_periodic_checkpoint_is_written_leaves_those_before(tmp_path):
+    make_workplace(tmp_path, layers=2)
+    arguments = ["--storage", tmp_path / "store", "--checkpoints", tmp_path / "saved", "--save-every", 2]
+    child = start_finetune(tmp_path, *arguments, "--steps", 100_000, script=SLOW_FOURTH_SAVE)
     losses = {}
     for line in child.stdout:
         if line == "step 4 is being saved\n":
@@ -296,7 +290,7 @@ main(sys.argv[1:])
     assert [name for name in sorted(os.listdir(tmp_path / "saved")) if name.startswith("step-")] == [
         "step-000000002"
     ]
-    child = start(command, *arguments, "--steps", 3, "--resume", tmp_path / "saved")
+    child = start_finetune(tmp_path, *arguments, "--steps", 3, "--resume", tmp_path / "saved")
     status, out, err = end(child, 60)
     assert status == 0, err
     resumed = {line["step"]: line["loss"] for line in map(json.loads, out.splitlines()) if "step" in line}

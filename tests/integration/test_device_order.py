@@ -22,6 +22,7 @@ from offload.tiers.device import CudaDevice
 from offload.transfer.copies import Copies
 from tests.cuda import deterministic_cuda, sleepy_copies
 from tests.device_order import OrderedDevice, follow_writes_of_activations, watching
+from tests.integration.stack import UpDown, parameters_of, take_steps
 
 DEVICES = ["ordered", pytest.param("cuda", marks=pytest.mark.gpu)]
 WIDTH, ROWS = 64, 64
@@ -29,18 +30,13 @@ BLOCK_CYCLES = 4_000_000
 """A device sleep of about 2 ms in each block."""
 
 
-class Block(nn.Module):
+class Block(UpDown):
     """On a CUDA device it computes late, so that what does not wait for it comes too early."""
-
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Linear(WIDTH, 2 * WIDTH)
-        self.down = nn.Linear(2 * WIDTH, WIDTH)
 
     def forward(self, x):
         if x.is_cuda:
             torch.cuda._sleep(BLOCK_CYCLES)
-        return x + self.down(torch.tanh(self.up(x)))
+        return super().forward(x)
 
 
 def train(device, directory, n_steps=3, **settings):
@@ -51,7 +47,7 @@ def train(device, directory, n_steps=3, **settings):
         "host_memory": 8 * chunk * 14 + ACTIVATION_STAGING_NBYTES_MIN + 1_200_000, **settings,
     }  # fmt: skip
     torch.manual_seed(0)
-    model = nn.Sequential(*[Block() for _ in range(5)])
+    model = nn.Sequential(*[Block(WIDTH) for _ in range(5)])
     model, optimizer = offload.wrap(
         model, torch.optim.AdamW(model.parameters(), lr=1e-2), step_aside="never", chunk_elements=chunk,
         chunk_buffers=2, update_threads=2, device="cuda" if device == "cuda" else "emulated", **settings,
@@ -59,11 +55,8 @@ def train(device, directory, n_steps=3, **settings):
     try:
         x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1)).to(model.offload.device)
         with watching() if device == "ordered" else contextlib.nullcontext() as conflicts:
-            for _ in range(n_steps):
-                model(x).square().mean().backward()
-                optimizer.step()
-                optimizer.zero_grad()
-        return {n: t.cpu().clone() for block in model.offload.iter_blocks() for n, t in block}, conflicts
+            take_steps(model, optimizer, x, n_steps)
+        return parameters_of(model), conflicts
     finally:
         model.offload.close()
 
@@ -187,7 +180,7 @@ def test_without_one_hand_over_there_is_a_race(tmp_path, device, deleted):
 def forwards_without_backward(device):
     """What comes out after graphs were dropped, and conflicts found by the ordered device."""
     torch.manual_seed(0)
-    model = nn.Sequential(*[Block() for _ in range(5)])
+    model = nn.Sequential(*[Block(WIDTH) for _ in range(5)])
     model, _ = offload.wrap(
         model, torch.optim.AdamW(model.parameters()), step_aside="never", storage=[], device_memory="4MB",
         device="cuda" if device == "cuda" else "emulated", activations="host", host_memory="200MB",

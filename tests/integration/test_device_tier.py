@@ -26,8 +26,9 @@ from offload.tiers.device import PAST
 from offload.tiers.emulated_device import EmulatedDevice
 from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Ticket
-from tests.conftest import batches, build, two_groups
+from tests.conftest import batches, build, one_thread, two_groups
 from tests.cuda import deterministic_cuda, sleepy_copies
+from tests.integration.stack import differs, train_stack
 from tests.integration.test_exactness import CHUNK, assert_same_bits, stored, train, train_in_memory
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -198,30 +199,8 @@ def test_a_steady_step_on_a_gpu_asks_the_driver_for_nothing_and_its_launching_th
 WIDTH = 128
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Linear(WIDTH, 2 * WIDTH)
-        self.down = nn.Linear(2 * WIDTH, WIDTH)
-
-    def forward(self, x):
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-def train_blocks(settings, n_steps=3):
-    """Parameters by name."""
-    torch.manual_seed(0)
-    model = nn.Sequential(*[Block() for _ in range(5)])
-    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **settings)
-    try:
-        x = torch.randn(64, WIDTH).to(model.offload.device)
-        for _ in range(n_steps):
-            model(x).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return {n: t.cpu().clone() for block in model.offload.iter_blocks() for n, t in block}
-    finally:
-        model.offload.close()
+def train_blocks(settings):
+    return train_stack(WIDTH, 64, settings)
 
 
 def slow_bus(directory, **more):
@@ -235,25 +214,22 @@ def slow_bus(directory, **more):
 
 @pytest.fixture(scope="module")
 def expected_blocks():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    result = train_blocks(
-        {
-            "step_aside": "never",
-            "device_memory": "1GB",
-            "host_memory": "1GB",
-            "storage": [],
-            "chunk_elements": 4096,
-        }
-    )
-    torch.set_num_threads(threads)
-    return result
+    with one_thread():
+        return train_blocks(
+            {
+                "step_aside": "never",
+                "device_memory": "1GB",
+                "host_memory": "1GB",
+                "storage": [],
+                "chunk_elements": 4096,
+            }
+        )
 
 
 @pytest.mark.parametrize("more", [{}, {"update": "deferred"}, {"activations": "storage"}], ids=str)
 def test_with_every_wait_in_place_the_slow_bus_gives_the_same_bits(tmp_path, expected_blocks, more):
     got = train_blocks(slow_bus(tmp_path, **more))
-    assert all(torch.equal(got[name], expected_blocks[name]) for name in expected_blocks)
+    assert not differs(got, expected_blocks)
 
 
 def compute_before_the_parameters_have_arrived(monkeypatch):
@@ -304,7 +280,7 @@ def fill_the_gradient_buffer_before_it_has_been_copied_out(monkeypatch):
 def test_without_one_wait_the_numbers_change(tmp_path, expected_blocks, monkeypatch, without):
     without(monkeypatch)
     got = train_blocks(slow_bus(tmp_path))
-    assert any(not torch.equal(got[name], expected_blocks[name]) for name in expected_blocks)
+    assert differs(got, expected_blocks)
 
 
 @pytest.mark.gpu
@@ -333,8 +309,7 @@ def test_with_late_copies_on_a_gpu_the_numbers_change_exactly_where_a_wait_is_mi
         got = train_blocks(settings)
     finally:
         torch.use_deterministic_algorithms(False)
-    same = all(torch.equal(got[name], expected[name]) for name in expected)
-    assert same == (without is None)
+    assert differs(got, expected) == (without is not None)
 
 
 def test_backward_with_an_activation_that_has_not_arrived_shows(tmp_path, expected_blocks, monkeypatch):
@@ -352,7 +327,7 @@ def test_backward_with_an_activation_that_has_not_arrived_shows(tmp_path, expect
     except RuntimeError as error:
         assert "modified by an inplace operation" in str(error)
     else:
-        assert any(not torch.equal(got[name], expected_blocks[name]) for name in expected_blocks)
+        assert differs(got, expected_blocks)
 
 
 class SleepyBlock(nn.Module):
@@ -439,14 +414,11 @@ def test_what_does_not_fit_in_half_of_the_device_is_streamed(tmp_path):
 
 @pytest.fixture(scope="module")
 def expected_by_update():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    result = {
-        update: train("llama", {**reference("emulated"), "update": update}, n_steps=3, layers=6)
-        for update in ("backward", "deferred")
-    }
-    torch.set_num_threads(threads)
-    return result
+    with one_thread():
+        return {
+            update: train("llama", {**reference("emulated"), "update": update}, n_steps=3, layers=6)
+            for update in ("backward", "deferred")
+        }
 
 
 @examples(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))

@@ -15,20 +15,12 @@ from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from offload.runtime.gradients import Gradients
 from offload.runtime.scheduler import Scheduler
 from offload.types import BlockState
+from tests.conftest import one_thread
+from tests.integration.stack import differs, train_stack
 
 CHUNK = 4096
 STAGING = 2 * CHUNK * 14 + ACTIVATION_STAGING_NBYTES_MIN
 WIDTH = 256
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Linear(WIDTH, 2 * WIDTH)
-        self.down = nn.Linear(2 * WIDTH, WIDTH)
-
-    def forward(self, x):
-        return x + self.down(torch.tanh(self.up(x)))
 
 
 def slow_store(directory, **more):
@@ -46,32 +38,14 @@ def slow_store(directory, **more):
     }
 
 
-def train(settings, n_steps=3):
-    torch.manual_seed(0)
-    model = nn.Sequential(*[Block() for _ in range(5)])
-    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **settings)
-    try:
-        x = torch.randn(4, WIDTH)
-        for _ in range(n_steps):
-            model(x).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return {n: t.clone() for block in model.offload.iter_blocks() for n, t in block}
-    finally:
-        model.offload.close()
-
-
-def differs(got, expected):
-    return any(not torch.equal(got[name], expected[name]) for name in expected)
+def train(settings):
+    return train_stack(WIDTH, 4, settings)
 
 
 @pytest.fixture(scope="module")
 def expected():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    result = train({"device_memory": "1GB", "host_memory": "1GB", "storage": [], "chunk_elements": CHUNK})
-    torch.set_num_threads(threads)
-    return result
+    with one_thread():
+        return train({"device_memory": "1GB", "host_memory": "1GB", "storage": [], "chunk_elements": CHUNK})
 
 
 @pytest.mark.parametrize("update", ["backward", "deferred"])

@@ -15,13 +15,13 @@ from torch import nn
 
 import offload
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
-from offload.runtime import recompute
 from offload.runtime.engine import OffloadEngine
 from offload.stores.activations import ActivationStore
 from offload.tiers.emulated_device import EmulatedDevice
 from offload.tiers.host import Lease
 from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Ticket
+from tests.conftest import one_thread
 from tests.integration.test_exactness import (
     CHUNK,
     IN_MEMORY,
@@ -31,23 +31,12 @@ from tests.integration.test_exactness import (
     train_in_memory,
 )
 
+pytestmark = pytest.mark.usefixtures("poison")
+
 WIDTH, ROWS, BLOCKS = 64, 256, 4
 SAVED_NBYTES = 4 * ROWS * 4 * WIDTH
 SLOW_BUS = 2e7
 """A saved tensor takes 13 ms, several times its block's computing."""
-
-
-@pytest.fixture(autouse=True)
-def _poison(monkeypatch):
-    """What is skipped gives NaN, so that a wrong reader is seen."""
-    make = recompute.unread
-    monkeypatch.setattr(
-        recompute,
-        "unread",
-        lambda shape, stride, dtype, device: make(shape, stride, dtype, device).fill_(
-            float("nan") if dtype.is_floating_point else 77
-        ),
-    )
 
 
 # ---- any policy ----------------------------------------------------------------------------------------------
@@ -135,11 +124,8 @@ def slow(tier, **more):
 
 @pytest.fixture(scope="module")
 def kept_blocks(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    kept = train_blocks(tmp_path_factory.mktemp("kept"), device="emulated", activations="keep")
-    torch.set_num_threads(threads)
-    return kept
+    with one_thread():
+        return train_blocks(tmp_path_factory.mktemp("kept"), device="emulated", activations="keep")
 
 
 def differs(got, expected):
