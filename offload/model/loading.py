@@ -141,13 +141,6 @@ def _safetensors_paths(directory: str) -> list[str]:
     return [os.path.join(directory, name) for name in names]
 
 
-def iter_safetensors(directory: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of a model directory, in the order of the bytes; one tensor is in memory at a time."""
-    files = TensorFiles(directory)
-    for name in sorted(files.entries, key=lambda n: (files.entries[n].path, files.entries[n].offset)):
-        yield name, files.read(name)
-
-
 class StoredParameter(nn.Parameter):
     """A parameter that is still in its file. Takes no memory; becomes an ordinary Parameter when its data is set."""
 

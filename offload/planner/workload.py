@@ -5,7 +5,7 @@ All per-sample quantities are for one sequence of `tokens_per_sample` tokens; th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from offload.update_rules import ADAMW, UpdateRule
 
@@ -78,8 +78,6 @@ class Workload:
     logits_nbytes_per_sample: int
     root_saved: tuple[SavedTensor, ...] = ()
     """What backward needs of embedding, final norm, head and loss as the model computes them (logits not chunked)."""
-    root_forward_flops_per_sample: dict[str, float] = field(default_factory=dict)
-    """`root_flops_per_sample` by kind of operation."""
     root_working: tuple[tuple[int, int], ...] = ()
     """As `BlockWork.working`, for the root's forward and backward with the loss."""
     root_padding_numel: int = 0

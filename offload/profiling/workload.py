@@ -141,7 +141,6 @@ def trace_workload(
         root_flops_per_sample=sum(root_flops.values()),
         logits_nbytes_per_sample=max(0, largest[1] - largest[0]),
         root_saved=root_saved,
-        root_forward_flops_per_sample=root_flops,
         root_working=working.get(ROOT, ()),
         root_padding_numel=_padding_numel(pieces.root),
         root_held=working.get(HELD, ()),

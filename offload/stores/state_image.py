@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -34,13 +33,6 @@ class Chunk:
     index: int
     start: int
     n: int
-
-
-class OwnRecords(Protocol):
-    """Optimizer state that is kept in another form than chunk records."""
-
-    def chunk_of(self, position: int, start: int, n: int) -> tuple[torch.Tensor, torch.Tensor]: ...
-    def set_chunk(self, position: int, start: int, param: torch.Tensor, record: torch.Tensor) -> None: ...
 
 
 def chunks_of(buffer: FlatBuffer, chunk_elements: int) -> Iterator[Chunk]:

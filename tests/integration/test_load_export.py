@@ -18,7 +18,6 @@ from offload.model.loading import (
     StoredParameter,
     TensorFiles,
     build_model,
-    iter_safetensors,
     load_gguf,
     read_header,
 )
@@ -42,11 +41,17 @@ def saved(tmp_path, kind="llama", dtype=torch.float32, max_shard_size="5GB", **s
     return model, str(tmp_path / "in")
 
 
+def tensors_of(directory):
+    """All tensors of a model directory, by name."""
+    files = TensorFiles(directory)
+    return {name: files.read(name) for name in files.entries}
+
+
 @pytest.mark.parametrize("max_shard_size", ["5GB", "100KB"])
 def test_a_directory_is_read_tensor_by_tensor(tmp_path, max_shard_size):
     model, directory = saved(tmp_path, max_shard_size=max_shard_size)
     wanted = model.state_dict()
-    got = dict(iter_safetensors(directory))
+    got = tensors_of(directory)
     assert got.keys() == wanted.keys()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
@@ -214,7 +219,7 @@ def test_an_index_cannot_lead_out_of_its_directory(tmp_path):
 
 def test_missing_and_misshapen_tensors_are_refused_by_name(tmp_path):
     _, directory = saved(tmp_path)
-    tensors = dict(iter_safetensors(directory))
+    tensors = tensors_of(directory)
     name = "model.layers.1.mlp.up_proj.weight"
     save_file({**tensors, name: tensors[name][:3].contiguous()}, tmp_path / "in" / "model.safetensors")
     with pytest.raises(ConfigError, match=name):

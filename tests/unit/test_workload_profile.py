@@ -88,7 +88,7 @@ def test_in_bf16_only_the_statistics_of_layer_norms_differ(kind):
     """They are fp32 without data, as on a GPU, and bf16 on the CPU."""
     model = MODELS[kind]().to(torch.bfloat16)
     meta, real = profile_model(model, TOKENS), trace_workload(model, TOKENS)
-    assert meta.root_forward_flops_per_sample == real.root_forward_flops_per_sample
+    assert meta.root_flops_per_sample == real.root_flops_per_sample
     for ours, theirs in zip(meta.blocks, real.blocks, strict=True):
         assert ours.forward_flops_per_sample == theirs.forward_flops_per_sample
         assert ours.input_nbytes_per_sample == theirs.input_nbytes_per_sample
