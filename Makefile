@@ -80,7 +80,7 @@ demo: $(VENV)/.stamp-demo
 	@$(BIN)/python examples/demo_smollm2.py $(ARGS)
 
 test: $(VENV)/.stamp-package
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -o timeout=300 -m "not slow and not long and not gpu" $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -o timeout=300 -m "not slow and not long and not gpu" $(ARGS)
 
 test-slow: $(VENV)/.stamp-demo
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -o timeout=900 -m "slow and not long and not gpu" $(ARGS) || { rc=$$?; [ $$rc = 5 ] && echo "no slow tests" || exit $$rc; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,21 +81,20 @@ def explain(
     """Plan again with one more GB of each memory and one more drive. `fixed` as it was given to `make_plan`."""
     fixed = fixed or {}
 
-    def step_s(machine: Hardware, allowed: Budgets) -> float:
-        chosen = Search(workload, machine, allowed, fixed, plan.batch_samples).best(allowed)
-        return float("inf") if chosen is None else chosen.step_s
+    def search_on(machine: Hardware) -> Search:
+        return Search(workload, machine, budgets, fixed, plan.batch_samples)
 
-    now_s = step_s(hardware, budgets)
-    search = Search(workload, hardware, budgets, fixed, plan.batch_samples)
+    search = search_on(hardware)
+    now = search.best(budgets)
 
-    def gain(allowed: Budgets) -> float:
-        chosen = search.best(allowed)
-        return 0.0 if chosen is None else max(0.0, now_s - chosen.step_s)
+    def gain(allowed: Budgets, on: Search = search) -> float:
+        chosen = on.best(allowed)
+        return 0.0 if chosen is None or now is None else max(0.0, now.step_s - chosen.step_s)
 
     drive_s = None
     if hardware.drives:
         wider = hardware.model_copy(update={"drives": (*hardware.drives, hardware.drives[0])})
-        drive_s = max(0.0, now_s - step_s(wider, budgets))
+        drive_s = gain(budgets, search_on(wider))
     written = plan.predicted.bytes["written"] if plan.predicted else 0.0
     known = [d.endurance_nbytes for d in hardware.drives if d.endurance_nbytes is not None]
     return Explanation(
@@ -147,17 +147,26 @@ def _least_host(search: Search, shape: Shape, staging_nbytes: int) -> int:
 
 
 def _smallest(search: Search, with_value: Callable[[int], Budgets], start: int, stop: int) -> int | None:
-    """Smallest value of one budget, to 1 in 1,000, with which something fits; None if `stop` does not do."""
-    if not search.fits(with_value(stop)):
-        return None
-    low, high = start, stop
-    while high - low > max(1, high // 1000):
-        middle = (low + high) // 2
-        if search.fits(with_value(middle)):
-            high = middle
-        else:
-            low = middle
-    return high
+    """Smallest value of one budget, to 1 in 1,000, with which something fits; None if `stop` does not do.
+
+    Most shapes need more than the best one so far, which one question settles, when they come in no order of need.
+    """
+    found: int | None = None
+    order = list(shapes(search.space))
+    random.Random(0).shuffle(order)
+    for shape in order:
+        high = stop if found is None else found - max(1, found // 1000)
+        if high < start or not search.shape_fits(shape, with_value(high)):
+            continue
+        low = start
+        while high - low > max(1, high // 1000):
+            middle = (low + high) // 2
+            if search.shape_fits(shape, with_value(middle)):
+                high = middle
+            else:
+                low = middle
+        found = high
+    return found
 
 
 def why_not(search: Search, budgets: Budgets) -> str:

@@ -87,9 +87,15 @@ class Search:
             if self.tables.device_nbytes(shape) <= budgets.device_memory_nbytes:
                 yield shape
 
+    def shape_fits(self, shape: Shape, budgets: Budgets) -> bool:
+        """Whether any plan of this shape keeps to these budgets."""
+        if self.tables.device_nbytes(shape) > budgets.device_memory_nbytes:
+            return False
+        return bool(self.tables.needs(shape, budgets).fits.any())
+
     def fits(self, budgets: Budgets) -> bool:
         """Whether any plan keeps to these budgets."""
-        return any(self.tables.needs(shape, budgets).fits.any() for shape in self.shapes_that_fit(budgets))
+        return any(self.shape_fits(shape, budgets) for shape in shapes(self.space))
 
     def best(self, budgets: Budgets) -> Chosen | None:
         """The fastest point that fits, or None."""
