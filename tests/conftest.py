@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 
 import pytest
 import torch
@@ -9,6 +10,12 @@ import torch
 from offload import _C
 from offload.profiling.workload import profile_model
 from offload.runtime import planning
+
+
+def pytest_collection_finish(session):
+    """A collection of garbage in a test does not go through the hundreds of thousands of objects that imports made."""
+    gc.collect()
+    gc.freeze()
 
 
 def llama(layers=4, tie=False, dropout=0.0, hidden=64, vocab=256):
@@ -134,13 +141,14 @@ _TRACED = {}
 
 
 def shape_of(model):
-    """All that a trace without data can see of a model of `transformers`: equal for equally built ones."""
-    config = {k: v for k, v in model.config.to_dict().items() if k != "_name_or_path"}
+    """All that a trace without data can see of a model without settings of its own, or with those of `transformers`."""
+    settings = model.config.to_dict() if hasattr(model, "config") else {}
+    settings.pop("_name_or_path", None)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     first = {id(p): name for name, p in reversed(parameters.items())}
     return (
         repr(model),
-        repr(config),
+        repr(settings),
         tuple((name, first[id(p)], p.shape, p.dtype, p.requires_grad) for name, p in parameters.items()),
     )
 

@@ -176,20 +176,18 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_killed_run_goes_on_from_its_last_committed_step(tmp_path, ideal):
-    """Killed as the fourth step returns, when its record may or may not be on the drives."""
+@pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 4))])
+def test_a_killed_run_goes_on_from_its_last_committed_step(tmp_path, ideal, number):
+    """Killed as the fourth step returns, when its record may or may not be on the drives: so more than once."""
     losses, state = ideal
-    for number in range(4):
-        place = tmp_path / str(number)
-        place.mkdir()
-        status, _, err = child.run(KILLED, place)
-        assert status == -signal.SIGKILL, err
-        run = AdafactorRun(place, durability="step")
-        step = offload.resume(run.model, str(place), state={"data": run.data}).step
-        assert step in (3, 4)
-        assert run.steps(6 - step) == losses[step:]
-        assert_same(run.state(), state)
-        run.model.offload.close(remove=True)
+    status, _, err = child.run(KILLED, tmp_path)
+    assert status == -signal.SIGKILL, err
+    run = AdafactorRun(tmp_path, durability="step")
+    step = offload.resume(run.model, str(tmp_path), state={"data": run.data}).step
+    assert step in (3, 4)
+    assert run.steps(6 - step) == losses[step:]
+    assert_same(run.state(), state)
+    run.model.offload.close(remove=True)
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (300,), (5, 9), (64, 64), (3, 8, 16), (2, 3, 4, 5)])

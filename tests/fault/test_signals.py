@@ -109,8 +109,8 @@ def assert_ended_in_order(child, place, status, out, err):
 @pytest.mark.parametrize(
     ("backend", "signal_number"),
     [
-        ("uring", signal.SIGINT),
         ("posix", signal.SIGTERM),
+        pytest.param("uring", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("uring", signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("uring", signal.SIGHUP, marks=pytest.mark.slow),
         pytest.param("posix", signal.SIGINT, marks=pytest.mark.slow),
@@ -137,7 +137,7 @@ def test_a_signal_while_the_update_pipeline_runs_ends_finetune_in_order(
     ("backend", "more"),
     [
         ("uring", ["--max-grad-norm", "1.0"]),
-        ("posix", []),
+        pytest.param("posix", [], marks=pytest.mark.slow),
         pytest.param("uring", [], marks=pytest.mark.slow),
         pytest.param("posix", ["--max-grad-norm", "1.0"], marks=pytest.mark.slow),
     ],

@@ -64,7 +64,7 @@ class Run:
         )
         settings = {"chunk_elements": 2048, "chunk_buffers": 2, "step_aside": "never", **settings}
         if "device_memory" not in settings:
-            settings.update(smallest(model, optimizer, settings))
+            settings = {**smallest_budgets(model, optimizer, settings), **settings}
         self.model, self.optimizer = offload.wrap(model, optimizer, **settings)
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=2e-2, total_steps=10_000)
         self.data = Data()
@@ -99,16 +99,6 @@ class Run:
     def resume(self, directory):
         """Go on from it."""
         return offload.resume(self.model, str(directory), state=self.tracked)
-
-
-def smallest(model, optimizer, settings):
-    """The smallest budgets that hold it."""
-    try:
-        offload.wrap(model, optimizer, **{**settings, "device_memory": 1, "host_memory": 1})
-    except offload.BudgetError as error:
-        found = smallest_budgets(str(error))
-        return {name: nbytes for name, nbytes in found.items() if name not in settings}
-    raise AssertionError("budgets of one byte were accepted")
 
 
 __all__ = ["WIDTH", "Data", "Noisy", "Run"]

@@ -85,6 +85,7 @@ def workload_of(kind):
 @pytest.mark.parametrize(
     ("kind", "batch", "chosen"), CASES, ids=lambda value: str(value).replace("_host_fraction", "")
 )
+@pytest.mark.usefixtures("traced_once")
 def test_bytes_moved_and_held_are_those_of_the_simulation(tmp_path, kind, batch, chosen):
     build, loss = MODELS[kind]
     workload = workload_of(kind)

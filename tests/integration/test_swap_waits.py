@@ -63,7 +63,7 @@ def test_any_policy_for_each_tensor_has_the_bits_of_a_graph_kept_whole(
     kept_whole = {
         **IN_MEMORY, "activations": "keep", "step_aside": "never", "micro_batches": micro_batches
     }  # fmt: skip
-    expected = train_in_memory(kind, kept_whole, n_steps=3, dropout=0.1)
+    expected = train_in_memory(kind, kept_whole, n_steps=3, layers=3, dropout=0.1)
     settings = stored(
         tmp_path_factory.mktemp("any"), device=device, micro_batches=micro_batches, host_memory=host_memory
     )
@@ -71,7 +71,7 @@ def test_any_policy_for_each_tensor_has_the_bits_of_a_graph_kept_whole(
         settings["bus_bytes_per_s"] = bus_bytes_per_s
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OffloadEngine, "tiers_of_saved", policy)
-        assert_same_bits(train(kind, settings, n_steps=3, dropout=0.1), expected)
+        assert_same_bits(train(kind, settings, n_steps=3, layers=3, dropout=0.1), expected)
 
 
 # ---- every wait is needed ------------------------------------------------------------------------------------

@@ -36,7 +36,15 @@ def test_lohan_moves_16_bytes_and_writes_14_a_parameter() -> None:
     assert step.written_nbytes == pytest.approx(14 * blocks + 12 * root)
 
 
-@pytest.mark.parametrize(("batch", "drives"), [(8, 12), (16, 12), (48, 1), (48, 2)])
+@pytest.mark.parametrize(
+    ("batch", "drives"),
+    [
+        (8, 12),
+        pytest.param(16, 12, marks=pytest.mark.slow),
+        (48, 1),
+        pytest.param(48, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_this_library_is_faster_on_the_same_machine_where_it_is_not_arithmetic_that_limits(
     batch, drives
 ) -> None:

@@ -77,7 +77,7 @@ def test_no_deferred_update_starts_before_the_step_has_closed() -> None:
         (8, 1, 64, {}),
         (16, 2, 64, {}),
         (32, 12, 128, {}),
-        (48, 3, 256, {}),
+        pytest.param(48, 3, 256, {}, marks=pytest.mark.slow),
         (48, 12, 768, {}),
         (64, 12, 256, {"update": "deferred"}),
     ],
