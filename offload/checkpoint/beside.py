@@ -36,10 +36,10 @@ class SaveBeside:
         complete: Callable[[], None],
         abandon: Callable[[], None],
     ) -> None:
-        self._todo: dict[int, deque[Item]] = {block.index: deque() for block in order}
+        self._remaining: dict[int, deque[Item]] = {block.index: deque() for block in order}
         for item in items:
-            self._todo[item.block.index].append(item)
-        self._copied = {index: threading.Event() for index in self._todo}
+            self._remaining[item.block.index].append(item)
+        self._copied = {index: threading.Event() for index in self._remaining}
         self._generations = {b.index: b.sides.generation for b in order if on_sides and b.sides is not None}
         self._wanted: int | None = None
         self._copy, self._complete, self._abandon = copy, complete, abandon
@@ -56,12 +56,12 @@ class SaveBeside:
                 if self._given_up:
                     raise StoreError("a checkpoint was being written when the run was stopped: it is removed")
                 begin_s = time.monotonic()
-                items = self._todo[index]
+                items = self._remaining[index]
                 if items:
                     self._copy.add(items.popleft())
                 if not items:
                     self._copy.finish_reads()
-                    del self._todo[index]
+                    del self._remaining[index]
                     self._copied[index].set()
                 if self._wanted is None:
                     time.sleep(time.monotonic() - begin_s)
@@ -78,7 +78,7 @@ class SaveBeside:
 
     def _next(self) -> int | None:
         wanted = self._wanted
-        return wanted if wanted in self._todo else next(iter(self._todo), None)
+        return wanted if wanted in self._remaining else next(iter(self._remaining), None)
 
     # ---- of training -------------------------------------------------------------------------------------------
 
