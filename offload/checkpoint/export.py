@@ -23,6 +23,7 @@ from offload.model.loading import INDEX_FILE, SINGLE_FILE
 from offload.model.quantized import quantized_weights
 from offload.runtime.engine import OffloadEngine
 from offload.stores.block_store import BlockRecord
+from offload.tiers.durable_files import rename, sync_directory, sync_file
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -116,9 +117,10 @@ class ShardWriter:
         with self._file as file:
             if kind is None:
                 file.flush()
-                os.fsync(file.fileno())
+                sync_file(file.fileno(), self.path)
         if kind is None:
-            os.replace(self.path + ".partial", self.path)
+            rename(self.path + ".partial", self.path)
+            sync_directory(os.path.dirname(self.path))
         else:
             os.unlink(self.path + ".partial")
 

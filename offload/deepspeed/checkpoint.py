@@ -18,7 +18,7 @@ from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.training_state import random_states, set_random_states
 from offload.stores.block_store import BlockRecord
 from offload.stores.state_image import Chunk, chunks_of, fill, state_piece
-from offload.tiers.durable_files import sync_directory
+from offload.tiers.durable_files import rename, sync_directory, write_file
 from offload.tiers.host import HostArena
 from offload.types import PAGE_NBYTES, round_up
 from offload.update_rules import LO_NBYTES
@@ -55,11 +55,8 @@ def write(
     if not save_latest:
         return
     path = os.path.join(directory, LATEST_FILE)
-    with open(path + ".partial", "w", encoding="utf-8") as file:
-        file.write(tag)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".partial", path)
+    write_file(path + ".partial", tag.encode())
+    rename(path + ".partial", path)
     sync_directory(directory)
 
 

@@ -16,6 +16,7 @@ from offload.checkpoint.read import ChunkReader, read_manifest
 from offload.errors import CheckpointError, ConfigError, CorruptError, StoreError, UsageError
 from offload.tiers.encoding import dtype_named
 from tests.child import end, start
+from tests.drive_order import recorded
 from tests.fault.trajectory import Run
 
 pytestmark = pytest.mark.fault
@@ -195,18 +196,7 @@ def test_everything_in_a_checkpoint_is_on_the_drive_before_it_gets_its_name(tmp_
     run = Run(storage=[str(tmp_path / "a")])
     run.steps(1)
     run.save(tmp_path / "saved")
-    done, sync, rename = [], os.fsync, os.rename
-
-    def synced(descriptor):
-        sync(descriptor)
-        done.append(("sync", os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))))
-
-    def renamed(source, target):
-        rename(source, target)
-        done.append(("rename", os.path.basename(source)))
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "rename", renamed)
+    done = recorded(monkeypatch)
     run.save(tmp_path / "saved", wait=wait)
     run.model.offload.wait_saved()
     partial = next(name for what, name in done if what == "rename")

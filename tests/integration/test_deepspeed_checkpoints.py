@@ -9,6 +9,7 @@ import torch
 import offload.deepspeed as deepspeed
 from offload.errors import CheckpointError, UsageError
 from tests.conftest import batches, build
+from tests.drive_order import recorded
 
 PLACES = ("none", "cpu", "nvme")
 
@@ -70,6 +71,17 @@ def test_a_resumed_run_has_the_bits_of_an_uncut_one(tmp_path, precision, saved_i
     assert take_steps(second, 3, skip=3) == expected[3:]
     assert all(torch.equal(tensor, end[name]) for name, tensor in weights(second).items())
     second.destroy()
+
+
+def test_latest_is_on_the_drive_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Power may go at any instant: what `latest` names is complete, and so is `latest`."""
+    engine = start(tmp_path, "nvme")
+    take_steps(engine, 1)
+    done = recorded(monkeypatch)
+    engine.save_checkpoint(tmp_path / "out")
+    assert done[-3:] == [("sync", "latest.partial"), ("rename", "latest.partial"), ("sync", "out")]
+    assert ("sync", "extents.bin") in done[:-3]
+    engine.destroy()
 
 
 def test_loading_goes_back_after_steps_too(tmp_path):

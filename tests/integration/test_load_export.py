@@ -22,6 +22,7 @@ from offload.model.loading import (
     read_header,
 )
 from tests.conftest import batches, build
+from tests.drive_order import recorded
 from tests.families import FAMILIES
 
 transformers = pytest.importorskip("transformers")
@@ -105,6 +106,19 @@ def test_load_then_export_gives_the_same_tensors(tmp_path, kind, storage):
     assert again.dtype == torch.bfloat16
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
+
+
+def test_every_exported_file_is_on_the_drive_before_it_gets_its_name(tmp_path, monkeypatch):
+    """Power may go at any instant: a weight file under its own name is whole."""
+    _, directory = saved(tmp_path, dtype=torch.bfloat16)
+    loaded, _ = load(directory, storage=[], **BUDGET)
+    done = recorded(monkeypatch)
+    files = export(loaded, str(tmp_path / "out"), max_shard_nbytes=100_000)
+    loaded.offload.close()
+    partial = [Path(file).name + ".partial" for file in files]
+    assert len(partial) > 1
+    expected = [[("sync", name), ("rename", name), ("sync", "out")] for name in partial]
+    assert done == [event for events in expected for event in events]
 
 
 def test_training_a_loaded_model_equals_training_a_wrapped_one(tmp_path):
