@@ -12,6 +12,7 @@ from offload.cli.output import Output
 from offload.cli.settings import Settings
 from offload.config import parse_budget
 from offload.errors import StoreError
+from offload.runtime.engine import OffloadEngine
 
 MANIFEST_NBYTES, CHUNK_NBYTES, PARAMETER_NBYTES = 1 << 15, 16, 256
 """Room in a manifest for the training state, a chunk's two checksums and a parameter, as text."""
@@ -33,13 +34,17 @@ class Checkpoints:
         """Bytes that one more checkpoint would write; 0 when none is wanted."""
         if self._settings.checkpoints is None:
             return 0
-        layouts = [block.layout for block in [self._engine.root, *self._engine.blocks]]
-        state_nbytes = sum(layout.slot_nbytes + layout.state_nbytes for layout in layouts)
-        buffers = [buffer for layout in layouts for buffer in layout.buffers]
+        buffers = [b for block in [self._engine.root, *self._engine.blocks] for b in block.layout.buffers]
         n_chunks = sum(-(-b.n_elements // self._engine.config.chunk_elements) for b in buffers)
         n_parameters = sum(len(b.segments) for b in buffers)
         manifest_nbytes = MANIFEST_NBYTES + CHUNK_NBYTES * n_chunks + PARAMETER_NBYTES * n_parameters
-        return max(state_nbytes + manifest_nbytes, self._largest_nbytes)
+        return max(self.state_nbytes + manifest_nbytes, self._largest_nbytes)
+
+    @property
+    def state_nbytes(self) -> int:
+        """Bytes of all parameters and their state: the most that the updates of one step write."""
+        layouts = [block.layout for block in [self._engine.root, *self._engine.blocks]]
+        return sum(layout.slot_nbytes + layout.state_nbytes for layout in layouts)
 
     @property
     def written_nbytes(self) -> int:
@@ -121,19 +126,34 @@ class Checkpoints:
 
 
 class WriteBudget:
-    """Says when to stop: before a step, and what is saved after it, could write more than --write-budget allows."""
+    """Says when to stop: before a step, and what is saved after it, could write more than --write-budget allows.
 
-    def __init__(self, budget: str | None, checkpoints: Checkpoints, written_nbytes: int) -> None:
+    Updates go on when a step has ended, so bytes of it may not be counted yet. As long as two steps of all the state
+    there is fit, that does not matter; closer to the budget, what is to be written is waited for and then counted.
+    """
+
+    def __init__(self, budget: str | None, checkpoints: Checkpoints, engine: OffloadEngine) -> None:
         self._nbytes = None if budget is None else parse_budget(budget, 0)
-        self._checkpoints = checkpoints
-        self._before_nbytes, self._most_nbytes = written_nbytes, 0
+        self._checkpoints, self._engine = checkpoints, engine
+        self._before_nbytes, self._most_nbytes = self._written_nbytes(), 0
 
-    def is_used_up(self, step: int, written_nbytes: int) -> bool:
-        """Whether `step` is to be the last; `written_nbytes` went into the store so far, checkpoints not counted."""
-        self._most_nbytes = max(self._most_nbytes, written_nbytes - self._before_nbytes)
-        self._before_nbytes = written_nbytes
+    def _written_nbytes(self) -> int:
+        """Into the store so far, checkpoints not counted."""
+        return sum(self._engine.written_by_drive().values())
+
+    def is_used_up(self, step: int) -> bool:
+        """Whether `step` is to be the last."""
         if self._nbytes is None:
             return False
-        now = self._checkpoints.next_nbytes if self._checkpoints.is_due(step) else 0
-        after_one_more = self._most_nbytes + self._checkpoints.next_nbytes
-        return written_nbytes + self._checkpoints.written_nbytes + now + after_one_more > self._nbytes
+        if self._exceeded(step, 2 * max(self._most_nbytes, self._checkpoints.state_nbytes)):
+            self._engine.flush()
+        written_nbytes = self._written_nbytes()
+        self._most_nbytes = max(self._most_nbytes, written_nbytes - self._before_nbytes)
+        self._before_nbytes = written_nbytes
+        return self._exceeded(step, self._most_nbytes)
+
+    def _exceeded(self, step: int, one_more_nbytes: int) -> bool:
+        """By a step that writes so much, and the checkpoints that are due now and after it."""
+        due = self._checkpoints.next_nbytes * (1 + self._checkpoints.is_due(step))
+        total_nbytes = self._written_nbytes() + self._checkpoints.written_nbytes + due + one_more_nbytes
+        return total_nbytes > (self._nbytes or 0)

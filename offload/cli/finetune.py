@@ -223,7 +223,7 @@ def _train(
     model.offload.track(**tracked)
     checkpoints = Checkpoints(model, tracked, settings, output)
     start = checkpoints.resume()
-    budget = WriteBudget(settings.write_budget, checkpoints, sum(model.offload.written_by_drive().values()))
+    budget = WriteBudget(settings.write_budget, checkpoints, model.offload)
     if settings.checkpoints is not None:
         signals.finish_step(
             lambda: output.note("stopping: this step ends and is saved; once more to stop at once")
@@ -246,8 +246,8 @@ def _train(
             if model.offload.plan is not plan:
                 plan = model.offload.plan
                 say_late_plan(plan, output.note)
+            used_up = step < settings.steps and budget.is_used_up(step)
             totals.written_by_drive = model.offload.written_by_drive()
-            used_up = step < settings.steps and budget.is_used_up(step, sum(totals.written_by_drive.values()))
             checkpoints.after_step(step, signals.requested or used_up)
             if used_up:
                 raise _BudgetUsed

@@ -6,11 +6,13 @@ import json
 import os
 import signal
 import threading
+import types
 
 import pytest
 
 from offload.checkpoint import directory
 from offload.checkpoint.copying import StreamingCopy
+from offload.cli.checkpoints import WriteBudget
 from offload.cli.output import JsonOutput
 from tests.child import end
 from tests.fault.test_checkpoint import assert_same_state
@@ -255,6 +257,25 @@ def test_with_saves_beside_the_steps_no_write_budget_is_exceeded(workplace, caps
         assert summary["saved_step"] == max(losses) < 6
         assert finetune(workplace, *more, "--resume", saved) == 0
         assert losses | lines_of(capsys)[0] == expected
+
+
+@pytest.mark.parametrize(("budget", "last"), [(100, 1), (250, 2), (399, 3), (400, 4)])
+def test_bytes_of_updates_that_still_go_on_count_for_the_write_budget(budget, last):
+    """Every step writes 100 bytes, and none of them is counted until it is waited for."""
+    written = {"landed": 0, "submitted": 0}
+    engine = types.SimpleNamespace(
+        written_by_drive=lambda: {"drive": written["landed"]},
+        flush=lambda: written.update(landed=written["submitted"]),
+    )
+    checkpoints = types.SimpleNamespace(
+        state_nbytes=100, next_nbytes=0, written_nbytes=0, is_due=lambda step: False
+    )
+    used_up = WriteBudget(str(budget), checkpoints, engine)
+    for step in range(1, 9):
+        written["submitted"] += 100
+        if used_up.is_used_up(step):
+            break
+    assert step == last
 
 
 SLOW_FOURTH_SAVE = """
