@@ -261,7 +261,7 @@ def test_with_saves_beside_the_steps_no_write_budget_is_exceeded(workplace, caps
 
 @pytest.mark.parametrize(("budget", "last"), [(100, 1), (250, 2), (399, 3), (400, 4)])
 def test_bytes_of_updates_that_still_go_on_count_for_the_write_budget(budget, last):
-    """Every step writes 100 bytes, and none of them is counted until it is waited for."""
+    """Every step writes 100 bytes, and none of them is counted before the next step or until it is waited for."""
     written = {"landed": 0, "submitted": 0}
     engine = types.SimpleNamespace(
         written_by_drive=lambda: {"drive": written["landed"]},
@@ -272,7 +272,7 @@ def test_bytes_of_updates_that_still_go_on_count_for_the_write_budget(budget, la
     )
     used_up = WriteBudget(str(budget), checkpoints, engine)
     for step in range(1, 9):
-        written["submitted"] += 100
+        written.update(landed=written["submitted"], submitted=written["submitted"] + 100)
         if used_up.is_used_up(step):
             break
     assert step == last
