@@ -147,6 +147,7 @@ class WriteBudget:
             return False
         if self._exceeded(step, 2 * max(self._most_nbytes, self._checkpoints.state_nbytes)):
             self._engine.flush()
+            self._engine.wait_committed()
         written_nbytes = self._written_nbytes()
         self._most_nbytes = max(self._most_nbytes, written_nbytes - self._before_nbytes)
         self._before_nbytes = written_nbytes

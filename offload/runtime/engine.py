@@ -279,7 +279,8 @@ class OffloadEngine:
         if self._durable is not None:
             self._durable.before_update(self._live_optimizer())
 
-    def _wait_for_commit(self) -> None:
+    def wait_committed(self) -> None:
+        """With durability 'step': until the last step is on the drives. Raises StoreError."""
         if self._durable is not None:
             self._durable.wait(self._live_optimizer())
 
@@ -294,7 +295,7 @@ class OffloadEngine:
         waiting = [b for b in self.blocks if b.touched]
         if any(b.pending_update for b in [*waiting, self.root]):
             self._scheduler.flush()  # a block was skipped by this step's forward
-        self._wait_for_commit()
+        self.wait_committed()
         scale = self._norms.scale(optimizer)
         discarded = self._durable is not None and self._durable.must_discard(optimizer)
         if discarded and self._durable is not None:
@@ -400,7 +401,7 @@ class OffloadEngine:
                     f"{wish}: block {block.name} has gradients that no optimizer.step() has used: call it between two "
                     "steps, after step()"
                 )
-        self._wait_for_commit()
+        self.wait_committed()
         return optimizer
 
     def wait_saved(self) -> None:
@@ -483,7 +484,7 @@ class OffloadEngine:
         try:
             self.flush()
             if self.commits is not None and not remove:
-                self._wait_for_commit()
+                self.wait_committed()
             self.wait_saved()
         finally:
             self.saves.end()

@@ -79,7 +79,7 @@ def test_a_step_writes_and_a_store_takes_what_the_documents_say_of_the_level(tmp
 def settle(engine):
     """Let everything be written that has been decided."""
     engine.flush()
-    engine._wait_for_commit()
+    engine.wait_committed()
 
 
 def test_no_other_user_can_read_any_file_whatever_the_umask_allows(tmp_path):

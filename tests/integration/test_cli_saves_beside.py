@@ -261,11 +261,12 @@ def test_with_saves_beside_the_steps_no_write_budget_is_exceeded(workplace, caps
 
 @pytest.mark.parametrize(("budget", "last"), [(100, 1), (250, 2), (399, 3), (400, 4)])
 def test_bytes_of_updates_that_still_go_on_count_for_the_write_budget(budget, last):
-    """Every step writes 100 bytes, and none of them is counted before the next step or until it is waited for."""
+    """A step writes 100 bytes, the last of them its record; none is counted before the next step unless waited for."""
     written = {"landed": 0, "submitted": 0}
     engine = types.SimpleNamespace(
         written_by_drive=lambda: {"drive": written["landed"]},
-        flush=lambda: written.update(landed=written["submitted"]),
+        flush=lambda: written.update(landed=written["submitted"] - 1),
+        wait_committed=lambda: written.update(landed=written["submitted"]),
     )
     checkpoints = types.SimpleNamespace(
         state_nbytes=100, next_nbytes=0, written_nbytes=0, is_due=lambda step: False
@@ -276,6 +277,7 @@ def test_bytes_of_updates_that_still_go_on_count_for_the_write_budget(budget, la
         if used_up.is_used_up(step):
             break
     assert step == last
+    assert written["landed"] == written["submitted"]
 
 
 SLOW_FOURTH_SAVE = """
