@@ -84,7 +84,7 @@ class Side:
             self.losses.append(float(loss.detach()))
         engine = self.model.offload
         engine.flush()
-        engine._wait_for_commit()
+        engine.wait_committed()
         if self.name == "checkpoint_flushed":
             self.flush()
             self.flush()
