@@ -32,6 +32,7 @@ from offload._C import Engine, crc32c, crc32c_levels
 from offload.tiers import storage
 
 SHAPES = {
+    "deep": Shape(256, 32, 1024, 4, 2048),  # the blocks that stay on the device are a small part of it
     "10m": Shape(256, 6, 1024, 4, 8192),
     "34m": Shape(512, 6, 2048, 8, 8192),
     "tiny": Shape(128, 4, 512, 4, 512),
