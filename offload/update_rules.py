@@ -24,6 +24,8 @@ QUANT_BLOCK_ELEMENTS = 256
 _NBYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "uint8": 1}
 LO_NBYTES = {"split_bf16": 2, "fp32": 0}
 """Bytes of the master that are not in the parameter plane, by codec."""
+STATISTICS_NBYTES_FIXED = 512
+"""Of what JSON takes of a parameter's statistics beside their elements."""
 
 _MOMENTS: dict[str, dict[str, PlaneKind]] = {
     "fp32": {"signed": "float32", "unsigned": "float32"},
@@ -120,6 +122,11 @@ class UpdateRule:
         if len(shape) < 2:
             return math.prod(shape)
         return math.prod(shape[:-2]) * (shape[-2] + shape[-1])
+
+    def encoded_statistics_nbytes(self, shape: Sequence[int]) -> int:
+        """What they take in a commit record or a manifest, at most: fp32 in base 64, with their shapes."""
+        numel = self.statistics_numel(shape)
+        return 4 * -(-4 * numel // 3) + STATISTICS_NBYTES_FIXED if numel else 0
 
     @property
     def record_nbytes_per_element(self) -> int:

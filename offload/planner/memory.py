@@ -13,9 +13,10 @@ KERNEL_SCRATCH_NBYTES = 1 << 20
 """What kernels allocate for themselves, which no trace sees: attention on a CPU takes some 100 kB a thread."""
 
 
-COMMIT_RECORD_NBYTES = 1 << 20
+RECORD_NBYTES_FIXED, RECORD_NBYTES_PER_BLOCK, RECORD_NBYTES_PER_TENSOR = 1 << 20, 256 + 24, 32
 RECORD_NBYTES_PER_PARAM = 24 / (1 << 18)
-"""Of a step's commit record: its fixed part, and checksums of chunks of 2^18 parameters (stores/sides.py)."""
+"""Of a step's commit record: its fixed part, of a block (with its last chunk), of a parameter tensor, and checksums of
+chunks of 2^18 elements (stores/sides.py). What a rule keeps of whole tensors comes to it."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,10 @@ def durable_nbytes(workload: Workload, state: StateFormat) -> int:
     blocks = workload.blocks
     trainable = sum(b.stored_numel for b in blocks) + workload.root_stored_numel
     frozen = sum(b.frozen_numel for b in blocks) + workload.root_frozen_numel
-    record = COMMIT_RECORD_NBYTES + RECORD_NBYTES_PER_PARAM * trainable
-    return int(2 * (state.stored_of(trainable) + state.param_nbytes * frozen + record))
+    record = RECORD_NBYTES_FIXED + RECORD_NBYTES_PER_BLOCK * (len(blocks) + 1)
+    record += RECORD_NBYTES_PER_TENSOR * len(workload.trainable_shapes) + workload.statistics_nbytes
+    record = round_up(int(record + RECORD_NBYTES_PER_PARAM * trainable), PAGE_NBYTES)
+    return 2 * (state.stored_of(trainable) + state.param_nbytes * frozen + record)
 
 
 def host_need(

@@ -91,6 +91,9 @@ class Workload:
     rule: UpdateRule = ADAMW
     """How parameters are updated, and with what state."""
 
+    trainable_shapes: tuple[tuple[int, ...], ...] = ()
+    """Of all trainable parameters: what a rule may keep of whole ones (`statistics_nbytes`) depends on them."""
+
     root_early_numel: int = 0
     """Root parameters whose gradients are complete before backward comes to the blocks: those of an untied head."""
 
@@ -104,6 +107,11 @@ class Workload:
         """Root parameters that are updated before the blocks' backward ends; none where a rule needs all gradients of
         the root at once."""
         return 0 if self.rule.whole_gradients else self.root_early_numel
+
+    @property
+    def statistics_nbytes(self) -> int:
+        """In a commit record or a manifest, of what the rule keeps of whole parameters beside the planes."""
+        return sum(self.rule.encoded_statistics_nbytes(shape) for shape in self.trainable_shapes)
 
     @property
     def stored_grad_reads(self) -> int:

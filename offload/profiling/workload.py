@@ -144,6 +144,7 @@ def trace_workload(
         root_working=working.get(ROOT, ()),
         root_padding_numel=_padding_numel(pieces.root),
         root_held=working.get(HELD, ()),
+        trainable_shapes=_trainable_shapes(pieces),
         root_early_numel=early_numel,
         one_dtype=_one_dtype(pieces, _param_nbytes(model)),
     )
@@ -185,6 +186,12 @@ def _block(
 def _numels(parameters: list[tuple[str, nn.Parameter]]) -> tuple[int, int]:
     trainable = sum(p.numel() for _, p in parameters if p.requires_grad)
     return trainable, sum(p.numel() for _, p in parameters) - trainable
+
+
+def _trainable_shapes(pieces: Cut) -> tuple[tuple[int, ...], ...]:
+    """The root's, then those of the blocks."""
+    parameters = (p for held in (pieces.root, *pieces.block_parameters) for _, p in held)
+    return tuple(tuple(p.shape) for p in parameters if p.requires_grad)
 
 
 def _padding_numel(parameters: list[tuple[str, nn.Parameter]]) -> int:

@@ -18,9 +18,6 @@ from offload.model.flat import BlockLayout, FlatBuffer
 from offload.tiers.manifest import MANIFEST_NBYTES_MAX
 from offload.types import PAGE_NBYTES, round_up
 
-STATISTICS_NBYTES_FIXED = 512
-"""Of what JSON takes of a parameter's statistics beside their elements."""
-
 RECORD_NBYTES_FIXED = 1 << 20
 """Room in a commit record for what the user tracks, random states and hyperparameters."""
 
@@ -87,11 +84,6 @@ def checksum_tables(layout: BlockLayout, chunk_elements: int) -> dict[int, tuple
     return tables
 
 
-def encoded_nbytes(numel: int) -> int:
-    """What a record takes of a parameter's `numel` fp32 statistics: in base 64, with their shapes."""
-    return 4 * -(-4 * numel // 3) + STATISTICS_NBYTES_FIXED if numel else 0
-
-
 def record_nbytes(layouts: list[BlockLayout], chunk_elements: int) -> int:
     """Room for one commit record: 24 bytes a chunk, 32 a parameter, the rule's statistics, 1 MiB for everything else.
 
@@ -102,7 +94,7 @@ def record_nbytes(layouts: list[BlockLayout], chunk_elements: int) -> int:
     parameters = sum(len(buffer.segments) for buffer in buffers)
     fixed_nbytes = RECORD_NBYTES_FIXED + 256 * len(buffers)
     statistics_nbytes = sum(
-        encoded_nbytes(buffer.rule.statistics_numel(segment.shape))
+        buffer.rule.encoded_statistics_nbytes(segment.shape)
         for buffer in buffers
         for segment in buffer.segments
         if buffer.trainable

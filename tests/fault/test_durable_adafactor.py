@@ -12,7 +12,6 @@ import torch
 import offload
 from offload.errors import ConfigError, UsageError
 from offload.stores import sides
-from offload.stores.sides import encoded_nbytes
 from offload.tiers.encoding import encode
 from offload.update_rules import callback_rule
 from tests import child
@@ -203,7 +202,7 @@ def test_a_record_has_room_for_the_statistics_of_every_shape(shape):
     assert offload.update_rules.ADAMW.statistics_numel(shape) == 0
     held = {"step": 10**9, "row": kept[0], "column": kept[-1] if len(kept) > 1 else torch.zeros(1, 0)}
     written = json.dumps(encode({"10000": {**held, "square_sum": 1.2345678901234567e-300}}))
-    assert len(written) <= encoded_nbytes(rule.statistics_numel(shape))
+    assert len(written) <= rule.encoded_statistics_nbytes(shape)
 
 
 def test_statistics_that_no_record_can_hold_are_refused_with_what_to_do(tmp_path, monkeypatch):

@@ -155,6 +155,18 @@ def test_a_durable_step_writes_what_its_plan_says(tmp_path, host_memory):
     assert plan.predicted.bytes["written"] <= written <= plan.predicted.bytes["written"] + RECORD_NBYTES_FIXED
 
 
+@pytest.mark.parametrize("rule", [torch.optim.AdamW, torch.optim.Adafactor])
+def test_a_durable_run_takes_the_storage_that_its_plan_says(tmp_path, rule):
+    """With the record of each step, in which Adafactor's statistics of 366 tensors are."""
+    model = build("llama", layers=40)
+    model, _ = offload.wrap(
+        model, rule(model.parameters(), lr=1e-3), **planned(tmp_path, host_memory="40MB"), durability="step"
+    )
+    taken = model.offload.parts.resources.store._end_nbytes
+    assert taken <= model.offload.plan.predicted.peak_nbytes["storage"] <= 1.01 * taken
+    model.offload.close(remove=True)
+
+
 def test_durable_steps_that_the_free_bytes_cannot_hold_are_refused_before_anything_is_written(
     tmp_path, monkeypatch
 ):
