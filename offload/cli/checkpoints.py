@@ -38,6 +38,7 @@ class Checkpoints:
         n_chunks = sum(-(-b.n_elements // self._engine.config.chunk_elements) for b in buffers)
         n_parameters = sum(len(b.segments) for b in buffers)
         manifest_nbytes = MANIFEST_NBYTES + CHUNK_NBYTES * n_chunks + PARAMETER_NBYTES * n_parameters
+        manifest_nbytes += sum(b.rule.encoded_statistics_nbytes(s.shape) for b in buffers for s in b.segments)
         return max(self.state_nbytes + manifest_nbytes, self._largest_nbytes)
 
     @property

@@ -9,10 +9,12 @@ import threading
 import types
 
 import pytest
+import torch
 
+import offload
 from offload.checkpoint import directory
 from offload.checkpoint.copying import StreamingCopy
-from offload.cli.checkpoints import WriteBudget
+from offload.cli.checkpoints import Checkpoints, WriteBudget
 from offload.cli.output import JsonOutput
 from tests.child import end
 from tests.fault.test_checkpoint import assert_same_state
@@ -238,10 +240,10 @@ def test_a_second_signal_ends_the_run_at_once_and_leaves_no_half_of_a_checkpoint
     assert os.listdir(saved) == [".lock"]
 
 
-@pytest.mark.parametrize("every", ["1", "3"])
-def test_with_saves_beside_the_steps_no_write_budget_is_exceeded(workplace, capsys, every):
+@pytest.mark.parametrize(("every", "rule"), [("1", "adamw"), ("3", "adamw"), ("1", "adafactor")])
+def test_with_saves_beside_the_steps_no_write_budget_is_exceeded(workplace, capsys, every, rule):
     """Whatever the budget, the run stops at a checkpoint within it, and goes on from there with the right losses."""
-    more = ["--json", "--steps", "6"]
+    more = ["--json", "--steps", "6", "--optimizer", rule]
     saving = ["--save-every", every, "--checkpoints"]
     assert finetune(workplace, *more, *saving, f"{workplace}/first") == 0
     expected, whole, _ = lines_of(capsys)
@@ -257,6 +259,26 @@ def test_with_saves_beside_the_steps_no_write_budget_is_exceeded(workplace, caps
         assert summary["saved_step"] == max(losses) < 6
         assert finetune(workplace, *more, "--resume", saved) == 0
         assert losses | lines_of(capsys)[0] == expected
+
+
+@pytest.mark.parametrize("rule", [torch.optim.AdamW, torch.optim.Adafactor])
+def test_a_checkpoint_is_not_larger_than_was_counted_for_it_beforehand(tmp_path, rule):
+    model = torch.nn.Sequential(*(torch.nn.Linear(1000, 1000) for _ in range(4)))
+    model, optimizer = offload.wrap(
+        model,
+        rule(model.parameters(), lr=1e-3),
+        device_memory="64MB",
+        host_memory="128MB",
+        step_aside="never",
+    )
+    model(torch.ones(1, 1000)).sum().backward()
+    optimizer.step()
+    checkpoints = Checkpoints(model, {}, types.SimpleNamespace(checkpoints=str(tmp_path)), None)
+    counted_nbytes = checkpoints.next_nbytes
+    path = offload.save(model, str(tmp_path))
+    written_nbytes = sum(entry.stat().st_size for entry in os.scandir(path))
+    assert 0.97 * counted_nbytes < written_nbytes <= counted_nbytes
+    model.offload.close()
 
 
 @pytest.mark.parametrize(("budget", "last"), [(100, 1), (250, 2), (399, 3), (400, 4)])
