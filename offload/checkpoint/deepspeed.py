@@ -21,6 +21,7 @@ import torch
 from offload.checkpoint.export import TOKENIZER_FILES, Item, ShardWriter
 from offload.errors import CheckpointError, ConfigError
 from offload.model.loading import SINGLE_FILE
+from offload.tiers.durable_files import sync_files
 
 _FOREIGN = re.compile(r"GLOBAL (\S+) was not an allowed global")
 _STAND_INS_MAX = 32
@@ -199,4 +200,5 @@ def from_deepspeed(directory: str, out_dir: str, *, config_from: str | None = No
             source = os.path.join(config_from, name)
             if os.path.exists(source):
                 shutil.copyfile(source, os.path.join(out_dir, name))
+        sync_files(out_dir)
     return path

@@ -23,7 +23,7 @@ from offload.model.loading import INDEX_FILE, SINGLE_FILE
 from offload.model.quantized import quantized_weights
 from offload.runtime.engine import OffloadEngine
 from offload.stores.block_store import BlockRecord
-from offload.tiers.durable_files import rename, sync_directory, sync_file
+from offload.tiers.durable_files import rename, sync_directory, sync_file, sync_files
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -213,10 +213,11 @@ def export(
 ) -> list[str]:
     """Write a model returned by `offload.wrap` or `offload.load` as a Hugging Face directory. Returns its weight files.
 
-    Memory used is one block. `tokenizer`: an object with `save_pretrained`, or a directory to copy the tokenizer's
-    files from; a model made by `offload.load` brings its own. `dtype` None keeps the dtype computed in. Tied
-    tensors are written once. Adapters of `peft` are merged into the base weights, layer by layer, and weights in 8 or
-    4 bits are written dense; with `adapter_only` a directory that peft reads is written instead, without the base.
+    Memory used is one block; all files are on the drive when it returns. `tokenizer`: an object with
+    `save_pretrained`, or a directory to copy the tokenizer's files from; a model made by `offload.load` brings its
+    own. `dtype` None keeps the dtype computed in. Tied tensors are written once. Adapters of `peft` are merged into
+    the base weights, layer by layer, and weights in 8 or 4 bits are written dense; with `adapter_only` a directory
+    that peft reads is written instead, without the base.
     Raises UsageError for a model that is not wrapped, ConfigError when `out_dir` has weights already, StoreError when
     they would not fit there.
     """
@@ -232,6 +233,7 @@ def export(
         trained = {n: t.clone() for block in engine.iter_blocks() for n, t in block if n in trainable}
         write_adapter(model, trained, out_dir)
         _write_tokenizer(tokenizer, out_dir)
+        sync_files(out_dir)
         return [os.path.join(out_dir, "adapter_model.safetensors")]
     items = _items(model, engine, dtype)
     needed_nbytes = sum(item.nbytes for item in items)
@@ -262,4 +264,5 @@ def export(
             json.dump(index, file, indent=2, sort_keys=True)
     _write_tokenizer(tokenizer if tokenizer is not None else getattr(model, "offload_source", None), out_dir)
     _write_config(base_of(model), out_dir, dtype)
+    sync_files(out_dir)
     return [os.path.join(out_dir, name) for name in names]

@@ -11,6 +11,7 @@ from torch import nn
 
 from offload.checkpoint.export import Item, ShardWriter
 from offload.runtime.engine import OffloadEngine
+from offload.tiers.durable_files import rename, sync_directory, sync_file
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -83,8 +84,12 @@ def write_16bit(
         with safe_open(streamed, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
             state |= {alias: state[name] for alias, name in _aliases(model).items() if name in state}
-            torch.save(state, path + ".partial")
-        os.replace(path + ".partial", path)
+            with open(path + ".partial", "wb") as written:
+                torch.save(state, written)
+                written.flush()
+                sync_file(written.fileno(), path)
+        rename(path + ".partial", path)
+        sync_directory(directory)
     finally:
         os.unlink(streamed)
     return path

@@ -36,6 +36,16 @@ def sync_directory(directory: str) -> None:
             os.close(descriptor)
 
 
+def sync_files(directory: str) -> None:
+    """The files in it, whoever wrote them, and their names are on the drive afterwards. Raises StoreError."""
+    for name in sorted(os.listdir(directory)):
+        path = os.path.join(directory, name)
+        if os.path.isfile(path):
+            with naming(path), open(path, "rb") as file:
+                os.fsync(file.fileno())
+    sync_directory(directory)
+
+
 def write_file(path: str, content: bytes) -> None:
     """A file of `content` that only its owner can read, on the drive, in the place of one of that name.
 

@@ -13,6 +13,7 @@ import offload
 import offload.deepspeed as deepspeed
 from offload.errors import ConfigError, UsageError
 from tests.conftest import batches, build
+from tests.drive_order import recorded
 
 LR = 2e-3
 SMALL = {
@@ -388,6 +389,16 @@ def test_16_bit_weights_load_into_the_model(tmp_path, file_name, tie):
         fresh.load_state_dict(saved)
         assert all(torch.equal(p.float(), expected[name]) for name, p in fresh.named_parameters())
         assert saved.keys() == state.keys() == fresh.state_dict().keys()
+
+
+@pytest.mark.parametrize("file_name", ["pytorch_model.bin", "model.safetensors"])
+def test_16_bit_weights_are_on_the_drive_before_they_get_their_name(tmp_path, monkeypatch, file_name):
+    engine, *_ = deepspeed.initialize(model=build("llama"), config=configuration(tmp_path))
+    done = recorded(monkeypatch)
+    engine.save_16bit_model(str(tmp_path / "out"), file_name)
+    engine.destroy()
+    partial = f"{file_name}.partial"
+    assert done[-3:] == [("sync", partial), ("rename", partial), ("sync", "out")]
 
 
 def test_the_section_offload_sets_budgets(tmp_path):

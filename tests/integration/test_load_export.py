@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from offload import export, load
+from offload import export, load, wrap
 from offload.errors import ConfigError, UsageError
 from offload.model.loading import (
     StoredParameter,
@@ -109,7 +110,7 @@ def test_load_then_export_gives_the_same_tensors(tmp_path, kind, storage):
 
 
 def test_every_exported_file_is_on_the_drive_before_it_gets_its_name(tmp_path, monkeypatch):
-    """Power may go at any instant: a weight file under its own name is whole."""
+    """Power may go at any instant: a weight file under its own name is whole. Then come those that others write."""
     _, directory = saved(tmp_path, dtype=torch.bfloat16)
     loaded, _ = load(directory, storage=[], **BUDGET)
     done = recorded(monkeypatch)
@@ -118,7 +119,22 @@ def test_every_exported_file_is_on_the_drive_before_it_gets_its_name(tmp_path, m
     partial = [Path(file).name + ".partial" for file in files]
     assert len(partial) > 1
     expected = [[("sync", name), ("rename", name), ("sync", "out")] for name in partial]
-    assert done == [event for events in expected for event in events]
+    shards, rest = done[: 3 * len(partial)], done[3 * len(partial) :]
+    assert shards == [event for events in expected for event in events]
+    assert rest == [("sync", name) for name in [*sorted(os.listdir(tmp_path / "out")), "out"]]
+    assert ("sync", "config.json") in rest
+
+
+def test_an_exported_adapter_is_on_the_drive(tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model, _ = wrap(model, torch.optim.AdamW(trained), storage=[], **BUDGET)
+    done = recorded(monkeypatch)
+    export(model, str(tmp_path), adapter_only=True)
+    model.offload.close()
+    assert done == [("sync", name) for name in [*sorted(os.listdir(tmp_path)), tmp_path.name]]
+    assert ("sync", "adapter_model.safetensors") in done
 
 
 def test_training_a_loaded_model_equals_training_a_wrapped_one(tmp_path):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import offload
 from offload.errors import CheckpointError, ConfigError
 from tests.conftest import build
+from tests.drive_order import recorded
 
 pytest.importorskip("transformers")
 
@@ -92,6 +93,16 @@ def test_the_fp32_weights_of_a_zero_checkpoint_arrive_bit_for_bit(tmp_path, stag
     assert all(torch.equal(written[name], tensor) for name, tensor in named.items())
     with pytest.raises(ConfigError, match="is there already"):
         offload.from_deepspeed(str(tmp_path / "zero"), str(tmp_path / "out"))
+
+
+def test_what_is_copied_beside_the_weights_of_a_zero_checkpoint_is_on_the_drive(tmp_path, monkeypatch):
+    build("llama", layers=2).save_pretrained(tmp_path / "base")
+    zero_checkpoint(tmp_path / "zero", {"v": torch.ones(2), "w": torch.ones(5)}, 1, 2)
+    done = recorded(monkeypatch)
+    offload.from_deepspeed(str(tmp_path / "zero"), str(tmp_path / "out"), config_from=str(tmp_path / "base"))
+    names = sorted(os.listdir(tmp_path / "out"))
+    assert "config.json" in names
+    assert done[-len(names) - 1 :] == [("sync", name) for name in [*names, "out"]]
 
 
 def test_missing_and_cut_shards_are_named(tmp_path):
