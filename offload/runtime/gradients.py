@@ -240,7 +240,7 @@ class Gradients:
     def _take(self, buffers: list[GradBuffer]) -> GradBuffer:
         """A buffer without owner; waits for the first that an update or a write gives back."""
         self._n_taken += 1
-        for buffer in sorted(buffers, key=lambda b: b.taken if b.owner is not None else -1):
+        for buffer in sorted(buffers, key=lambda b: (b.owner is not None, b.taken)):
             owner = buffer.owner
             if owner is not None and owner.in_use:
                 continue

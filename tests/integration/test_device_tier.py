@@ -364,6 +364,30 @@ def test_copies_and_computing_overlap():
     assert seconds["overlapped"] < 0.85 * seconds["serial"], seconds
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_next_block_goes_backward_while_the_gradients_of_the_last_leave_the_device(micro_batches):
+    """On a bus so slow that their copy takes longer than to launch the next block; gradients that come once (one
+    micro-batch, bf16) and such as are added up."""
+    blocks = [nn.Linear(128, 128, dtype=torch.bfloat16) for _ in range(4)]
+    model = nn.Sequential(*blocks)
+    model, optimizer = offload.wrap(
+        model, torch.optim.AdamW(model.parameters()), device="emulated", bus_bytes_per_s=1e6, storage=[],
+        device_memory="1MB", host_memory="20MB", step_aside="never", chunk_elements=4096,
+        micro_batches=micro_batches,
+    )  # fmt: skip
+    model(torch.ones(2, 128, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    with model.offload.record() as spans:
+        model(torch.ones(2, 128, dtype=torch.bfloat16)).sum().backward()
+        optimizer.step()
+        model.offload.flush()
+    model.offload.close()
+    began = {span.name: span.start_s for span in reversed(spans) if span.name.startswith("backward")}
+    left = {span.name: span.end_s for span in spans if span.name.startswith("grad_out")}
+    for index in (1, 2, 3):
+        assert began[f"backward {index - 1}"] < left[f"grad_out {index}"]
+
+
 # ---- stepping aside ------------------------------------------------------------------------------------------
 
 
