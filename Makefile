@@ -138,7 +138,11 @@ bench: $(VENV)/.stamp-package
 	@mkdir -p benchmarks/results
 	$(BIN)/python benchmarks/io_engine.py --json benchmarks/results/io_engine.json
 	$(BIN)/python benchmarks/optimizer.py --json benchmarks/results/optimizer.json
-	mkdir -p build/bench && $(BIN)/python benchmarks/durability.py --storage build/bench --json benchmarks/results/durability.json
+	mkdir -p build/bench
+	durability() { $(BIN)/python benchmarks/durability.py --model deep --device-memory 30MB --storage build/bench "$$@"; }
+	durability --rounds 15 --json benchmarks/results/durability.json
+	durability --rounds 7 --steps 3 --drive-bytes-per-s 1e9 --json benchmarks/results/durability_1gb_per_s.json
+	durability --rounds 5 --steps 2 --drive-bytes-per-s 3e8 --json benchmarks/results/durability_300mb_per_s.json
 	$(BIN)/python benchmarks/durability.py --model tiny --device-memory 2912256 --host-memory 14811136 --drive-bytes-per-s 3e7 \
 	  --storage /dev/shm --json benchmarks/results/durability_limited_drive.json
 	$(BIN)/python benchmarks/train_step.py --json benchmarks/results/train_step.json $(ARGS)
