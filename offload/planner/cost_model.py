@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from offload.planner.hardware import Hardware
+from offload.planner.placement import HOST_SLOTS
 from offload.planner.plan import GRAD_ONCE_NBYTES, StateFormat
 from offload.planner.rates import Rates, rates_of
 from offload.planner.workload import Workload
@@ -253,10 +254,17 @@ class CostModel:
         trainable_params = f.param_nbytes * self.trainable
         states = sum(self.state_nbytes) - load.states_host_nbytes
         streamed = n_blocks * stored if self.rates.shares_host else n_blocks
-        fetched = 1 - np.minimum(1.0, load.n_slots / np.maximum(streamed, 1e-9))
-        """Blocks in slots at a turn are not fetched again. Where the device computes in host memory, those whose
+        loaded = 1 - np.minimum(1.0, load.n_slots / np.maximum(streamed, 1e-9))
+        """Blocks in slots at a turn are not loaded again. Where the device computes in host memory, those whose
         parameters live there need no slot."""
-        fetched_forward = fetched if self.rates.shares_host else 1.0
+        fetched = fetched_forward = loaded
+        if not self.rates.shares_host:
+            fetched = fetched_forward = 1 - np.minimum(1.0, HOST_SLOTS / np.maximum(n_blocks * stored, 1e-9))
+            if (
+                load.n_slots >= n_blocks
+            ):  # the device gets them back from updates, which read them for themselves
+                fetched = np.where(late > 0, fetched, 1.0)
+                fetched_forward = np.where(late > 0, fetched_forward, 0.0)
         separate = np.where((late > 0) & (late < 1), late, 0.0)
         """Where only some updates are deferred they run in the background, and the fetch reads their result."""
         updated_params = trainable_params if f.update_reads_param else 0
@@ -288,7 +296,7 @@ class CostModel:
         )
         backward = Traffic(
             flops=self.backward_work + load.recompute_flops + self.replayed_work,
-            h2d=on_bus * (params * fetched + boundary) + copied,
+            h2d=on_bus * (params * loaded + boundary) + copied,
             d2h=on_bus * (grads + boundary + f.grad_nbytes * head * root) + waiting,
             read=stored * params * fetched
             + load.swapped_storage_nbytes

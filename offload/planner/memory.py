@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
+from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN, HOST_SLOTS
 from offload.planner.plan import StateFormat
 from offload.planner.workload import Workload, peak_of
 from offload.types import PAGE_NBYTES, round_up
@@ -154,7 +154,7 @@ def host_need(
     has_storage: bool,
     activation_staging: int | None = None,
 ) -> int:
-    """Host memory for staging: the update pipeline's; two fetched blocks, two planes of gradients and the root's
+    """Host memory for staging: the update pipeline's; three fetched blocks, two planes of gradients and the root's
     parameters and gradients on their way over the bus; two micro-batches of tensors on their way to storage
     (`activation_staging` bytes; None: all that a block saves); and the boundary where it is not on the device."""
     blocks = workload.blocks
@@ -165,7 +165,7 @@ def host_need(
         grad = max((state.grad_nbytes * b.stored_numel for b in blocks), default=0)
         root = state.param_nbytes * (workload.root_stored_numel + workload.root_frozen_numel)
         root += state.grad_nbytes * workload.root_stored_numel
-        need += root + 2 * grad + (2 * slot if has_storage else 0)
+        need += root + 2 * grad + (HOST_SLOTS * slot if has_storage else 0)
     if has_storage:
         widest = max((micro_nbytes_per_sample(workload, i) for i in range(len(blocks))), default=0)
         need += (

@@ -16,6 +16,11 @@ GRAD_BUFFERS_MAX = 4
 """Blocks whose updates may be under way while backward goes on; more let updates run further into forward."""
 
 
+HOST_SLOTS = 3
+"""Slots in host memory that storage is read into, where there is room: of the block that computes, whose update will
+write there, of the one before it, whose update goes on, and of the next. With two, fetching waits for the update."""
+
+
 @dataclass(frozen=True)
 class BlockBytes:
     """What one block is made of, in bytes: parameter planes, optimizer state chunk by chunk, fp32 gradients."""

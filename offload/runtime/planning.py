@@ -15,6 +15,7 @@ from offload.errors import BudgetError, ConfigError
 from offload.planner.hardware import Hardware, load_hardware
 from offload.planner.placement import (
     ACTIVATION_STAGING_NBYTES_MIN,
+    HOST_SLOTS,
     BlockBytes,
     Placement,
     first_chunks,
@@ -263,7 +264,12 @@ def placement_of(
     if not has_storage:
         taken = fixed + n_slots * slot + n_grads * grad
         return replace(least, n_slots=n_slots, n_grad_buffers=n_grads, device_nbytes=taken)
-    host = _HostFill(host_nbytes - staging_nbytes - (0 if shares_host else fixed + 2 * (slot + grad)))
+    n_host_slots = 0 if shares_host else min(HOST_SLOTS, len(blocks))
+    host = _HostFill(host_nbytes - staging_nbytes)
+    if not shares_host:
+        host.left -= fixed + 2 * (slot + grad)
+        if n_host_slots > 2 and not host.take(slot):
+            n_host_slots = 2
     staging = _activation_staging_nbytes(plan, host.left)
     host.take(staging)
     swapped = _swapped_to_host_nbytes(plan, shares_host)
@@ -286,7 +292,7 @@ def placement_of(
     return Placement(
         n_slots=n_slots,
         n_grad_buffers=n_grads,
-        n_host_slots=0 if shares_host or all(params) else 2,
+        n_host_slots=0 if all(params) else n_host_slots,
         n_host_grad_buffers=0 if shares_host else 2,
         params_in_host=params,
         grads_in_host=grads,

@@ -136,6 +136,8 @@ class Scheduler:
             self.settle(held.owner)  # type: ignore[arg-type]  # every slot has an owner here
         owners = [s.owner for s in self._slots if s.owner is not None and not s.owner.host_in_use]
         clean = [o for o in owners if o.state is BlockState.RESIDENT]
+        if wanted_by.pending_update and not must:  # an update cannot be told to begin after a copy
+            clean = [o for o in clean if o.loaded.done()]
         victim = max(clean, key=self._next_host_use, default=None)
         if victim and (must or self._next_host_use(victim) > self._next_host_use(wanted_by)):
             return self._evict(victim)
@@ -149,11 +151,11 @@ class Scheduler:
         return self._free_slot(wanted_by, must)
 
     def _next_host_use(self, block: BlockRecord) -> int:
-        """How far ahead the host slot is needed; for forward, the copy on the device does as well."""
-        ranks = self._cursor.ranks()
-        rank = ranks.get(block.index, len(ranks))
-        on_device = self._residency.holds(block) and self._cursor.next_phase(block.index) == "forward"
-        return rank + len(ranks) if on_device else rank
+        """How far ahead the host slot is needed: not for a forward before which the copy on the device is current."""
+        backward = self._cursor.uses_until(block.index, "backward")
+        if self._residency.holds(block) and not block.grads_waiting:
+            return backward
+        return min(backward, self._cursor.uses_until(block.index, "forward"))
 
     def _evict(self, block: BlockRecord) -> Slot:
         slot = block.slot
@@ -231,8 +233,7 @@ class Scheduler:
 
     def prefetch(self) -> None:
         """Start fetches, then loads, in the order of next use, for as long as slots can be had."""
-        for index in self._cursor.upcoming():
-            block = self.blocks[index]
+        for block in sorted(self.blocks, key=self._next_host_use):
             if block.state is not BlockState.STORED and not block.pending_update:
                 continue
             if block.in_use or block.tickets:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 
 from offload.planner.memory import is_traced
+from offload.planner.placement import HOST_SLOTS
 from offload.planner.plan import INPUT, Plan
 from offload.planner.workload import Workload
 from offload.schedule.operations import Kind, Lane, Operation
@@ -53,7 +54,11 @@ class Emitter:
         self.out_window: deque[Index] = deque([None] * 2)
         self.spill_window: deque[Index] = deque([None] * 2)
         self.in_window: deque[Index] = deque([None] * 2)
-        self.fetch_ring: deque[Index] = deque([None] * 2)
+        self.host_slots: deque[Index] = deque([None] * HOST_SLOTS)
+        self.in_host: set[int] = set()
+        """Blocks whose parameters, which are on storage, are in a host slot."""
+        self.fetched: dict[int, tuple[Index, ...]] = {}
+        """Per block: when they are in its host slot, for the update."""
         self.loaded: dict[int, tuple[Index, ...]] = {}
         self.at_start: set[int] = set()
         """Blocks whose parameters stay in their slots from backward to the next forward."""
@@ -144,37 +149,62 @@ class Emitter:
         work = self.workload.blocks[block]
         return self.plan.state_format.param_nbytes * (work.stored_numel + work.frozen_numel)
 
-    def fetch(self, block: int, step_closed: Index) -> None:
-        """Bring parameters in, with the deferred update where there is one. Sets `loaded`."""
+    def fetch(self, block: int, step_closed: Index, *, returned: bool = False, stays: bool = False) -> None:
+        """Bring parameters in, with the deferred update where there is one. Sets `loaded`.
+
+        For a device with memory of its own. `returned`: it got them back from the last update. `stays`: they stay in
+        the host slot until `leave_host` is called; else it is free when they are loaded.
+        """
         slot: Index = None
         if block not in self.resident and self.takes_slot(block):
             slot = self.free_slots.popleft()
         source: tuple[Index, ...] = (self.updated.get(block),)
         stored, resident = self.plan.param_on_storage(block), block in self.resident
-        staged = stored and not (resident or self.shares_host)
-        room = self.fetch_ring.popleft() if staged else None
+        room: Index = None
+        held = block in self.in_host
+        if self.stages(block) and not returned:
+            resident = held
+            room = None if resident else self.host_slots.popleft()
+            self.in_host.add(block)
         if step_closed is not None and block in self.grads_ready:
-            source = self.late_update(block, (step_closed, slot if self.shares_host else room))
+            source = self.late_update(block, (step_closed, slot if self.shares_host else room), held)
             if self.plan.update == "mixed" and not resident and stored:
                 source = (self.emit("fetch", "read", self.param_nbytes(block), room, *source, block=block),)
-        elif not resident and stored:
+        elif not (resident or returned) and stored:
             wait = slot if self.shares_host else room
             source = (self.emit("fetch", "read", self.param_nbytes(block), wait, *source, block=block),)
-        ready: tuple[Index, ...] = ()
         if self.shares_host:
-            ready = (*source, slot)
-        elif not resident:
-            ready = (self.emit("load", "h2d", self.param_nbytes(block), slot, *source, block=block),)
-        if staged:
-            self.fetch_ring.append(ready[0])
+            self.loaded[block] = (*source, slot)
+        elif block not in self.resident:
+            self.loaded[block] = (
+                self.emit("load", "h2d", self.param_nbytes(block), slot, *source, block=block),
+            )
+        self.fetched[block] = source
+        if not stays and not self.shares_host:
+            self.leave_host(block, self.loaded[block][0])
         self.resident.add(block)
-        self.loaded[block] = ready
+
+    def stages(self, block: int) -> bool:
+        """Whether its parameters pass through a host slot on their way to the device."""
+        return self.plan.param_on_storage(block) and not self.shares_host
+
+    def can_fetch(self, block: int) -> bool:
+        """Whether there is a place for its parameters."""
+        return bool(self.free_slots) and (
+            not self.stages(block) or block in self.in_host or bool(self.host_slots)
+        )
+
+    def leave_host(self, block: int, when: Index) -> None:
+        """The host slot is free once `when` has ended."""
+        if block in self.in_host:
+            self.in_host.discard(block)
+            self.host_slots.append(when)
 
     def takes_slot(self, block: int) -> bool:
         """Where the device computes in host memory, a block with memory of its own needs no other place."""
         return not self.shares_host or self.plan.param_on_storage(block)
 
-    def late_update(self, block: int, wait: tuple[Index, ...]) -> tuple[Index, ...]:
+    def late_update(self, block: int, wait: tuple[Index, ...], held: bool) -> tuple[Index, ...]:
         """A deferred update. With every update deferred it reads the parameters into their staging buffer and hands
         them on; where only some are, it runs in the background as soon as it may, and the fetch reads its result."""
         arrived = self.grads_ready.pop(block)
@@ -182,7 +212,8 @@ class Emitter:
             read_nbytes = self.workload.stored_grad_reads * self.grad_nbytes(block)
             arrived = self.emit("read_back", "read", read_nbytes, arrived, *wait, block=block)
         mixed = self.plan.update == "mixed"
-        in_memory = not self.plan.param_on_storage(block) or (block in self.resident and self.shares_host)
+        in_memory = held or not self.plan.param_on_storage(block)
+        in_memory |= self.shares_host and block in self.resident
         waiting = self.grad_nbytes(block) if self.plan.grads_in_host[block] and not self.shares_host else 0
         made = self.update(
             block,

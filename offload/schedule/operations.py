@@ -98,10 +98,9 @@ class UseCursor:
         """Place of each block in `upcoming`."""
         return self._order_after(self._position)[1]
 
-    def next_phase(self, block: int) -> Phase:
-        """What `block` will be used for next."""
-        now, forward, backward = self._position, block, len(self._uses) - 1 - block
-        return "backward" if forward <= now < backward else "forward"
+    def uses_until(self, block: int, phase: Phase) -> int:
+        """How many other uses come before `block` runs `phase` again."""
+        return (self._position_of[Use(block, phase)] - self._position - 1) % len(self._uses)
 
     def _order_after(self, position: int) -> tuple[list[int], dict[int, int]]:
         known = self._orders.get(position)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 
 from offload.planner.memory import block_working_nbytes, root_working_nbytes
+from offload.planner.placement import HOST_SLOTS
 from offload.planner.plan import INPUT, Plan
 from offload.planner.workload import Workload
 from offload.schedule.emitter import Emitter, Index
@@ -32,8 +33,13 @@ class Unroller(Emitter):
         streamed = [block for block in range(self.n_blocks) if self.takes_slot(block)]
         at_turn = set(streamed[max(0, len(streamed) - self.plan.n_slots) :])
         self.at_start = set(streamed[: self.plan.n_slots])
+        staged = [block for block in range(self.n_blocks) if self.stages(block)]
+        self.host_start, host_turn = set(staged[:HOST_SLOTS]), set(staged[-HOST_SLOTS:])
+        returned = not (self.shares_host or self.deferred) and self.plan.n_slots >= self.n_blocks
+        if returned:
+            self.host_start, host_turn = set(), set()
         for block in range(self.n_blocks):
-            self.fetch(block, closed)
+            self.fetch(block, closed, returned=returned, stays=block in host_turn)
             last = None
             for micro in micros:
                 last = self.forward(block, micro, root_ready)
@@ -58,12 +64,12 @@ class Unroller(Emitter):
         self.n_backwards = self.n_swapped_in = fetched = 0
         for position, block in enumerate(uses):
             while fetched < min(len(uses), position + 1):
-                self.fetch(uses[fetched], None)
+                self.fetch(uses[fetched], None, stays=True)
                 fetched += 1
             self.backward_block(block)
             if not self.shares_host:
-                while self.free_slots and fetched < len(uses):
-                    self.fetch(uses[fetched], None)
+                while fetched < len(uses) and self.can_fetch(uses[fetched]):
+                    self.fetch(uses[fetched], None, stays=True)
                     fetched += 1
             self.swap_in_ahead(done=self.n_backwards)
             if block != self.plan.held_block:
@@ -249,6 +255,12 @@ class Unroller(Emitter):
             self._grads_leave(block)
         elif self.shares_host and block not in self.resident:
             self.free_slots.append(self.last_compute)
+        else:
+            self._leave_host(block, self.last_compute)
+
+    def _leave_host(self, block: int, when: Index) -> None:
+        if block not in self.host_start:
+            self.leave_host(block, when)
 
     def _grads_leave(self, block: int) -> None:
         late = block in self.deferred
@@ -264,12 +276,14 @@ class Unroller(Emitter):
             out = self.last_compute = self.emit("grad_out", "d2h", self.grad_nbytes(block), out, block=block)
         done = out
         if not late:
-            self.update(block, (out,), reads_param=False, rank=self.rank(block))
+            self.update(block, (out, *self.fetched[block]), reads_param=False, rank=self.rank(block))
             done = self.updated[block]
+            self._leave_host(block, done)
         elif not waits_in_host:
             done = self.emit("spill", "write", self.grad_nbytes(block), out, block=block)
         if late:
             self.grads_ready[block] = done
+            self._leave_host(block, self.last_compute)
         self.grad_buffers.append(done if self.shares_host else out)
         if not self.shares_host and not waits_in_host:
             self.grad_landing.append(done)

@@ -155,6 +155,49 @@ def test_a_durable_step_writes_what_its_plan_says(tmp_path, host_memory):
     assert plan.predicted.bytes["written"] <= written <= plan.predicted.bytes["written"] + RECORD_NBYTES_FIXED
 
 
+@pytest.mark.parametrize("prefetch", [1, 2, 5])
+@pytest.mark.parametrize("update", ["backward", "deferred"])
+def test_what_a_device_of_its_own_moves_is_what_the_plan_and_the_formula_say(
+    tmp_path, monkeypatch, prefetch, update
+):
+    """All on storage. State is read and written once, parameters written once; each turn finds those of three blocks in
+    host memory, give or take one, as updates end early or late. With a slot for every block forward reads none, where
+    updates are made in backward, and they read all.
+    """
+    chosen = planning.fixed_choices
+    where = {"params_host_fraction": 0.0, "states_host_fraction": 0.0, "grads_host_fraction": 1.0}
+    monkeypatch.setattr(planning, "fixed_choices", lambda config: {**chosen(config), **where})
+    model, optimizer = wrap(
+        tmp_path, device_memory="8MB", host_memory="8MB", prefetch_blocks=prefetch, update=update
+    )
+    engine = model.offload
+    assert engine.placement.n_host_slots == 3
+    counted = []
+    for batch in batches(7):
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        for block in [*engine.blocks, engine.root]:
+            engine._scheduler.wait_resident(block)  # without beginning updates that wait for the next forward
+        counted.append([*engine.counters().values(), engine.parts.resources.copies.h2d_bytes])
+    n_steps = 4
+    read, written, h2d = (
+        (now - before) / n_steps for now, before in zip(counted[-1], counted[-1 - n_steps], strict=True)
+    )
+    layouts = [block.layout for block in engine.blocks]
+    states, (one_block,) = sum(layout.state_nbytes for layout in layouts), {b.slot_nbytes for b in layouts}
+    returns = prefetch == 5 and update == "backward"
+    assert written == states + engine.root.layout.state_nbytes + 6 * one_block
+    fetched = (6 if returns else 2 * 3) * one_block
+    loaded = (6 + max(0, 6 - (prefetch + 1))) * one_block
+    assert read == pytest.approx(states + engine.root.layout.state_nbytes + fetched, abs=one_block)
+    assert h2d == pytest.approx(engine.root.layout.slot_nbytes + loaded, abs=one_block)
+    predicted = engine.plan.predicted.bytes
+    engine.close()
+    assert predicted["written"] == pytest.approx(written, rel=0.01)
+    assert predicted["read"] == pytest.approx(read, rel=0.01, abs=one_block)
+    assert predicted["h2d"] == pytest.approx(h2d, rel=0.01, abs=one_block)
+
+
 @pytest.mark.parametrize("rule", [torch.optim.AdamW, torch.optim.Adafactor])
 def test_a_durable_run_takes_the_storage_that_its_plan_says(tmp_path, rule):
     """With the record of each step, in which Adafactor's statistics of 366 tensors are."""

@@ -47,12 +47,20 @@ def model(state, batch=4, shares_host=False, width=2) -> CostModel:
     ],
 )
 def test_bytes_a_parameter_are_those_of_the_format(state, width, deferred, read, written) -> None:
-    """A parameter of a block; what stays in slots at the turn saves its share of one read."""
+    """A parameter of a block; what stays in host slots at the turns saves its share of two reads."""
     cost = model(state, width=width)
     forward, backward, _ = cost.traffic(load(deferred_fraction=deferred))
-    turn = width * 2 / LAYERS
-    assert (forward.read + backward.read) / cost.trainable == pytest.approx(read - turn)
+    turns = 2 * width * 3 / LAYERS
+    assert (forward.read + backward.read) / cost.trainable == pytest.approx(read - turns)
     assert (forward.written + backward.written) / cost.trainable == pytest.approx(written)
+
+
+def test_what_returns_to_a_device_of_its_own_from_the_update_is_read_for_the_next_update_alone() -> None:
+    cost = model(SPLIT_MASTER)
+    forward, backward, _ = cost.traffic(load(n_slots=LAYERS))
+    assert forward.read == 0
+    assert backward.read / cost.trainable == pytest.approx(12)
+    assert backward.h2d == 0
 
 
 def test_on_a_cpu_nothing_crosses_a_bus_and_both_turns_save_reads() -> None:
@@ -63,7 +71,7 @@ def test_on_a_cpu_nothing_crosses_a_bus_and_both_turns_save_reads() -> None:
 
 
 def test_a_gigabyte_in_host_memory_saves_what_placement_says() -> None:
-    """A parameter plane three times its bytes (less what the slots at the turn save anyway), state twice."""
+    """A parameter plane three times its bytes (less what the slots at the turns save anyway), state twice."""
     cost = model(SPLIT_MASTER)
 
     def moved(**changes) -> float:
@@ -72,7 +80,7 @@ def test_a_gigabyte_in_host_memory_saves_what_placement_says() -> None:
 
     params = float(sum(cost.slot_nbytes))
     states = float(sum(cost.state_nbytes))
-    assert moved() - moved(params_host_nbytes=params) == pytest.approx((3 - 2 / LAYERS) * params)
+    assert moved() - moved(params_host_nbytes=params) == pytest.approx((3 - 2 * 3 / LAYERS) * params)
     assert moved() - moved(states_host_nbytes=states) == pytest.approx(2 * states)
 
 
@@ -80,7 +88,7 @@ def test_backward_takes_as_long_as_its_busiest_resource() -> None:
     cost = model(FULL_MASTER)
     found = cost.cost(load())
     p, rates = cost.trainable, cost.rates
-    read = 12 * p + 2 * p * (1 - 2 / LAYERS)
+    read = 12 * p + 2 * p * (1 - 3 / LAYERS)
     storage_s = read / (2 * 6.5e9) + 14 * p / (2 * 3.4e9)
     assert found.backward["storage"] == pytest.approx(storage_s)
     assert found.backward["compute"] == pytest.approx(cost.backward_flops / 148.68e12)

@@ -70,6 +70,10 @@ def oracle_step_s(
     states = 10 * p - states_host
     boundary = 0 if shape.boundary_on_device else n * unit
     turn = 1 - min(1.0, shape.n_slots / n)
+    # Three blocks' parameters are in host memory at both turns; with a slot for each block the device gets them back
+    # from their updates, and it is these that read them.
+    read = 1 - min(1.0, 3 / (n * stored)) if stored else 0.0
+    early_reads = (0.0, 1.0) if shape.n_slots >= n else (read, read)
     spilled = 4 * numel * (n - grads_host) if deferred else 0
     forward_flops = batch * (n * work.blocks[0].flops_per_sample + work.root_flops_per_sample)
     launches = n * shape.micro_batches * machine.launch_overhead_s
@@ -89,7 +93,7 @@ def oracle_step_s(
         forward_flops,
         2 * p + boundary,
         swapped,
-        (1 - late) * 2 * p * stored + late * (2 * p * stored + states) + spilled,
+        (1 - late) * 2 * p * stored * early_reads[0] + late * (2 * p * stored * read + states) + spilled,
         n_swapped * unit + late * (2 * p * stored + states),
         late * p,
         launches + late * one_update,
@@ -99,7 +103,7 @@ def oracle_step_s(
         2 * forward_flops + recompute,
         2 * p * turn + boundary + swapped,
         width * p + boundary,
-        2 * p * stored * turn + n_swapped * unit + (1 - late) * states,
+        2 * p * stored * early_reads[1] + n_swapped * unit + (1 - late) * states,
         (1 - late) * (2 * p * stored + states) + spilled,
         (1 - late) * p,
         exposed,
