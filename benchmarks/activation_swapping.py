@@ -17,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other core copies and updates
@@ -34,7 +34,9 @@ from offload.planner.plan import INPUT, Budgets, Plan, state_format_of
 from offload.planner.search import make_plan
 from offload.planner.workload import Workload
 from offload.profiling import compute_probe
+from offload.profiling.block_probe import BlockProbe, measure
 from offload.profiling.workload import profile_model
+from offload.schedule.run import simulate_plan
 from offload.transfer.io_engine import UpdatePipeline
 
 POLICIES: dict[str, dict[str, Any]] = {
@@ -43,6 +45,7 @@ POLICIES: dict[str, dict[str, Any]] = {
     "planned": {},
 }
 CHUNK_ELEMENTS, CHUNK_BUFFERS = 1 << 18, 4
+STAGING_NBYTES = UpdatePipeline.buffer_nbytes_required(CHUNK_ELEMENTS, CHUNK_BUFFERS)
 
 
 def build(options: argparse.Namespace) -> LlamaShaped:
@@ -52,27 +55,17 @@ def build(options: argparse.Namespace) -> LlamaShaped:
     return LlamaShaped(Shape(hidden, options.layers, 4 * hidden, hidden // 64, 512))
 
 
-def launch_overhead_s(workload: Workload, flops_per_s: float, options: argparse.Namespace) -> float:
-    """Half of what forward and backward of one micro-batch through one block take longer than their products."""
-    layer = build(options).layers[0]
-    samples, head_size = options.batch // options.micro_batches, 64
-    x = torch.randn(samples, options.tokens, options.hidden, requires_grad=True)
-    angles = torch.randn(options.tokens, head_size)
-    seconds = []
-    for _ in range(5):
-        start_s = time.perf_counter()
-        layer(x, angles, angles).sum().backward()
-        seconds.append(time.perf_counter() - start_s)
-    products_s = 3 * samples * workload.blocks[0].flops_per_sample / flops_per_s
-    return max(0.0, (statistics.median(seconds) - products_s) / 2)
-
-
 def measure_machine(workload: Workload, options: argparse.Namespace) -> Hardware:
-    """Rates of this machine with one compute thread, at the shapes and rows of a micro-batch; the bus as configured."""
+    """This machine with one compute thread, at the model's own work on a micro-batch; the bus as configured."""
     hidden = options.hidden
     rows = options.batch // options.micro_batches * options.tokens
     shapes = ((hidden, hidden),) * 4 + ((hidden, 4 * hidden),) * 2 + ((4 * hidden, hidden),)
     rate = compute_probe.matmul_flops_per_s(shapes, rows, torch.float32, torch.device("cpu"), options.probe_s)
+    samples = options.batch // options.micro_batches
+    ids = torch.randint(0, 512, (samples, options.tokens), generator=torch.Generator().manual_seed(1))
+    updates = compute_probe.UpdateLoop()
+    found = measure(BlockProbe(build(options), workload, samples, lambda model: model(ids)), updates, None, 4)
+    updates.close()
     return Hardware(
         name="this machine behind a throttled bus",
         source="measured in this run; bus as configured",
@@ -83,8 +76,8 @@ def measure_machine(workload: Workload, options: argparse.Namespace) -> Hardware
         h2d_bytes_per_s=options.bus_bytes_per_s or 1e9,
         d2h_bytes_per_s=options.bus_bytes_per_s or 1e9,
         dram_bytes_per_s=compute_probe.dram_copy_bytes_per_s(options.probe_s / 4),
-        adam_params_per_s=compute_probe.update_params_per_s(options.probe_s / 4),
-        launch_overhead_s=launch_overhead_s(workload, rate, options),
+        launch_overhead_s=0.0,  # it is in the rates
+        **asdict(found),
     )
 
 
@@ -94,7 +87,7 @@ def plan_of(policy: str, workload: Workload, machine: Hardware, options: argpars
         device_memory_nbytes=options.device_memory,
         host_memory_nbytes=options.host_memory,
         storage_nbytes=0,
-        staging_nbytes=UpdatePipeline.buffer_nbytes_required(CHUNK_ELEMENTS, CHUNK_BUFFERS),
+        staging_nbytes=STAGING_NBYTES,
     )
     fixed = {
         "micro_batches": options.micro_batches, "boundary_on_device": True, "update": "backward",
@@ -115,14 +108,21 @@ class Side:
     losses: list[float]
     stall_s: list[dict[str, float]]
 
+    def turn(self, tokens: torch.Tensor, n_steps: int) -> None:
+        """Steps one after the other; what the last has in flight is waited for. The first is not counted: nothing was
+        left in flight before it."""
+        self.step(tokens, keep=False)
+        for _ in range(n_steps):
+            self.step(tokens, keep=True)
+        self.model.offload.flush()
+
     def step(self, tokens: torch.Tensor, keep: bool) -> None:
-        """One whole step, its update included."""
+        """One step; its last updates go on in the next."""
         start_s = time.perf_counter()
         loss = self.model(tokens)
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.model.offload.flush()
         seconds = time.perf_counter() - start_s
         self.losses.append(float(loss.detach()))
         if keep:
@@ -178,7 +178,7 @@ def outcome_bytes(plan: Plan, workload: Workload) -> dict[str, float]:
     return found
 
 
-def row_of(side: Side, workload: Workload, reference: Side) -> dict[str, Any]:
+def row_of(side: Side, workload: Workload, machine: Hardware, reference: Side) -> dict[str, Any]:
     """The side's figures, its contents checked against `reference`."""
     mine = {n: t.clone() for block in side.model.offload.iter_blocks() for n, t in block}
     theirs = {n: t.clone() for block in reference.model.offload.iter_blocks() for n, t in block}
@@ -188,6 +188,7 @@ def row_of(side: Side, workload: Workload, reference: Side) -> dict[str, Any]:
     if predicted is None:
         raise SystemExit("a plan without prediction")
     measured_s = statistics.median(side.step_s)
+    simulated = simulate_plan(side.plan, workload, machine, staging_nbytes=STAGING_NBYTES)
     causes = sorted({cause for stalls in side.stall_s for cause in stalls})
     moved = side.model.offload.activations.nbytes_by_tier
     steps = len(side.losses)
@@ -195,8 +196,9 @@ def row_of(side: Side, workload: Workload, reference: Side) -> dict[str, Any]:
         "name": side.name,
         "step_s": measured_s,
         "step_s_spread": [min(side.step_s), max(side.step_s)],
-        "predicted_step_s": predicted.step_s,
-        "predicted_over_measured": predicted.step_s / measured_s,
+        "planner_step_s": predicted.step_s,
+        "predicted_step_s": simulated.step_s,
+        "predicted_over_measured": simulated.step_s / measured_s,
         "predicted_forward_seconds": predicted.forward_seconds,
         "predicted_backward_seconds": predicted.backward_seconds,
         "stall_s": {c: statistics.median([s.get(c, 0.0) for s in side.stall_s]) for c in causes},
@@ -232,8 +234,8 @@ def main() -> None:
     parser.add_argument("--device-memory", type=int)
     parser.add_argument("--host-memory", type=int, default=2_000_000_000)
     parser.add_argument("--probe-s", type=float, default=4.0, help="seconds that measuring the machine takes")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=1, help="steps a side takes in one round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=3, help="steps a side takes in one round that are timed")
     parser.add_argument(
         "--plans", action="store_true", help="print what is expected over bus speeds, and end"
     )
@@ -258,12 +260,10 @@ def main() -> None:
     )
     for side in sides:  # the first step writes the recipes
         side.step(tokens, keep=False)
-        side.step(tokens, keep=False)
     for number in range(options.rounds):
         for side in sides[number % 3 :] + sides[: number % 3]:
-            for _ in range(options.steps):
-                side.step(tokens, keep=True)
-    rows = [row_of(side, workload, sides[0]) for side in sides]
+            side.turn(tokens, options.steps)
+    rows = [row_of(side, workload, machine, sides[0]) for side in sides]
     for row in rows:
         row["planned_over_this"] = rows[-1]["step_s"] / row["step_s"]
         row["bus_bytes_per_s"] = options.bus_bytes_per_s
