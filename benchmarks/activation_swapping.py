@@ -17,6 +17,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,7 +35,8 @@ from offload.planner.plan import INPUT, Budgets, Plan, state_format_of
 from offload.planner.search import make_plan
 from offload.planner.workload import Workload
 from offload.profiling import compute_probe
-from offload.profiling.block_probe import BlockProbe, measure
+from offload.profiling.block_probe import BlockProbe, Measured, measure
+from offload.profiling.compute_probe import UpdateLoop
 from offload.profiling.workload import profile_model
 from offload.schedule.run import simulate_plan
 from offload.transfer.io_engine import UpdatePipeline
@@ -55,17 +57,20 @@ def build(options: argparse.Namespace) -> LlamaShaped:
     return LlamaShaped(Shape(hidden, options.layers, 4 * hidden, hidden // 64, 512))
 
 
-def measure_machine(workload: Workload, options: argparse.Namespace) -> Hardware:
-    """This machine with one compute thread, at the model's own work on a micro-batch; the bus as configured."""
+def look_of(workload: Workload, options: argparse.Namespace) -> Callable[[], Measured]:
+    """Measures this machine with one compute thread, at the model's own work on a micro-batch."""
+    samples = options.batch // options.micro_batches
+    ids = torch.randint(0, 512, (samples, options.tokens), generator=torch.Generator().manual_seed(1))
+    probe, updates = BlockProbe(build(options), workload, samples, lambda model: model(ids)), UpdateLoop()
+    return lambda: measure(probe, updates, None)
+
+
+def machine_of(found: Measured, options: argparse.Namespace) -> Hardware:
+    """This machine; the bus as configured."""
     hidden = options.hidden
     rows = options.batch // options.micro_batches * options.tokens
     shapes = ((hidden, hidden),) * 4 + ((hidden, 4 * hidden),) * 2 + ((4 * hidden, hidden),)
     rate = compute_probe.matmul_flops_per_s(shapes, rows, torch.float32, torch.device("cpu"), options.probe_s)
-    samples = options.batch // options.micro_batches
-    ids = torch.randint(0, 512, (samples, options.tokens), generator=torch.Generator().manual_seed(1))
-    updates = compute_probe.UpdateLoop()
-    found = measure(BlockProbe(build(options), workload, samples, lambda model: model(ids)), updates, None, 4)
-    updates.close()
     return Hardware(
         name="this machine behind a throttled bus",
         source="measured in this run; bus as configured",
@@ -107,6 +112,7 @@ class Side:
     step_s: list[float]
     losses: list[float]
     stall_s: list[dict[str, float]]
+    predicted_s: list[float]
 
     def turn(self, tokens: torch.Tensor, n_steps: int) -> None:
         """Steps one after the other; what the last has in flight is waited for. The first is not counted: nothing was
@@ -139,7 +145,7 @@ def make_side(name: str, plan: Plan, options: argparse.Namespace) -> Side:
         chunk_elements=CHUNK_ELEMENTS, chunk_buffers=CHUNK_BUFFERS, update_threads=1, step_aside="never",
         plan=plan.to_json(),
     )  # fmt: skip
-    return Side(name, plan, model, optimizer, [], [], [])
+    return Side(name, plan, model, optimizer, [], [], [], [])
 
 
 def device_memory_nbytes(workload: Workload, options: argparse.Namespace) -> int:
@@ -178,7 +184,7 @@ def outcome_bytes(plan: Plan, workload: Workload) -> dict[str, float]:
     return found
 
 
-def row_of(side: Side, workload: Workload, machine: Hardware, reference: Side) -> dict[str, Any]:
+def row_of(side: Side, workload: Workload, reference: Side) -> dict[str, Any]:
     """The side's figures, its contents checked against `reference`."""
     mine = {n: t.clone() for block in side.model.offload.iter_blocks() for n, t in block}
     theirs = {n: t.clone() for block in reference.model.offload.iter_blocks() for n, t in block}
@@ -188,7 +194,7 @@ def row_of(side: Side, workload: Workload, machine: Hardware, reference: Side) -
     if predicted is None:
         raise SystemExit("a plan without prediction")
     measured_s = statistics.median(side.step_s)
-    simulated = simulate_plan(side.plan, workload, machine, staging_nbytes=STAGING_NBYTES)
+    predicted_s = statistics.median(side.predicted_s)
     causes = sorted({cause for stalls in side.stall_s for cause in stalls})
     moved = side.model.offload.activations.nbytes_by_tier
     steps = len(side.losses)
@@ -197,8 +203,8 @@ def row_of(side: Side, workload: Workload, machine: Hardware, reference: Side) -
         "step_s": measured_s,
         "step_s_spread": [min(side.step_s), max(side.step_s)],
         "planner_step_s": predicted.step_s,
-        "predicted_step_s": simulated.step_s,
-        "predicted_over_measured": simulated.step_s / measured_s,
+        "predicted_step_s": predicted_s,
+        "predicted_over_measured": predicted_s / measured_s,
         "predicted_forward_seconds": predicted.forward_seconds,
         "predicted_backward_seconds": predicted.backward_seconds,
         "stall_s": {c: statistics.median([s.get(c, 0.0) for s in side.stall_s]) for c in causes},
@@ -244,7 +250,8 @@ def main() -> None:
     torch.set_num_threads(1)
     workload = profile_model(build(options), options.tokens)
     options.device_memory = options.device_memory or device_memory_nbytes(workload, options)
-    machine = measure_machine(workload, options)
+    look = look_of(workload, options)
+    machine = machine_of(look(), options)
     print(f"matrix products {machine.matmul_flops_per_s['float32'] / 1e9:.0f} GFLOP/s")
     if options.plans:
         show_plans(workload, machine, options)
@@ -261,9 +268,12 @@ def main() -> None:
     for side in sides:  # the first step writes the recipes
         side.step(tokens, keep=False)
     for number in range(options.rounds):
+        now = machine.model_copy(update=asdict(look()))  # rates and steps of the same minute
         for side in sides[number % 3 :] + sides[: number % 3]:
             side.turn(tokens, options.steps)
-    rows = [row_of(side, workload, machine, sides[0]) for side in sides]
+            step = simulate_plan(side.plan, workload, now, staging_nbytes=STAGING_NBYTES)
+            side.predicted_s.append(step.step_s)
+    rows = [row_of(side, workload, sides[0]) for side in sides]
     for row in rows:
         row["planned_over_this"] = rows[-1]["step_s"] / row["step_s"]
         row["bus_bytes_per_s"] = options.bus_bytes_per_s

@@ -45,6 +45,8 @@ class _CopyStream:
 
     def __init__(self, name: str, bytes_per_s: float | None) -> None:
         self._bytes_per_s = bytes_per_s
+        self._late_s = 0.0
+        """By how much copies have taken longer than the bus says; the next ones make up for it."""
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -60,11 +62,13 @@ class _CopyStream:
             for earlier in after:
                 earlier.wait()
             start_s = time.perf_counter()
-            if (
-                self._bytes_per_s is not None
-            ):  # sleep first: what must not be touched meanwhile is touched last
-                time.sleep(source.numel() * source.element_size() / self._bytes_per_s)
-            target.copy_(source)
+            if self._bytes_per_s is None:
+                target.copy_(source)
+            else:  # sleep first: what must not be touched meanwhile is touched last
+                end_s = start_s + source.numel() * source.element_size() / self._bytes_per_s - self._late_s
+                time.sleep(max(0.0, end_s - start_s))
+                target.copy_(source)
+                self._late_s = max(0.0, time.perf_counter() - end_s)
             event.set(start_s)
 
         self._work.put(work)
