@@ -227,6 +227,7 @@ class _BlockFunction(torch.autograd.Function):
                     grads[i] = _place(grads[i], tensor.grad, tensors[i], call, number)
                     tensor.grad = None
             _set_random_state(outside, device)
+            runner.activations.left_block()
         finally:
             block.awaiting_backward.discard(call)
             runner.end_backward(block)

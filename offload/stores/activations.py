@@ -244,6 +244,12 @@ class ActivationStore:
         self._start_ahead(self._ahead_nbytes)
         return tensors
 
+    def left_block(self) -> None:
+        """Backward has left a block. Until it takes the next there is room for two micro-batches that come back over the
+        bus, ahead of the parameters that are loaded in the block's place."""
+        if not self._device.shares_host:
+            self._start_ahead(2 * self._ahead_nbytes)
+
     def _moves(self, held: _Held) -> bool:
         """Whether it leaves the device tier's memory."""
         return held.tier == "storage" or (held.tier == "host" and not self._device.shares_host)

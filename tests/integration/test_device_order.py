@@ -16,6 +16,7 @@ from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from offload.runtime import assembly
 from offload.runtime.device_residency import CopiedResidency
 from offload.runtime.gradients import Gradients
+from offload.runtime.scheduler import Scheduler
 from offload.stores.activations import ActivationStore
 from offload.telemetry import SpanLog, Stalls
 from offload.tiers.device import CudaDevice
@@ -220,3 +221,47 @@ def test_memory_of_a_dropped_activation_is_used_again_only_after_its_copy(monkey
         store.order_after_left()
         tensor.add_(1)  # as whoever is given its memory
     assert bool(conflicts) != is_waited_for
+
+
+@pytest.mark.parametrize("left_block", [False, True])
+def test_until_backward_takes_the_next_block_two_micro_batches_come_back(left_block):
+    """They are on the bus before the parameters that are loaded when a block has been left."""
+    device = OrderedDevice()
+    copies = Copies(device, SpanLog())
+    store = ActivationStore(
+        device, copies, None, Stalls(), SpanLog(), tier="host", device_nbytes=0, host_nbytes=1 << 20,
+        staging=torch.empty(0, dtype=torch.uint8),
+    )  # fmt: skip
+    micro_batches = [[store.swap_out(torch.ones(1000)) for _ in range(2)] for _ in range(5)]
+    store.swap_in(micro_batches.pop())
+    if left_block:
+        store.left_block()
+    ahead = 2 if left_block else 1
+    assert copies.h2d_bytes == (1 + ahead) * 2 * 4000
+    for pair in reversed(micro_batches):
+        assert all(torch.equal(tensor, torch.ones(1000)) for tensor in store.swap_in(pair))
+
+
+def test_swapped_tensors_are_asked_back_before_the_next_parameters_when_a_block_is_left(monkeypatch):
+    done = []
+    left_block, end = ActivationStore.left_block, Scheduler.end
+
+    def leave(self):
+        done.append("left")
+        left_block(self)
+
+    def ended(self, block, phase):
+        done.append(phase)
+        end(self, block, phase)
+
+    monkeypatch.setattr(ActivationStore, "left_block", leave)
+    monkeypatch.setattr(Scheduler, "end", ended)
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    model, optimizer = offload.wrap(
+        model, torch.optim.AdamW(model.parameters()), device="emulated", storage=[], step_aside="never",
+        device_memory="1MB", host_memory="20MB", micro_batches=2,
+    )  # fmt: skip
+    model(torch.ones(2, 64)).sum().backward()
+    optimizer.step()
+    model.offload.close()
+    assert done == ["forward"] * 3 + ["left", "backward"] * 3
