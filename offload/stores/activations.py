@@ -245,8 +245,8 @@ class ActivationStore:
         return tensors
 
     def left_block(self) -> None:
-        """Backward has left a block. Until it takes the next there is room for two micro-batches that come back, ahead of
-        the parameters that are loaded in the block's place."""
+        """Backward has left a block: until it takes the next there is room for two micro-batches that come back, ahead
+        of the parameters that are loaded in its place."""
         if not self._device.shares_host:
             self._start_ahead(2 * self._ahead_nbytes)
 
