@@ -203,14 +203,19 @@ def test_a_graph_that_is_dropped_leaves_no_copy_of_memory_that_is_used_again(dev
         assert torch.equal(forwards_without_backward(device)[0], expected)
 
 
-@pytest.mark.parametrize("is_waited_for", [True, False])
-def test_memory_of_a_dropped_activation_is_used_again_only_after_its_copy(monkeypatch, is_waited_for):
+def store_in_host_memory():
+    """Where activations go to host memory, and its copies."""
     device = OrderedDevice()
     copies = Copies(device, SpanLog())
-    store = ActivationStore(
+    return copies, ActivationStore(
         device, copies, None, Stalls(), SpanLog(), tier="host", device_nbytes=0, host_nbytes=1 << 20,
         staging=torch.empty(0, dtype=torch.uint8),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("is_waited_for", [True, False])
+def test_memory_of_a_dropped_activation_is_used_again_only_after_its_copy(monkeypatch, is_waited_for):
+    _, store = store_in_host_memory()
     if not is_waited_for:
         without_waits_in(ActivationStore, "_reap")(monkeypatch)
     with watching() as conflicts:
@@ -226,12 +231,7 @@ def test_memory_of_a_dropped_activation_is_used_again_only_after_its_copy(monkey
 @pytest.mark.parametrize("left_block", [False, True])
 def test_until_backward_takes_the_next_block_two_micro_batches_come_back(left_block):
     """They are on the bus before the parameters that are loaded when a block has been left."""
-    device = OrderedDevice()
-    copies = Copies(device, SpanLog())
-    store = ActivationStore(
-        device, copies, None, Stalls(), SpanLog(), tier="host", device_nbytes=0, host_nbytes=1 << 20,
-        staging=torch.empty(0, dtype=torch.uint8),
-    )  # fmt: skip
+    copies, store = store_in_host_memory()
     micro_batches = [[store.swap_out(torch.ones(1000)) for _ in range(2)] for _ in range(5)]
     store.swap_in(micro_batches.pop())
     if left_block:
