@@ -260,9 +260,8 @@ class CostModel:
         fetched = fetched_forward = loaded
         if not self.rates.shares_host:
             fetched = fetched_forward = 1 - np.minimum(1.0, HOST_SLOTS / np.maximum(n_blocks * stored, 1e-9))
-            if (
-                load.n_slots >= n_blocks
-            ):  # the device gets them back from updates, which read them for themselves
+            if load.n_slots >= n_blocks:
+                # The device gets them back from updates, which read them for themselves.
                 fetched = np.where(late > 0, fetched, 1.0)
                 fetched_forward = np.where(late > 0, fetched_forward, 0.0)
         separate = np.where((late > 0) & (late < 1), late, 0.0)

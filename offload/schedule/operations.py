@@ -100,7 +100,8 @@ class UseCursor:
 
     def uses_until(self, block: int, phase: Phase) -> int:
         """How many other uses come before `block` runs `phase` again."""
-        return (self._position_of[Use(block, phase)] - self._position - 1) % len(self._uses)
+        position = block if phase == "forward" else len(self._uses) - 1 - block
+        return (position - self._position - 1) % len(self._uses)
 
     def _order_after(self, position: int) -> tuple[list[int], dict[int, int]]:
         known = self._orders.get(position)

@@ -256,9 +256,10 @@ class Unroller(Emitter):
         elif self.shares_host and block not in self.resident:
             self.free_slots.append(self.last_compute)
         else:
-            self._leave_host(block, self.last_compute)
+            self._leave_host_before_turn(block, self.last_compute)
 
-    def _leave_host(self, block: int, when: Index) -> None:
+    def _leave_host_before_turn(self, block: int, when: Index) -> None:
+        """Those that forward begins with stay."""
         if block not in self.host_start:
             self.leave_host(block, when)
 
@@ -278,12 +279,12 @@ class Unroller(Emitter):
         if not late:
             self.update(block, (out, *self.fetched[block]), reads_param=False, rank=self.rank(block))
             done = self.updated[block]
-            self._leave_host(block, done)
+            self._leave_host_before_turn(block, done)
         elif not waits_in_host:
             done = self.emit("spill", "write", self.grad_nbytes(block), out, block=block)
         if late:
             self.grads_ready[block] = done
-            self._leave_host(block, self.last_compute)
+            self._leave_host_before_turn(block, self.last_compute)
         self.grad_buffers.append(done if self.shares_host else out)
         if not self.shares_host and not waits_in_host:
             self.grad_landing.append(done)
