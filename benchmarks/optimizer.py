@@ -131,7 +131,7 @@ def storage_row(directory: str, arguments: argparse.Namespace, read_param: bool)
         kernel = (work.pipeline.stats()["kernel_s"] - before) / arguments.steps
         after = moved(work.engine)
         read, written = (
-            (now - then) // arguments.steps for now, then in zip(after, (read, written), strict=True)
+            (end - start) // arguments.steps for end, start in zip(after, (read, written), strict=True)
         )
         work.verify()
         floor = fio_floor_s(work, read, written, arguments)

@@ -37,7 +37,7 @@ def row(name: str, directory: str, arguments: argparse.Namespace) -> dict[str, A
         seconds = sum(seconds_of(work.step) for _ in range(arguments.steps)) / arguments.steps
         kernel = (work.pipeline.stats()["kernel_s"] - kernel) / arguments.steps
         after = moved(work.engine)
-        read, written = ((now - then) // arguments.steps for now, then in zip(after, before, strict=True))
+        read, written = ((end - start) // arguments.steps for end, start in zip(after, before, strict=True))
         work.verify()
         if arguments.bytes_only:
             continue

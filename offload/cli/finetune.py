@@ -162,7 +162,7 @@ class _Moved:
         """(seconds, bytes read, bytes written) since the last call."""
         before, before_s = self._before, self._before_s
         self._before, self._before_s = self._now(), time.perf_counter()
-        read_nbytes, written_nbytes = (now - then for now, then in zip(self._before, before, strict=True))
+        read_nbytes, written_nbytes = (end - start for end, start in zip(self._before, before, strict=True))
         return self._before_s - before_s, read_nbytes, written_nbytes
 
     @property
