@@ -10,7 +10,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from offload.model.loading import INDEX_FILE, SINGLE_FILE
 from offload.model.quantized import quantized_weights
 from offload.runtime.engine import OffloadEngine
 from offload.stores.block_store import BlockRecord
-from offload.tiers.durable_files import rename, sync_directory, sync_file, sync_files
+from offload.tiers.durable_files import replacing, sync_files
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -83,7 +83,6 @@ class ShardWriter:
     """A safetensors file whose tensors arrive one after the other; appears under its name only when complete."""
 
     def __init__(self, path: str, items: list[Item]) -> None:
-        self.path = path
         self._items = iter(items)
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
@@ -97,8 +96,8 @@ class ShardWriter:
             end = offsets[1]
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._file: BinaryIO = open(path + ".partial", "wb")  # noqa: SIM115  # closed by __exit__
-        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._header = struct.pack("<Q", len(text)) + text
+        self._replacing = replacing(path)
 
     def write(self, tensor: torch.Tensor) -> None:
         """The next tensor, in the order of the items."""
@@ -109,20 +108,14 @@ class ShardWriter:
         self._file.write(contiguous.numpy().data)
 
     def __enter__(self) -> ShardWriter:
+        self._file = self._replacing.__enter__()
+        self._file.write(self._header)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._file as file:
-            if kind is None:
-                file.flush()
-                sync_file(file.fileno(), self.path)
-        if kind is None:
-            rename(self.path + ".partial", self.path)
-            sync_directory(os.path.dirname(self.path))
-        else:
-            os.unlink(self.path + ".partial")
+        self._replacing.__exit__(kind, error, trace)
 
 
 def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:

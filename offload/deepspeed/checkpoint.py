@@ -18,7 +18,7 @@ from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.training_state import random_states, set_random_states
 from offload.stores.block_store import BlockRecord
 from offload.stores.state_image import Chunk, chunks_of, fill, state_piece
-from offload.tiers.durable_files import rename, sync_directory, write_file
+from offload.tiers.durable_files import replacing
 from offload.tiers.host import HostArena
 from offload.types import PAGE_NBYTES, round_up
 from offload.update_rules import LO_NBYTES
@@ -54,10 +54,8 @@ def write(
     save(model, target, state={name: _Held(value) for name, value in states.items()}, keep_last=1)
     if not save_latest:
         return
-    path = os.path.join(directory, LATEST_FILE)
-    write_file(path + ".partial", tag.encode())
-    rename(path + ".partial", path)
-    sync_directory(directory)
+    with replacing(os.path.join(directory, LATEST_FILE)) as file:
+        file.write(tag.encode())
 
 
 def read(

@@ -11,7 +11,7 @@ from torch import nn
 
 from offload.checkpoint.export import Item, ShardWriter
 from offload.runtime.engine import OffloadEngine
-from offload.tiers.durable_files import rename, sync_directory, sync_file
+from offload.tiers.durable_files import replacing
 
 
 def _buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -81,15 +81,11 @@ def write_16bit(
     if is_safetensors:
         return path
     try:
-        with safe_open(streamed, framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+        with safe_open(streamed, framework="pt") as read:
+            state = {name: read.get_tensor(name) for name in read.keys()}  # noqa: SIM118  # not a dict
             state |= {alias: state[name] for alias, name in _aliases(model).items() if name in state}
-            with open(path + ".partial", "wb") as written:
-                torch.save(state, written)
-                written.flush()
-                sync_file(written.fileno(), path)
-        rename(path + ".partial", path)
-        sync_directory(directory)
+        with replacing(path) as file:
+            torch.save(state, file)
     finally:
         os.unlink(streamed)
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from offload.errors import StoreError
 
@@ -61,6 +62,24 @@ def write_file(path: str, content: bytes) -> None:
         except BaseException:
             os.unlink(path)
             raise
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[BinaryIO]:
+    """A file to write, on the drive under the name `path` when the block has ended, and gone when it has failed.
+
+    Until then it is `path`.partial, and a file that has the name keeps it. Raises StoreError.
+    """
+    partial = path + ".partial"
+    with contextlib.ExitStack() as on_error:
+        with open(partial, "wb") as file:
+            on_error.callback(os.unlink, partial)
+            yield file
+            file.flush()
+            sync_file(file.fileno(), path)
+        on_error.pop_all()
+    rename(partial, path)
+    sync_directory(os.path.dirname(path) or ".")
 
 
 def rename(source: str, target: str) -> None:
