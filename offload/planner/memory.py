@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from offload.config import CHUNK_ELEMENTS
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN, HOST_SLOTS
 from offload.planner.plan import StateFormat
 from offload.planner.workload import Workload, peak_of
+from offload.stores.record_size import record_room_nbytes
 from offload.types import PAGE_NBYTES, round_up
 
 KERNEL_SCRATCH_NBYTES = 1 << 20
 """What kernels allocate for themselves, which no trace sees: attention on a CPU takes some 100 kB a thread."""
-
-
-RECORD_NBYTES_FIXED, RECORD_NBYTES_PER_BLOCK, RECORD_NBYTES_PER_TENSOR = 1 << 20, 256 + 24, 32
-RECORD_NBYTES_PER_PARAM = 24 / (1 << 18)
-"""Of a step's commit record: its fixed part, of a block (with its last chunk), of a parameter tensor, and checksums of
-chunks of 2^18 elements (stores/sides.py). What a rule keeps of whole tensors comes to it."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +131,15 @@ def durable_nbytes(workload: Workload, state: StateFormat) -> int:
     """Storage of a run whose every step is durable (docs/durability.md): all parameters and state twice, wherever they
     are used from, and two commit records."""
     blocks = workload.blocks
-    trainable = sum(b.stored_numel for b in blocks) + workload.root_stored_numel
+    numels = [*(b.stored_numel for b in blocks), workload.root_stored_numel]
+    trainable = sum(numels)
     frozen = sum(b.frozen_numel for b in blocks) + workload.root_frozen_numel
-    record = RECORD_NBYTES_FIXED + RECORD_NBYTES_PER_BLOCK * (len(blocks) + 1)
-    record += RECORD_NBYTES_PER_TENSOR * len(workload.trainable_shapes) + workload.statistics_nbytes
-    record = round_up(int(record + RECORD_NBYTES_PER_PARAM * trainable), PAGE_NBYTES)
+    record = record_room_nbytes(
+        len(numels),
+        sum(-(-numel // CHUNK_ELEMENTS) for numel in numels),
+        len(workload.trainable_shapes),
+        workload.statistics_nbytes,
+    )
     return 2 * (state.stored_of(trainable) + state.param_nbytes * frozen + record)
 
 

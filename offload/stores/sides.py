@@ -15,11 +15,9 @@ import numpy as np
 from offload._C import crc32c
 from offload.errors import ConfigError
 from offload.model.flat import BlockLayout, FlatBuffer
+from offload.stores.record_size import record_room_nbytes
 from offload.tiers.manifest import MANIFEST_NBYTES_MAX
 from offload.types import PAGE_NBYTES, round_up
-
-RECORD_NBYTES_FIXED = 1 << 20
-"""Room in a commit record for what the user tracks, random states and hyperparameters."""
 
 
 @dataclass
@@ -85,21 +83,17 @@ def checksum_tables(layout: BlockLayout, chunk_elements: int) -> dict[int, tuple
 
 
 def record_nbytes(layouts: list[BlockLayout], chunk_elements: int) -> int:
-    """Room for one commit record: 24 bytes a chunk, 32 a parameter, the rule's statistics, 1 MiB for everything else.
-
-    Raises ConfigError when that is more than a record may have.
-    """
+    """Room for one commit record. Raises ConfigError when that is more than a record may have."""
     buffers = [buffer for layout in layouts for buffer in layout.buffers]
     chunks = sum(-(-buffer.n_elements // chunk_elements) for buffer in buffers)
     parameters = sum(len(buffer.segments) for buffer in buffers)
-    fixed_nbytes = RECORD_NBYTES_FIXED + 256 * len(buffers)
     statistics_nbytes = sum(
         buffer.rule.encoded_statistics_nbytes(segment.shape)
         for buffer in buffers
         for segment in buffer.segments
         if buffer.trainable
     )
-    nbytes = round_up(24 * chunks + 32 * parameters + statistics_nbytes + fixed_nbytes, PAGE_NBYTES)
+    nbytes = record_room_nbytes(len(buffers), chunks, parameters, statistics_nbytes)
     if nbytes > MANIFEST_NBYTES_MAX:
         raise ConfigError(
             f"durability='step': the record of each step would take {nbytes} bytes, and {MANIFEST_NBYTES_MAX} is the "

@@ -12,6 +12,7 @@ import torch
 import offload
 from offload.errors import ConfigError, UsageError
 from offload.stores import sides
+from offload.stores.record_size import RECORD_NBYTES_FIXED
 from offload.tiers.encoding import encode
 from offload.update_rules import callback_rule
 from tests import child
@@ -206,6 +207,6 @@ def test_a_record_has_room_for_the_statistics_of_every_shape(shape):
 
 
 def test_statistics_that_no_record_can_hold_are_refused_with_what_to_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(sides, "MANIFEST_NBYTES_MAX", sides.RECORD_NBYTES_FIXED)
+    monkeypatch.setattr(sides, "MANIFEST_NBYTES_MAX", RECORD_NBYTES_FIXED)
     with pytest.raises(ConfigError, match="use durability='checkpoint'"):
         AdafactorRun(tmp_path, durability="step", host_memory="1GB", device_memory="1GB")

@@ -10,7 +10,7 @@ import torch
 import offload
 from offload.planner.plan import INPUT, Plan
 from offload.runtime import planning
-from offload.stores.sides import RECORD_NBYTES_FIXED
+from offload.stores.record_size import RECORD_NBYTES_FIXED
 from tests.conftest import batches, build, two_groups
 from tests.integration.test_exactness import CHUNK, assert_same_bits, train, train_in_memory
 
