@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from offload.errors import UsageError
 from offload.model import captured, microbatch
-from offload.runtime.recompute import Departed, Keeper, Recipe, Recorder, Replayer
+from offload.runtime import hooks
+from offload.runtime.recipe import Recipe, Recorder
+from offload.runtime.recompute import Departed, Keeper, Replayer, following
 from offload.stores.activations import Activation, ActivationStore, Tier
 from offload.stores.block_store import BlockRecord
 
@@ -33,7 +36,7 @@ class Runner(Protocol):
     def end_forward(self, block: BlockRecord) -> None: ...
     def begin_backward(self, block: BlockRecord) -> None: ...
     def end_backward(self, block: BlockRecord) -> None: ...
-    def computing(self, kind: str, block: BlockRecord) -> AbstractContextManager[None]: ...
+    def computing(self, kind: str, block: BlockRecord) -> AbstractContextManager[object]: ...
     def tiers_of_saved(self, block: BlockRecord, recipe: Recipe) -> dict[int, Tier]: ...
     def input_tier(self, block: BlockRecord) -> Tier | None: ...
     def given_tensors(self, block: BlockRecord) -> list[torch.Tensor]: ...
@@ -254,12 +257,18 @@ def _detach_inputs(call: Call, micro: list[Any]) -> list[torch.Tensor]:
     return inputs
 
 
+def _module(call: Call) -> nn.Module | None:
+    """The block's, unless somebody has put another forward in its place."""
+    module = getattr(call.forward, "__self__", None)
+    return module if isinstance(module, nn.Module) else None
+
+
 def _signature(call: Call, micro: list[Any]) -> tuple[Any, ...]:
     """What decides which operations a block does, as far as we know."""
     shapes = tuple(
         (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in micro
     )
-    module = getattr(call.forward, "__self__", None)
+    module = _module(call)
     autocast = tuple((c.device, c.fast_dtype, c._enabled) for c in call.contexts)  # type: ignore[attr-defined]
     return shapes, getattr(module, "training", None), autocast
 
@@ -273,7 +282,8 @@ def _forward_saving(call: Call, micro: list[Any]) -> list[Any]:
     tiers = call.runner.tiers_of_saved(call.block, recipe)
     if not tiers:
         return _run_micro(call, micro)
-    with Keeper(recipe, frozenset(tiers)) as keeper:
+    keeper = Keeper(recipe, frozenset(tiers))
+    with following(keeper, _module(call)):
         out_leaves = _run_micro(call, micro)
     if keeper.matches:
         call.runner.activations.order_after_left()
@@ -314,18 +324,24 @@ def _recompute(
         inputs = _detach_inputs(call, micro)
         if not call.runner.uses_recipes:
             out_leaves = _run_micro(call, micro)
-        elif recipe is not None and not recipe.why_not:
+        elif recipe is None:
+            recorder = Recorder([*inputs, *call.runner.given_tensors(call.block)])
+            module = _module(call)
+            within = {} if module is None else {n: m for n, m in module.named_modules() if n}
+            with (
+                recorder,
+                hooks.before_submodules(within, recorder.entered),
+                torch.autograd.graph.saved_tensors_hooks(recorder.save, lambda t: t),
+            ):
+                out_leaves = _run_micro(call, micro)
+            call.block.recipes[signature] = recorder.recipe()
+        elif not recipe.why_not and recipe.first_changed(frozenset(saved)) is not None:
             try:
-                with Replayer(recipe, saved):
+                with following(Replayer(recipe, saved), _module(call)):
                     out_leaves = _run_micro(call, micro)
             except Departed:
                 recipe.why_not = "it does not do the same operations every time"
                 return _recompute(call, micro, number, device)
-        elif recipe is None:
-            recorder = Recorder([*inputs, *call.runner.given_tensors(call.block)])
-            with recorder, torch.autograd.graph.saved_tensors_hooks(recorder.save, lambda t: t):
-                out_leaves = _run_micro(call, micro)
-            call.block.recipes[signature] = recorder.recipe()
         else:
             out_leaves = _run_micro(call, micro)
     return inputs, [x for x in out_leaves if isinstance(x, torch.Tensor)]

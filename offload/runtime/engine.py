@@ -27,8 +27,8 @@ from offload.runtime.gradient_norms import GradientNorms
 from offload.runtime.late_plan import LatePlan, is_open
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.planning import NoPlan, RunPlan
-from offload.runtime.recompute import Recipe
-from offload.runtime.recording import computing, recording
+from offload.runtime.recipe import Recipe
+from offload.runtime.recording import computing, named, recording
 from offload.runtime.resident import place_adapters
 from offload.runtime.saves import SavesBeside
 from offload.runtime.training_state import Stateful, checked_stateful
@@ -51,7 +51,7 @@ class OffloadEngine:
         self.model = model
         self.config = config
         self.keeps_graph = config.activations == "keep"
-        self.stalls = Stalls(lambda cause: torch.profiler.record_function(f"offload wait for {cause}"))
+        self.stalls = Stalls(functools.partial(named, "wait for"))
         self.uses_recipes = not config.compile_blocks
         self.spans = SpanLog()
         self.last_step: dict[str, Any] = {}
@@ -366,7 +366,7 @@ class OffloadEngine:
         finally:
             self._sync = before
 
-    def computing(self, kind: str, block: BlockRecord) -> contextlib.AbstractContextManager[None]:
+    def computing(self, kind: str, block: BlockRecord) -> contextlib.AbstractContextManager[object]:
         """Record what the device computes inside."""
         return computing(self._assembly, self.spans, kind, block)
 

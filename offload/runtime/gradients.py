@@ -105,7 +105,7 @@ class Gradients:
             self.begin(block)
         if block.grad_buffer is None:
             raise UsageError(f"block {block.name} received a gradient but has no trainable parameter")
-        target = block.grad_view(buffer, buffer.segments[position], block.grad_buffer.plane)
+        target = block.grad_buffer.part(buffer, buffer.segments[position])
         if id(parameter) in block.touched:
             if target.dtype != torch.float32:
                 raise UsageError(

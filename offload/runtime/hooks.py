@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -80,6 +80,27 @@ def before_forward(
 ) -> list[torch.utils.hooks.RemovableHandle]:
     """Call `call()` before each of `modules` runs."""
     return [module.register_forward_pre_hook(lambda _module, _args: call()) for module in modules]
+
+
+@contextlib.contextmanager
+def before_submodules(modules: Mapping[str, nn.Module], call: Callable[[str], None]) -> Iterator[None]:
+    """Inside, `call(name)` comes before each of `modules` runs, ahead of its other hooks, but in what is compiled."""
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _args: Any) -> None:
+            if not torch.compiler.is_compiling():
+                call(name)
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(hook_of(name), prepend=True) for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def at_end_of_backward(call: Callable[[], None]) -> None:

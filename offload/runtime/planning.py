@@ -26,7 +26,7 @@ from offload.planner.search import make_plan
 from offload.planner.workload import Workload
 from offload.profiling.stored import stored_hardware
 from offload.profiling.workload import profile_model
-from offload.runtime.recompute import Recipe
+from offload.runtime.recipe import Recipe
 from offload.stores.activations import Tier
 from offload.tiers.storage import free_nbytes
 from offload.types import PAGE_NBYTES

@@ -1,223 +1,24 @@
-"""Recomputation of a block that runs only what backward needs and nobody has kept.
+"""Recomputation of a block that runs only what backward needs and nobody has kept, along its recipe.
 
-[Note: recipe] The first time a block is recomputed, a `Recorder` lists its operations below autograd, which storages
-each reads and writes, and which tensors autograd saves. From this `Recipe` follows, for any choice of kept
-operations, which others have to run: those whose results, through whatever chain, end in a saved tensor that is not
-kept. All others are skipped: they return memory of the right shape that nobody reads (the last matrix product of a
-layer, for one). Values and their order do not change, so neither do gradients. Where the list would not be the whole
-truth (a kernel that dispatch does not see, a storage written twice) operations are run as they come, or the recipe is
-not used at all.
+[Note: seeing no more than has to be seen] What follows a recipe sees operations through a dispatch mode in Python, that
+costs the launching thread more than most operations do. It has to see them from the first that it changes on: only
+later ones can read what that gives. So it begins where the block last enters a submodule before it, and what comes
+earlier runs as it does without: where nothing is kept, all but the last product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_ALLOCATIONS = frozenset(
-    {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"}
-)
-_UNCOUNTED = frozenset({"detach", "alias"})
-"""Comes and goes with autograd, and computes nothing."""
-
-
-@dataclass
-class RecordedOp:
-    """One dispatched operation. `reads` and `writes` are storage numbers; a view is neither."""
-
-    name: str
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
-    needs: tuple[int, ...]
-    """Earlier operations whose results it reads."""
-    is_free: bool
-    """A view or an allocation: run whatever its input holds, and no reason to run anything else."""
-    may_skip: bool
-    may_keep: bool
-    outputs: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device], ...] = ()
-
-
-@dataclass(frozen=True)
-class SavedValue:
-    """A tensor that autograd saves, made by operation `op`; in the order in which they are made."""
-
-    op: int
-    output: int
-    """Which of the operation's results it is."""
-    nbytes: int
-    writers: tuple[int, ...]
-
-
-@dataclass
-class Recipe:
-    """See [Note: recipe]. `why_not` says why it may not be used; empty when it may."""
-
-    ops: list[RecordedOp]
-    saved: list[SavedValue]
-    why_not: str = ""
-    _runs: dict[frozenset[int], frozenset[int]] = field(default_factory=dict)
-
-    def keepable(self) -> list[SavedValue]:
-        """Saved tensors whose operation may be kept instead of run again."""
-        return [value for value in self.saved if self.ops[value.op].may_keep]
-
-    def must_run(self, kept: frozenset[int]) -> frozenset[int]:
-        """Operations that recomputation has to run when the results of `kept` are at hand."""
-        known = self._runs.get(kept)
-        if known is None:
-            needed: set[int] = set()
-            waiting = [w for value in self.saved for w in value.writers if w not in kept]
-            waiting += [i for i, op in enumerate(self.ops) if not op.may_skip and not op.is_free]
-            while waiting:
-                index = waiting.pop()
-                if index in needed or index in kept:
-                    continue
-                needed.add(index)
-                waiting += self.ops[index].needs
-            known = self._runs[kept] = frozenset(needed)
-        return known
-
-
-def _draws_random_numbers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Skipping such an operation would shift the numbers of the next; attention without dropout draws none."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
-        return False
-    names = [argument.name for argument in func._schema.arguments]
-    if "dropout_p" not in names:
-        return True
-    position = names.index("dropout_p")
-    p = kwargs.get("dropout_p", args[position] if position < len(args) else 0.0)
-    return bool(p != 0.0)
-
-
-def _shape_depends_on_data(func: Any, inputs: list[torch.Tensor]) -> bool:
-    """Such an operation may give another shape, or send Python another way, the next time."""
-    if func is torch.ops.aten.index.Tensor:  # only with a mask
-        return any(t.dtype in (torch.bool, torch.uint8) for t in inputs[1:])
-    return torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags
-
-
-class Recorder(TorchDispatchMode):
-    """Runs everything and writes the recipe down. `given` are the tensors that are there before: inputs, parameters,
-    buffers. What is neither given nor made by an operation seen here makes the recipe unusable."""
-
-    def __init__(self, given: list[torch.Tensor]) -> None:
-        super().__init__()
-        self._refs: dict[int, StorageWeakRef] = {}
-        self._numbers: dict[int, int] = {}
-        self._given = {self._number(t) for t in given}
-        self._writers: dict[int, list[int]] = {}
-        self._ops: list[RecordedOp] = []
-        self._saved: dict[int, SavedValue] = {}
-        self._output: dict[int, int] = {}
-        self._why_not = ""
-        self._depends_on_data = False
-
-    def _number(self, tensor: torch.Tensor) -> int:
-        storage = tensor.untyped_storage()
-        key = int(storage._cdata)
-        if key not in self._refs:
-            self._refs[key] = StorageWeakRef(
-                storage
-            )  # frees the bytes, keeps the address from being used twice
-        return self._numbers.setdefault(key, len(self._numbers))
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        name = func._overloadpacket.__name__
-        if name in _UNCOUNTED:
-            return result
-        inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        if _shape_depends_on_data(func, inputs):
-            self._depends_on_data = True
-        leaves = pytree.tree_leaves(result)
-        outputs = [t for t in leaves if isinstance(t, torch.Tensor)]
-        reads = tuple(dict.fromkeys(self._number(t) for t in inputs))
-        mutates = bool(func._schema.is_mutable)
-        for position, tensor in enumerate(outputs):
-            self._output[self._number(tensor)] = position
-        made = tuple(dict.fromkeys(self._number(t) for t in outputs))
-        fresh = [number for number in made if number not in reads]
-        writes = tuple(_mutated(func, args, kwargs, self._number) if mutates else fresh)
-        is_view = not mutates and bool(outputs) and not fresh
-        allocates = name in _ALLOCATIONS
-        if name == "lift_fresh":  # a constant made on the spot
-            self._given.update(reads)
-        if not is_view:
-            self._check_known([number for number in reads if number not in writes])
-        needs = tuple(dict.fromkeys(w for number in reads for w in self._writers.get(number, ())))
-        plain = not mutates and bool(outputs) and len(outputs) == len(leaves) == len(func._schema.returns)
-        random = _draws_random_numbers(func, args, kwargs)
-        index = len(self._ops)
-        self._ops.append(
-            RecordedOp(
-                name=str(func),
-                reads=reads,
-                writes=writes,
-                needs=needs,
-                is_free=is_view or allocates,
-                may_skip=plain and not is_view and not allocates and not random,
-                may_keep=plain and not random and not allocates and len(fresh) == len(outputs),
-                outputs=tuple((t.shape, t.stride(), t.dtype, t.device) for t in outputs),
-            )
-        )
-        for number in writes:
-            if not allocates:
-                self._writers.setdefault(number, []).append(index)
-        return result
-
-    def _check_known(self, reads: list[int]) -> None:
-        for number in reads:
-            if number not in self._given and not self._writers.get(number):
-                self._why_not = self._why_not or "it computes with something that no visible operation made"
-
-    def save(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Autograd saves `tensor`; a pack hook."""
-        number = self._number(tensor)
-        if number in self._given or number in self._saved:
-            return tensor
-        writers = tuple(self._writers.get(number, ()))
-        if not writers:
-            self._why_not = self._why_not or "backward needs a tensor that no visible operation made"
-            return tensor
-        nbytes = tensor.untyped_storage().nbytes()
-        self._saved[number] = SavedValue(writers[-1], self._output.get(number, 0), nbytes, writers)
-        return tensor
-
-    def recipe(self) -> Recipe:
-        """What was seen."""
-        if not self._saved:
-            self._why_not = self._why_not or "it saves nothing for backward"
-        if self._depends_on_data:
-            self._why_not = self._why_not or "what it computes, or in which shape, depends on data"
-        for writers in self._writers.values():
-            if len(writers) > 1:  # changed in place: the kept value would not be the one that is read later
-                for index in writers:
-                    self._ops[index].may_keep = self._ops[index].may_skip = False
-        order = sorted(self._saved.values(), key=lambda value: (value.op, value.output))
-        return Recipe(self._ops, order, self._why_not)
-
-
-def _mutated(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], number: Callable[[torch.Tensor], int]
-) -> list[int]:
-    """Storage numbers of the arguments that `func` writes to."""
-    found = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = args[position] if position < len(args) else kwargs.get(argument.name)
-        found += [number(t) for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
-    return list(dict.fromkeys(found))
+from offload.runtime import hooks
+from offload.runtime.recipe import UNCOUNTED, Entry, Recipe
 
 
 class Departed(Exception):
@@ -225,29 +26,52 @@ class Departed(Exception):
 
 
 class _Follower(TorchDispatchMode):
-    """Counts operations along a recipe; `matches` turns False as soon as another operation comes."""
+    """Counts operations along a recipe from `entry` on (None: from the first); `matches` turns False as soon as another
+    operation comes."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, entry: Entry | None) -> None:
         super().__init__()
         self.recipe = recipe
+        self.entry = entry
         self.matches = True
-        self._index = -1
+        self._index = -1 if entry is None else entry.op - 1
 
     def _next(self, func: Any) -> int:
-        if func._overloadpacket.__name__ in _UNCOUNTED:
+        if func._overloadpacket.__name__ in UNCOUNTED:
             return -1
         self._index += 1
         ops = self.recipe.ops
-        if self._index >= len(ops) or ops[self._index].name != str(func):
+        if self._index >= len(ops) or ops[self._index].func is not func:
             self.matches = False
         return self._index
+
+
+@contextlib.contextmanager
+def following(mode: _Follower, block: nn.Module | None) -> Iterator[None]:
+    """Let `mode` see what `block` computes inside, from the mode's entry on: nothing, where that does not come."""
+    entry = mode.entry
+    if entry is None or block is None:
+        with mode:
+            yield
+        return
+    n_entered, depth = 0, torch._C._len_torch_dispatch_stack()
+    with contextlib.ExitStack() as stack:
+
+        def entered(_: str) -> None:
+            nonlocal n_entered
+            n_entered += 1
+            if n_entered == entry.nth and torch._C._len_torch_dispatch_stack() == depth:
+                stack.enter_context(mode)
+
+        with hooks.before_submodules({entry.module: block.get_submodule(entry.module)}, entered):
+            yield
 
 
 class Keeper(_Follower):
     """Forward: hands the results of `chosen` operations out, in `kept` by operation."""
 
     def __init__(self, recipe: Recipe, chosen: frozenset[int]) -> None:
-        super().__init__(recipe)
+        super().__init__(recipe, recipe.entry_before(min(chosen)))
         self._chosen = chosen
         self.kept: dict[int, list[torch.Tensor]] = {}
 
@@ -272,7 +96,8 @@ class Replayer(_Follower):
     """Backward: gives back what was kept, skips what nobody needs, runs the rest."""
 
     def __init__(self, recipe: Recipe, kept: Mapping[int, list[torch.Tensor]]) -> None:
-        super().__init__(recipe)
+        first = recipe.first_changed(frozenset(kept))
+        super().__init__(recipe, None if first is None else recipe.entry_before(first))
         self._kept = dict(kept)
         self._runs = recipe.must_run(frozenset(kept))
 

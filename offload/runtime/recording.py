@@ -15,13 +15,24 @@ from offload.telemetry import Span, SpanLog
 _LANES = {"r": ("read", "state_in"), "u": ("cpu", "update"), "w": ("write", "state_out")}
 
 
-@contextlib.contextmanager
-def computing(parts: Assembly, spans: SpanLog, kind: str, block: BlockRecord) -> Iterator[None]:
+def named(*words: str) -> contextlib.AbstractContextManager[object]:
+    """A range of that name for torch's profiler. While none is on it costs next to nothing: a range takes as long to
+    open and close as the launch of several operations."""
+    if torch._C._autograd._profiler_enabled():
+        return torch.profiler.record_function(" ".join(["offload", *words]))
+    return contextlib.nullcontext()
+
+
+def computing(
+    parts: Assembly, spans: SpanLog, kind: str, block: BlockRecord
+) -> contextlib.AbstractContextManager[object]:
     """Record what the device computes inside: for torch's profiler, and as a span while spans are recorded."""
-    with torch.profiler.record_function(f"offload {kind} {block.name}"):
-        if not spans.recording:
-            yield
-            return
+    return _span(parts, spans, kind, block) if spans.recording else named(kind, block.name)
+
+
+@contextlib.contextmanager
+def _span(parts: Assembly, spans: SpanLog, kind: str, block: BlockRecord) -> Iterator[None]:
+    with named(kind, block.name):
         device = parts.resources.device
         start = device.stamp()
         yield

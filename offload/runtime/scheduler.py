@@ -13,7 +13,7 @@ device slot (`Residency`), and an update makes that copy outdated.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from offload.errors import BudgetError, CorruptError
 from offload.runtime.device_residency import Residency
@@ -153,9 +153,13 @@ class Scheduler:
     def _next_host_use(self, block: BlockRecord) -> int:
         """How far ahead the host slot is needed: not for a forward before which the copy on the device is current."""
         backward = self._cursor.uses_until(block.index, "backward")
-        if self._residency.holds(block) and not block.grads_waiting:
+        if self._computes_with_copy(block):
             return backward
         return min(backward, self._cursor.uses_until(block.index, "forward"))
+
+    def _computes_with_copy(self, block: BlockRecord) -> bool:
+        """Whether the copy on the device will be current in forward."""
+        return self._residency.holds(block) and not block.grads_waiting
 
     def _evict(self, block: BlockRecord) -> Slot:
         slot = block.slot
@@ -233,11 +237,7 @@ class Scheduler:
 
     def prefetch(self) -> None:
         """Start fetches, then loads, in the order of next use, for as long as slots can be had."""
-        for block in sorted(self.blocks, key=self._next_host_use):
-            if block.state is not BlockState.STORED and not block.pending_update:
-                continue
-            if block.in_use or block.tickets:
-                continue
+        for block in self._to_fetch():
             if not self.fetch(block, must=False):
                 break
         order = self._cursor.ranks()
@@ -250,6 +250,23 @@ class Scheduler:
                 return
             if not self._residency.load(block, order, must=False):
                 return
+
+    def _to_fetch(self) -> Iterator[BlockRecord]:
+        """What a host slot is wanted for, or an update due, in the order of `_next_host_use`."""
+        waiting = {
+            block.index
+            for block in self.blocks
+            if (block.state is BlockState.STORED or block.pending_update)
+            and not (block.in_use or block.tickets)
+        }
+        for use in self._cursor.ahead():
+            if not waiting:
+                return
+            block = self.blocks[use.block]
+            if use.block not in waiting or (use.phase == "forward" and self._computes_with_copy(block)):
+                continue
+            waiting.discard(use.block)
+            yield block
 
     def hold_root(self) -> None:
         """The root's parameters are about to be computed with."""

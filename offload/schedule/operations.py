@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,6 +91,11 @@ class UseCursor:
     def rewind(self) -> None:
         """The next use is the first forward of a step."""
         self._position = len(self._uses) - 1
+
+    def ahead(self) -> Iterator[Use]:
+        """All uses in the order in which they come next; the current one last."""
+        after = self._position + 1
+        return itertools.chain(itertools.islice(self._uses, after, None), itertools.islice(self._uses, after))
 
     def upcoming(self) -> list[int]:
         """Blocks in the order of their next use after the current one, each once."""

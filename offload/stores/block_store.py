@@ -50,6 +50,14 @@ class GradBuffer:
     taken: int = 0
     """The how many-th taking this is: the one taken first comes back first."""
     free_after: Event = PAST
+    _parts: dict[tuple[int, torch.Size], torch.Tensor] = field(default_factory=dict)
+
+    def part(self, buffer: FlatBuffer, segment: Segment) -> torch.Tensor:
+        """One parameter's part of the plane, in the parameter's shape; blocks of the same layout share it."""
+        key = (buffer.grad_start + segment.start, segment.shape)
+        if key not in self._parts:
+            self._parts[key] = self.plane[key[0] : key[0] + segment.numel].view(segment.shape)
+        return self._parts[key]
 
     def release(self) -> None:
         """Let the next block have it."""

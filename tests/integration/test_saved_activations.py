@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import offload
+from offload.runtime import recompute
 from tests.integration.test_exactness import (
     CHUNK,
     IN_MEMORY,
@@ -81,11 +82,14 @@ def step(model, optimizer, x):
     return loss.item()
 
 
-def parameters_after(block, directory, n_steps=4, **settings):
+def parameters_after(block, directory, n_steps=4, before_step=lambda number: None, **settings):
     model, optimizer = wrap(block, directory, **settings)
     torch.manual_seed(1)
     x = torch.randn(8, 64)
-    losses = [step(model, optimizer, x) for _ in range(n_steps)]
+    losses = []
+    for number in range(n_steps):
+        before_step(number)
+        losses.append(step(model, optimizer, x))
     parameters = {n: t.clone() for blocks in model.offload.iter_blocks() for n, t in blocks}
     why = [recipe.why_not for record in model.offload.blocks for recipe in record.recipes.values()]
     model.offload.close()
@@ -151,36 +155,110 @@ class Unseen(Block):
         return x + self.down(torch.tanh(h * scale))
 
 
+class Square(nn.Module):
+    """One product, three times."""
+
+    def __init__(self, width=64):
+        super().__init__()
+        self.mix = nn.Linear(width, width, bias=False)
+
+    def forward(self, x):
+        for _ in range(3):  # the result of the last is not needed again
+            x = x + self.mix(torch.tanh(x))
+        return x
+
+
+class Watched(TorchDispatchMode):
+    """A mode of the user's own, which has to see what it saw in forward."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+class Watching(Block):
+    def forward(self, x):
+        h = torch.nn.functional.silu(self.up(x))
+        with Watched():
+            h = self.down(h)
+        return x + h
+
+
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("block", [Block, InPlace, Drawing, Asking, Unseen])
+@pytest.mark.parametrize("block", [Block, Square, Watching, InPlace, Drawing, Asking, Unseen])
 def test_awkward_blocks_have_the_bits_of_a_graph_kept_whole(tmp_path, block, tier):
     expected = parameters_after(block, tmp_path / "whole", activations="keep")
     got = parameters_after(block, tmp_path / "selective", saved_activations=tier)
     assert got[1] == expected[1]
     assert all(torch.equal(got[0][name], expected[0][name]) for name in expected[0])
-    if block in (Block, InPlace, Drawing):
+    if block in (Block, Square, Watching, InPlace, Drawing):
         assert all(why == "" for why in got[2])
     if block is Unseen:
         assert all("no visible operation" in why for why in got[2])
 
 
-class Fickle(Block):
-    """Does another operation every second time it runs in forward and in backward alike."""
+@pytest.fixture
+def seen(monkeypatch):
+    """Operations that recomputation has looked at."""
+    found, look = [], recompute.Replayer._next
+    monkeypatch.setattr(
+        recompute.Replayer, "_next", lambda self, func: (found.append(func), look(self, func))[1]
+    )
+    return found
 
-    calls = 0
+
+@pytest.mark.parametrize(
+    ("block", "tier", "looks"),
+    [
+        (Block, "recompute", ["t", "mm", "add"]),  # from where it enters `down` on
+        (Block, "host", ["t", "mm", "silu", "t", "mm", "add"]),
+        (Square, "recompute", ["t", "mm", "add"]),  # the third time that it enters `mix`
+        (Watching, "recompute", ["t", "mm", "silu", "t", "mm", "add"]),
+    ],
+)
+def test_recomputation_looks_at_operations_only_from_the_first_that_it_changes(
+    tmp_path, seen, block, tier, looks
+):
+    model, optimizer = wrap(block, tmp_path, saved_activations=tier)
+    x = torch.randn(8, 64)
+    for _ in range(2):  # the first writes the recipe
+        step(model, optimizer, x)
+    model.offload.close()
+    counted = [name for f in seen if (name := f._overloadpacket.__name__) not in ("detach", "alias")]
+    assert counted == 4 * looks
+
+
+class Fickle(Block):
+    """Does other operations in every second step."""
+
+    odd = False
 
     def forward(self, x):
-        self.calls += 1
         h = self.up(x)
-        h = torch.tanh(h) if (self.calls + 1) // 2 % 2 else torch.sigmoid(h)
-        return x + self.down(h)
+        return self.out(x, self.down(torch.tanh(h) if self.odd else torch.sigmoid(h)))
+
+    def out(self, x, h):
+        return x + h
 
 
-def test_a_block_that_changes_its_operations_is_recomputed_in_full(tmp_path):
-    expected = parameters_after(Fickle, tmp_path / "whole", n_steps=6, saved_activations="recompute")
-    for tier in TIERS[1:]:
-        got = parameters_after(Fickle, tmp_path / tier, n_steps=6, saved_activations=tier)
-        assert got[1] == expected[1]
+class FickleInTheEnd(Fickle):
+    """Backward needs the last product's result every second time."""
+
+    def out(self, x, h):
+        return x + torch.sigmoid(h) if self.odd else x + h
+
+
+@pytest.mark.parametrize("block", [Fickle, FickleInTheEnd])
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_block_that_changes_its_operations_has_the_bits_of_a_graph_kept_whole(tmp_path, block, tier):
+    def turn(number):
+        Fickle.odd = bool(number % 2)
+
+    same = {"n_steps": 6, "before_step": turn}
+    expected = parameters_after(block, tmp_path / "whole", activations="keep", **same)
+    got = parameters_after(block, tmp_path / tier, saved_activations=tier, **same)
+    assert got[1] == expected[1]
+    assert all(torch.equal(got[0][name], expected[0][name]) for name in expected[0])
+    if block is FickleInTheEnd:
         assert all("same operations" in why for why in got[2])
 
 
