@@ -260,7 +260,7 @@ class _FollowedEngine:
 
 def follow_writes_of_activations(patch):
     """Let waiting for what an activation store has written count as waiting for the copies it was written after."""
-    clocks, gate_of, storage_of = {}, Copies.gate, ActivationStore._storage
+    clocks, gate_of, storage_of, when = {}, Copies.gate, ActivationStore._storage, Copies.h2d_when
 
     def gate(self, event):
         made = gate_of(self, event)
@@ -272,5 +272,11 @@ def follow_writes_of_activations(patch):
         engine = _FollowedEngine(store.engine, self._device, clocks)
         return types.SimpleNamespace(engine=engine, grow=store.grow, allocate=store.allocate), staging
 
+    def h2d_when(self, tickets, name, target, source, after=(), **more):
+        """What the thread that trains has waited for before it asks for a copy has happened when another starts it."""
+        seen = OrderedEvent(self._device, dict(self._device.known))
+        return when(self, tickets, name, target, source, [*after, seen], **more)
+
     patch.setattr(Copies, "gate", gate)
+    patch.setattr(Copies, "h2d_when", h2d_when)
     patch.setattr(ActivationStore, "_storage", storage)

@@ -268,7 +268,7 @@ class Gradients:
                 f"{self._spare_host_nbytes} bytes of host_memory are left: raise it, or give storage=[directory]"
             )
         self._spare_host_nbytes -= nbytes
-        block.grad_host = torch.empty(block.layout.grad_elements, dtype=torch.float32)
+        block.grad_host = torch.empty(block.layout.grad_elements, dtype=torch.float32, device="cpu")
 
 
 def _halves(buffers: list[GradBuffer]) -> list[GradBuffer]:

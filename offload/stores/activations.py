@@ -51,8 +51,8 @@ class _Held:
     written: list[Ticket] = field(default_factory=list)
     read_nbytes: int = 0
     """How far reads from storage have been issued."""
-    pieces: deque[tuple[Lease, torch.Tensor, Ticket]] = field(default_factory=deque)
-    """Staging that reads in flight go to, and which part of the tensor each is."""
+    allocated: Event = PAST
+    """The end of the compute before `kept` was allocated for what comes back, which may have had its memory."""
     arrived: Event = PAST
 
 
@@ -95,7 +95,9 @@ class ActivationStore:
         self._staging = LeaseRing(staging) if staging.numel() >= 2 * PAGE_NBYTES else None
         self._order: list[_Held] = []
         self._reading: list[_Held] = []
-        """Those that are being read from storage, in the order in which they get staging."""
+        """Those of which parts are still to be read from storage, in the order in which they get staging."""
+        self._returning: deque[tuple[Lease, Event]] = deque()
+        """Staging through which parts come back, and the end of the copy of each to the device, in that order."""
         self._dropped: deque[_Held] = deque()
         """Given up while they were being copied."""
         self._ahead_nbytes = 0
@@ -188,8 +190,9 @@ class ActivationStore:
         flat = _as_bytes(tensor)
         for start in range(0, held.nbytes, staging.piece_nbytes_max):
             part = flat[start : start + staging.piece_nbytes_max]
-            while self._reading and not staging.has_room(part.numel()):
-                self._land_first()
+            self._give_back_staging()
+            while self._returning and not staging.has_room(part.numel()):
+                self._wait_for_staging()
             with self._stalls.waiting("activation"):
                 lease = staging.lease(part.numel())
             gate = None
@@ -256,6 +259,7 @@ class ActivationStore:
 
     def _start_ahead(self, nbytes: int) -> None:
         """Begin to bring back what backward will want next, until `nbytes` are on their way."""
+        self._give_back_staging()
         for held in reversed(self._order):
             if nbytes <= 0:
                 return
@@ -275,8 +279,9 @@ class ActivationStore:
             return
         device = self._device.torch_device
         held.kept = torch.empty_strided(held.shape, held.stride, dtype=held.dtype, device=device)
+        held.allocated = self._device.mark()
         if held.plane is not None:
-            after = [held.copied, self._device.mark()]
+            after = [held.copied, held.allocated]
             held.arrived = self._copies.h2d(f"swap_in {held.label}", _as_bytes(held.kept), held.plane, after)
             return
         with self._stalls.waiting("activation"):
@@ -293,7 +298,9 @@ class ActivationStore:
     def _issue_reads(self) -> None:
         """As many pieces as there is staging for, in the order in which they were begun."""
         store, staging = self._storage()
-        for held in self._reading:
+        self._give_back_staging()
+        while self._reading:
+            held = self._reading[0]
             while held.kept is not None and held.read_nbytes < held.nbytes:
                 nbytes = self._piece_nbytes(held)
                 if not staging.has_room(nbytes):
@@ -303,36 +310,40 @@ class ActivationStore:
                 address, nbytes = lease.bytes_tensor.data_ptr(), round_up(part.numel(), PAGE_NBYTES)
                 ticket = store.engine.read(address, nbytes, held.offset + held.read_nbytes, urgent=True)
                 self._spans.add("read", f"read_back {held.label}", ticket.times)
-                held.pieces.append((lease, part, ticket))
+                source = lease.bytes_tensor[: part.numel()]
+                held.arrived = self._copies.h2d_when(
+                    [ticket], f"swap_in {held.label}", part, source, [held.allocated], returns=True
+                )
+                self._returning.append((lease, held.arrived))
                 held.read_nbytes += part.numel()
+            self._reading.pop(0)
 
     def _finish_reads(self, held: _Held) -> None:
+        """All of it is on its way to the device; then what comes next has the staging."""
         while held in self._reading:
             self._issue_reads()
-            self._land_first()
+            if held in self._reading:
+                self._wait_for_staging()
         if self._reading:
             self._issue_reads()
 
-    def _land_first(self) -> None:
-        """Bring the piece that has its staging for longest to the device."""
-        first = next(h for h in self._reading if h.pieces)
-        lease, part, ticket = first.pieces.popleft()
+    def _wait_for_staging(self) -> None:
+        """Until the part that has its staging for longest is on the device."""
         with self._stalls.waiting("activation"):
-            ticket.wait()
-        first.arrived = self._copies.h2d(
-            f"swap_in {first.label}", part, lease.bytes_tensor[: part.numel()], [self._device.mark()]
-        )
-        lease.release_after(first.arrived.wait)
-        if not first.pieces and first.read_nbytes == first.nbytes:
-            self._reading.remove(first)
+            self._returning[0][1].wait()
+        self._give_back_staging()
+
+    def _give_back_staging(self) -> None:
+        """Let others have what has been copied to the device."""
+        while self._returning and self._returning[0][1].done():
+            lease, arrived = self._returning.popleft()
+            lease.release_after(arrived.wait)
 
     # ---- letting go ------------------------------------------------------------------------------------------
 
     def _release(self, held: _Held) -> None:
         if held in self._reading:
             self._reading.remove(held)
-        for lease, _, ticket in held.pieces:
-            lease.release_after(ticket.wait)
         if held.tier == "storage":
             self._free_extents[held.nbytes].append(held.offset)
         elif held.plane is not None:
@@ -346,7 +357,7 @@ class ActivationStore:
         if held not in self._order:
             return
         self._order.remove(held)
-        if held.copied.done() and held.arrived.done():
+        if held.copied.done() and held.arrived.done() and all(ticket.done() for ticket in held.written):
             self._release(held)
         else:
             self._dropped.append(held)
@@ -355,6 +366,8 @@ class ActivationStore:
         """Let go of what was dropped while it was being copied: compute given from now on may use its memory."""
         while self._dropped:
             held = self._dropped.popleft()
+            for ticket in held.written:  # the next owner of its place on storage may write there at once
+                ticket.wait()
             self._device.compute_waits(held.copied)
             self._device.compute_waits(held.arrived)
             self._release(held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import queue
 import threading
@@ -29,8 +30,10 @@ class _Promised:
 
     def issued(self) -> Event:
         self._known.wait()
-        if self._event is None:
-            raise self._failure or OffloadError("a copy has been given up")
+        if (
+            self._event is None
+        ):  # a copy of it: its traceback is the waiting thread's, and would keep all that this uses
+            raise copy.copy(self._failure) if self._failure else OffloadError("a copy has been given up")
         return self._event
 
     def done(self) -> bool:
@@ -78,6 +81,7 @@ class Copies:
         self.d2h_bytes = 0
         self._gates = _Keeper("offload-gates")
         self._loads = _Keeper("offload-loads")
+        self._returns = _Keeper("offload-returns")
 
     def h2d(
         self, name: str, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event] = ()
@@ -95,10 +99,13 @@ class Copies:
         target: torch.Tensor,
         source: torch.Tensor,
         after: Sequence[Event] = (),
+        *,
+        returns: bool = False,
     ) -> Event:
         """The same, started when `tickets` have completed, by another thread where that is still to come.
 
-        A ticket's failure is raised by whoever waits for the event.
+        Such copies start in the order of the calls, those of activations that return (`returns`) beside those of
+        parameters. A ticket's failure is raised by whoever waits for the event.
         """
         if all(ticket.done() for ticket in tickets):
             for ticket in tickets:
@@ -114,7 +121,7 @@ class Copies:
             except BaseException as failure:  # handed to whoever waits
                 promised.keep(None, failure)
 
-        self._loads.give(start)
+        (self._returns if returns else self._loads).give(start)
         return promised
 
     def d2h(
@@ -150,4 +157,5 @@ class Copies:
     def close(self) -> None:
         """Start every copy and open every gate that is still waiting, then end the threads."""
         self._loads.close()
+        self._returns.close()
         self._gates.close()

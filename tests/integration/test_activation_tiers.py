@@ -1,5 +1,7 @@
 """Block inputs wait for backward where the budgets have room, in the order device, host, storage."""
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -117,3 +119,26 @@ def test_inputs_larger_than_the_staging_pass_through_it_in_pieces(tmp_path, devi
     with pytest.raises(offload.UsageError, match="backward ran twice"):
         store.swap_in([held[0]])
     model.offload.close()
+
+
+class SleepyBlock(Block):
+    def forward(self, x):
+        time.sleep(0.05)
+        return super().forward(x)
+
+
+def test_what_returns_from_storage_is_on_the_device_while_the_block_after_it_still_computes(tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(*[SleepyBlock() for _ in range(LAYERS)])
+    model, optimizer = offload.wrap(
+        model, torch.optim.AdamW(model.parameters()), device="emulated", step_aside="never", storage=[str(tmp_path)],
+        chunk_elements=CHUNK, activations="storage", device_memory="2MB", host_memory="20MB",
+    )  # fmt: skip
+    train(model, optimizer, n_steps=1)
+    with model.offload.record() as spans:
+        train(model, optimizer, n_steps=1)
+    model.offload.close()
+    returned = {span.name: span.end_s for span in spans if span.name.startswith("swap_in")}
+    computed = {span.name: span.end_s for span in spans if span.name.startswith("recompute")}
+    for block in range(1, LAYERS):
+        assert returned[f"swap_in {block - 1}"] < computed[f"recompute {block}"]

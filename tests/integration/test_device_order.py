@@ -168,6 +168,9 @@ DELETED = {
     "bring an input back to memory that is computed with": (
         IN_HOST, copies_without("h2d", "swap_in", lambda device, after: after[:1]),
     ),
+    "bring an input back from storage to memory that is computed with": (
+        {"activations": "storage"}, copies_without("h2d", "swap_in", lambda device, after: after[1:]),
+    ),
     "use the memory of what is still leaving": (SAVED, drop_what_leaves_at_once),
 }  # fmt: skip
 

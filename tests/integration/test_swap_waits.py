@@ -252,25 +252,25 @@ def copy_it_before_it_has_been_read(monkeypatch):
     on_a_slow_drive(monkeypatch, reads_are_waited_for=False)
 
 
-def lends_without_waiting(monkeypatch, method):
-    """Inside `method` of the activation store."""
-    inside = getattr(ActivationStore, method)
-
-    def hurried(self, *arguments):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Lease, "release_after", lambda self, wait: self._give_back(self))
-            return inside(self, *arguments)
-
-    monkeypatch.setattr(ActivationStore, method, hurried)
-
-
 def read_into_the_staging_before_it_has_been_copied(monkeypatch):
-    lends_without_waiting(monkeypatch, "_finish_reads")
+    def hurried(self):
+        while self._returning:
+            lease, _ = self._returning.popleft()
+            lease.release_after(lambda: None)
+
+    monkeypatch.setattr(ActivationStore, "_give_back_staging", hurried)
 
 
 def fill_the_staging_before_it_has_been_written(monkeypatch):
     on_a_slow_drive(monkeypatch)
-    lends_without_waiting(monkeypatch, "_write")
+    write = ActivationStore._write
+
+    def hurried(self, *arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Lease, "release_after", lambda self, wait: self._give_back(self))
+            write(self, *arguments)
+
+    monkeypatch.setattr(ActivationStore, "_write", hurried)
 
 
 def test_a_slow_drive_changes_no_number(tmp_path, kept_blocks, monkeypatch):
