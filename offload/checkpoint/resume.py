@@ -55,15 +55,17 @@ def _convert(
     param: torch.Tensor, record: torch.Tensor, n: int, to_split: bool, rule: UpdateRule
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A chunk of one codec in the other: the fp32 master is the same in both."""
-    other = torch.zeros(rule.record_nbytes("split_bf16" if to_split else "fp32", n), dtype=torch.uint8)
+    other = torch.zeros(
+        rule.record_nbytes("split_bf16" if to_split else "fp32", n), dtype=torch.uint8, device="cpu"
+    )
     planes_nbytes = sum(plane.nbytes(n) for plane in rule.planes)
     lo_nbytes = LO_NBYTES["split_bf16"] * n
     if to_split:
-        hi = torch.empty(n, dtype=torch.bfloat16)
+        hi = torch.empty(n, dtype=torch.bfloat16, device="cpu")
         split_master(param.data_ptr(), hi.data_ptr(), other.data_ptr(), n)
         other[lo_nbytes : lo_nbytes + planes_nbytes] = record[:planes_nbytes]
         return hi.view(torch.uint8), other
-    master = torch.empty(n, dtype=torch.float32)
+    master = torch.empty(n, dtype=torch.float32, device="cpu")
     merge_master(param.data_ptr(), record.data_ptr(), master.data_ptr(), n)
     other[:planes_nbytes] = record[lo_nbytes : lo_nbytes + planes_nbytes]
     return master.view(torch.uint8), other

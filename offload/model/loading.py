@@ -108,7 +108,7 @@ class TensorFiles:
     def read(self, name: str) -> torch.Tensor:
         """A fresh CPU tensor in the file's dtype. Raises ConfigError when the file ends early."""
         entry = self.entries[name]
-        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
+        raw = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
         with open(entry.path, "rb", buffering=0) as file:
             file.seek(entry.offset)
             view = raw.numpy().data

@@ -73,15 +73,19 @@ def matmul_flops_per_s(
     settle: Callable[[], object] = (
         (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else lambda: None
     )
+    generator = torch.Generator(device).manual_seed(
+        0
+    )  # a run that is going on has numbers of its own to draw
     widest = _WIDTH_MAX[device.type]
     measured = [(min(n_in, widest), min(n_out, widest)) for n_in, n_out in shapes]
     share_s = seconds / len(measured)
 
     def run(rows: int, n_in: int, n_out: int, seconds: float) -> float:
         """FLOP/s with so many rows."""
-        x = torch.randn(rows, n_in, device=device, dtype=dtype)
-        weight = torch.randn(n_out, n_in, device=device, dtype=dtype)
-        grad = torch.randn(rows, n_out, device=device, dtype=dtype)
+        x, weight, grad = (
+            torch.randn(*shape, device=device, dtype=dtype, generator=generator)
+            for shape in ((rows, n_in), (n_out, n_in), (rows, n_out))
+        )
 
         def products() -> None:
             x @ weight.t()

@@ -194,7 +194,12 @@ class _Builder:
         self.device_arena = HostArena(on_device + PAGE_NBYTES * n_pieces)
         in_host = self.staging_nbytes if self.all_in_device else self.placement.host_nbytes
         self.host_arena = HostArena(in_host + PAGE_NBYTES * n_pieces)
-        device.page_lock(self.host_arena.address, self.host_arena.nbytes, config.pin)
+        if config.pin == "always":  # what may be refused is refused before anything has moved
+            self.page_lock()
+
+    def page_lock(self) -> None:
+        """Lock the host arena, whose pages become present by it."""
+        self.device.page_lock(self.host_arena.address, self.host_arena.nbytes, self.config.pin)
 
     def _place(self, root: BlockBytes, plan: Plan | None) -> Placement:
         budgets: dict[str, Any] = {
@@ -422,7 +427,9 @@ def _fill(builder: _Builder, resources: Resources) -> Assembly:
     scratch = slots[0] if slots else None
     blocks = [builder.make_block(index, store, scratch) for index in range(len(builder.layouts))]
     root = builder.make_root(store)
-    if store is not None:  # this makes the pages present: only now is the model that was imported gone
+    if builder.config.pin != "always":  # pages become present: only now is the model that was imported gone
+        builder.page_lock()
+    if store is not None:  # here too
         store.engine.register_buffer(builder.device_arena.address, builder.device_arena.nbytes)
         store.engine.register_buffer(builder.host_arena.address, builder.host_arena.nbytes)
     return Assembly(

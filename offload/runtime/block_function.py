@@ -436,7 +436,7 @@ def run_block(
     call.captured_keys = captured.wanted_keys()
     tensors = [leaves[i] for i in positions]
     # Blocks are trained even when their input needs no gradient (a frozen embedding): the anchor keeps the node.
-    anchor = torch.empty(0, requires_grad=block.trains)
+    anchor = torch.empty(0, requires_grad=block.trains, device="cpu")
     results = iter(_BlockFunction.apply(call, anchor, *tensors))
     if call.out_spec is None:
         raise UsageError(f"block {block.name} returned nothing")

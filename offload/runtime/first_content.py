@@ -24,7 +24,7 @@ def import_into(
         plane = record.plane(buffer, slot.bytes_tensor)
         plane.view(torch.uint8).zero_()
         split = buffer.trainable and buffer.codec == "split_bf16"
-        lo = torch.zeros(buffer.n_elements, dtype=torch.int16) if split else None
+        lo = torch.zeros(buffer.n_elements, dtype=torch.int16, device="cpu") if split else None
         for segment in buffer.segments:
             source = segment.parameter.data
             if lo is not None and source.dtype == torch.float32:
@@ -38,7 +38,7 @@ def import_into(
                 )
             else:
                 segment.view(plane).copy_(source)
-            segment.parameter.data = torch.empty(0, dtype=buffer.dtype)
+            segment.parameter.data = torch.empty(0, dtype=buffer.dtype, device="cpu")
         if lo is not None and bool(lo.any()):
             _import_lo(lo, buffer, record.states[position], store, chunk_elements)
     if record.slot is None and store is not None:

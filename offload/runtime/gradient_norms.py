@@ -29,14 +29,13 @@ class GradientNorms:
         """Norm of each gradient of the block, in its order of parameters; the quickest way where nothing is clipped."""
         if block.grad_buffer is None:
             return []
-        plane = block.grad_buffer.plane
         grads = [
-            block.grad_view(buffer, segment, plane)
+            block.grad_buffer.part(buffer, segment)
             for buffer in block.layout.buffers
             for segment in buffer.segments
             if id(segment.parameter) in (block.touched if only is None else block.touched & only)
         ]
-        if self._limit is None and plane.dtype == torch.float32:
+        if self._limit is None and block.grad_buffer.plane.dtype == torch.float32:
             return [torch.dot(grad.view(-1), grad.view(-1)).sqrt() for grad in grads]
         return [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
 

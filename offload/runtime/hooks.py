@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 from offload.stores.block_store import BlockRecord
+
+logger = logging.getLogger("offload")
 
 
 def replace_forward(
@@ -73,6 +76,29 @@ def on_gradient(
 
             handles.append(segment.parameter.register_post_accumulate_grad_hook(hook))
     return handles
+
+
+def stop_checkpointing(model: nn.Module) -> Callable[[], None]:
+    """Turn the gradient checkpointing of a Hugging Face model off, since blocks recompute by themselves; what is
+    returned turns it on again as it was."""
+    on = [
+        (module, getattr(module, "_gradient_checkpointing_func", None))
+        for module in model.modules()
+        if getattr(module, "gradient_checkpointing", False)
+    ]
+    if on:
+        of_model = cast(Any, model)
+        getattr(of_model, "activation_checkpointing_disable", of_model.gradient_checkpointing_disable)()
+        logger.info(
+            "gradient checkpointing of the model is off while blocks are streamed: they recompute by themselves"
+        )
+
+    def checkpoint_again() -> None:
+        for module, function in on:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+            module._gradient_checkpointing_func = function  # type: ignore[assignment]
+
+    return checkpoint_again
 
 
 def before_forward(

@@ -28,7 +28,9 @@ Tensors = list[torch.Tensor]
 
 
 def _adamw(params: Tensors, grads: Tensors, moments: list[Tensors], hyper: Hyper) -> None:
-    steps = [torch.full((), hyper.step - 1, dtype=torch.float32, device=p.device) for p in params]
+    steps = list(
+        torch.full((len(params),), hyper.step - 1, dtype=torch.float32, device=params[0].device).unbind()
+    )
     function = adamw.adamw if hyper.decoupled else adam.adam
     function(
         params,
@@ -164,8 +166,10 @@ class InDeviceState:
         master, *moments = (t[start : start + n].cpu() for t in (state.master, *state.moments))
         planes = [t.view(torch.uint8) for t in moments]
         if buffer.codec == "fp32":
-            return master.view(torch.uint8), torch.cat([torch.empty(0, dtype=torch.uint8), *planes])
-        hi, lo = torch.empty(n, dtype=torch.bfloat16), torch.empty(n, dtype=torch.int16)
+            return master.view(torch.uint8), torch.cat(
+                [torch.empty(0, dtype=torch.uint8, device="cpu"), *planes]
+            )
+        hi, lo = (torch.empty(n, dtype=dtype, device="cpu") for dtype in (torch.bfloat16, torch.int16))
         split_master(master.data_ptr(), hi.data_ptr(), lo.data_ptr(), n)
         return hi.view(torch.uint8), torch.cat([lo.view(torch.uint8), *planes])
 
@@ -175,7 +179,7 @@ class InDeviceState:
         split = buffer.codec == "split_bf16"
         n = param.numel() // (2 if split else 4)
         lo_nbytes = 2 * n if split else 0
-        master = param.view(torch.float32) if not split else torch.empty(n, dtype=torch.float32)
+        master = torch.empty(n, dtype=torch.float32, device="cpu") if split else param.view(torch.float32)
         if split:
             merge_master(param.data_ptr(), record.data_ptr(), master.data_ptr(), n)
         state.master[start : start + n].copy_(master)

@@ -14,6 +14,7 @@ from offload.model.blocks import base_of
 from offload.model.causal_lm_loss import chunk_loss, why_not_chunked
 from offload.profiling.processor import has_bfloat16_products
 from offload.runtime.engine import OffloadEngine
+from offload.runtime.hooks import stop_checkpointing
 from offload.runtime.optimizer import OffloadOptimizer
 
 logger = logging.getLogger("offload")
@@ -49,14 +50,18 @@ def wrap(
         raise ConfigError(f"chunked_loss=True: {reason}")
     wrapped = OffloadOptimizer(optimizer, config.optimizer_state)
     hf_config = getattr(model, "config", None)
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        model.gradient_checkpointing_disable()  # type: ignore[operator]  # a method of Hugging Face models
-        logger.info("gradient checkpointing of the model is off: blocks recompute by themselves")
     if getattr(hf_config, "use_cache", False):
         hf_config.use_cache = False  # type: ignore[union-attr]  # a cache would grow twice when a block recomputes
     dtypes = {compute_dtype, *(p.dtype for p in model.parameters())}
     n_parameters = sum(p.numel() for p in model.parameters())
-    engine = OffloadEngine(model, wrapped, config, blocks, compute_dtype)
+    checkpoint_again = stop_checkpointing(model)
+    try:
+        engine = OffloadEngine(model, wrapped, config, blocks, compute_dtype)
+    except BaseException:
+        checkpoint_again()
+        raise
+    if engine.aside:
+        checkpoint_again()
     if torch.bfloat16 in dtypes and n_parameters >= SLOW_BFLOAT16_PARAMETERS and engine.device.type == "cpu":
         _warn_of_slow_bfloat16()
     if chunked_loss:

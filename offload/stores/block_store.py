@@ -190,8 +190,3 @@ class BlockRecord:
                     self._holes.append((segment.parameter, nothing))
         for parameter, nothing in self._holes:
             parameter.data = nothing
-
-    def grad_view(self, buffer: FlatBuffer, segment: Segment, plane: torch.Tensor) -> torch.Tensor:
-        """One parameter's part of a gradient plane, in the parameter's shape."""
-        start = buffer.grad_start + segment.start
-        return plane[start : start + segment.numel].view(segment.shape)

@@ -8,6 +8,7 @@ copy touches must stay as it is until the copy's event is done; who frees or rew
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import itertools
 import logging
@@ -128,7 +129,7 @@ class SharedDevice:
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Plain memory; the arena of the runtime is used instead wherever pages matter."""
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
 
     def mark(self) -> Event:
         """Compute has happened when the call returns."""
@@ -155,6 +156,10 @@ class SharedDevice:
         """Nothing to finish."""
 
 
+_limits: dict[int, object] = {}
+"""By index of a CUDA device: who has set the limit of torch's allocator last."""
+
+
 class CudaDevice:
     """One NVIDIA (or ROCm) GPU through torch.cuda. `memory_nbytes` becomes the limit of torch's allocator there."""
 
@@ -167,9 +172,12 @@ class CudaDevice:
         self.torch_device = torch.device("cuda", index)
         total_nbytes = torch.cuda.get_device_properties(index).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, memory_nbytes / total_nbytes), index)
+        _limits[index] = self._limit = object()
         self._h2d = torch.cuda.Stream(self.torch_device)
         self._d2h = torch.cuda.Stream(self.torch_device)
         self._locked: list[tuple[int, int]] = []
+        self._edges: list[int] = []
+        """Where registered pieces begin and end, ascending, each once."""
         self.timing = False
         self._clock: tuple[torch.cuda.Event, float] | None = None
 
@@ -224,7 +232,7 @@ class CudaDevice:
         host = target if target.device.type == "cpu" else source
         nbytes = host.numel() * host.element_size()
         with torch.cuda.stream(stream):
-            cuts = cuts_at_pieces(host.data_ptr(), nbytes, self._locked)
+            cuts = cuts_at_pieces(host.data_ptr(), nbytes, self._edges)
             if cuts:
                 to, of = target.view(torch.uint8), source.view(torch.uint8)
                 for first, last in itertools.pairwise([0, *cuts, nbytes]):
@@ -241,6 +249,7 @@ class CudaDevice:
         """Register exactly these pages, in bounded pieces, and no power of two around them."""
         locked, code = register_pages(torch.cuda.cudart().cudaHostRegister, address, nbytes, pin)
         self._locked += locked
+        self._edges = sorted({*self._edges, *itertools.chain.from_iterable(locked)})
         if code:
             with contextlib.suppress(
                 RuntimeError
@@ -249,13 +258,15 @@ class CudaDevice:
         return bool(locked) and not code
 
     def close(self) -> None:
-        """Also gives the allocator its whole device back."""
+        """Also gives the allocator its whole device back, unless another has limited it since."""
         torch.cuda.synchronize(self.torch_device)
         cudart = torch.cuda.cudart()
         for start, _ in self._locked:
             cudart.cudaHostUnregister(start)
         self._locked.clear()
-        torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device.index)
+        self._edges.clear()
+        if _limits.get(self.torch_device.index) is self._limit:
+            torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device.index)
 
 
 def register_pages(
@@ -282,11 +293,12 @@ def register_pages(
     return locked, 0
 
 
-def cuts_at_pieces(address: int, nbytes: int, pieces: Sequence[tuple[int, int]]) -> list[int]:
-    """Where to cut a copy of `nbytes` host bytes from `address` on, in bytes from there: at every edge of a registered
-    piece inside it. CUDA refuses one copy of memory that is registered in part."""
-    inside = {edge - address for piece in pieces for edge in piece if address < edge < address + nbytes}
-    return sorted(inside)
+def cuts_at_pieces(address: int, nbytes: int, edges: Sequence[int]) -> list[int]:
+    """Where to cut a copy of `nbytes` host bytes from `address` on, in bytes from there: at every one of the `edges` of
+    registered pieces (ascending) inside it. CUDA refuses one copy of memory that is registered in part."""
+    first = bisect.bisect_right(edges, address)
+    last = bisect.bisect_left(edges, address + nbytes, first)
+    return [edge - address for edge in edges[first:last]]
 
 
 class _CudaEvent:

@@ -97,7 +97,7 @@ class EmulatedDevice:
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Every float in it is NaN."""
-        return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
+        return torch.full((nbytes,), 0xFF, dtype=torch.uint8, device=self.torch_device)
 
     def mark(self) -> Event:
         """Compute has happened when the call that computes returns."""

@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -419,6 +420,36 @@ def test_what_fits_on_a_device_of_its_own_is_updated_there_as_torch_does(device,
     tolerance = {"rtol": 2e-2, "atol": 4e-3} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-6}
     for name, parameter in expected[0].items():
         torch.testing.assert_close(got[0][name], parameter, **tolerance)
+
+
+@pytest.mark.parametrize("step_aside", ["always", "never"])
+def test_a_model_keeps_its_own_gradient_checkpointing_where_nothing_is_streamed(step_aside):
+    model = build("llama")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    (layer, *_) = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    before = layer._gradient_checkpointing_func
+    model, _ = offload.wrap(
+        model, two_groups(model), storage=[], device_memory="1GB", host_memory="1GB", step_aside=step_aside
+    )
+    model.offload.close()
+    assert layer.gradient_checkpointing == (step_aside == "always")
+    assert step_aside == "never" or layer._gradient_checkpointing_func is before
+
+
+@pytest.mark.parametrize("kind", ["streamed", "on the device"])
+def test_a_default_device_of_the_users_moves_nothing_that_belongs_in_host_memory(tmp_path, kind):
+    model = build("llama")
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    settings = {"step_aside": "never" if kind == "streamed" else "always", "storage": [str(tmp_path)]}
+    with torch.device("meta"):
+        model, _ = offload.wrap(
+            model, two_groups(model), device="emulated", device_memory="50MB", host_memory="50MB", **settings
+        )
+        offload.export(model, tmp_path / "exported")
+    model.offload.close()
+    found = load_file(tmp_path / "exported" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name].to(found[name].dtype)) for name in found)
 
 
 def test_what_does_not_fit_in_half_of_the_device_is_streamed(tmp_path):

@@ -23,9 +23,9 @@ def worth_it(monkeypatch, tmp_path):
     monkeypatch.setenv("OFFLOAD_PROFILE", str(tmp_path / "none.json"))
 
 
-def trained(tmp_path, n_steps=4, dtype=torch.bfloat16, **settings):
+def trained(tmp_path, n_steps=4, dtype=torch.bfloat16, dropout=0.0, **settings):
     """(parameters by name, engine)."""
-    model = build("llama", dtype, layers=4)
+    model = build("llama", dtype, layers=4, dropout=dropout)
     model, optimizer = offload.wrap(
         model, two_groups(model), chunk_elements=4096, storage=[str(tmp_path)], step_aside="never",
         **{"device": "cpu", **ROOMY, **settings},
@@ -56,6 +56,13 @@ def test_the_bits_are_those_without_a_plan_and_what_has_room_is_kept(tmp_path, w
     kept = after.activations.nbytes_by_tier, before.activations.nbytes_by_tier
     assert sum(kept[0].values()) > sum(kept[1].values())
     assert kept[0]["storage"] == kept[1]["storage"] == 0
+
+
+def test_planning_draws_none_of_the_random_numbers_of_training(tmp_path, worth_it):
+    plain, _ = trained(tmp_path, plan="none", dropout=0.1)
+    planned, engine = trained(tmp_path, dropout=0.1)
+    assert engine.plan is not None
+    assert all(torch.equal(planned[name], plain[name]) for name in plain)
 
 
 def test_a_loss_in_chunks_of_tokens_is_planned_for_too(tmp_path, worth_it):

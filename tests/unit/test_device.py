@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import threading
+import types
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_pin_always_refuses_and_pin_never_asks_for_nothing():
 )
 def test_no_copy_has_both_registered_and_other_memory_in_it(address, nbytes, cuts):
     pieces = [(0, 100), (100, 200), (200, 300)]
-    assert cuts_at_pieces(address, nbytes, pieces) == cuts
+    assert cuts_at_pieces(address, nbytes, sorted({edge for piece in pieces for edge in piece})) == cuts
     edges = [address, *(address + cut for cut in cuts), address + nbytes]
     for first, last in itertools.pairwise(edges):
         homes = {next((p for p in pieces if p[0] <= byte < p[1]), None) for byte in range(first, last)}
@@ -71,7 +72,7 @@ def test_a_copy_across_pieces_is_made_in_parts_that_are_all_of_it(monkeypatch):
     host, device, parts = torch.zeros(1000), torch.arange(1000, dtype=torch.float32), []
     edge = host.data_ptr() + 400
     tier = CudaDevice.__new__(CudaDevice)  # without a GPU
-    tier.timing, tier._locked = False, [(host.data_ptr() - 4096, edge), (edge, edge + 1200)]
+    tier.timing, tier._edges = False, [host.data_ptr() - 4096, edge, edge + 1200]
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr("offload.tiers.device._record", lambda stream: PAST)
     copy = torch.Tensor.copy_
@@ -81,6 +82,24 @@ def test_a_copy_across_pieces_is_made_in_parts_that_are_all_of_it(monkeypatch):
     tier._copy(None, host, device, [])
     assert torch.equal(host, device)
     assert parts == [400, 1200, 2400]
+
+
+def test_closing_a_device_leaves_the_limit_that_another_has_set_since(monkeypatch):
+    limits = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=1000)
+    )
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda f, _: limits.append(f))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: None)
+    first = CudaDevice(torch.device("cuda", 0), 500)
+    second = CudaDevice(torch.device("cuda", 0), 250)
+    first.close()
+    assert limits == [0.5, 0.25]
+    second.close()
+    assert limits == [0.5, 0.25, 1.0]
 
 
 @pytest.fixture

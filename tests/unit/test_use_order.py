@@ -1,4 +1,4 @@
-"""The order in which a step uses its blocks, from wherever it is: forward through all, backward through all, and again."""
+"""The order in which a step uses its blocks, wherever it is: forward through all, backward through all, and again."""
 
 from hypothesis import given
 from hypothesis import strategies as st
