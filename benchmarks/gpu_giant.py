@@ -43,6 +43,7 @@ from offload.profiling.block_probe import BlockProbe
 from offload.profiling.workload import profile_model
 from offload.schedule.run import SimulatedStep, simulate_plan
 from offload.telemetry import Span
+from offload.tiers.device import CUDA_OWN_NBYTES
 from offload.transfer.io_engine import UpdatePipeline
 
 COLUMNS = (
@@ -124,6 +125,7 @@ def fixed_plan(
     budgets = Budgets(
         int(options.device_memory_gb * 1e9), int(options.host_memory_gb * 1e9),
         storage_nbytes=None if in_host < 1 else 0, staging_nbytes=staging_nbytes,
+        device_own_nbytes=0 if hardware.shares_host else CUDA_OWN_NBYTES,
     )  # fmt: skip
     plan = make_plan(workload, hardware, budgets, fixed, batch_samples=options.batch)
     return plan.model_copy(update={"chunk_elements": Config().chunk_elements})
@@ -202,7 +204,11 @@ def whole_model(name: str, hardware: Hardware, options: argparse.Namespace, n_dr
         "storage_write_bytes_per_s": None,
     }
     machine = hardware.model_copy(update={**more, "storage_mixed_bytes_per_s": None})
-    budgets = Budgets(int(options.device_memory_gb * 1e9), int(options.host_memory_gb * 1e9))
+    budgets = Budgets(
+        int(options.device_memory_gb * 1e9),
+        int(options.host_memory_gb * 1e9),
+        device_own_nbytes=CUDA_OWN_NBYTES,
+    )
     row: dict[str, Any] = {"name": f"gpu_giant_{name}_whole_simulated_{n_drives}_drives", "drives": n_drives}
     try:
         plan = make_plan(workload, machine, budgets, batch_samples=options.whole_batch)

@@ -1,9 +1,11 @@
 """For tests on a CUDA device: kernels that give the same bits every time, and copies that come late."""
 
+import contextlib
 import os
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from offload.tiers.device import CudaDevice
 
@@ -11,15 +13,24 @@ COPY_CYCLES = 12_000_000
 """A device sleep of about 7 ms before each copy: several times what a small block computes."""
 
 
+@contextlib.contextmanager
 def deterministic_cuda(monkeypatch):
-    """Skips without a CUDA device. Attention is written out: the backward of its fused kernels is not deterministic."""
+    """Skips without a CUDA device. Attention is written out: the backward of its fused kernels is not deterministic.
+
+    Budgets of a few MB place state as small models need it, and torch's allocator is not held to them: it takes 20 MiB
+    at once.
+    """
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    monkeypatch.setattr(CudaDevice, "own_nbytes", 0)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, device=None: None)
     monkeypatch.setitem(os.environ, "CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.backends.cuda.enable_flash_sdp(False)
-    torch.backends.cuda.enable_mem_efficient_sdp(False)
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def sleepy_copies(monkeypatch):

@@ -74,6 +74,7 @@ class OrderedDevice:
     """See the module. `conflicts` lists what was found, in words."""
 
     shares_host = False
+    own_nbytes = 0
     timing = False
     made = None
     """The last one made."""

@@ -9,6 +9,7 @@ from offload.errors import ConfigError
 from offload.planner.hardware import Hardware
 from offload.planner.plan import Budgets
 from offload.planner.workload import Workload
+from offload.tiers.device import CUDA_OWN_NBYTES
 from offload.tiers.storage import free_nbytes
 from offload.tiers.wear import Wear, wear_of
 
@@ -60,6 +61,7 @@ class BudgetTexts:
             written_nbytes_per_step=optional(self.written_per_step),
             clips_gradients=self.clips_gradients,
             durable_steps=self.durability == "step",
+            device_own_nbytes=0 if machine.shares_host else CUDA_OWN_NBYTES,
         )
 
 

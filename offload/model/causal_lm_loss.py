@@ -287,6 +287,13 @@ def why_not_chunked(model: nn.Module) -> str | None:
     return None
 
 
+def has_chunked_loss(model: nn.Module) -> bool:
+    """Whether `chunk_loss` has changed the model."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    return isinstance(getattr(getattr(head, "forward", None), "__self__", None), ChunkedLoss)
+
+
 def chunk_loss(model: nn.Module, chunk_tokens: int | None = None) -> ChunkedLoss:
     """Let a Hugging Face causal language model compute its training loss `chunk_tokens` tokens at a time.
 

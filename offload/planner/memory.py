@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from offload.config import CHUNK_ELEMENTS
+from offload.model.causal_lm_loss import CHUNK_LOGITS_NBYTES
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN, HOST_SLOTS
 from offload.planner.plan import StateFormat
 from offload.planner.workload import Workload, peak_of
@@ -53,10 +54,11 @@ def device_need(
     workload: Workload, state: StateFormat, batch_samples: int, shape: Shape, *, shares_host: bool = False
 ) -> DeviceNeed:
     """Root with its gradients, slots, gradient buffers, two micro-batches of the largest block's tensors (one
-    computing, one in transfer) with two temporaries, the boundary, and logits with their gradient for one sample.
+    computing, one in transfer) with two temporaries, the boundary, and what the root computes with when no block does:
+    at least logits with their gradient for one sample.
 
-    Where the device shares the host's memory no micro-batch is in transfer: then it is what was traced to be alive
-    (`BlockWork.working`), of one micro-batch of a block and of the whole batch in the root.
+    Where the device shares the host's memory no micro-batch is in transfer: then a block's share is what was traced to
+    be alive too (`BlockWork.working`).
     """
     samples = samples_of_micro_batch(batch_samples, shape.micro_batches)
     blocks = workload.blocks
@@ -75,6 +77,8 @@ def device_need(
         working = max(block_working_nbytes(workload, i, batch_samples, samples) for i in range(len(blocks)))
         boundary = boundary_nbytes(workload, batch_samples, shape.micro_batches)
         logits = max(0, root_working_nbytes(workload, batch_samples) - working - boundary)
+    else:
+        logits = max(logits, _own_device_root_nbytes(workload, batch_samples) - working - boundary)
     return DeviceNeed(
         root=state.param_nbytes * root_numel + state.grad_nbytes * workload.root_stored_numel,
         slots=shape.n_slots * slot,
@@ -83,6 +87,16 @@ def device_need(
         boundary=boundary,
         logits=logits,
     )
+
+
+def _own_device_root_nbytes(workload: Workload, batch_samples: int) -> int:
+    """Bytes alive in the root's forward, loss and backward on a device of its own, where what kernels take for
+    themselves is in `Budgets.device_own_nbytes`: as traced; or, with the loss in chunks, three buffers of logits and of
+    the head's gradient the fp32 sum and a copy in the parameters' dtype."""
+    if workload.whole_logits:
+        return peak_of(workload.root_working, batch_samples) or 0
+    chunk = min(CHUNK_LOGITS_NBYTES, batch_samples * workload.logits_nbytes_per_sample)
+    return 3 * chunk + (4 + workload.param_nbytes) * workload.head_numel
 
 
 def is_traced(workload: Workload) -> bool:

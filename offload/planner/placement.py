@@ -105,13 +105,16 @@ def place(
     prefetch_blocks: int | None,
     shares_host: bool = True,
     grads_per_buffer: int = 1,
+    device_own_nbytes: int = 0,
 ) -> Placement:
     """Fill the tiers with what saves most traffic per byte of memory (DESIGN.md section 5).
 
     Traffic saved a step per byte held in DRAM: a parameter plane 3 (read twice, written once), a deferred gradient
     and optimizer state 2. The root's parameters stay on the device. A device that does not share the host's memory
-    needs a mirror of the root, host slots and host gradient buffers besides. `grads_per_buffer` is how many blocks'
-    gradients a gradient buffer holds: 2 where they are not fp32. Raises BudgetError with the smallest budgets.
+    needs a mirror of the root, host slots and host gradient buffers besides, and half of its memory is for what it
+    computes with, unless `prefetch_blocks` asks for more slots. `grads_per_buffer` is how many blocks' gradients a
+    gradient buffer holds: 2 where they are not fp32. `device_own_nbytes` of the device's memory are beside
+    `device_nbytes`: what its libraries take. Raises BudgetError with the smallest budgets.
     """
     slot = max((b.slot_nbytes for b in blocks), default=0)
     grad = max((b.grad_nbytes for b in blocks), default=0)
@@ -129,11 +132,13 @@ def place(
     everything += root.state_nbytes
     least_host = always + (n_host_slots * slot if has_storage else everything)
     _refuse_what_cannot_fit(
-        device=(device_nbytes, least_device, fixed, least_slots, slot, grad),
+        device=(device_nbytes, least_device, fixed, least_slots, slot, grad, device_own_nbytes),
         host=(host_nbytes, least_host),
         has_storage=has_storage,
     )
     spare = device_nbytes - least_device
+    if not shares_host and prefetch_blocks is None:
+        spare = max(0, device_nbytes // 2 - least_device)
     wanted = len(blocks) if prefetch_blocks is None else min(len(blocks), prefetch_blocks + 1)
     n_slots, n_grad_buffers = _run_ahead(
         spare,
@@ -202,15 +207,16 @@ def state_nbytes_in_host(numel: int, state_nbytes: float, chunk_elements: int, f
 
 
 def _refuse_what_cannot_fit(
-    device: tuple[int, int, int, int, int, int], host: tuple[int, int], has_storage: bool
+    device: tuple[int, int, int, int, int, int, int], host: tuple[int, int], has_storage: bool
 ) -> None:
-    device_nbytes, least_device, fixed, least_slots, slot, grad = device
+    device_nbytes, least_device, fixed, least_slots, slot, grad, own = device
     host_nbytes, least_host = host
     problems = []
     if device_nbytes < least_device:
         problems.append(
-            f"device_memory={_gb(device_nbytes)} but at least {_gb(least_device)} is needed: root {_gb(fixed)} "
-            f"+ {least_slots} block slots of {_gb(slot)} + one gradient buffer of {_gb(grad)}"
+            f"device_memory={_gb(device_nbytes + own)} but at least {_gb(least_device + own)} is needed: root "
+            f"{_gb(fixed)} + {least_slots} block slots of {_gb(slot)} + one gradient buffer of {_gb(grad)}"
+            + (f" + {_gb(own)} for the libraries of the device" if own else "")
         )
     if host_nbytes < least_host:
         what = (
@@ -221,7 +227,7 @@ def _refuse_what_cannot_fit(
         raise BudgetError(
             "does not fit: "
             + "; ".join(problems)
-            + f". Smallest that would do: device_memory='{least_device}', "
+            + f". Smallest that would do: device_memory='{least_device + own}', "
             f"host_memory='{least_host}' (bytes)" + ("" if has_storage else ", or give storage=[directory]")
         )
 

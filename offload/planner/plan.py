@@ -82,7 +82,8 @@ class Budgets:
     """What a run may use. None means no limit of its own (storage: the drives' capacity where it is known).
 
     `staging_nbytes` is host memory the update pipeline needs in any case. `clips_gradients` says that the update must
-    wait for the global gradient norm, which makes every update deferred.
+    wait for the global gradient norm, which makes every update deferred. `device_own_nbytes` of the device's memory
+    are taken by its libraries.
     """
 
     device_memory_nbytes: int
@@ -93,6 +94,12 @@ class Budgets:
     clips_gradients: bool = False
     durable_steps: bool = False
     """Every step is kept: all state lies on storage twice, and all of it is written in a step (docs/durability.md)."""
+    device_own_nbytes: int = 0
+
+    @property
+    def device_nbytes(self) -> int:
+        """Device memory for what is planned."""
+        return self.device_memory_nbytes - self.device_own_nbytes
 
 
 class Prediction(BaseModel):

@@ -84,12 +84,12 @@ class Search:
     def shapes_that_fit(self, budgets: Budgets) -> Iterator[Shape]:
         """Shapes whose working memory the device can hold."""
         for shape in shapes(self.space):
-            if self.tables.device_nbytes(shape) <= budgets.device_memory_nbytes:
+            if self.tables.device_nbytes(shape) <= budgets.device_nbytes:
                 yield shape
 
     def shape_fits(self, shape: Shape, budgets: Budgets) -> bool:
         """Whether any plan of this shape keeps to these budgets."""
-        if self.tables.device_nbytes(shape) > budgets.device_memory_nbytes:
+        if self.tables.device_nbytes(shape) > budgets.device_nbytes:
             return False
         return bool(self.tables.needs(shape, budgets).fits.any())
 

@@ -96,7 +96,7 @@ def _activations(
 ) -> tuple[dict[str, Outcome], ...]:
     tables = search.tables
     order = tables.order(chosen.shape.boundary_on_device)
-    spare = budgets.device_memory_nbytes - needs.device_nbytes
+    spare = budgets.device_nbytes - needs.device_nbytes
     kept_at = int(tables.kept_positions(order, spare, chosen.shape)[at_saved])
     to_host = order.to_host[at_saved, at_host]
     saved = tables.saved[at_saved]

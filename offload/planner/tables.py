@@ -215,7 +215,7 @@ class Tables:
         """Everything about every combination for one shape."""
         model, order = self.model, self.order(shape.boundary_on_device)
         device = self.device_nbytes(shape)
-        spare = budgets.device_memory_nbytes - device
+        spare = budgets.device_nbytes - device
         kept_at = self.kept_positions(order, spare, shape)
         rows = np.arange(len(kept_at))
         kept = order.keepable[rows, kept_at]

@@ -94,6 +94,9 @@ class Workload:
     trainable_shapes: tuple[tuple[int, ...], ...] = ()
     """Of all trainable parameters: what a rule may keep of whole ones (`statistics_nbytes`) depends on them."""
 
+    whole_logits: bool = False
+    """The model computes head and loss by its own code; otherwise in chunks of tokens (model/causal_lm_loss.py)."""
+
     root_early_numel: int = 0
     """Root parameters whose gradients are complete before backward comes to the blocks: those of an untied head."""
 
@@ -101,6 +104,12 @@ class Workload:
     def root_stored_numel(self) -> int:
         """As `BlockWork.stored_numel`."""
         return self.root_trainable_numel + self.root_padding_numel
+
+    @property
+    def head_numel(self) -> int:
+        """The output head's matrix, the one with the most rows; 0 where shapes are not known."""
+        rows, columns = max((shape for shape in self.trainable_shapes if len(shape) == 2), default=(0, 0))
+        return rows * columns
 
     @property
     def early_numel(self) -> int:

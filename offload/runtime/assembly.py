@@ -98,12 +98,13 @@ def choose_device(model: nn.Module, config: Config) -> DeviceTier:
 
 
 def budgets(device: DeviceTier, config: Config) -> tuple[int, int]:
-    """(device, host) memory allowed, in bytes."""
+    """(device, host) memory allowed, in bytes, without what the device's libraries take."""
     host_total = host_total_nbytes()
     device_total = host_total
     if device.torch_device.type == "cuda":
         device_total = torch.cuda.get_device_properties(device.torch_device).total_memory
-    return parse_budget(config.device_memory, device_total), parse_budget(config.host_memory, host_total)
+    device_nbytes = parse_budget(config.device_memory, device_total) - device.own_nbytes
+    return device_nbytes, parse_budget(config.host_memory, host_total)
 
 
 def steps_aside(
@@ -208,6 +209,7 @@ class _Builder:
             "staging_nbytes": self.staging_nbytes,
             "has_storage": self.has_storage,
             "shares_host": self.device.shares_host,
+            "device_own_nbytes": self.device.own_nbytes,
         }
         if plan is not None and self.streams:
             return placement_of(plan, self.bytes_of, root, **budgets)

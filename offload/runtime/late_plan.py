@@ -11,12 +11,15 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from offload.config import Config
 from offload.errors import OffloadError
+from offload.model.blocks import base_of
+from offload.model.causal_lm_loss import has_chunked_loss
 from offload.planner.hardware import Drive, Hardware, load_hardware
 from offload.planner.plan import Budgets, Plan
 from offload.planner.report import plan_lines
@@ -75,6 +78,7 @@ class LatePlan:
         try:
             with hooks.own_forward(modules):
                 workload = profile_model(self._model, tokens, blocks=self._blocks)
+            workload = replace(workload, whole_logits=not has_chunked_loss(base_of(self._model)))
             plan = self._plan(workload, samples)
         except Exception as error:  # a model that we do not know may raise anything while it is traced
             level = logging.INFO if isinstance(error, OffloadError) else logging.WARNING

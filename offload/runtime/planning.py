@@ -12,6 +12,8 @@ from torch import nn
 
 from offload.config import NO_PLAN, Config
 from offload.errors import BudgetError, ConfigError
+from offload.model.blocks import base_of
+from offload.model.causal_lm_loss import has_chunked_loss
 from offload.planner.hardware import Hardware, load_hardware
 from offload.planner.placement import (
     ACTIVATION_STAGING_NBYTES_MIN,
@@ -146,6 +148,7 @@ def plan_run(
     host_nbytes: int,
     staging_nbytes: int,
     shares_host: bool,
+    device_own_nbytes: int = 0,
     rule: UpdateRule = ADAMW,
     compute_dtype: Any = None,
     inputs: Callable[[int], Any] | None = None,
@@ -160,7 +163,7 @@ def plan_run(
     given = None if config.plan is None else _read_plan(config.plan)
     tokens = given.tokens_per_sample if given is not None else (config.batch or (1, 1))[1]
     workload = profile_model(model, tokens, blocks=blocks, inputs=inputs, compute_dtype=compute_dtype)
-    workload = replace(workload, rule=rule)
+    workload = replace(workload, rule=rule, whole_logits=not has_chunked_loss(base_of(model)))
     limit_nbytes = config.written_nbytes_per_step
     if given is not None:
         _refuse_beside_plan(config)
@@ -193,7 +196,8 @@ def plan_run(
             )
         return RunPlan(given, workload)
     budgets = Budgets(
-        device_memory_nbytes=device_nbytes,
+        device_memory_nbytes=device_nbytes + device_own_nbytes,
+        device_own_nbytes=device_own_nbytes,
         host_memory_nbytes=host_nbytes,
         storage_nbytes=free_nbytes(config.storage) if config.storage else 0,
         written_nbytes_per_step=limit_nbytes,
@@ -237,6 +241,7 @@ def placement_of(
     staging_nbytes: int,
     has_storage: bool,
     shares_host: bool,
+    device_own_nbytes: int = 0,
 ) -> Placement:
     """The plan's placement in whole pages and chunks, within the budgets.
 
@@ -255,6 +260,7 @@ def placement_of(
         deferred=bool(plan.deferred_blocks),
         prefetch_blocks=1,
         shares_host=shares_host,
+        device_own_nbytes=device_own_nbytes,
     )
     fixed = root.slot_nbytes + root.grad_nbytes
     n_slots, n_grads = max(2, plan.n_slots), plan.n_grad_buffers

@@ -126,6 +126,7 @@ def make_run_plan(
         staging_nbytes=staging_nbytes(config, rule),
         rule=rule,
         shares_host=device.shares_host,
+        device_own_nbytes=device.own_nbytes,
         compute_dtype=dtype,
     )
     if planned is not None:

@@ -55,17 +55,18 @@ def wrap(
     dtypes = {compute_dtype, *(p.dtype for p in model.parameters())}
     n_parameters = sum(p.numel() for p in model.parameters())
     checkpoint_again = stop_checkpointing(model)
+    chunked = chunk_loss(base_of(model)) if chunked_loss else None
     try:
         engine = OffloadEngine(model, wrapped, config, blocks, compute_dtype)
     except BaseException:
         checkpoint_again()
+        if chunked is not None:
+            chunked.remove()
         raise
     if engine.aside:
         checkpoint_again()
     if torch.bfloat16 in dtypes and n_parameters >= SLOW_BFLOAT16_PARAMETERS and engine.device.type == "cpu":
         _warn_of_slow_bfloat16()
-    if chunked_loss:
-        chunk_loss(base_of(model))
     wrapped.engine = engine
     model.zero_grad = engine.zero_grad  # type: ignore[method-assign]  # gradients are not where its own would look
     model.offload = engine  # type: ignore[assignment]  # documented attribute

@@ -29,6 +29,11 @@ PAGE_LOCK_PIECE_NBYTES = 1 << 30
 """Host memory is registered in pieces: drivers refuse single registrations of many GB."""
 
 
+CUDA_OWN_NBYTES = 192 << 20
+"""What torch's allocator gives to cuBLAS (32 MiB for each thread that launches, the one that trains and autograd's, and
+as much again for cuBLASLt) and loses to rounding: it takes 2 and 20 MiB at once."""
+
+
 class Event(Protocol):
     """A point in the work given to a device."""
 
@@ -77,6 +82,8 @@ class DeviceTier(Protocol):
     torch_device: torch.device
     shares_host: bool
     """The device computes on host memory itself: slots and gradients are never copied over."""
+    own_nbytes: int
+    """Of its memory, what its libraries take for themselves."""
     timing: bool
     """Whether copies and stamps are to be timed."""
 
@@ -117,6 +124,7 @@ class SharedDevice:
     """A machine without accelerator: the device tier is a bounded part of DRAM and nothing is copied to it."""
 
     shares_host = True
+    own_nbytes = 0
     timing = False
 
     def __init__(self) -> None:
@@ -164,6 +172,7 @@ class CudaDevice:
     """One NVIDIA (or ROCm) GPU through torch.cuda. `memory_nbytes` becomes the limit of torch's allocator there."""
 
     shares_host = False
+    own_nbytes = CUDA_OWN_NBYTES
 
     def __init__(self, torch_device: torch.device, memory_nbytes: int) -> None:
         if not torch.cuda.is_available():

@@ -83,6 +83,7 @@ class EmulatedDevice:
     """See the module. `bus_bytes_per_s` applies to each direction."""
 
     shares_host = False
+    own_nbytes = 0
     timing = False
 
     def __init__(self, bus_bytes_per_s: float | None = None) -> None:

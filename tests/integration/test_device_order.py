@@ -34,9 +34,11 @@ BLOCK_CYCLES = 4_000_000
 class Block(UpDown):
     """On a CUDA device it computes late, so that what does not wait for it comes too early."""
 
+    cycles = BLOCK_CYCLES
+
     def forward(self, x):
         if x.is_cuda:
-            torch.cuda._sleep(BLOCK_CYCLES)
+            torch.cuda._sleep(self.cycles)
         return super().forward(x)
 
 
@@ -64,12 +66,9 @@ def train(device, directory, n_steps=3, **settings):
 
 @pytest.fixture(params=DEVICES)
 def device(request, monkeypatch):
-    if request.param == "cuda":
-        deterministic_cuda(monkeypatch)
-    else:
-        monkeypatch.setattr(assembly, "EmulatedDevice", OrderedDevice)
-    yield request.param
-    torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(assembly, "EmulatedDevice", OrderedDevice)
+    with deterministic_cuda(monkeypatch) if request.param == "cuda" else contextlib.nullcontext():
+        yield request.param
 
 
 def races(device, directory, without=None, **settings):
@@ -81,7 +80,10 @@ def races(device, directory, without=None, **settings):
                 without(patch)
             return train(device, directory, **settings)[1]
         expected, _ = train(device, directory, **settings)
-        sleepy_copies(patch)
+        if without in EARLY_COPIES:
+            patch.setattr(Block, "cycles", 10 * BLOCK_CYCLES)
+        else:
+            sleepy_copies(patch)
         if without:
             without(patch)
         got, _ = train(device, directory, **settings)
@@ -126,6 +128,11 @@ def without_waits_in(owner, method):
     return delete
 
 
+EARLY_COPIES = []
+"""Deletions after which a copy comes before the compute that it should have waited for: copies are not to be late then,
+compute is."""
+
+
 def copies_without(way, prefix, keep=lambda device, after: ()):
     """Copies of that name start after nothing but what `keep` leaves."""
 
@@ -141,6 +148,7 @@ def copies_without(way, prefix, keep=lambda device, after: ()):
 
         patch.setattr(Copies, way, hurried)
 
+    EARLY_COPIES.append(delete)
     return delete
 
 

@@ -3,6 +3,7 @@
 The emulated device runs everywhere; the same tests run on a CUDA device where there is one (marker `gpu`).
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -34,6 +35,7 @@ from tests.integration.test_exactness import CHUNK, assert_same_bits, stored, tr
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
 
+from llama_shaped import LlamaShaped, Shape
 from trace_analysis import STEP, analyse
 
 DEVICES = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -41,10 +43,8 @@ DEVICES = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture(params=DEVICES)
 def device(request, monkeypatch):
-    if request.param == "cuda":
-        deterministic_cuda(monkeypatch)
-    yield request.param
-    torch.use_deterministic_algorithms(False)
+    with deterministic_cuda(monkeypatch) if request.param == "cuda" else contextlib.nullcontext():
+        yield request.param
 
 
 def reference(device):
@@ -136,7 +136,7 @@ def test_device_memory_taken_stays_within_device_memory_allowed(tmp_path, monkey
         settings = on("emulated", tmp_path, device_memory=allowed_nbytes)
         wrapped, _ = offload.wrap(model, two_groups(model), chunk_elements=CHUNK, **settings)
         wrapped.offload.close()
-        assert 0.5 * allowed_nbytes < sum(taken) <= allowed_nbytes
+        assert 0.5 * allowed_nbytes <= sum(taken) <= allowed_nbytes  # half is for what it computes with
         model = build("llama", torch.bfloat16, layers=12)
 
 
@@ -146,7 +146,7 @@ def test_the_allocators_reserve_on_a_gpu_stays_within_device_memory(tmp_path):
         pytest.skip("no CUDA device")
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    allowed_nbytes = 100_000_000
+    allowed_nbytes = 400_000_000
     model = build("llama", torch.bfloat16, layers=24, hidden=512)
     model, optimizer = offload.wrap(
         model, two_groups(model), device="cuda", device_memory=allowed_nbytes, host_memory="200MB",
@@ -166,15 +166,18 @@ def test_a_steady_step_on_a_gpu_asks_the_driver_for_nothing_and_its_launching_th
 ):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    model = build("llama", torch.bfloat16, layers=8, hidden=512)
+    torch.manual_seed(0)
+    model = LlamaShaped(Shape(512, 8, 1024, 8, 256)).to(
+        torch.bfloat16
+    )  # transformers looks at the mask's values
     model, optimizer = offload.wrap(
-        model, torch.optim.AdamW(model.parameters()), device="cuda", device_memory="400MB", host_memory="4GB",
+        model, torch.optim.AdamW(model.parameters()), device="cuda", device_memory="600MB", host_memory="4GB",
         storage=[], micro_batches=2, step_aside="never", prefetch_blocks=2,
     )  # fmt: skip
     batch = batches(1, batch=8, length=256)[0].cuda()
 
     def step():
-        model(input_ids=batch, labels=batch).loss.backward()
+        model(batch).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -299,17 +302,14 @@ def test_with_late_copies_on_a_gpu_the_numbers_change_exactly_where_a_wait_is_mi
     tmp_path, monkeypatch, without
 ):
     """What storage and the update do with host memory; tests/integration/test_device_order.py has the rest."""
-    deterministic_cuda(monkeypatch)
     settings = {**slow_bus(tmp_path), "device": "cuda"}
     del settings["bus_bytes_per_s"]
-    try:
+    with deterministic_cuda(monkeypatch):
         expected = train_blocks(settings)
         sleepy_copies(monkeypatch)
         if without is not None:
             without(monkeypatch)
         got = train_blocks(settings)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert differs(got, expected) == (without is not None)
 
 

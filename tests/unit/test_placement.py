@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offload.errors import BudgetError
+from offload.planner.memory import Shape, device_need
 from offload.planner.placement import GRAD_BUFFERS_MAX, BlockBytes, Placement, place
-from offload.planner.plan import Budgets
+from offload.planner.plan import Budgets, state_format_of
 from offload.planner.search import make_plan
+from offload.profiling.workload import profile_model
 from offload.runtime.planning import placement_of
+from tests.conftest import llama
 from tests.planning import gpt, lohan_machine
 
 PAGE = 4096
@@ -63,3 +70,82 @@ def test_a_planned_run_without_storage_takes_the_device_memory_that_was_planned(
     placement = placement_of(plan, blocks, root, **budgets, has_storage=False, shares_host=False)
     assert (placement.n_slots, placement.n_grad_buffers) == (2, 1)
     assert placement.device_nbytes == 6000 + 2 * 2 * numel + 4 * numel
+
+
+@given(st.integers(2, 12), st.integers(1, 64), st.integers(0, 100), st.booleans())
+def test_half_of_a_devices_own_memory_is_left_to_compute_with_unless_more_slots_are_asked_for(
+    n_blocks: int, slot_pages: int, spare_slots: int, asked: bool
+) -> None:
+    slot = slot_pages * PAGE
+    least = 3 * PAGE + 4 * slot
+    budget = least + spare_slots * slot
+    found = place(
+        [BlockBytes(slot, (5 * slot,), 2 * slot)] * n_blocks,
+        BlockBytes(PAGE, (5 * PAGE,), 2 * PAGE),
+        device_nbytes=budget,
+        host_nbytes=1 << 30,
+        staging_nbytes=0,
+        has_storage=True,
+        deferred=False,
+        prefetch_blocks=n_blocks if asked else None,
+        shares_host=False,
+    )
+    assert found.device_nbytes <= (budget if asked else max(least, budget // 2))
+    if asked and spare_slots >= 2 * n_blocks:
+        assert found.n_slots == n_blocks
+
+
+def test_a_refusal_counts_what_the_libraries_of_the_device_take() -> None:
+    slot, own = 16 * PAGE, 1000 * PAGE
+    least = 3 * PAGE + 4 * slot
+    told = []
+    for device_nbytes in (least - 1, least):
+        try:
+            place(
+                [BlockBytes(slot, (5 * slot,), 2 * slot)] * 4,
+                BlockBytes(PAGE, (5 * PAGE,), 2 * PAGE),
+                device_nbytes=device_nbytes,
+                host_nbytes=1 << 30,
+                staging_nbytes=0,
+                has_storage=True,
+                deferred=False,
+                prefetch_blocks=1,
+                shares_host=False,
+                device_own_nbytes=own,
+            )
+        except BudgetError as refused:
+            told.append(str(refused))
+    assert len(told) == 1
+    assert f"device_memory='{least + own}'" in told[0]
+    assert "for the libraries of the device" in told[0]
+
+
+def test_a_plan_for_a_device_of_its_own_has_room_for_what_the_root_computes_with() -> None:
+    with torch.device("meta"):
+        model = llama(layers=2, vocab=50_000).to(torch.bfloat16)
+    in_chunks = profile_model(model, 64)
+    whole = dataclasses.replace(in_chunks, whole_logits=True)
+    shape = Shape(micro_batches=4, n_slots=2, n_grad_buffers=1, boundary_on_device=True)
+
+    def of_root(work, samples):
+        need = device_need(work, state_format_of(work), samples, shape)
+        return need.working + need.boundary + need.logits
+
+    for samples in (16, 64):
+        assert of_root(whole, samples) >= samples * 64 * 50_000 * (
+            2 + 4
+        )  # bf16 of the head, fp32 of the loss
+        assert (
+            of_root(in_chunks, samples) >= 64 * 50_000 * (4 + 2) + 64 * 2**20
+        )  # the head's gradient, and logits
+    assert of_root(in_chunks, 64) < of_root(whole, 64) / 3
+
+
+def test_libraries_of_the_device_take_from_what_is_planned() -> None:
+    work, machine = gpt("m", 4, 256, tokens=64, vocab=1000), lohan_machine(1)
+    fixed = {"activations": "recompute"}
+    without = make_plan(work, machine, Budgets(50_000_000, 1 << 33), fixed, batch_samples=4)
+    beside = make_plan(
+        work, machine, Budgets(60_000_000, 1 << 33, device_own_nbytes=10_000_000), fixed, batch_samples=4
+    )
+    assert beside == without
