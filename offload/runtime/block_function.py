@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from offload.errors import UsageError
 from offload.model import captured, microbatch
 from offload.runtime import hooks
-from offload.runtime.recipe import Recipe, Recorder
+from offload.runtime.recipe import SMALL_NBYTES, Recipe, Recorder
 from offload.runtime.recompute import Departed, Keeper, Replayer, following
 from offload.stores.activations import Activation, ActivationStore, Tier
 from offload.stores.block_store import BlockRecord
@@ -69,8 +69,8 @@ class Call:
     """The last results, which the model collects beside the block's return value (model/captured.py)."""
     kept: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = field(default_factory=list)
     """Per micro-batch: inputs and outputs of a graph that was kept whole."""
-    saved: list[dict[int, list[Activation]]] = field(default_factory=list)
-    """Per micro-batch: results of single operations that were kept, by operation of the recipe."""
+    saved: list[dict[int, list[Activation | torch.Tensor]]] = field(default_factory=list)
+    """Per micro-batch: results of operations that were kept, by operation of the recipe; small ones as they are."""
 
 
 def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -294,11 +294,14 @@ def _forward_saving(call: Call, micro: list[Any]) -> list[Any]:
     return out_leaves
 
 
-def _put_away(call: Call, tensors: list[torch.Tensor], tier: Tier) -> list[Activation] | None:
+def _put_away(call: Call, tensors: list[torch.Tensor], tier: Tier) -> list[Activation | torch.Tensor] | None:
     """All results of one operation, or None where `tier` has no room for them: then they are recomputed."""
     store = call.runner.activations
-    held = []
+    held: list[Activation | torch.Tensor] = []
     for tensor in tensors:
+        if tensor.untyped_storage().nbytes() <= SMALL_NBYTES:
+            held.append(tensor.detach())
+            continue
         if not store.has_room(tensor.numel() * tensor.element_size(), tier):
             return None
         held.append(store.swap_out(tensor.detach(), tier, call.block.label))
@@ -313,8 +316,12 @@ def _recompute(
     recipe = call.block.recipes.get(signature)
     store = call.runner.activations
     held = call.saved[number]
-    tensors = iter(store.swap_in([a for activations in held.values() for a in activations]) if held else [])
-    saved = {op: [next(tensors) for _ in activations] for op, activations in held.items()}
+    away = [a for results in held.values() for a in results if isinstance(a, Activation)]
+    tensors = iter(store.swap_in(away) if away else [])
+    saved = {
+        op: [next(tensors) if isinstance(a, Activation) else a for a in results]
+        for op, results in held.items()
+    }
     call.saved[number] = {}
     recorder = None
     with torch.enable_grad(), ExitStack() as stack:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import pathlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import nn
@@ -56,6 +57,8 @@ class RunPlan:
 
     plan: Plan
     workload: Workload
+    _tiers: dict[tuple[int, int], tuple[Recipe, dict[int, Tier]]] = field(default_factory=dict, compare=False)
+    """What `tiers_of_saved` has answered, with the recipe it was asked for."""
 
     def input_tier(self, block: int) -> Tier | None:
         """Where the block's input waits for backward."""
@@ -64,17 +67,36 @@ class RunPlan:
     def tiers_of_saved(self, block: int, recipe: Recipe) -> dict[int, Tier]:
         """Operations of `recipe` whose results are kept, by the plan's outcome for the tensors they make.
 
-        Both list saved tensors in the order in which forward makes them. Where the real forward saves other tensors
-        than the traced one, everything is recomputed.
+        Both list saved tensors in the order in which forward makes them. Where the real forward saves others than the
+        traced one (a kernel that does several operations at once), those of one size are taken for each other in that
+        order, and what has no counterpart is recomputed.
         """
+        key = (block, id(recipe))
+        if key not in self._tiers:
+            self._tiers[key] = (recipe, self._choose_tiers(block, recipe))
+        return self._tiers[key][1]
+
+    def _choose_tiers(self, block: int, recipe: Recipe) -> dict[int, Tier]:
         outcomes = [o for name, o in self.plan.activations[block].items() if name != INPUT]
-        if len(outcomes) != len(recipe.saved):
+        planned, real = self.workload.blocks[block].saved, recipe.large()
+        if len(outcomes) != len(planned) or not planned or not real:
             return {}
+        pairs: list[tuple[int, int]] = [(i, i) for i in range(len(real))]
+        if len(planned) != len(real):
+            pairs = _of_one_size([t.nbytes_per_sample for t in planned], [value.nbytes for value in real])
         tiers: dict[int, Tier] = {}
-        for outcome, value in zip(outcomes, recipe.saved, strict=True):
+        for i, j in pairs:
+            outcome, value = outcomes[i], real[j]
             if outcome != "recompute" and recipe.ops[value.op].may_keep:
                 tiers[value.op] = _TIERS[outcome]
         return tiers
+
+
+def _of_one_size(planned: list[int], real: list[int]) -> list[tuple[int, int]]:
+    """Positions in both lists, ascending, of tensors of one size, where the largest of both are the same."""
+    of_real = [round(nbytes * max(planned) / max(real)) for nbytes in real]
+    matcher = difflib.SequenceMatcher(None, planned, of_real, autojunk=False)
+    return [(m.a + i, m.b + i) for m in matcher.get_matching_blocks() for i in range(m.size)]
 
 
 @dataclass(frozen=True)

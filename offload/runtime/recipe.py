@@ -24,8 +24,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _ALLOCATIONS = frozenset(
     {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted"}
 )
+SMALL_NBYTES = 64
+"""Tensors of so few bytes stay where they are."""
 UNCOUNTED = frozenset({"detach", "alias"})
 """Comes and goes with autograd, and computes nothing."""
+
+
+@dataclass(frozen=True)
+class TensorMade:
+    """What memory a result takes."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+Constant = bool | int | float | None
+"""A result that is no tensor: sizes, and what is not there, as fused attention gives them."""
 
 
 @dataclass
@@ -41,7 +57,12 @@ class RecordedOp:
     """A view or an allocation: run whatever its input holds, and no reason to run anything else."""
     may_skip: bool
     may_keep: bool
-    outputs: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device], ...] = ()
+    outputs: tuple[TensorMade | Constant, ...] = ()
+
+    @property
+    def tensors(self) -> list[TensorMade]:
+        """Of its results."""
+        return [made for made in self.outputs if isinstance(made, TensorMade)]
 
 
 @dataclass(frozen=True)
@@ -75,6 +96,10 @@ class Recipe:
     why_not: str = ""
     _runs: dict[frozenset[int], frozenset[int]] = field(default_factory=dict)
     _first: dict[frozenset[int], int | None] = field(default_factory=dict)
+
+    def large(self) -> list[SavedValue]:
+        """Saved tensors that are worth a choice; the others are seeds and counts beside them."""
+        return [value for value in self.saved if value.nbytes > SMALL_NBYTES]
 
     def keepable(self) -> list[SavedValue]:
         """Saved tensors whose operation may be kept instead of run again."""
@@ -193,7 +218,8 @@ class Recorder(TorchDispatchMode):
         if not is_view:
             self._check_known([number for number in reads if number not in writes])
         needs = tuple(dict.fromkeys(w for number in reads for w in self._writers.get(number, ())))
-        plain = not mutates and bool(outputs) and len(outputs) == len(leaves) == len(func._schema.returns)
+        known = all(isinstance(leaf, torch.Tensor | Constant) for leaf in leaves)
+        plain = not mutates and bool(outputs) and known and len(leaves) == len(func._schema.returns)
         random = _draws_random_numbers(func, args, kwargs)
         index = len(self._ops)
         self._ops.append(
@@ -205,7 +231,14 @@ class Recorder(TorchDispatchMode):
                 is_free=is_view or allocates,
                 may_skip=plain and not is_view and not allocates and not random,
                 may_keep=plain and not random and not allocates and len(fresh) == len(outputs),
-                outputs=tuple((t.shape, t.stride(), t.dtype, t.device) for t in outputs),
+                outputs=tuple(
+                    TensorMade(leaf.shape, leaf.stride(), leaf.dtype, leaf.device)
+                    if isinstance(leaf, torch.Tensor)
+                    else leaf
+                    for leaf in leaves
+                )
+                if plain
+                else (),
             )
         )
         for number in writes:

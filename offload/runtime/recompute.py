@@ -18,7 +18,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload.runtime import hooks
-from offload.runtime.recipe import UNCOUNTED, Entry, Recipe
+from offload.runtime.recipe import UNCOUNTED, Entry, Recipe, TensorMade
+
+_SUMS = "compute_log_sumexp"
 
 
 class Departed(Exception):
@@ -78,11 +80,24 @@ class Keeper(_Follower):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
         index = self._next(func)
-        if self.matches and index in self._chosen:
-            self.kept[index] = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+        if not self.matches or index not in self._chosen:
+            return func(*args, **(kwargs or {}))
+        args, kwargs = _for_backward(func, args, kwargs or {})
+        result = func(*args, **kwargs)
+        self.kept[index] = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
         return result
+
+
+def _for_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Arguments with which fused attention also gives the sums that only backward needs."""
+    names = [argument.name for argument in func._schema.arguments]
+    if _SUMS not in names:
+        return args, kwargs
+    position = names.index(_SUMS)
+    if position < len(args):
+        return (*args[:position], True, *args[position + 1 :]), kwargs
+    return args, {**kwargs, _SUMS: True}
 
 
 def unread(
@@ -90,6 +105,10 @@ def unread(
 ) -> torch.Tensor:
     """Stands for the result of a skipped operation."""
     return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+
+def _unread(made: TensorMade) -> torch.Tensor:
+    return unread(made.shape, made.stride, made.dtype, made.device)
 
 
 class Replayer(_Follower):
@@ -109,10 +128,10 @@ class Replayer(_Follower):
             raise Departed
         if index < 0:
             return func(*args, **(kwargs or {}))
-        if index in self._kept:
-            tensors = self._kept.pop(index)
-            return tensors[0] if len(tensors) == 1 else tuple(tensors)
-        if index in self._runs or self.recipe.ops[index].is_free:
+        op = self.recipe.ops[index]
+        if index not in self._kept and (index in self._runs or op.is_free):
             return func(*args, **(kwargs or {}))
-        outputs = [unread(*output) for output in self.recipe.ops[index].outputs]
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        kept = self._kept.pop(index, None)
+        tensors = iter(kept if kept is not None else map(_unread, op.tensors))
+        results = [next(tensors) if isinstance(made, TensorMade) else made for made in op.outputs]
+        return results[0] if len(results) == 1 else tuple(results)
