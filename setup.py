@@ -1,7 +1,8 @@
 """Build `offload._C`. The extension needs a C++17 compiler and pybind11; liburing when its header is there, not torch.
 
 OFFLOAD_SANITIZE=address,undefined (or thread) builds it with those sanitizers.
-OFFLOAD_NO_URING=1 leaves io_uring out, as on a machine without liburing.
+OFFLOAD_NO_URING=1 leaves io_uring out, as on a machine without liburing. OFFLOAD_BUILD_JOBS files are compiled at once
+(default: as many as there are cores).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import pathlib
 import platform
 
 import pybind11
+from pybind11.setup_helpers import ParallelCompile
 from setuptools import Extension, setup
 
 ROOT = pathlib.Path(__file__).parent
@@ -53,6 +55,7 @@ if sanitizers:
     compile_args += [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"]
     link_args = [*link_args, f"-fsanitize={sanitizers}"]
 
+ParallelCompile("OFFLOAD_BUILD_JOBS").install()
 setup(
     ext_modules=[
         Extension(

@@ -10,6 +10,7 @@
 #   profile  gaps, copies and waiting calls in a steady step
 #   sweep    8k to 128k tokens a step
 #   peer     DeepSpeed ZeRO-3, where it can be imported
+#   compile  blocks compiled by torch.compile, here and in plain torch (only when named)
 # Any of them can be named: benchmarks/gpu.sh build rates train
 #
 # All of it takes at most SECONDS_MAX (540). A stage gets its weight's share of what is left when it begins, so that fast
@@ -18,7 +19,8 @@
 #
 # RESULTS  directory of the JSON files (default: $OUT, else benchmarks/results)     PYTHON    default python3
 # STORAGE  directory on the drive that is measured and trained on (default: .)      CARRY     default build/gpu_carry
-# PROFILE  of this machine, written by rates (default: $RESULTS/gpu_hardware.json)   ALLOCATOR PYTORCH_CUDA_ALLOC_CONF
+# PROFILE  of this machine, written by rates (default: build/gpu_hardware.json)   ALLOCATOR PYTORCH_CUDA_ALLOC_CONF
+# COMMIT   what the rows call the source, where there is no git
 # TINY=1   no GPU and seconds: to see that all stages run
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -26,10 +28,11 @@ PYTHON=${PYTHON:-python3}
 RESULTS=${RESULTS:-${OUT:-benchmarks/results}}
 STORAGE=${STORAGE:-.}
 CARRY=${CARRY:-build/gpu_carry}
-PROFILE=${PROFILE:-$RESULTS/gpu_hardware.json}
+PROFILE=${PROFILE:-$PWD/build/gpu_hardware.json}
 SECONDS_MAX=${SECONDS_MAX:-540}
 ALL=(build tests rates train giant profile sweep peer)
-declare -A WEIGHT=([build]=16 [tests]=16 [rates]=10 [train]=26 [giant]=18 [profile]=8 [sweep]=14 [peer]=8)
+declare -A WEIGHT=([build]=16 [tests]=16 [rates]=10 [train]=26 [giant]=18 [profile]=8 [sweep]=14 [peer]=8 [compile]=20)
+declare -A AT_LEAST=([build]=200)
 
 device=(--device cuda --storage "$STORAGE")
 [ -z "${TINY:-}" ] || device=(--device emulated --tiny --storage "$STORAGE")
@@ -40,18 +43,28 @@ build() {
     for package in "$CARRY"/liburing/*.deb; do dpkg -x "$package" / || true; done
     ldconfig || true
   fi
+  if "$PYTHON" -c 'import offload._C' 2>/dev/null && [ -z "$(find csrc setup.py -newer offload/_C.*.so)" ]; then
+    echo "the extension is here already"
+    return
+  fi
   "$PYTHON" -c 'import torch, pybind11; print("torch", torch.__version__, "CUDA", torch.version.cuda)' &&
     "$PYTHON" setup.py -q build_ext --inplace && "$PYTHON" -m offload.cli doctor --storage "$STORAGE"
 }
 
 tests() {  # only files that have such tests: others need packages that a bare machine may lack
-  local workers=()
+  local workers=() files status=0
   "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 4)
-  # shellcheck disable=SC2046  # several names
-  CUBLAS_WORKSPACE_CONFIG=:4096:8 "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" -m gpu $(grep -rlE "mark\.gpu|GPU_MARK" tests --include='test_*.py')
+  mapfile -t files < <(grep -rlE "mark\.gpu|GPU_MARK" tests --include='test_*.py' | grep -v test_probe)
+  export CUBLAS_WORKSPACE_CONFIG=:4096:8
+  "$PYTHON" -m pytest -q --tb=short -p no:cacheprovider "${workers[@]}" -m gpu "${files[@]}" || status=$?
+  "$PYTHON" -m pytest -q --tb=short -p no:cacheprovider -m gpu tests/integration/test_probe.py || status=$?  # it measures
+  return $status
 }
 
-rates() { "$PYTHON" benchmarks/gpu_rates.py "${device[@]}" --seconds "$(($1 / 2))" --profile "$PROFILE" --json "$RESULTS/gpu_rates.json"; }
+rates() {
+  "$PYTHON" benchmarks/gpu_rates.py "${device[@]}" --seconds "$(($1 / 2))" --profile "$PROFILE" --json "$RESULTS/gpu_rates.json" &&
+    cp "$PROFILE" "$RESULTS/gpu_hardware.json"
+}
 
 train() {
   local end=$((SECONDS + $1))
@@ -61,6 +74,8 @@ train() {
 }
 
 sweep() { run_train 1b 8192,16384,65536,131072 gpu,host,storage,host+plan "$1" gpu_sweep --device-memory-gb 10; }
+
+compile() { run_train 1b 32768 gpu,host,gpu+compile,host+compile "$1" gpu_compile; }
 
 peer() {
   if ! "$PYTHON" -c 'import deepspeed' 2>/dev/null; then
@@ -78,7 +93,7 @@ run_train() {  # model, tokens a step, placements, seconds, name of the file, mo
 giant() {
   local end=$((SECONDS + $1)) status=0 profile=()
   [ -e "$PROFILE" ] && profile=(--profile "$PROFILE")
-  "$PYTHON" benchmarks/gpu_giant.py "${device[@]}" "${profile[@]}" --drives "" --model gpt3-175b --json "$RESULTS/gpu_giant_175b.json" || status=$?
+  timeout $(($1 * 6 / 10)) "$PYTHON" benchmarks/gpu_giant.py "${device[@]}" "${profile[@]}" --drives "" --model gpt3-175b --json "$RESULTS/gpu_giant_175b.json" || status=$?
   [ $SECONDS -ge $end ] ||
     "$PYTHON" benchmarks/gpu_giant.py "${device[@]}" "${profile[@]}" --drives "" --model llama-70b --json "$RESULTS/gpu_giant_70b.json" || status=$?
   return $status
@@ -108,14 +123,20 @@ if ! "$PYTHON" -c 'import pydantic' 2>/dev/null; then  # what is installed goes 
   case $CARRY in /*) ;; *) CARRY=$PWD/$CARRY ;; esac
   export PYTHONPATH=$PYTHONPATH:$CARRY/python
 fi
-export PYTORCH_CUDA_ALLOC_CONF=${ALLOCATOR-expandable_segments:True}
+export PYTORCH_CUDA_ALLOC_CONF=${ALLOCATOR-expandable_segments:True} OFFLOAD_PROFILE=$PROFILE
+if [ -z "${TINY:-}" ] && ! "$PYTHON" -c 'import torch; torch.empty(1 << 24, device="cuda")' 2>/dev/null; then
+  echo "no device memory with PYTORCH_CUDA_ALLOC_CONF=$PYTORCH_CUDA_ALLOC_CONF: going on without it"
+  unset PYTORCH_CUDA_ALLOC_CONF
+fi
 
 result=0
 while [ $# -gt 0 ]; do
   stage=$1 weights=0
   for later in "$@"; do weights=$((weights + WEIGHT[$later])); done
   shift
-  limit=$(((SECONDS_MAX - SECONDS) * WEIGHT[$stage] / weights))
+  left=$((SECONDS_MAX - SECONDS)) limit=$(((SECONDS_MAX - SECONDS) * WEIGHT[$stage] / weights))
+  least=${AT_LEAST[$stage]:-0}
+  [ "$limit" -ge "$least" ] || limit=$((least < left ? least : left))
   [ -z "${LIMIT:-}" ] || [ "$limit" -le "$LIMIT" ] || limit=$LIMIT
   if [ "$limit" -lt 4 ]; then
     echo "== $stage: not run, no time is left of $SECONDS_MAX s"
@@ -126,6 +147,7 @@ while [ $# -gt 0 ]; do
   begin=$SECONDS
   timeout --kill-after=10 "$limit" bash "$0" --stage "$stage" "$((limit - 3))"
   status=$?
+  rm -rf "${STORAGE:?}"/offload-gpu-*  # of a stage that was stopped
   case $status in
     0) echo "== $stage: done in $((SECONDS - begin)) s" ;;
     124 | 137) echo "== $stage: stopped after $limit s; what it has made so far is in $RESULTS" ;;
@@ -133,4 +155,7 @@ while [ $# -gt 0 ]; do
   esac
   [ $result -ne 0 ] || result=$status
 done
+if [ -n "${OUT:-}" ] && [ "$RESULTS" = "$OUT" ]; then  # few files come back from a machine that is lent
+  tar -C "$RESULTS" -czf "$RESULTS/rows.tgz" --exclude=rows.tgz . && rm -f "$RESULTS"/*.json
+fi
 exit $result

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -125,7 +126,7 @@ def fixed_plan(
     budgets = Budgets(
         int(options.device_memory_gb * 1e9), int(options.host_memory_gb * 1e9),
         storage_nbytes=None if in_host < 1 else 0, staging_nbytes=staging_nbytes,
-        device_own_nbytes=0 if hardware.shares_host else CUDA_OWN_NBYTES,
+        device_own_nbytes=CUDA_OWN_NBYTES if options.device.startswith("cuda") else 0,
     )  # fmt: skip
     plan = make_plan(workload, hardware, budgets, fixed, batch_samples=options.batch)
     return plan.model_copy(update={"chunk_elements": Config().chunk_elements})
@@ -329,6 +330,10 @@ def main() -> None:
     )  # fmt: skip
     options.layers = options.layers or LAYERS[options.model]
     device = Device(options.device)
+    if device.is_cuda and not options.whole_of and not os.path.exists(options.profile):
+        print(
+            f"rates of {options.profile!r}, which is not a profile of this machine: run the stage `rates` first"
+        )
     storage = tempfile.mkdtemp(prefix="offload-gpu-", dir=options.storage)
     try:
         rows = Rows(options, "gpu_giant", storage, device)

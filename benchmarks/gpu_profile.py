@@ -24,26 +24,31 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from trace_analysis import STEP, analyse
 
 COLUMNS = (
-    "step_s", "gap_share", "between_blocks_share", "copies_beside_compute_share", "both_ways_s", "pageable_copies",
-    "driver_allocations_since_first_step", "calls",
+    "step_s", "gap_share", "between_blocks_share", "gap_s_by_cause", "copies_beside_compute_share",
+    "both_ways_s", "pageable_copies", "driver_allocations", "calls",
 )  # fmt: skip
 N_STEPS = 3
 
 
-def recorded(run: gpu_train.Run, case: gpu_train.Case, directory: str) -> list[dict[str, Any]]:
-    """The trace's events of three steps after two that are not recorded; nothing waits for the device in between."""
+def recorded(
+    run: gpu_train.Run, case: gpu_train.Case, directory: str
+) -> tuple[list[dict[str, Any]], int | None]:
+    """The trace's events of three steps after three that are not recorded, and allocations asked of the driver in them;
+    nothing waits for the device in between."""
     tokens = torch.randint(0, case.shape.vocab, (case.batch, case.options.sequence)).to(
         case.device.torch_device
     )
     for _ in range(gpu_train.WARM_UP_STEPS + 1):
         run.step(tokens)
     case.device.synchronize()
+    asked = case.device.memory()["driver_allocations"]
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if case.device.is_cuda else [])]
     with profile(activities=activities) as record:
         for _ in range(N_STEPS):
             with record_function(STEP):
                 run.step(tokens)
         case.device.synchronize()
+    made = case.device.memory()["driver_allocations"]
     path = os.path.join(directory, "trace.json")
     record.export_chrome_trace(path)
     with open(path) as file:
@@ -51,7 +56,7 @@ def recorded(run: gpu_train.Run, case: gpu_train.Case, directory: str) -> list[d
     if case.options.keep_trace:
         shutil.copy(path, case.options.keep_trace)
     os.unlink(path)
-    return events
+    return events, None if made is None or asked is None else made - asked
 
 
 def row_of(case: gpu_train.Case, placement: str, directory: str) -> dict[str, Any]:
@@ -62,15 +67,12 @@ def row_of(case: gpu_train.Case, placement: str, directory: str) -> dict[str, An
     try:
         run = gpu_train.make_run(case, placement)
         try:
-            asked = case.device.memory()["driver_allocations"]
-            found = analyse(recorded(run, case, directory))
-            made = case.device.memory()["driver_allocations"]
+            events, driver_allocations = recorded(run, case, directory)
         finally:
             run.close()
     except gpu_common.FAILURES as error:
         return {**row, "error": gpu_common.failure(error)}
-    since = None if made is None or asked is None else made - asked
-    return {**row, **run.facts, **found, "driver_allocations_since_first_step": since}
+    return {**row, **run.facts, **analyse(events), "driver_allocations": driver_allocations}
 
 
 def main() -> None:
@@ -85,9 +87,12 @@ def main() -> None:
     directory = tempfile.mkdtemp(prefix="offload-gpu-", dir=options.storage)
     try:
         rows = Rows(options, "gpu_profile", directory, device)
+        placements = options.placements.split(",")
+        clock = gpu_train.Clock(options, len(placements) * len(options.tokens_per_step.split(",")))
         for case in gpu_train.cases(options, device, directory):
-            for placement in options.placements.split(","):
-                rows.add(row_of(case, placement, directory), COLUMNS)
+            for placement in placements:
+                if clock.next_row(options):
+                    rows.add(row_of(case, placement, directory), COLUMNS)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

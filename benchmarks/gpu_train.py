@@ -8,13 +8,15 @@ Placements, one row each for each batch size:
     storage       this library, state on storage and the least host memory; with --host-share, or where steps would take
                   too long for --row-seconds, a share of the state in host memory, which the row says
     host+plan, storage+plan    the same with what the planner chooses (needs --profile)
+    gpu+compile, host+compile    with torch.compile for each block, which takes its time in the first steps
+    host+noplan, storage+noplan    everything recomputed: without the plan that is made after the first step
     deepspeed-cpu, deepspeed-nvme    DeepSpeed ZeRO-3, where it can be imported
 
 Plain torch keeps 8 bytes a parameter where this library keeps 12 (fp32 masters and moments): it has less to do, which
 is to its advantage. Each row has tokens/s, model TFLOPS (6 FLOPs a parameter and token, plus attention), hardware
 TFLOPS (with recomputation), the peak of the allocator's reserve beside the budget, the process's peak memory, what the
 launching thread waited for, allocations asked of the driver in the measured steps, the floors (gpu_common.py) and, for
-all but plain torch, `of_gpu`: the faster plain row's seconds over its own.
+all but plain torch, `of_gpu` and `of_gpu_keep`: those rows' seconds over its own.
 
     python benchmarks/gpu_train.py --model 1b --tokens-per-step 8192,32768 --profile FILE --json FILE
     python benchmarks/gpu_train.py --device emulated --tiny     # the same path without a GPU, in seconds
@@ -27,7 +29,6 @@ import contextlib
 import dataclasses
 import os
 import re
-import resource
 import shutil
 import tempfile
 import time
@@ -49,7 +50,7 @@ from offload.profiling.workload import profile_model
 
 PLACEMENTS = ("gpu", "gpu-keep", "host", "storage")
 COLUMNS = (
-    "step_s", "tokens_per_s", "model_tflops", "hardware_tflops", "of_gpu", "of_floor", "largest_floor",
+    "step_s", "tokens_per_s", "model_tflops", "hardware_tflops", "of_gpu", "of_gpu_keep", "of_floor", "largest_floor",
     "device_peak_gb", "budget_gb", "rss_gb", "driver_allocations", "stall_s",
 )  # fmt: skip
 WARM_UP_STEPS = 2
@@ -124,15 +125,18 @@ def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[
     return step
 
 
-def on_gpu(case: Case, *, recompute: bool) -> Run:
+def on_gpu(case: Case, *, recompute: bool, compiled: bool) -> Run:
     """Plain torch."""
     model = case.model(recompute=recompute).to(case.device.torch_device)
+    for layer in model.layers if compiled else ():
+        layer.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     return Run(plain_step(model, optimizer), recomputes=recompute)
 
 
 def host_share_within(case: Case) -> float:
-    """The least share of the state in host memory with which a step's drive time is within a fifth of --row-seconds."""
+    """The least share of the state in host memory with which a step's drive time is within a quarter of --row-seconds,
+    and the rest within the free bytes of the drive."""
     if case.options.host_share is not None:
         return float(case.options.host_share)
     if case.hardware is None or not case.hardware.drives:
@@ -143,8 +147,11 @@ def host_share_within(case: Case) -> float:
     if rates is None:
         return 0.0
     whole_s = float(rates.seconds(14.0 * case.numel, 12.0 * case.numel))
-    allowed_s = case.options.row_seconds / 5
-    return max(0.0, round(1 - allowed_s / whole_s + 0.005, 2)) if whole_s > allowed_s else 0.0
+    allowed_s = case.options.row_seconds / 4
+    share = max(0.0, 1 - allowed_s / whole_s)
+    free_nbytes = 0.7 * shutil.disk_usage(case.storage).free
+    share = max(share, 1 - free_nbytes / ((STATE_NBYTES + 2) * case.numel))
+    return min(1.0, round(share + 0.005, 2)) if share > 0 else 0.0
 
 
 def least_host_nbytes(model: nn.Module, settings: dict[str, Any]) -> int:
@@ -161,8 +168,8 @@ def least_host_nbytes(model: nn.Module, settings: dict[str, Any]) -> int:
     raise SystemExit("4096 bytes of host memory were enough; that cannot be")
 
 
-def ours(case: Case, placement: str, *, planned: bool) -> Run:
-    """This library."""
+def ours(case: Case, placement: str, *, planned: bool, compiled: bool, may_plan: bool) -> Run:
+    """This library. `may_plan`: also after the first step, as it does by itself."""
     options = case.options
     facts: dict[str, Any] = {"device_budget_bytes": int(options.device_memory_gb * 1e9)}
     settings: dict[str, Any] = {"storage": [], "prefetch_blocks": options.prefetch_blocks}
@@ -172,6 +179,10 @@ def ours(case: Case, placement: str, *, planned: bool) -> Run:
     settings |= {
         "device": case.device.name, "device_memory": facts["device_budget_bytes"], "step_aside": "never",
     }  # fmt: skip
+    if compiled:
+        settings["compile_blocks"] = True
+    if not may_plan:
+        settings["plan"] = "none"
     model = case.model(recompute=False)
     if placement == "storage":
         share = facts["host_share"] = host_share_within(case)
@@ -237,12 +248,12 @@ def deepspeed(case: Case, placement: str) -> Run:
 
 def make_run(case: Case, placement: str) -> Run:
     """The run of that name."""
-    if placement in ("gpu", "gpu-keep"):
-        return on_gpu(case, recompute=placement == "gpu")
-    if placement.startswith("deepspeed"):
-        return deepspeed(case, placement)
-    where, _, planned = placement.partition("+")
-    return ours(case, where, planned=planned == "plan")
+    where, *how = placement.split("+")
+    if where in ("gpu", "gpu-keep"):
+        return on_gpu(case, recompute=where == "gpu", compiled="compile" in how)
+    if where.startswith("deepspeed"):
+        return deepspeed(case, where)
+    return ours(case, where, planned="plan" in how, compiled="compile" in how, may_plan="noplan" not in how)
 
 
 def timed_steps(run: Run, case: Case) -> dict[str, Any]:
@@ -273,11 +284,12 @@ def timed_steps(run: Run, case: Case) -> dict[str, Any]:
     measured = times[WARM_UP_STEPS:]
     memory = case.device.memory()
     moved = {}
+    if run.engine and run.engine.plan is not None:  # made before the run, or after its first step
+        run.facts["planned_hardware_flops"] = run.engine.plan.predicted.hardware_flops
     if run.engine:
         after = gpu_common.counted(run.engine)
         moved = {key: (after[key] - before[key]) / len(measured) for key in after}
         moved["updated"] = float(run.updated)
-    drivers = [memory["driver_allocations"], asked["driver_allocations"]]
     return {
         "step_s": common.median(measured),
         "fastest_slowest_s": common.spread(measured),
@@ -285,11 +297,16 @@ def timed_steps(run: Run, case: Case) -> dict[str, Any]:
         "moved": moved,
         "stall_s": {cause: seconds / len(measured) for cause, seconds in stalls.items()} or None,
         "loss": float(loss),
-        "driver_allocations": None if drivers[0] is None or drivers[1] is None else drivers[0] - drivers[1],
-        "allocator_retries": memory["retries"],
+        "driver_allocations": _since(memory, asked, "driver_allocations"),
+        "allocator_retries": _since(memory, asked, "retries"),
         "device_peak_bytes": memory["reserved_peak"],
         "device_peak_allocated_bytes": memory["allocated_peak"],
     }
+
+
+def _since(now: dict[str, int | None], before: dict[str, int | None], name: str) -> int | None:
+    after, first = now[name], before[name]
+    return None if after is None or first is None else after - first
 
 
 def trained(case: Case, placement: str) -> dict[str, Any]:
@@ -297,7 +314,8 @@ def trained(case: Case, placement: str) -> dict[str, Any]:
     run = None
     try:
         run = make_run(case, placement)
-        return {**run.facts, "recomputes": run.recomputes, **timed_steps(run, case)}
+        timed = timed_steps(run, case)
+        return {**run.facts, "recomputes": run.recomputes, **timed}
     except gpu_common.FAILURES as error:
         return {**(run.facts if run else {}), "error": gpu_common.failure(error)}
     finally:
@@ -318,18 +336,20 @@ def row_of(case: Case, placement: str) -> dict[str, Any]:
     for _ in range(TRIES):
         case.device.start_counting()
         done = trained(case, placement)
-        if "out of memory" not in done.get("error", "") or placement.startswith(("gpu", "deepspeed")):
+        ours_alone = not placement.startswith(("gpu", "deepspeed")) and not placement.endswith("+plan")
+        if "out of memory" not in done.get("error", "") or not ours_alone:
             break
         case = dataclasses.replace(case, micro_tokens=case.micro_tokens // 2)
     row |= done
     if "error" in row:
         return row
     model_flops, hardware_flops = case.flops(row.pop("recomputes"))
+    hardware_flops = row.get("planned_hardware_flops") or hardware_flops
     row |= {
         "tokens_per_s": tokens_per_step / row["step_s"],
         "model_tflops": model_flops / row["step_s"] / 1e12,
         "hardware_tflops": hardware_flops / row["step_s"] / 1e12,
-        "rss_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "rss_peak_bytes": gpu_common.rss_peak_nbytes(),
     }
     row["rss_gb"] = row["rss_peak_bytes"] / 1e9
     row["device_peak_gb"] = None if row["device_peak_bytes"] is None else row["device_peak_bytes"] / 1e9
@@ -355,17 +375,18 @@ class Clock:
 
 
 def rows_of(case: Case, placements: list[str], rows: Rows, clock: Clock) -> None:
-    """All placements of one batch size, with the ratio to the faster of the plain ones."""
-    plain: list[float] = []
+    """All placements of one batch size, with the ratios to the plain ones."""
+    plain: dict[str, float] = {}
     for placement in placements:
         if not clock.next_row(case.options):
             rows.add({"name": case.name(placement), "not_run": "no time was left"}, COLUMNS)
             continue
         row = row_of(case, placement)
         if placement.startswith("gpu") and "step_s" in row:
-            plain.append(row["step_s"])
-        elif plain and "step_s" in row:
-            row |= {"gpu_step_s": min(plain), "of_gpu": min(plain) / row["step_s"]}
+            plain[placement.replace("-", "_")] = row["step_s"]
+        elif "step_s" in row:
+            row |= {f"of_{name}": seconds / row["step_s"] for name, seconds in plain.items()}
+            row |= {f"{name}_step_s": seconds for name, seconds in plain.items()}
         rows.add(row, COLUMNS)
 
 

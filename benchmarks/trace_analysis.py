@@ -10,6 +10,7 @@ one that computes.
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,10 @@ WATCHED = (
 )  # fmt: skip
 """Calls that allocate, or that let the calling thread wait for the device."""
 _BLOCK_KINDS = ("forward", "recompute", "backward")
+
+_WAIT = "offload wait for "
+_JUST_BEFORE_US = 20.0
+"""Compute that waits for a copy begins within this time after it."""
 
 Interval = tuple[float, float]
 
@@ -82,7 +87,7 @@ class _Trace:
         whole = [e for e in events if e.get("ph") == "X"]
         self.calls = [e for e in whole if e.get("cat") in ("cuda_runtime", "cuda_driver")]
         self.copies = [e for e in whole if e.get("cat") == "gpu_memcpy"]
-        marks = [e for e in whole if e.get("cat") == "user_annotation"]
+        self.marks = marks = [e for e in whole if e.get("cat") == "user_annotation"]
         self.steps = sorted(_interval(e) for e in marks if e["name"] == STEP)
         self._ranges: dict[Any, list[tuple[Interval, str]]] = defaultdict(list)
         for mark in marks:
@@ -91,7 +96,7 @@ class _Trace:
                 self._ranges[mark.get("tid")].append((_interval(mark), f"{words[1]} {words[2]}"))
         self.launched_by = {_correlation(e): e for e in self.calls if _correlation(e) is not None}
         self.kernels = sorted(
-            (self._kernel(e) for e in whole if e.get("cat") in ("kernel", "gpu_memset")),
+            (self._kernel(e) for e in whole if _is_work(e)),
             key=lambda kernel: kernel.start,
         )
 
@@ -127,6 +132,12 @@ class _Trace:
         return None
 
 
+def _is_work(event: dict[str, Any]) -> bool:
+    """Kernels, and copies inside device memory."""
+    within = event.get("cat") == "gpu_memcpy" and "DtoD" in event["name"]
+    return within or event.get("cat") in ("kernel", "gpu_memset")
+
+
 def _interval(event: dict[str, Any]) -> Interval:
     return float(event["ts"]), float(event["ts"]) + float(event.get("dur", 0.0))
 
@@ -143,8 +154,9 @@ def analyse(events: Sequence[dict[str, Any]], step: int = 1) -> dict[str, Any]:
     """Figures of one of the steps in the trace (the second, with a third after it). Seconds and counts.
 
     `gap_share`: time in which nothing computes, of the step; `between_blocks_share`: that between the kernels of two
-    blocks, or of a block and the root. `calls`: those in WATCHED by the threads that launch kernels; `calls_elsewhere`:
-    by others, which wait so that those need not. Raises ValueError for a trace without that step.
+    blocks, or of a block and the root; `gap_s_by_cause`: what it waited for. `calls`: those in WATCHED by the threads
+    that launch kernels; `calls_elsewhere`: by others, which wait so that those need not. Raises ValueError for a trace
+    without that step.
     """
     trace = _Trace(events)
     if len(trace.steps) <= step:
@@ -159,22 +171,25 @@ def analyse(events: Sequence[dict[str, Any]], step: int = 1) -> dict[str, Any]:
     end = None if following is None else trace.first_of(following, kernels)
     if end is None:
         end = max(k.end for k in kernels)
-    return found | _gaps(kernels, (start, end)) | _copies(trace, kernels, (start, end))
+    return found | _gaps(trace, kernels, (start, end)) | _copies(trace, kernels, (start, end))
 
 
-def _gaps(kernels: Sequence[_Kernel], window: Interval) -> dict[str, Any]:
+def _gaps(trace: _Trace, kernels: Sequence[_Kernel], window: Interval) -> dict[str, Any]:
     total = window[1] - window[0]
     gaps: list[tuple[float, _Kernel, str, str]] = []
+    idle_times: list[Interval] = []
     busy_until, last = window[0], None
     for kernel in kernels:
         if kernel.end <= window[0] or kernel.start > window[1]:
             continue
         if last is not None and kernel.start > busy_until:
             gaps.append((kernel.start - busy_until, last, kernel.name, kernel.block))
+            idle_times.append((busy_until, kernel.start))
         if kernel.end >= busy_until:
             busy_until, last = kernel.end, kernel
     if last is not None and busy_until < window[1]:
         gaps.append((window[1] - busy_until, last, "", ""))
+        idle_times.append((busy_until, window[1]))
     idle = sum(gap for gap, *_ in gaps)
     between = sum(gap for gap, before, _, block in gaps if before.block != block)
     longest = sorted(gaps, key=lambda item: -item[0])[:8]
@@ -183,11 +198,36 @@ def _gaps(kernels: Sequence[_Kernel], window: Interval) -> dict[str, Any]:
         "compute_s": (total - idle) / 1e6,
         "gap_share": idle / total,
         "between_blocks_share": between / total,
+        "gap_s_by_cause": _causes(trace, idle_times),
         "longest_gaps": [
             {"seconds": gap / 1e6, "after": f"{before.block}: {before.name}", "before": f"{block}: {name}"}
             for gap, before, name, block in longest
         ],
     }
+
+
+def _causes(trace: _Trace, idle_times: Sequence[Interval]) -> dict[str, float]:
+    """Seconds of the gaps by what they waited for: a copy that ended just before compute went on, a call in which the
+    launching thread waited for something else (storage, an update), or the launching itself."""
+    ends = {
+        way: sorted(_interval(e)[1] for e in trace.copies if mark in e["name"])
+        for way, mark in (("h2d", "HtoD"), ("d2h", "DtoH"))
+    }
+    waits = sorted(
+        (_interval(mark)[1], str(mark["name"]).removeprefix(_WAIT))
+        for mark in trace.marks
+        if mark["name"].startswith(_WAIT)
+    )
+    seconds: Counter[str] = Counter()
+    for start, end in idle_times:
+        near = [
+            (times[at - 1], way)
+            for way, times in ends.items()
+            if (at := bisect.bisect_right(times, end)) and times[at - 1] > max(start, end - _JUST_BEFORE_US)
+        ]
+        waited = [(at, cause) for at, cause in waits if start < at <= end]
+        seconds[max(near)[1] if near else max(waited)[1] if waited else "launch"] += (end - start) / 1e6
+    return dict(seconds)
 
 
 def _copies(trace: _Trace, kernels: Sequence[_Kernel], window: Interval) -> dict[str, Any]:

@@ -131,3 +131,21 @@ def test_unions_and_intersections_are_those_of_the_sets_of_moments(ones, others)
     both = intersection(left, right)
     assert moments(both) == moments(ones) & moments(others)
     assert length(both) == len(moments(both))
+
+
+def test_a_copy_inside_device_memory_on_the_computing_stream_is_work(made):
+    before = analyse(made.events)["gap_share"]
+    made._n += 1
+    at = {"correlation": made._n, "stream": COMPUTE}
+    made._add("cuda_runtime", "cudaMemcpyAsync", 1631, 1632, LAUNCHER, {"correlation": made._n})
+    made._add("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 2302, 2312, COMPUTE, at)
+    assert analyse(made.events)["gap_share"] == pytest.approx(before - 0.010)
+
+
+def test_gaps_are_told_apart_by_what_they_waited_for(made):
+    made.copy("HtoD", 2200, 2319, 1000)  # ends as the second block goes on
+    made.mark("offload wait for update", 2500, 2955)  # the launching thread waited for an update at the turn
+    causes = analyse(made.events)["gap_s_by_cause"]
+    assert causes["h2d"] == pytest.approx(20e-6)
+    assert causes["update"] == pytest.approx(50e-6)
+    assert causes["launch"] == pytest.approx(30e-6)
