@@ -295,7 +295,10 @@ class _Builder:
         if self.device.shares_host:
             return [Slot(self.on_device(nbytes)) for _ in range(placement.n_slots)], []
         host = [Slot(self.host_arena.take(nbytes)) for _ in range(placement.n_host_slots)]
-        return host, [DeviceSlot(self.on_device(nbytes)) for _ in range(placement.n_slots)]
+        device = [DeviceSlot(self.on_device(nbytes)) for _ in range(placement.n_slots)]
+        for slot in device:  # allocating may fill it
+            slot.free_after = self.device.mark()
+        return host, device
 
     def make_grad_buffers(self) -> tuple[list[GradBuffer], list[GradBuffer]]:
         nbytes = 4 * max((layout.grad_elements for layout in self.layouts), default=0)
@@ -350,7 +353,7 @@ class _Builder:
             root.slot = Slot(self.on_device(layout.slot_nbytes), root)
         else:
             root.slot = Slot(self.host_arena.take(layout.slot_nbytes), root)
-            root.device_slot = DeviceSlot(self.on_device(layout.slot_nbytes), root)
+            root.device_slot = DeviceSlot(self.on_device(layout.slot_nbytes), root, self.device.mark())
             root.device_stale = True
             out = self.host_arena.take(grad_nbytes).view(torch.float32)
             root.grad_out_home = GradBuffer(out, root, permanent=True)

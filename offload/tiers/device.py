@@ -296,7 +296,11 @@ def register_pages(
             what = f"page-locking {nbytes} bytes of host memory failed (CUDA error {code})"
             if pin == "always":
                 raise BudgetError(f"{what}: raise the limit of locked memory, or use pin='auto'")
-            logger.warning("%s: copies go through pageable memory, which is several times slower", what)
+            logger.warning(
+                "%s: copies go through pageable memory, which is several times slower and holds up "
+                "the thread that launches",
+                what,
+            )
             return locked, code
         locked.append((start, start + piece_nbytes))
     return locked, 0
