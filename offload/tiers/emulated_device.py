@@ -17,6 +17,9 @@ import torch
 from offload.telemetry import Times
 from offload.tiers.device import PAST, Event, Pin
 
+_IDLE_S = 2e-4
+"""A bus without work for so long has nothing to make up for."""
+
 
 class _ThreadEvent:
     def __init__(self) -> None:
@@ -46,7 +49,8 @@ class _CopyStream:
     def __init__(self, name: str, bytes_per_s: float | None) -> None:
         self._bytes_per_s = bytes_per_s
         self._late_s = 0.0
-        """By how much copies have taken longer than the bus says; the next ones make up for it."""
+        """By how much copies have taken longer than the bus says; those that follow at once make up for it."""
+        self._end_s = 0.0
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -65,10 +69,13 @@ class _CopyStream:
             if self._bytes_per_s is None:
                 target.copy_(source)
             else:  # sleep first: what must not be touched meanwhile is touched last
+                if start_s - self._end_s > _IDLE_S:
+                    self._late_s = 0.0
                 end_s = start_s + source.numel() * source.element_size() / self._bytes_per_s - self._late_s
                 time.sleep(max(0.0, end_s - start_s))
                 target.copy_(source)
-                self._late_s = max(0.0, time.perf_counter() - end_s)
+                self._end_s = time.perf_counter()
+                self._late_s = max(0.0, self._end_s - end_s)
             event.set(start_s)
 
         self._work.put(work)

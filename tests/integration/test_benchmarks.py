@@ -214,3 +214,11 @@ def test_the_durability_benchmark_gives_a_row_for_each_level(tmp_path):
     compared = {"level_checkpoint_flushed", "durable_over_flushed", "verifying_reads", "summing_writes"}
     assert compared <= set(found)
     assert found["saving_step"]["turn_with_save_beside_s"] > 0
+
+
+@pytest.mark.slow
+def test_the_launching_benchmark_compares_every_side_with_plain_torch(tmp_path):
+    found = rows("launch.py", tmp_path, "--layers", "4", "--micro-batches", "2", "--rounds", "2")
+    assert list(found) == ["plain", "recompute", "swap_out"]
+    assert all(row["us_per_block_and_micro_batch"] > 0 for row in found.values())
+    assert found["plain"]["of_plain"] == 1.0
