@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from hypothesis import given
@@ -21,19 +22,16 @@ from tests.planning import gpt, lohan_machine
 PAGE = 4096
 
 
-def placed(n_blocks: int, slot_pages: int, device_nbytes: int) -> Placement:
+def placed(n_blocks: int, slot_pages: int, device_nbytes: int, **more: Any) -> Placement:
     """bf16 parameters of `slot_pages` pages a block, an fp32 gradient of twice that, everything on storage."""
     slot = slot_pages * PAGE
     blocks = [BlockBytes(slot, (5 * slot,), 2 * slot) for _ in range(n_blocks)]
+    settings = {"host_nbytes": 1 << 20, "staging_nbytes": 0, "has_storage": True, "deferred": False}
     return place(
         blocks,
         BlockBytes(PAGE, (5 * PAGE,), 2 * PAGE),
         device_nbytes=device_nbytes,
-        host_nbytes=1 << 20,
-        staging_nbytes=0,
-        has_storage=True,
-        deferred=False,
-        prefetch_blocks=None,
+        **{**settings, "prefetch_blocks": None, **more},
     )
 
 
@@ -79,17 +77,8 @@ def test_half_of_a_devices_own_memory_is_left_to_compute_with_unless_more_slots_
     slot = slot_pages * PAGE
     least = 3 * PAGE + 4 * slot
     budget = least + spare_slots * slot
-    found = place(
-        [BlockBytes(slot, (5 * slot,), 2 * slot)] * n_blocks,
-        BlockBytes(PAGE, (5 * PAGE,), 2 * PAGE),
-        device_nbytes=budget,
-        host_nbytes=1 << 30,
-        staging_nbytes=0,
-        has_storage=True,
-        deferred=False,
-        prefetch_blocks=n_blocks if asked else None,
-        shares_host=False,
-    )
+    own = {"host_nbytes": 1 << 30, "shares_host": False, "prefetch_blocks": n_blocks if asked else None}
+    found = placed(n_blocks, slot_pages, budget, **own)
     assert found.device_nbytes <= (budget if asked else max(least, budget // 2))
     if asked and spare_slots >= 2 * n_blocks:
         assert found.n_slots == n_blocks
@@ -101,18 +90,7 @@ def test_a_refusal_counts_what_the_libraries_of_the_device_take() -> None:
     told = []
     for device_nbytes in (least - 1, least):
         try:
-            place(
-                [BlockBytes(slot, (5 * slot,), 2 * slot)] * 4,
-                BlockBytes(PAGE, (5 * PAGE,), 2 * PAGE),
-                device_nbytes=device_nbytes,
-                host_nbytes=1 << 30,
-                staging_nbytes=0,
-                has_storage=True,
-                deferred=False,
-                prefetch_blocks=1,
-                shares_host=False,
-                device_own_nbytes=own,
-            )
+            placed(4, 16, device_nbytes, host_nbytes=1 << 30, shares_host=False, device_own_nbytes=own)
         except BudgetError as refused:
             told.append(str(refused))
     assert len(told) == 1
