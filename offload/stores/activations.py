@@ -93,7 +93,10 @@ class ActivationStore:
         self._left_nbytes: dict[Tier, int] = {"device": device_nbytes, "host": host_nbytes}
         self._pin = pin
         self._staging = LeaseRing(staging) if staging.numel() >= 2 * PAGE_NBYTES else None
-        self._order: list[_Held] = []
+        self._order: dict[_Held, None] = {}
+        """In the order in which forward gave them."""
+        self._leaving: dict[_Held, None] = {}
+        """Those with a `source`, in the order in which they were given."""
         self._reading: list[_Held] = []
         """Those of which parts are still to be read from storage, in the order in which they get staging."""
         self._returning: deque[tuple[Lease, Event]] = deque()
@@ -134,7 +137,7 @@ class ActivationStore:
         else:
             self._left_nbytes[held.tier] -= nbytes
             held.kept = tensor
-        self._order.append(held)
+        self._order[held] = None
         activation = Activation(held)
         weakref.finalize(activation, self._forget, held)
         return activation
@@ -143,11 +146,12 @@ class ActivationStore:
         """Compute given from now on comes after what is on its way out of the device, and may use its memory: all of it
         but what has the label `but_of`. So no more is in transfer than that and what is swapped out next."""
         self._reap()
-        leaving = [held for held in self._order if held.source is not None and held.label != but_of]
         with self._stalls.waiting("activation"):
-            for held in leaving:
-                self._device.compute_waits(held.copied)
-                held.source = None
+            for held in list(self._leaving):
+                if held.label != but_of:
+                    self._device.compute_waits(held.copied)
+                    held.source = None
+                    self._leaving.pop(held, None)
 
     def has_room(self, nbytes: int, tier: Tier) -> bool:
         """Whether a tensor of `nbytes` may go to `tier` now."""
@@ -182,7 +186,7 @@ class ActivationStore:
             self._device.page_lock(arena.address, arena.nbytes, self._pin)
             held.plane = arena.take(held.nbytes)
         held.copied = self._copies.d2h(f"swap_out {held.label}", held.plane, _as_bytes(tensor), [read])
-        held.source = tensor
+        held.source, self._leaving[held] = tensor, None
 
     def _write(self, held: _Held, tensor: torch.Tensor) -> None:
         store, staging = self._storage()
@@ -203,7 +207,7 @@ class ActivationStore:
                     f"swap_out {held.label}", lease.bytes_tensor[: part.numel()], part
                 )
                 gate = self._copies.gate(held.copied)
-                held.source = tensor
+                held.source, self._leaving[held] = tensor, None
             address, nbytes = lease.bytes_tensor.data_ptr(), round_up(part.numel(), PAGE_NBYTES)
             ticket = store.engine.write(address, nbytes, held.offset + start, after=gate)
             self._spans.add("write", f"spill {held.label}", ticket.times)
@@ -231,7 +235,7 @@ class ActivationStore:
         if any(held not in self._order for held in wanted):
             raise UsageError("backward ran twice through a block whose input was swapped out")
         for held in wanted:
-            self._order.remove(held)
+            del self._order[held]
             self._start(held)
         tensors = []
         for held in wanted:
@@ -260,7 +264,7 @@ class ActivationStore:
     def _start_ahead(self, nbytes: int) -> None:
         """Begin to bring back what backward will want next, until `nbytes` are on their way."""
         self._give_back_staging()
-        for held in reversed(self._order):
+        for held in reversed(list(self._order)):  # a copy: `_forget` may come at any moment
             if nbytes <= 0:
                 return
             if not self._moves(held):
@@ -351,12 +355,13 @@ class ActivationStore:
         else:
             self._left_nbytes[held.tier] += held.nbytes
         held.source = held.kept = held.plane = None
+        self._leaving.pop(held, None)
 
     def _forget(self, held: _Held) -> None:
         """Autograd dropped it: no backward will come for it. In whatever thread, so that nothing may wait here."""
         if held not in self._order:
             return
-        self._order.remove(held)
+        self._order.pop(held, None)
         if held.copied.done() and held.arrived.done() and all(ticket.done() for ticket in held.written):
             self._release(held)
         else:
