@@ -189,6 +189,13 @@ def _add_outer(total: torch.Tensor, grad: torch.Tensor, chunk: torch.Tensor) -> 
         total += grad.to(chunk.dtype).t() @ chunk
 
 
+def _as_scalar(value: torch.Tensor | int, device: torch.device) -> torch.Tensor:
+    """As fp32 on the device, which a number reaches by a kernel: a copy of it would wait for the device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, torch.float32)
+    return torch.full((), float(value), dtype=torch.float32, device=device)
+
+
 class ChunkedLoss:
     """The change `chunk_loss` has made to a model; `remove()` undoes it."""
 
@@ -266,7 +273,7 @@ class ChunkedLoss:
             self.head.weight,
             self.head.bias,
             wanted,
-            torch.as_tensor(denominator, dtype=torch.float32, device=hidden.device),
+            _as_scalar(denominator, hidden.device),
             ignore_index,
             self.chunk_tokens,
             lazy.mark_stale,
