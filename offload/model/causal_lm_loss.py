@@ -5,6 +5,13 @@ is needed to compute them. The loss function recognises them and works through t
 computing the loss and its gradients together, so nothing is computed twice. Whatever else looks at the logits
 first (a softcap, a metric) gets the real ones, computed the usual way, and everything stays exact: only the
 memory is then the usual one.
+
+[Note: rows of a chunk] With T rows a chunk, V words and width H, the product that a chunk adds to the fp32 sum of the
+head's gradient takes 2TVH FLOPs, and reading and writing that sum moves 8VH bytes. At R FLOP/s and B bytes/s the
+product takes longer than the traffic it hides when 2TVH / R >= 8VH / B, or T >= 4R / B; even if nothing were hidden,
+the traffic would take a third of the time of the chunk's three products. R / B is 213 for bf16 on an H100 (713 TFLOP/s
+and 3.35 TB/s) and less on the other cards whose profiles are here, so 1024 rows do. Small widths get fewer, so that two
+fp32 buffers of logits take no more than that sum. On a processor, where products are slower, rows fill 64 MiB.
 """
 
 from __future__ import annotations
@@ -20,9 +27,28 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from offload.errors import ConfigError, UsageError
+from offload.model.fp32_sums import add_outer
 
 CHUNK_LOGITS_NBYTES = 64 * 2**20
-"""fp32 logits of one chunk when `chunk_tokens` is not given; about three such buffers exist at once."""
+"""fp32 logits of one chunk on a processor, and at least so many elsewhere, when `chunk_tokens` is not given."""
+CHUNK_LOGITS_NBYTES_MAX = 512 * 2**20
+"""fp32 logits of one chunk on a device of its own."""
+ROWS_THAT_HIDE_THE_SUM = 1024
+"""See [Note: rows of a chunk]."""
+
+
+def chunk_rows(vocabulary: int, width: int, *, own_memory: bool) -> int:
+    """Rows of a chunk when `chunk_tokens` is not given: of a head of `width`, or 0 where it gets no gradient, on a
+    device with memory of its own or on a processor. See [Note: rows of a chunk].
+
+    Beside the sum of the head's gradient two fp32 buffers of so many logits exist at once, and one in the dtype that
+    the head computes in.
+    """
+    row_nbytes = 4 * vocabulary
+    least = max(1, CHUNK_LOGITS_NBYTES // row_nbytes)
+    if not own_memory:
+        return least
+    return max(least, min(ROWS_THAT_HIDE_THE_SUM, width // 2, CHUNK_LOGITS_NBYTES_MAX // row_nbytes))
 
 
 class LazyLogits(torch.Tensor):
@@ -150,10 +176,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad.mul_(scale[rows])
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
+                if _has_own_memory(grad.device):
+                    grad = grad.to(compute_dtype)  # once, for both products
                 if grad_weight is not None:
-                    _add_outer(grad_weight, grad, chunk)
+                    add_outer(grad_weight, grad, chunk)
                 if grad_hidden is not None:
                     grad_hidden[rows] = grad.to(compute_dtype) @ operand
+                del grad  # or it would exist beside two buffers of the next chunk
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         ctx.shape = hidden.shape
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
@@ -181,17 +210,14 @@ def _linear_dtype(weight: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
 
 
-def _add_outer(total: torch.Tensor, grad: torch.Tensor, chunk: torch.Tensor) -> None:
-    """total (V, H, fp32) += gradᵀ (V, T) @ chunk (T, H). In fp32 on the CPU, where it is also faster."""
-    if chunk.dtype == torch.float32 or chunk.device.type == "cpu":
-        total.addmm_(grad.t(), chunk.float())
-    else:
-        total += grad.to(chunk.dtype).t() @ chunk
+def _has_own_memory(device: torch.device) -> bool:
+    return device.type != "cpu"
 
 
 def _as_scalar(value: torch.Tensor | int, device: torch.device) -> torch.Tensor:
-    """As fp32 on the device, which a number reaches by a kernel: a copy of it would wait for the device."""
-    if isinstance(value, torch.Tensor):
+    """As fp32 on the device, which a number in host memory reaches by a kernel: to copy it would be to wait."""
+    in_host_memory = not isinstance(value, torch.Tensor) or (value.device.type == "cpu" != device.type)
+    if isinstance(value, torch.Tensor) and (value.dim() or not in_host_memory):
         return value.to(device, torch.float32)
     return torch.full((), float(value), dtype=torch.float32, device=device)
 
@@ -199,7 +225,7 @@ def _as_scalar(value: torch.Tensor | int, device: torch.device) -> torch.Tensor:
 class ChunkedLoss:
     """The change `chunk_loss` has made to a model; `remove()` undoes it."""
 
-    def __init__(self, model: nn.Module, head: nn.Linear, chunk_tokens: int) -> None:
+    def __init__(self, model: nn.Module, head: nn.Linear, chunk_tokens: int | None) -> None:
         self.model = model
         self.head = head
         self.chunk_tokens = chunk_tokens
@@ -275,9 +301,13 @@ class ChunkedLoss:
             wanted,
             _as_scalar(denominator, hidden.device),
             ignore_index,
-            self.chunk_tokens,
+            self.chunk_tokens or self._chunk_rows(hidden.device),
             lazy.mark_stale,
         )
+
+    def _chunk_rows(self, device: torch.device) -> int:
+        width = self.head.in_features if self.head.weight.requires_grad else 0
+        return chunk_rows(self.head.out_features, width, own_memory=_has_own_memory(device))
 
 
 def why_not_chunked(model: nn.Module) -> str | None:
@@ -304,9 +334,9 @@ def has_chunked_loss(model: nn.Module) -> bool:
 def chunk_loss(model: nn.Module, chunk_tokens: int | None = None) -> ChunkedLoss:
     """Let a Hugging Face causal language model compute its training loss `chunk_tokens` tokens at a time.
 
-    The largest logits that exist are (chunk_tokens, vocabulary). The loss equals the stock one token by
-    token; the head's gradient is summed in fp32 over the chunks and rounded once. Calls without labels or
-    without gradients are untouched. Raises ConfigError for a model whose head or loss is not the usual one.
+    The largest logits that exist are (chunk_tokens, vocabulary), by default as `chunk_rows` says. The loss equals the
+    stock one token by token; the head's gradient is summed in fp32 over the chunks and rounded once. Calls without
+    labels or without gradients are untouched. Raises ConfigError for a model whose head or loss is not the usual one.
     """
     reason = why_not_chunked(model)
     if reason is not None:
@@ -314,4 +344,4 @@ def chunk_loss(model: nn.Module, chunk_tokens: int | None = None) -> ChunkedLoss
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ConfigError(f"chunk_tokens={chunk_tokens} must be at least 1")
     head: nn.Linear = model.get_output_embeddings()  # type: ignore[operator]  # checked above
-    return ChunkedLoss(model, head, chunk_tokens or max(1, CHUNK_LOGITS_NBYTES // (4 * head.out_features)))
+    return ChunkedLoss(model, head, chunk_tokens)

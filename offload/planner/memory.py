@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from offload.config import CHUNK_ELEMENTS
-from offload.model.causal_lm_loss import CHUNK_LOGITS_NBYTES
+from offload.model.causal_lm_loss import chunk_rows
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN, HOST_SLOTS
 from offload.planner.plan import StateFormat
 from offload.planner.workload import Workload, peak_of
@@ -91,12 +91,15 @@ def device_need(
 
 def _own_device_root_nbytes(workload: Workload, batch_samples: int) -> int:
     """Bytes alive in the root's forward, loss and backward on a device of its own, where what kernels take for
-    themselves is in `Budgets.device_own_nbytes`: as traced; or, with the loss in chunks, three buffers of logits and of
-    the head's gradient the fp32 sum and a copy in the parameters' dtype."""
+    themselves is in `Budgets.device_own_nbytes`: as traced; or, with the loss in chunks, the fp32 sum of the head's
+    gradient, with two fp32 buffers of logits and one in the parameters' dtype, and then with its copy in that dtype."""
     if workload.whole_logits:
         return peak_of(workload.root_working, batch_samples) or 0
-    chunk = min(CHUNK_LOGITS_NBYTES, batch_samples * workload.logits_nbytes_per_sample)
-    return 3 * chunk + (4 + workload.param_nbytes) * workload.head_numel
+    tokens = batch_samples * workload.tokens_per_sample
+    words = max(1, workload.logits_nbytes_per_sample // (workload.tokens_per_sample * workload.param_nbytes))
+    rows = min(tokens, chunk_rows(words, workload.head_numel // words, own_memory=True))
+    logits_nbytes = (8 + workload.param_nbytes) * rows * words
+    return 4 * workload.head_numel + max(logits_nbytes, workload.param_nbytes * workload.head_numel)
 
 
 def is_traced(workload: Workload) -> bool:
