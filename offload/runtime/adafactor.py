@@ -112,10 +112,8 @@ class AdafactorUpdater:
         n_matrices, rows, columns = _matrix(value)
         is_matrix = value.dim() > 1
         total = sum(float(part.double().square().sum()) for part in value.reshape(-1).split(SLAB_ELEMENTS))
-        row, column = (
-            torch.zeros(n_matrices, rows if is_matrix else 0, device="cpu"),
-            torch.zeros(n_matrices, columns, device="cpu"),
-        )
+        row = torch.zeros(n_matrices, rows if is_matrix else 0, device="cpu")
+        column = torch.zeros(n_matrices, columns, device="cpu")
         self._statistics[parameter] = _Statistics.of(_Made(0, row, column, total))
 
     def state(self, steps: Mapping[int, int]) -> dict[str, Any]:

@@ -19,9 +19,8 @@ from torch.utils import _pytree as pytree
 
 from offload.errors import UsageError
 from offload.model import captured, microbatch
-from offload.runtime import hooks
 from offload.runtime.recipe import SMALL_NBYTES, Recipe, Recorder
-from offload.runtime.recompute import Departed, Keeper, Replayer, following
+from offload.runtime.recompute import Departed, Keeper, Replayer, following, recording
 from offload.stores.activations import Activation, ActivationStore, Tier
 from offload.stores.block_store import BlockRecord
 
@@ -323,7 +322,6 @@ def _recompute(
         for op, results in held.items()
     }
     call.saved[number] = {}
-    recorder = None
     with torch.enable_grad(), ExitStack() as stack:
         for context in call.contexts:
             stack.enter_context(context)
@@ -333,13 +331,7 @@ def _recompute(
             out_leaves = _run_micro(call, micro)
         elif recipe is None:
             recorder = Recorder([*inputs, *call.runner.given_tensors(call.block)])
-            module = _module(call)
-            within = {} if module is None else {n: m for n, m in module.named_modules() if n}
-            with (
-                recorder,
-                hooks.before_submodules(within, recorder.entered),
-                torch.autograd.graph.saved_tensors_hooks(recorder.save, lambda t: t),
-            ):
+            with recording(recorder, _module(call)):
                 out_leaves = _run_micro(call, micro)
             call.block.recipes[signature] = recorder.recipe()
         elif not recipe.why_not and recipe.first_changed(frozenset(saved)) is not None:

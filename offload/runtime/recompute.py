@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload.runtime import hooks
-from offload.runtime.recipe import UNCOUNTED, Entry, Recipe, TensorMade
+from offload.runtime.recipe import UNCOUNTED, Entry, Recipe, Recorder, TensorMade
 
 _SUMS = "compute_log_sumexp"
 
@@ -46,6 +46,18 @@ class _Follower(TorchDispatchMode):
         if self._index >= len(ops) or ops[self._index].func is not func:
             self.matches = False
         return self._index
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder, block: nn.Module | None) -> Iterator[None]:
+    """Let `recorder` see what `block` computes inside, what autograd saves, and where it enters a submodule."""
+    within = {} if block is None else {name: module for name, module in block.named_modules() if name}
+    with (
+        recorder,
+        hooks.before_submodules(within, recorder.entered),
+        torch.autograd.graph.saved_tensors_hooks(recorder.save, lambda tensor: tensor),
+    ):
+        yield
 
 
 @contextlib.contextmanager
@@ -100,15 +112,9 @@ def _for_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     return args, {**kwargs, _SUMS: True}
 
 
-def unread(
-    shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
+def unread(made: TensorMade) -> torch.Tensor:
     """Stands for the result of a skipped operation."""
-    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
-
-
-def _unread(made: TensorMade) -> torch.Tensor:
-    return unread(made.shape, made.stride, made.dtype, made.device)
+    return torch.empty_strided(made.shape, made.stride, dtype=made.dtype, device=made.device)
 
 
 class Replayer(_Follower):
@@ -132,6 +138,6 @@ class Replayer(_Follower):
         if index not in self._kept and (index in self._runs or op.is_free):
             return func(*args, **(kwargs or {}))
         kept = self._kept.pop(index, None)
-        tensors = iter(kept if kept is not None else map(_unread, op.tensors))
+        tensors = iter(kept if kept is not None else map(unread, op.tensors))
         results = [next(tensors) if isinstance(made, TensorMade) else made for made in op.outputs]
         return results[0] if len(results) == 1 else tuple(results)
