@@ -216,8 +216,7 @@ def _has_own_memory(device: torch.device) -> bool:
 
 def _as_scalar(value: torch.Tensor | int, device: torch.device) -> torch.Tensor:
     """As fp32 on the device, which a number in host memory reaches by a kernel: to copy it would be to wait."""
-    in_host_memory = not isinstance(value, torch.Tensor) or (value.device.type == "cpu" != device.type)
-    if isinstance(value, torch.Tensor) and (value.dim() or not in_host_memory):
+    if isinstance(value, torch.Tensor) and (value.dim() or value.device.type == device.type):
         return value.to(device, torch.float32)
     return torch.full((), float(value), dtype=torch.float32, device=device)
 

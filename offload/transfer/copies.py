@@ -30,11 +30,10 @@ class _Promised:
 
     def issued(self) -> Event:
         self._known.wait()
-        if (
-            self._event is None
-        ):  # a copy of it: its traceback is the waiting thread's, and would keep all that this uses
-            raise copy.copy(self._failure) if self._failure else OffloadError("a copy has been given up")
-        return self._event
+        if self._event is not None:
+            return self._event
+        # A copy of it: its traceback is the waiting thread's, and would keep all that this one uses.
+        raise copy.copy(self._failure) if self._failure else OffloadError("a copy has been given up")
 
     def done(self) -> bool:
         return self._known.is_set() and self.issued().done()
@@ -104,10 +103,10 @@ class Copies:
     ) -> Event:
         """The same, started when `tickets` have completed, by another thread where that is still to come.
 
-        Such copies start in the order of the calls, those of activations that return (`returns`) beside those of
-        parameters. A ticket's failure is raised by whoever waits for the event.
+        Copies of activations that return (`returns`) start in the order of the calls, so that the event of a tensor's
+        last part is that of all. A ticket's failure is raised by whoever waits for the event.
         """
-        if all(ticket.done() for ticket in tickets):
+        if not returns and all(ticket.done() for ticket in tickets):
             for ticket in tickets:
                 ticket.wait()
             return self.h2d(name, target, source, after)

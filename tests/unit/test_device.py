@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import logging
 import threading
+import time
 import types
 
 import pytest
@@ -132,6 +133,22 @@ def test_a_copy_in_waits_for_its_tickets_without_the_caller_waiting(bus):
     ticket.complete()
     device.compute_waits(event)
     assert torch.equal(target, torch.full((10,), 7.0))
+
+
+def test_parts_of_what_returns_are_copied_in_the_order_of_the_calls_whichever_was_read_first(bus):
+    """Compute waits for the last part alone."""
+    device, copies = bus
+    late, read = Ticket(), Ticket()
+    read.complete()
+    targets = [torch.zeros(10), torch.zeros(10)]
+    first = copies.h2d_when([late], "x", targets[0], torch.ones(10), returns=True)
+    last = copies.h2d_when([read], "x", targets[1], torch.ones(10), returns=True)
+    time.sleep(0.05)
+    assert not last.done()
+    late.complete()
+    device.compute_waits(last)
+    assert first.done()
+    assert all(torch.equal(target, torch.ones(10)) for target in targets)
 
 
 def test_a_failed_ticket_fails_whoever_waits_for_the_copy(bus):
