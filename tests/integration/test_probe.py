@@ -24,6 +24,7 @@ from offload.profiling.stored import profile_path, stored_hardware
 from offload.tiers.device import CudaDevice
 from offload.tiers.emulated_device import EmulatedDevice
 from offload.tiers.storage import Store
+from offload.update_rules import ADAMW
 
 SMALLEST = 64_000_000
 TINY = ((64, 64),)
@@ -331,8 +332,20 @@ def test_every_rule_of_update_has_its_rate():
     rules = {rule.key: rule for rule in compute_probe.other_rules()}
     assert len(rules) == 9
     assert {"adamw_bf16", "adamw_8bit", "lion_fp32", "sgd_8bit", "sgd"} <= set(rules)
-    rates = {key: compute_probe.update_params_per_s(0.2, rules[key]) for key in ("sgd", "adamw_8bit")}
-    assert rates["sgd"] > compute_probe.update_params_per_s(0.2) > rates["adamw_8bit"]
+    loops = {
+        key: compute_probe.UpdateLoop(rule=rules.get(key, ADAMW)) for key in ("sgd", "adamw", "adamw_8bit")
+    }
+    seconds = dict.fromkeys(loops, float("inf"))
+    try:
+        for _ in range(12):  # in turns, the best of each: other work on the machine slows single updates
+            for key, loop in loops.items():
+                start = time.perf_counter()
+                loop.update()
+                seconds[key] = min(seconds[key], (time.perf_counter() - start) / loop.numel)
+    finally:
+        for loop in loops.values():
+            loop.close()
+    assert seconds["sgd"] < seconds["adamw"] < seconds["adamw_8bit"]
 
 
 @pytest.mark.parametrize("rate", [1e8, 4e8])
