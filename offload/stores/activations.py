@@ -315,8 +315,9 @@ class ActivationStore:
                 ticket = store.engine.read(address, nbytes, held.offset + held.read_nbytes, urgent=True)
                 self._spans.add("read", f"read_back {held.label}", ticket.times)
                 source = lease.bytes_tensor[: part.numel()]
+                after = [held.allocated, held.arrived]  # so that the last part's failure is any part's
                 held.arrived = self._copies.h2d_when(
-                    [ticket], f"swap_in {held.label}", part, source, [held.allocated], returns=True
+                    [ticket], f"swap_in {held.label}", part, source, after, returns=True
                 )
                 self._returning.append((lease, held.arrived))
                 held.read_nbytes += part.numel()
@@ -340,7 +341,9 @@ class ActivationStore:
     def _give_back_staging(self) -> None:
         """Let others have what has been copied to the device."""
         while self._returning and self._returning[0][1].done():
-            lease, arrived = self._returning.popleft()
+            lease, arrived = self._returning[0]
+            arrived.wait()  # a failure: of this tensor or of one that backward does not want yet
+            self._returning.popleft()
             lease.release_after(arrived.wait)
 
     # ---- letting go ------------------------------------------------------------------------------------------

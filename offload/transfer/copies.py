@@ -36,7 +36,8 @@ class _Promised:
         raise copy.copy(self._failure) if self._failure else OffloadError("a copy has been given up")
 
     def done(self) -> bool:
-        return self._known.is_set() and self.issued().done()
+        """Whether it has ended, well or not: a failure is raised by `wait`."""
+        return self._known.is_set() and (self._event is None or self._event.done())
 
     def wait(self) -> None:
         self.issued().wait()
@@ -103,8 +104,8 @@ class Copies:
     ) -> Event:
         """The same, started when `tickets` have completed, by another thread where that is still to come.
 
-        Copies of activations that return (`returns`) start in the order of the calls, so that the event of a tensor's
-        last part is that of all. A ticket's failure is raised by whoever waits for the event.
+        Copies of activations that return (`returns`) start in the order of the calls. A failure, of a ticket or of what
+        `after` has, is raised by whoever waits for the event.
         """
         if not returns and all(ticket.done() for ticket in tickets):
             for ticket in tickets:
@@ -139,7 +140,7 @@ class Copies:
         """
         gate = Ticket()
         if event.done():
-            gate.complete()
+            self._open(event, gate)
             return gate
         self._gates.give(functools.partial(self._open, event, gate))
         return gate

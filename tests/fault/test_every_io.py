@@ -17,6 +17,7 @@ MODES = {
     "backward": {"update": "backward"},
     "clipping": {"max_grad_norm": 0.05},
     "activations": {"activations": "storage"},
+    "activations of a device": {"activations": "storage", "device": "emulated"},
 }
 
 

@@ -161,12 +161,28 @@ def test_a_failed_ticket_fails_whoever_waits_for_the_copy(bus):
         device.compute_waits(event)
 
 
-def test_a_failed_copy_fails_whoever_waits_at_its_gate(bus):
+def test_what_comes_after_a_copy_that_failed_fails_too(bus):
+    """The last part of a tensor that returns comes after the others: whoever waits for it hears of all."""
+    device, copies = bus
+    ticket, read = Ticket(), Ticket()
+    read.complete()
+    ticket.complete("the drive is gone")
+    first = copies.h2d_when([ticket], "x", torch.zeros(4), torch.zeros(4), returns=True)
+    last = copies.h2d_when([read], "x", torch.zeros(4), torch.zeros(4), [first], returns=True)
+    for _ in range(2):
+        with pytest.raises(OSError, match="the drive is gone"):
+            device.compute_waits(last)
+    assert first.done()
+    assert last.done()
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+def test_a_failed_copy_fails_whoever_waits_at_its_gate(bus, has_ended):
     _, copies = bus
 
     class Broken:
         def done(self):
-            return False
+            return has_ended
 
         def wait(self):
             raise RuntimeError("illegal address")
