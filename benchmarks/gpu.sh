@@ -5,6 +5,7 @@
 #   tests    the tests marked `gpu`
 #   rates    bus, drive, DRAM, AdamW, matrix products: the profile that the stages after it compare with
 #   train    a full fine-tune of 1 B and of 3 B parameters in 8 GB of device memory, against everything on the GPU
+#   hf       the same for Llama 3.2 of 1 B parameters, as `transformers` has it, its loss computed in chunks
 #   giant    layers of GPT-3 175B and Llama 70B in 24 GB, measured beside the simulator (the whole models' figures follow
 #            without a GPU: gpu_giant.py --whole-of)
 #   profile  gaps, copies and waiting calls in a steady step
@@ -30,8 +31,8 @@ STORAGE=${STORAGE:-.}
 CARRY=${CARRY:-build/gpu_carry}
 PROFILE=${PROFILE:-$PWD/build/gpu_hardware.json}
 SECONDS_MAX=${SECONDS_MAX:-540}
-ALL=(build tests rates train giant profile sweep peer)
-declare -A WEIGHT=([build]=16 [tests]=16 [rates]=10 [train]=26 [giant]=18 [profile]=8 [sweep]=14 [peer]=8 [compile]=20)
+ALL=(build tests rates train giant profile hf sweep peer)
+declare -A WEIGHT=([build]=16 [tests]=16 [rates]=10 [train]=26 [giant]=18 [profile]=8 [hf]=12 [sweep]=14 [peer]=8 [compile]=20)
 declare -A AT_LEAST=([build]=200)
 
 device=(--device cuda --storage "$STORAGE")
@@ -54,7 +55,7 @@ build() {
 tests() {  # only files that have such tests: others need packages that a bare machine may lack
   local workers=() files status=0
   "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 4)
-  mapfile -t files < <(grep -rlE "mark\.gpu|GPU_MARK" tests --include='test_*.py' | grep -v test_probe)
+  mapfile -t files < <(grep -rlE "mark\.gpu|import .*\bCUDA\b" tests --include='test_*.py' | grep -v test_probe)
   export CUBLAS_WORKSPACE_CONFIG=:4096:8
   "$PYTHON" -m pytest -q --tb=short -p no:cacheprovider "${workers[@]}" -m gpu "${files[@]}" || status=$?
   "$PYTHON" -m pytest -q --tb=short -p no:cacheprovider -m gpu tests/integration/test_probe.py || status=$?  # it measures
@@ -72,6 +73,8 @@ train() {
   local first=$?
   run_train 3b 32768 gpu,host,storage "$((end - SECONDS))" gpu_train_3b --micro-tokens 4096 && return $first
 }
+
+hf() { run_train 1b 32768 gpu,host,storage "$1" gpu_train_hf_1b --family transformers; }
 
 sweep() { run_train 1b 8192,16384,65536,131072 gpu,host,storage,host+plan "$1" gpu_sweep --device-memory-gb 10; }
 

@@ -35,7 +35,7 @@ def recorded(
 ) -> tuple[list[dict[str, Any]], int | None]:
     """The trace's events of three steps after three that are not recorded, and allocations asked of the driver in them;
     nothing waits for the device in between."""
-    tokens = torch.randint(0, case.shape.vocab, (case.batch, case.options.sequence)).to(
+    tokens = torch.randint(0, case.family.shape.vocab, (case.batch, case.options.sequence)).to(
         case.device.torch_device
     )
     for _ in range(gpu_train.WARM_UP_STEPS + 1):
@@ -61,7 +61,7 @@ def recorded(
 
 def row_of(case: gpu_train.Case, placement: str, directory: str) -> dict[str, Any]:
     """One placement."""
-    name = f"gpu_profile_{case.options.model}_{case.batch * case.options.sequence}_{placement}"
+    name = f"gpu_profile_{case.family.name}_{case.batch * case.options.sequence}_{placement}"
     row: dict[str, Any] = {"name": name}
     case.device.start_counting()
     try:

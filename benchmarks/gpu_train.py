@@ -1,5 +1,7 @@
 """Full fine-tune of a Llama-shaped model on one GPU within a few GB of `device_memory`, against everything on the GPU.
 
+With --family transformers the model is Llama 3.2 as users have it (gpu_models.py); its loss is computed in chunks here.
+
 Placements, one row each for each batch size:
 
     gpu           plain torch, all state on the device: bf16 parameters and moments, fused AdamW, layers recomputed
@@ -40,7 +42,8 @@ import common
 import gpu_common
 import torch
 from gpu_common import Device, Rows
-from llama_shaped import SHAPES, LlamaShaped, Shape
+from gpu_models import FAMILIES, Family
+from llama_shaped import SHAPES
 from torch import nn
 
 import offload
@@ -60,7 +63,6 @@ TINY = {
 }  # fmt: skip
 """Options of --tiny."""
 STATE_NBYTES = 12
-LOSS_ROWS = 2048
 TRIES = 2
 """Of this library's rows: half the tokens on the device at once where they were too many; the row says how many."""
 
@@ -81,7 +83,7 @@ class Run:
 class Case:
     """What all rows of one batch size share."""
 
-    shape: Shape
+    family: Family
     batch: int
     options: argparse.Namespace
     device: Device
@@ -97,41 +99,43 @@ class Case:
 
     def name(self, placement: str) -> str:
         """Of a row."""
-        return f"gpu_train_{self.options.model}_{self.batch * self.options.sequence}_{placement}"
+        return f"gpu_train_{self.family.name}_{self.batch * self.options.sequence}_{placement}"
 
     def flops(self, recomputes: bool) -> tuple[float, float]:
-        """Model and hardware FLOPs of one step: backward is twice forward; blocks and loss are recomputed."""
-        blocks = sum(b.flops_per_sample for b in self.workload.blocks)
-        forward = self.batch * (blocks + self.workload.root_flops_per_sample)
-        return 3.0 * forward, (4.0 if recomputes else 3.0) * forward
-
-    def model(self, *, recompute: bool) -> nn.Module:
-        """The model with random weights, in host memory."""
-        return gpu_common.with_random_weights(
-            lambda: LlamaShaped(self.shape, recompute=recompute, loss_rows=LOSS_ROWS), torch.bfloat16
-        )
+        """Model and hardware FLOPs of one step: backward is twice forward; what is recomputed runs once more."""
+        blocks = self.batch * sum(b.flops_per_sample for b in self.workload.blocks)
+        root = self.batch * self.workload.root_flops_per_sample
+        again = (blocks + root * self.family.recomputes_loss) if recomputes else 0.0
+        return 3.0 * (blocks + root), 3.0 * (blocks + root) + again
 
 
-def plain_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Forward, backward, update."""
+def plain_step(
+    case: Case, model: nn.Module, optimizer: torch.optim.Optimizer, n_samples: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Forward and backward of `n_samples` at once until the batch is through, then the update."""
 
     def step(tokens: torch.Tensor) -> torch.Tensor:
-        loss = model(tokens)
-        loss.backward()
+        parts = tokens.split(n_samples)
+        total = torch.zeros((), device=tokens.device)
+        for part in parts:
+            loss = case.family.loss(model, part) / len(parts)
+            loss.backward()
+            total += loss.detach()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach()
+        return total
 
     return step
 
 
 def on_gpu(case: Case, *, recompute: bool, compiled: bool) -> Run:
     """Plain torch."""
-    model = case.model(recompute=recompute).to(case.device.torch_device)
-    for layer in model.layers if compiled else ():
+    model = case.family.make(recompute=recompute).to(case.device.torch_device)
+    for layer in case.family.layers(model) if compiled else ():
         layer.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-    return Run(plain_step(model, optimizer), recomputes=recompute)
+    n_samples = case.family.samples_at_once(case.batch, case.micro_tokens, case.options.sequence)
+    return Run(plain_step(case, model, optimizer, n_samples), recomputes=recompute)
 
 
 def host_share_within(case: Case) -> float:
@@ -154,10 +158,10 @@ def host_share_within(case: Case) -> float:
     return min(1.0, round(share + 0.005, 2)) if share > 0 else 0.0
 
 
-def least_host_nbytes(model: nn.Module, settings: dict[str, Any]) -> int:
+def least_host_nbytes(case: Case, model: nn.Module, settings: dict[str, Any]) -> int:
     """Host memory that holds staging alone: the least that would do, as the refusal of next to nothing says, and a
     second block on its way."""
-    second = 6 * max(sum(p.numel() for p in layer.parameters()) for layer in model.layers)
+    second = 6 * max(sum(p.numel() for p in layer.parameters()) for layer in case.family.layers(model))
     try:
         offload.wrap(model, torch.optim.AdamW(model.parameters()), host_memory=4096, **settings)
     except offload.BudgetError as refused:
@@ -174,20 +178,22 @@ def ours(case: Case, placement: str, *, planned: bool, compiled: bool, may_plan:
     facts: dict[str, Any] = {"device_budget_bytes": int(options.device_memory_gb * 1e9)}
     settings: dict[str, Any] = {"storage": [], "prefetch_blocks": options.prefetch_blocks}
     settings["micro_batches"] = max(1, -(-case.batch * options.sequence // case.micro_tokens))
-    inputs_nbytes = 2 * case.batch * options.sequence * case.shape.hidden * (case.shape.layers + 4)
+    shape = case.family.shape
+    inputs_nbytes = 2 * case.batch * options.sequence * shape.hidden * (shape.layers + 4)
     host_nbytes = int(1.4 * (STATE_NBYTES + 2) * case.numel + inputs_nbytes + 1e9)
     settings |= {
         "device": case.device.name, "device_memory": facts["device_budget_bytes"], "step_aside": "never",
+        "chunked_loss": case.family.chunked_loss,
     }  # fmt: skip
     if compiled:
         settings["compile_blocks"] = True
     if not may_plan:
         settings["plan"] = "none"
-    model = case.model(recompute=False)
+    model = case.family.make(recompute=False)
     if placement == "storage":
         share = facts["host_share"] = host_share_within(case)
         settings["storage"] = [case.storage]
-        host_nbytes = least_host_nbytes(model, settings) + int(share * STATE_NBYTES * case.numel)
+        host_nbytes = least_host_nbytes(case, model, settings) + int(share * STATE_NBYTES * case.numel)
     if planned:
         if case.device.is_cuda is False:
             raise offload.ConfigError("a plan needs the profile of a GPU")
@@ -202,7 +208,7 @@ def ours(case: Case, placement: str, *, planned: bool, compiled: bool, may_plan:
         "micro_tokens": case.micro_tokens, "micro_batches": engine.micro_batches, "host_budget_bytes": host_nbytes,
         "state_on_storage_bytes": engine.placement.storage_nbytes,
     }  # fmt: skip
-    return Run(plain_step(model, optimizer), engine, True, case.numel, engine.close, facts)
+    return Run(plain_step(case, model, optimizer, case.batch), engine, True, case.numel, engine.close, facts)
 
 
 def deepspeed(case: Case, placement: str) -> Run:
@@ -234,11 +240,11 @@ def deepspeed(case: Case, placement: str) -> Run:
         },
         "aio": {"block_size": 1 << 20, "queue_depth": 32, "intra_op_parallelism": 4},
     }
-    model = case.model(recompute=True)
+    model = case.family.make(recompute=True)
     engine, *_ = peer.initialize(model=model, model_parameters=model.parameters(), config=config)
 
     def step(tokens: torch.Tensor) -> torch.Tensor:
-        loss = engine(tokens)
+        loss = case.family.loss(engine, tokens)
         engine.backward(loss)
         engine.step()
         return loss.detach()
@@ -259,7 +265,10 @@ def make_run(case: Case, placement: str) -> Run:
 def timed_steps(run: Run, case: Case) -> dict[str, Any]:
     """Steady steps: their seconds, and per step the bytes moved, the stalls and what was asked of the driver."""
     tokens = torch.randint(
-        0, case.shape.vocab, (case.batch, case.options.sequence), generator=torch.Generator().manual_seed(1)
+        0,
+        case.family.shape.vocab,
+        (case.batch, case.options.sequence),
+        generator=torch.Generator().manual_seed(1),
     ).to(case.device.torch_device)
     times: list[float] = []
     stalls: dict[str, float] = {}
@@ -398,7 +407,8 @@ def parser() -> argparse.ArgumentParser:
         "--tiny", action="store_true", help="seconds without a GPU: to see that the script runs"
     )
     made.add_argument("--model", choices=sorted(SHAPES), default="1b")
-    made.add_argument("--vocab", type=int, default=32000)
+    made.add_argument("--family", choices=sorted(FAMILIES), default="plain")
+    made.add_argument("--vocab", type=int, help="default: 32000; Llama 3.2 has 128256")
     made.add_argument("--sequence", type=int, default=1024, help="tokens of a sequence")
     made.add_argument("--tokens-per-step", default="32768", help="several with commas between")
     made.add_argument("--micro-tokens", type=int, default=8192, help="tokens on the device at once")
@@ -419,13 +429,12 @@ def parser() -> argparse.ArgumentParser:
 
 def cases(options: argparse.Namespace, device: Device, storage: str) -> Iterator[Case]:
     """One for each batch size."""
-    shape = gpu_common.replaced(SHAPES[options.model], vocab=options.vocab)
-    empty = gpu_common.on_meta(lambda: LlamaShaped(shape), torch.bfloat16)
-    workload = profile_model(empty, options.sequence, name=f"llama-shaped {options.model}")
+    family = FAMILIES[options.family](options.model, options.vocab)
+    workload = profile_model(family.empty(), options.sequence, name=family.name)
     hardware = gpu_common.profile_of(options.profile)
     for tokens_per_step in map(int, options.tokens_per_step.split(",")):
         batch = max(1, tokens_per_step // options.sequence)
-        yield Case(shape, batch, options, device, hardware, workload, storage, options.micro_tokens)
+        yield Case(family, batch, options, device, hardware, workload, storage, options.micro_tokens)
 
 
 def main() -> None:

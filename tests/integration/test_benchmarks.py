@@ -55,6 +55,15 @@ def test_the_gpu_training_benchmark_has_the_same_losses_everywhere_and_says_what
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_the_gpu_training_benchmark_has_those_losses_for_a_model_of_transformers_too(tmp_path):
+    """Its loss in chunks here, and in parts of the batch that add up in plain torch."""
+    rows = rows_of("gpu_train.py", tmp_path, "--family", "transformers", "--placements", "gpu,host,storage")
+    assert rows["host"]["loss"] == rows["storage"]["loss"]
+    assert abs(rows["gpu"]["loss"] - rows["host"]["loss"]) < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_gpu_training_benchmark_leaves_out_rows_that_there_is_no_time_for(tmp_path):
     rows = rows_of("gpu_train.py", tmp_path, "--placements", "gpu,host", "--seconds", "0")
     assert all("no time" in row["not_run"] for row in rows.values())
