@@ -9,13 +9,28 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from offload.tiers.device import CudaDevice
 
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+"""Among the devices of a test that takes the fixture `device`."""
+
 COPY_CYCLES = 12_000_000
 """A device sleep of about 7 ms before each copy: several times what a small block computes."""
 
 
+def arithmetic_of(device):
+    """The setting `device` of a run without transfers whose numbers are the standard for runs on `device`."""
+    return {"device": "cuda" if device == "cuda" else "cpu"}
+
+
 @contextlib.contextmanager
-def deterministic_cuda(monkeypatch):
-    """Skips without a CUDA device. Attention is written out: the backward of its fused kernels is not deterministic.
+def ready(device, monkeypatch):
+    """`device`, with deterministic kernels where it is CUDA."""
+    with deterministic_cuda(monkeypatch) if device == "cuda" else contextlib.nullcontext():
+        yield device
+
+
+@contextlib.contextmanager
+def deterministic_cuda(monkeypatch, attention=SDPBackend.MATH):
+    """Skips without a CUDA device. Attention is written out: not every fused kernel's backward is deterministic.
 
     Budgets of a few MB place state as small models need it, and torch's allocator is not held to them: it takes 20 MiB
     at once.
@@ -27,7 +42,7 @@ def deterministic_cuda(monkeypatch):
     monkeypatch.setitem(os.environ, "CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(attention):
             yield
     finally:
         torch.use_deterministic_algorithms(False)

@@ -1,8 +1,9 @@
-"""What tests of the command line start from, and NaN in what recomputation skips."""
+"""What tests of the command line start from, devices, and NaN in what recomputation skips."""
 
 import pytest
 
 from offload.runtime import recompute
+from tests.cuda import CUDA, ready
 from tests.integration.command_line import make_workplace
 
 
@@ -11,6 +12,13 @@ def workplace(tmp_path, monkeypatch):
     """A model directory and a text; no profile of this machine."""
     monkeypatch.setenv("OFFLOAD_PROFILE", str(tmp_path / "profile.json"))
     return make_workplace(tmp_path)
+
+
+@pytest.fixture(params=["emulated", CUDA])
+def device(request, monkeypatch):
+    """Each device with memory of its own, or those a test is parametrized with (indirect), for exact comparisons."""
+    with ready(request.param, monkeypatch) as name:
+        yield name
 
 
 @pytest.fixture

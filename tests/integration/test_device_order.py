@@ -21,11 +21,10 @@ from offload.stores.activations import ActivationStore
 from offload.telemetry import SpanLog, Stalls
 from offload.tiers.device import CudaDevice
 from offload.transfer.copies import Copies
-from tests.cuda import deterministic_cuda, sleepy_copies
+from tests.cuda import CUDA, ready, sleepy_copies
 from tests.device_order import OrderedDevice, follow_writes_of_activations, watching
 from tests.integration.stack import UpDown, parameters_of, take_steps
 
-DEVICES = ["ordered", pytest.param("cuda", marks=pytest.mark.gpu)]
 WIDTH, ROWS = 64, 64
 BLOCK_CYCLES = 4_000_000
 """A device sleep of about 2 ms in each block."""
@@ -64,11 +63,11 @@ def train(device, directory, n_steps=3, **settings):
         model.offload.close()
 
 
-@pytest.fixture(params=DEVICES)
+@pytest.fixture(params=["ordered", CUDA])
 def device(request, monkeypatch):
     monkeypatch.setattr(assembly, "EmulatedDevice", OrderedDevice)
-    with deterministic_cuda(monkeypatch) if request.param == "cuda" else contextlib.nullcontext():
-        yield request.param
+    with ready(request.param, monkeypatch) as name:
+        yield name
 
 
 def races(device, directory, without=None, **settings):

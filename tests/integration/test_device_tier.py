@@ -3,7 +3,6 @@
 The emulated device runs everywhere; the same tests run on a CUDA device where there is one (marker `gpu`).
 """
 
-import contextlib
 import json
 import logging
 import os
@@ -29,7 +28,7 @@ from offload.tiers.emulated_device import EmulatedDevice
 from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Ticket
 from tests.conftest import batches, build, one_thread, two_groups
-from tests.cuda import deterministic_cuda, sleepy_copies
+from tests.cuda import arithmetic_of, deterministic_cuda, sleepy_copies
 from tests.integration.stack import differs, train_stack
 from tests.integration.test_exactness import CHUNK, assert_same_bits, stored, train, train_in_memory
 
@@ -38,20 +37,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks
 from llama_shaped import LlamaShaped, Shape
 from trace_analysis import STEP, analyse
 
-DEVICES = ["emulated", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=DEVICES)
-def device(request, monkeypatch):
-    with deterministic_cuda(monkeypatch) if request.param == "cuda" else contextlib.nullcontext():
-        yield request.param
-
 
 def reference(device):
     """Everything in host memory, on the same device: its arithmetic is the standard."""
-    name = "cpu" if device == "emulated" else device
     return {
-        "device": name, "step_aside": "never", "device_memory": "1GB", "host_memory": "1GB", "storage": [],
+        **arithmetic_of(device), "step_aside": "never", "device_memory": "1GB", "host_memory": "1GB", "storage": [],
     }  # fmt: skip
 
 

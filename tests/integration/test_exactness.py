@@ -9,6 +9,7 @@ import torch
 import offload
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from tests.conftest import batches, build, two_groups
+from tests.cuda import CUDA, arithmetic_of
 
 CHUNK = 4096
 STAGING = 4 * CHUNK * 14 + ACTIVATION_STAGING_NBYTES_MIN
@@ -61,7 +62,8 @@ _IN_MEMORY = {}
 def train_in_memory(kind, settings, *dtype, **options):
     """What `train` gives with settings that have no storage: the oracle of many tests, made once for each of them."""
     assert settings["storage"] == []
-    key = (kind, repr(sorted(settings.items())), dtype, tuple(sorted(options.items())))
+    attention = torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()
+    key = (kind, repr(sorted(settings.items())), dtype, tuple(sorted(options.items())), attention)
     if key not in _IN_MEMORY:
         _IN_MEMORY[key] = train(kind, settings, *dtype, **options)
     return _IN_MEMORY[key]
@@ -74,6 +76,22 @@ def assert_same_bits(got, expected):
         assert torch.equal(got[0][name], expected[0][name]), name
 
 
+def in_memory_on(device, **settings):
+    """The oracle's settings: no transfer but the gradients' and parameters' where the device has memory of its own."""
+    return {
+        **IN_MEMORY,
+        **arithmetic_of(device),
+        "step_aside": "never" if device == "cuda" else "auto",
+        **settings,
+    }
+
+
+def stored_for(device, directory, *more, more_host_memory=0, **settings):
+    """`stored` on `device`, with what that needs of host memory for copies."""
+    host_memory = STAGING + COPIED[device] + more_host_memory
+    return stored(directory, *more, device=device, host_memory=host_memory, **settings)
+
+
 def stored(directory, *more, **settings):
     return {
         "step_aside": "never",
@@ -84,12 +102,18 @@ def stored(directory, *more, **settings):
     }
 
 
+on_cpu_and_gpu = pytest.mark.parametrize("device", ["cpu", CUDA], indirect=True)
+COPIED = {"cpu": 0, "cuda": 2_000_000}
+"""Bytes of host memory by device: slots, and what gradients are copied to, where the device has memory of its own."""
+
+
+@on_cpu_and_gpu
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "bert"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_everything_on_storage_has_the_bits_of_everything_in_memory(tmp_path, kind, dtype):
-    expected = train_in_memory(kind, {**IN_MEMORY, "update": "backward"}, dtype)
+def test_everything_on_storage_has_the_bits_of_everything_in_memory(tmp_path, kind, dtype, device):
+    expected = train_in_memory(kind, in_memory_on(device, update="backward"), dtype)
     for update in ("backward", "deferred"):
-        settings = stored(tmp_path, update=update, prefetch_blocks=1)
+        settings = stored_for(device, tmp_path, update=update, prefetch_blocks=1)
         assert_same_bits(train(kind, settings, dtype), expected)
 
 
@@ -102,25 +126,27 @@ def test_everything_on_storage_has_the_bits_of_everything_in_memory(tmp_path, ki
         {"direct_io": False},
         {"stripe_nbytes": 8192, "two_drives": True},
         {"stripe_nbytes": 8192, "two_drives": True, "update": "deferred"},
-        {"host_memory": STAGING + 150_000},
-        {"host_memory": STAGING + 600_000, "update": "deferred"},
+        {"more_host_memory": 150_000},
+        {"more_host_memory": 600_000, "update": "deferred"},
         {"activations": "keep", "prefetch_blocks": 1},
         {"activations": "storage", "prefetch_blocks": 1},
         {"chunk_buffers": 2, "update_threads": 3},
     ],
     ids=lambda s: "-".join(map(str, s)),
 )
-def test_placement_drives_backend_and_window_do_not_change_a_bit(tmp_path, settings):
-    expected = train_in_memory("llama", IN_MEMORY)
+@on_cpu_and_gpu
+def test_placement_drives_backend_and_window_do_not_change_a_bit(tmp_path, settings, device):
+    expected = train_in_memory("llama", in_memory_on(device))
     settings = dict(settings)
     more = [str(tmp_path / "second")] if settings.pop("two_drives", False) else []
-    assert_same_bits(train("llama", stored(tmp_path, *more, **settings)), expected)
+    assert_same_bits(train("llama", stored_for(device, tmp_path, *more, **settings)), expected)
 
 
+@on_cpu_and_gpu
 @pytest.mark.parametrize(
     "case", ["frozen", "frozen_root", "tied", "accumulation", "clipping", "dropout", "adam"]
 )
-def test_no_feature_of_a_loop_changes_a_bit(tmp_path, case):
+def test_no_feature_of_a_loop_changes_a_bit(tmp_path, case, device):
     options, settings = {}, {}
     if case == "frozen":
         options["freeze"] = "layers.1"
@@ -136,15 +162,16 @@ def test_no_feature_of_a_loop_changes_a_bit(tmp_path, case):
         options["dropout"] = 0.2
     if case == "adam":
         options["optimizer"] = lambda model: two_groups(model, kind=torch.optim.Adam)
-    expected = train_in_memory("llama", {**IN_MEMORY, **settings}, **options)
+    expected = train_in_memory("llama", in_memory_on(device, **settings), **options)
     for update in ("backward", "deferred") if case != "clipping" else ("deferred",):
-        got = train("llama", stored(tmp_path, prefetch_blocks=1, update=update, **settings), **options)
+        stores = stored_for(device, tmp_path, prefetch_blocks=1, update=update, **settings)
+        got = train("llama", stores, **options)
         assert_same_bits(got, expected)
 
 
 @functools.cache
-def torch_reference(kind, n_steps=20, accumulate=1, max_grad_norm=None, freeze=None, **shape):
-    model = build(kind, torch.float32, **shape)
+def torch_reference(kind, device, n_steps=20, accumulate=1, max_grad_norm=None, freeze=None, **shape):
+    model = build(kind, torch.float32, **shape).to(device)
     if freeze:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(freeze not in name)
@@ -152,14 +179,14 @@ def torch_reference(kind, n_steps=20, accumulate=1, max_grad_norm=None, freeze=N
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
     torch.manual_seed(7)
     for whole in batches(n_steps, batch=4 * accumulate):
-        for part in whole.chunk(accumulate):
+        for part in whole.to(device).chunk(accumulate):
             (model(input_ids=part, labels=part).loss / accumulate).backward()
         if max_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
 
 
 # Bound: AdamW's first steps move a parameter by about lr whatever the gradient's size, so a gradient that differs in
@@ -167,6 +194,7 @@ def torch_reference(kind, n_steps=20, accumulate=1, max_grad_norm=None, freeze=N
 BOUND = 4e-5
 
 
+@on_cpu_and_gpu
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -181,10 +209,11 @@ BOUND = 4e-5
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
 )
-def test_parameters_stay_within_the_stated_bound_of_plain_torch(tmp_path, kind, options):
-    assert_within_bound(tmp_path, kind, options)
+def test_parameters_stay_within_the_stated_bound_of_plain_torch(tmp_path, kind, options, device):
+    assert_within_bound(tmp_path, kind, options, device)
 
 
+@on_cpu_and_gpu
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -197,14 +226,14 @@ def test_parameters_stay_within_the_stated_bound_of_plain_torch(tmp_path, kind, 
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
 )
-def test_with_micro_batches_parameters_stay_within_the_same_bound(tmp_path, kind, options):
-    assert_within_bound(tmp_path, kind, options, micro_batches=2)
+def test_with_micro_batches_parameters_stay_within_the_same_bound(tmp_path, kind, options, device):
+    assert_within_bound(tmp_path, kind, options, device, micro_batches=2)
 
 
-def assert_within_bound(directory, kind, options, micro_batches=1):
-    reference = torch_reference(kind, **options)
+def assert_within_bound(directory, kind, options, device, micro_batches=1):
+    reference = torch_reference(kind, device, **options)
     options = dict(options)
-    settings = stored(directory, prefetch_blocks=1, micro_batches=micro_batches)
+    settings = stored_for(device, directory, prefetch_blocks=1, micro_batches=micro_batches)
     if "max_grad_norm" in options:
         settings["max_grad_norm"] = options.pop("max_grad_norm")
     parameters, _ = train(kind, settings, torch.float32, **options)
@@ -212,19 +241,21 @@ def assert_within_bound(directory, kind, options, micro_batches=1):
         assert (parameters[name] - expected).abs().max() <= BOUND, name
 
 
-def test_bf16_compute_keeps_the_exact_fp32_master(tmp_path):
+@on_cpu_and_gpu
+def test_bf16_compute_keeps_the_exact_fp32_master(tmp_path, device):
     """With compute_dtype=bf16 an fp32 model's low halves survive: small updates add up that bf16 would round away."""
     model = build("llama", torch.float32, layers=2)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0)
     model, optimizer = offload.wrap(
-        model, optimizer, compute_dtype=torch.bfloat16, chunk_elements=CHUNK, **stored(tmp_path)
+        model, optimizer, compute_dtype=torch.bfloat16, chunk_elements=CHUNK, **stored_for(device, tmp_path)
     )
     for batch in batches(200):
+        batch = batch.to(model.offload.device)
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    after = {name: t.float() for block in model.offload.iter_blocks() for name, t in block}
+    after = {name: t.float().cpu() for block in model.offload.iter_blocks() for name, t in block}
     model.offload.close()
     name = "model.layers.0.self_attn.q_proj.weight"
     moved = (after[name] != before[name].to(torch.bfloat16).float()).float().mean()

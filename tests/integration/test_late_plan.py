@@ -31,6 +31,7 @@ def trained(tmp_path, n_steps=4, dtype=torch.bfloat16, dropout=0.0, **settings):
         **{"device": "cpu", **ROOMY, **settings},
     )  # fmt: skip
     for batch in batches(n_steps):
+        batch = batch.to(model.offload.device)
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -43,8 +44,13 @@ def kept_outcomes(plan):
     return {outcome for block in plan.activations for name, outcome in block.items() if name != INPUT}
 
 
+CLIPPED = {"max_grad_norm": 0.5, "micro_batches": 2}
+
+
 @pytest.mark.parametrize(
-    ("device", "more"), [("cpu", {}), ("emulated", {"max_grad_norm": 0.5, "micro_batches": 2})]
+    ("device", "more"),
+    [("cpu", {}), ("emulated", CLIPPED), pytest.param("cuda", CLIPPED, marks=pytest.mark.gpu)],
+    indirect=["device"],
 )
 def test_the_bits_are_those_without_a_plan_and_what_has_room_is_kept(tmp_path, worth_it, device, more):
     plain, before = trained(tmp_path, plan="none", device=device, **more)

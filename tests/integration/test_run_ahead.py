@@ -11,6 +11,7 @@ from offload.runtime.gradients import Gradients
 from offload.runtime.scheduler import Scheduler
 from offload.transfer.copies import Copies
 from tests.conftest import batches, build, two_groups
+from tests.cuda import CUDA
 from tests.planning import lohan_machine
 
 N_BLOCKS = 6
@@ -91,7 +92,7 @@ def updates(monkeypatch):
 
 
 @pytest.mark.parametrize("step_of", [once, accumulating_from_third, two_forwards_from_third])
-@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("device", ["cpu", "emulated", CUDA], indirect=True)
 def test_gradients_that_come_once_and_then_add_up_give_the_bits_of_fp32_ones(tmp_path, device, step_of):
     fp32, _ = trained(tmp_path, "deferred", step_of, device=device)
     as_they_come, _ = trained(tmp_path, "backward", step_of, device=device)
@@ -167,7 +168,7 @@ def test_a_planned_run_keeps_parameters_where_there_is_room_and_holds_the_same_u
         assert also_counted[key] <= counted[key]
 
 
-@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("device", ["cpu", "emulated", CUDA], indirect=True)
 def test_training_goes_on_after_a_failed_backward_in_deferred_mode_and_is_refused_or_exact_otherwise(
     tmp_path, device
 ):

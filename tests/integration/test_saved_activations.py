@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import offload
 from offload.runtime import recompute
+from tests.cuda import CUDA, arithmetic_of
 from tests.integration.test_exactness import (
     CHUNK,
     IN_MEMORY,
@@ -23,20 +24,26 @@ TIERS = ["recompute", "device", "host", "storage"]
 ROOMY = {"host_memory": "50MB"}
 
 
-@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def kept_whole_on(device):
+    """Plain torch on a CPU; on a GPU the update is the host's, so the state is there too."""
+    where = {"step_aside": "never", "activations": "keep"} if device == "cuda" else {"step_aside": "always"}
+    return {**IN_MEMORY, **arithmetic_of(device), **where}
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated", CUDA], indirect=True)
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "bert"])
 def test_with_dropout_every_tier_has_the_bits_of_a_graph_kept_whole(tmp_path, kind, tier, device):
-    expected = train_in_memory(kind, {**IN_MEMORY, "step_aside": "always"}, n_steps=4, dropout=0.1)
+    expected = train_in_memory(kind, kept_whole_on(device), n_steps=4, dropout=0.1)
     settings = stored(tmp_path, device=device, saved_activations=tier, **ROOMY)
     assert_same_bits(train(kind, settings, n_steps=4, dropout=0.1), expected)
 
 
-@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("device", ["cpu", "emulated", CUDA], indirect=True)
 @pytest.mark.parametrize("host_memory", ["1MB", "50MB"])
 def test_inputs_and_results_on_storage_together_are_all_read_back(tmp_path, device, host_memory):
     """What is read ahead for the block before fills the staging while this block still needs it."""
-    expected = train_in_memory("llama", {**IN_MEMORY, "step_aside": "always"}, n_steps=4)
+    expected = train_in_memory("llama", kept_whole_on(device), n_steps=4)
     settings = stored(
         tmp_path, device=device, saved_activations="storage", activations="storage", host_memory=host_memory
     )
@@ -44,12 +51,13 @@ def test_inputs_and_results_on_storage_together_are_all_read_back(tmp_path, devi
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_with_micro_batches_clipping_and_deferred_updates_too(tmp_path, tier):
+def test_with_micro_batches_clipping_and_deferred_updates_too(tmp_path, tier, device):
     same = {"micro_batches": 3, "max_grad_norm": 0.5, "step_aside": "never"}
-    expected = train_in_memory("llama", {**IN_MEMORY, **same, "activations": "keep"}, n_steps=4)
-    settings = stored(
-        tmp_path, device="emulated", bus_bytes_per_s=2e8, saved_activations=tier, **ROOMY, **same
-    )
+    in_memory = {**IN_MEMORY, **arithmetic_of(device), **same, "activations": "keep"}
+    expected = train_in_memory("llama", in_memory, n_steps=4)
+    settings = stored(tmp_path, device=device, saved_activations=tier, **ROOMY, **same)
+    if device == "emulated":
+        settings["bus_bytes_per_s"] = 2e8
     assert_same_bits(train("llama", settings, n_steps=4), expected)
 
 

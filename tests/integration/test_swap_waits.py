@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.attention import SDPBackend
 
 import offload
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
@@ -22,6 +23,7 @@ from offload.tiers.host import Lease
 from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Ticket
 from tests.conftest import one_thread
+from tests.cuda import arithmetic_of, deterministic_cuda
 from tests.integration.test_exactness import (
     CHUNK,
     IN_MEMORY,
@@ -42,18 +44,39 @@ SLOW_BUS = 2e7
 # ---- any policy ----------------------------------------------------------------------------------------------
 
 
+ANY_POLICY = {
+    "kind": st.sampled_from(["llama", "gpt2", "bert"]),
+    "micro_batches": st.sampled_from([1, 2, 4]),
+    "host_memory": st.sampled_from([2_000_000, 50_000_000]),
+    "outcomes": st.sets(st.sampled_from(["device", "host", "storage", "recompute"]), min_size=1),
+    "seed": st.integers(0, 2**32),
+}
+
+
 @examples(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    kind=st.sampled_from(["llama", "gpt2", "bert"]),
-    micro_batches=st.sampled_from([1, 2, 4]),
-    device=st.sampled_from(["cpu", "emulated"]),
-    bus_bytes_per_s=st.sampled_from([None, 2e8]),
-    host_memory=st.sampled_from([2_000_000, 50_000_000]),
-    outcomes=st.sets(st.sampled_from(["device", "host", "storage", "recompute"]), min_size=1),
-    seed=st.integers(0, 2**32),
+    device=st.sampled_from(["cpu", "emulated"]), bus_bytes_per_s=st.sampled_from([None, 2e8]), **ANY_POLICY
 )
 def test_any_policy_for_each_tensor_has_the_bits_of_a_graph_kept_whole(
-    tmp_path_factory, kind, micro_batches, device, bus_bytes_per_s, host_memory, outcomes, seed
+    tmp_path_factory, device, bus_bytes_per_s, **drawn
+):
+    settings = {"device": device}
+    if device == "emulated":
+        settings["bus_bytes_per_s"] = bus_bytes_per_s
+    assert_has_the_bits_of_a_graph_kept_whole(tmp_path_factory.mktemp("any"), settings, **drawn)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("attention", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], ids=str)
+@examples(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(**ANY_POLICY)
+def test_any_policy_has_those_bits_on_a_gpu_with_fused_attention_too(tmp_path_factory, attention, **drawn):
+    with pytest.MonkeyPatch.context() as patch, deterministic_cuda(patch, attention):
+        assert_has_the_bits_of_a_graph_kept_whole(tmp_path_factory.mktemp("any"), {"device": "cuda"}, **drawn)
+
+
+def assert_has_the_bits_of_a_graph_kept_whole(
+    directory, device_settings, kind, micro_batches, host_memory, outcomes, seed
 ):
     def policy(engine, block, recipe):
         draw = random.Random(f"{seed} {block.index}")
@@ -61,14 +84,11 @@ def test_any_policy_for_each_tensor_has_the_bits_of_a_graph_kept_whole(
         return {op: outcome for op, outcome in drawn.items() if outcome != "recompute"}
 
     kept_whole = {
-        **IN_MEMORY, "activations": "keep", "step_aside": "never", "micro_batches": micro_batches
+        **IN_MEMORY, **arithmetic_of(device_settings["device"]), "activations": "keep", "step_aside": "never",
+        "micro_batches": micro_batches,
     }  # fmt: skip
     expected = train_in_memory(kind, kept_whole, n_steps=3, layers=3, dropout=0.1)
-    settings = stored(
-        tmp_path_factory.mktemp("any"), device=device, micro_batches=micro_batches, host_memory=host_memory
-    )
-    if device == "emulated":
-        settings["bus_bytes_per_s"] = bus_bytes_per_s
+    settings = stored(directory, **device_settings, micro_batches=micro_batches, host_memory=host_memory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OffloadEngine, "tiers_of_saved", policy)
         assert_same_bits(train(kind, settings, n_steps=3, layers=3, dropout=0.1), expected)
