@@ -40,10 +40,12 @@ device=(--device cuda --storage "$STORAGE")
 
 # Each stage: commands whose last argument group bounds their time. $1 is the stage's seconds.
 build() {
-  if [ ! -e /usr/include/liburing.h ] && compgen -G "$CARRY/liburing/*.deb" >/dev/null; then
-    for package in "$CARRY"/liburing/*.deb; do dpkg -x "$package" / || true; done
-    ldconfig || true
-  fi
+  for library in liburing libaio; do
+    if [ ! -e "/usr/include/$library.h" ] && compgen -G "$CARRY/$library/*.deb" >/dev/null; then
+      for package in "$CARRY/$library"/*.deb; do dpkg -x "$package" / || true; done
+      ldconfig || true
+    fi
+  done
   if "$PYTHON" -c 'import offload._C' 2>/dev/null && [ -z "$(find csrc setup.py -newer offload/_C.*.so)" ]; then
     echo "the extension is here already"
     return
