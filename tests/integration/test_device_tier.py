@@ -23,8 +23,10 @@ import offload
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from offload.runtime.device_residency import CopiedResidency
 from offload.stores.activations import ActivationStore
-from offload.tiers.device import PAST
+from offload.tiers.device import PAST, CudaDevice
 from offload.tiers.emulated_device import EmulatedDevice
+from offload.tiers.host import HostArena
+from offload.tiers.storage import Store
 from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Ticket
 from tests.conftest import batches, build, one_thread, two_groups
@@ -186,6 +188,45 @@ def test_a_steady_step_on_a_gpu_asks_the_driver_for_nothing_and_its_launching_th
     assert found["pageable_copies"] == 0
     assert found["h2d_bytes"] > 0
     assert found["d2h_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        *PLACEMENTS.values(),
+        {"saved_activations": "host", "host_memory": "100MB"},
+        {"saved_activations": "storage", "activations": "storage", "host_memory": "100MB"},
+        {"saved_activations": "device", "max_grad_norm": 0.5},
+    ],
+    ids=str,
+)
+def test_a_steady_step_takes_no_memory_of_host_device_or_storage(tmp_path, device, monkeypatch, more):
+    taken = []
+
+    def counted(owner, name):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *given: (taken.append(name), real(*given))[1])
+
+    counted(HostArena, "__init__")
+    counted(Store, "grow")
+    for kind in (EmulatedDevice, CudaDevice):
+        counted(kind, "allocate")
+        counted(kind, "page_lock")
+    model = build("llama", torch.bfloat16, layers=6)
+    model, optimizer = offload.wrap(
+        model, two_groups(model), chunk_elements=CHUNK, micro_batches=2, **on(device, tmp_path, **more)
+    )
+    assert "__init__" in taken
+    assert "allocate" in taken
+    for n, batch in enumerate(batches(5)):
+        if n == 3:  # one writes recipes, one uses them first
+            taken.clear()
+        batch = batch.to(model.offload.device)
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.offload.close()
+    assert taken == []
 
 
 # ---- every wait is needed ------------------------------------------------------------------------------------
