@@ -17,6 +17,11 @@ SEGMENT_ELEMENTS = 256
 scale, and no scale may belong to two parameters."""
 
 
+ROOT_PARTS = 16
+"""On a device with memory of its own the root's gradients, update and parameters follow each other in at most so many
+parts of each flat buffer: a sixteenth is not overlapped."""
+
+
 class BlockState(enum.Enum):
     """Where a block's parameters are. The legal moves are in `BLOCK_MOVES`."""
 

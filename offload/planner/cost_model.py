@@ -17,6 +17,7 @@ from offload.planner.placement import HOST_SLOTS
 from offload.planner.plan import GRAD_ONCE_NBYTES, StateFormat
 from offload.planner.rates import Rates, rates_of
 from offload.planner.workload import Workload
+from offload.types import ROOT_PARTS
 
 OVERLAP_ORDER = 8.0
 """Found by simulating: how much longer a phase is than its busiest resource. docs/planner.md, what was tried."""
@@ -364,12 +365,14 @@ class CostModel:
         forward_s = self._phase(forward, load, launches_s + load.deferred_fraction * one_update_s)
         early_update_s = (1 - load.deferred_fraction) * one_update_s
         backward_s = self._phase(backward, load, early_update_s + gradient_s + launches_s)
-        tail_s = (
-            tail_traffic.d2h / self.rates.bus.d2h
-            + np.maximum(tail["storage"], tail["cpu"])
-            + tail_traffic.h2d / self.rates.bus.h2d
-            + self.hardware.step_overhead_s
+        stages = (
+            tail_traffic.d2h / self.rates.bus.d2h,
+            np.maximum(tail["storage"], tail["cpu"]),
+            tail_traffic.h2d / self.rates.bus.h2d,
         )
+        longest = np.maximum(np.maximum(stages[0], stages[1]), stages[2])
+        n_parts = 1 if load.serial_update else ROOT_PARTS
+        tail_s = longest + (sum(stages) - longest) / n_parts + self.hardware.step_overhead_s
         whole = [forward[name] + backward[name] + tail[name] for name in RESOURCES]
         lower_bound = whole[0]
         for value in whole[1:]:

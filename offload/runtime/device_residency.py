@@ -17,7 +17,9 @@ from offload.transfer.copies import Copies
 
 
 class Residency(Protocol):
-    """What the scheduler needs of either."""
+    """What the scheduler needs of either. `copies`: parameters are copied to the device and gradients from it."""
+
+    copies: bool
 
     def holds(self, block: BlockRecord) -> bool: ...
     def needs_host_slot(self, phase: Phase) -> bool: ...
@@ -30,6 +32,8 @@ class Residency(Protocol):
 
 class SharedResidency:
     """The host slot is the device's: loading binds the parameters to it."""
+
+    copies = False
 
     def __init__(self, torch_device: torch.device) -> None:
         self._torch_device = torch_device
@@ -69,6 +73,8 @@ class SharedResidency:
 class CopiedResidency:
     """Device slots of one size, each owned by one block from the start of its load until it is dropped."""
 
+    copies = True
+
     def __init__(self, slots: list[DeviceSlot], device: DeviceTier, copies: Copies) -> None:
         self._slots = slots
         self._device = device
@@ -97,7 +103,13 @@ class CopiedResidency:
         nbytes = block.layout.slot_nbytes
         target, source = block.device_slot.bytes_tensor[:nbytes], block.slot.bytes_tensor[:nbytes]
         after = [block.device_slot.free_after]
-        block.loaded = self._copies.h2d_when(block.tickets, f"load {block.label}", target, source, after)
+        if not block.loaded.done():  # another thread may still have to start it
+            after.append(block.loaded)
+        name = f"load {block.label}"
+        if block.arriving:
+            block.loaded = self._copies.h2d_in_parts(block.arriving, name, target, source, after)
+        else:
+            block.loaded = self._copies.h2d_when(block.tickets, name, target, source, after)
         block.device_slot.free_after = block.loaded  # for when it is given up before it was used
         block.device_stale = False
         block.bind()

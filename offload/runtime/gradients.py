@@ -8,13 +8,14 @@ good; micro-batches and updates that wait have fp32 from the start.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from offload.errors import BudgetError, UsageError
 from offload.model.flat import FlatBuffer
 from offload.runtime import taken_gradients
+from offload.runtime.update_jobs import Part
 from offload.stores.block_store import BlockRecord, GradBuffer
 from offload.telemetry import SpanLog, Stalls
 from offload.tiers.device import DeviceTier
@@ -120,10 +121,10 @@ class Gradients:
 
     # ---- out of the device -----------------------------------------------------------------------------------
 
-    def hand_over(self, block: BlockRecord, segments_of: Sequence[Sequence[tuple[int, int, object]]]) -> None:
+    def hand_over(self, block: BlockRecord, parts: list[Part] | None) -> None:
         """Let the update have the gradients: `grad_out` holds them once `grad_gate` (None: now) has completed.
 
-        `segments_of`: per flat buffer the (start, n, ...) that the update reads; of the root no more leaves the device.
+        `parts`: of the root on a device of its own; no more leaves the device than they name, and each gets its gate.
         """
         buffer = block.grad_buffer
         if buffer is None:
@@ -133,7 +134,12 @@ class Gradients:
         else:
             out = block.grad_out_home or self._take(self._out_buffers)
             out.owner, block.grad_out = block, out
-            self._copy_out(block, buffer, out.plane, _ranges(block, segments_of) if block.is_root else None)
+            if parts is None:
+                self._copy_out(block, buffer, out.plane)
+            for part in parts or ():
+                if part.segments:
+                    self._copy_out(block, buffer, out.plane, _ranges(block, part))
+                    part.gate = block.grad_gate
         if not block.is_root:
             if not self._device.shares_host:
                 buffer.release()
@@ -276,16 +282,14 @@ def _halves(buffers: list[GradBuffer]) -> list[GradBuffer]:
     return [GradBuffer(half) for buffer in buffers for half in buffer.plane.view(torch.bfloat16).chunk(2)]
 
 
-def _ranges(
-    block: BlockRecord, segments_of: Sequence[Sequence[tuple[int, int, object]]]
-) -> list[tuple[int, int]]:
-    """Elements of the block's gradient plane that the segments cover; what touches is one range."""
+def _ranges(block: BlockRecord, part: Part) -> list[tuple[int, int]]:
+    """Elements of the block's gradient plane that the part's segments cover; what touches is one range."""
     ranges: list[tuple[int, int]] = []
-    for buffer, segments in zip(block.layout.buffers, segments_of, strict=True):
-        for start, n, _ in segments:
-            first = buffer.grad_start + start
-            if ranges and first - ranges[-1][1] < SEGMENT_ELEMENTS:
-                ranges[-1] = (ranges[-1][0], first + n)
-            else:
-                ranges.append((first, first + n))
+    grad_start = block.layout.buffers[part.position].grad_start
+    for start, n, _ in part.segments:
+        first = grad_start + start
+        if ranges and first - ranges[-1][1] < SEGMENT_ELEMENTS:
+            ranges[-1] = (ranges[-1][0], first + n)
+        else:
+            ranges.append((first, first + n))
     return ranges

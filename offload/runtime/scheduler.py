@@ -22,8 +22,10 @@ from offload.runtime.gradients import Gradients
 from offload.runtime.in_device import InDeviceState
 from offload.runtime.update_jobs import (
     HyperOf,
+    Part,
     RootParts,
     Segments,
+    in_parts,
     make_job,
     needs_job,
     param_offset,
@@ -103,7 +105,7 @@ class Scheduler:
                 raise
         if block.state is BlockState.FETCHING and block.sides is not None and block.sides.verifies:
             self._verify(block, block.sides)
-        block.tickets = []
+        block.tickets, block.arriving = [], []
         updated = block.state is BlockState.UPDATING
         if block.state is not BlockState.RESIDENT:
             block.move(BlockState.RESIDENT)
@@ -273,9 +275,9 @@ class Scheduler:
         root = self.root
         if root.pending_update:
             self.fetch(root, must=True)
-        self.wait_resident(root)
         if root.device_stale:
-            self._residency.load(root, {}, must=True)
+            self._residency.load(root, {}, must=True)  # what has been updated, while the rest still is
+        self.wait_resident(root)
         self._residency.begin_use(root)
 
     # ---- updates ---------------------------------------------------------------------------------------------
@@ -300,13 +302,14 @@ class Scheduler:
     ) -> None:
         self._pending_segments[block.index] = segments_of
         self.wait_resident(block)
-        self.gradients.hand_over(block, segments_of)
+        parts = in_parts(block, segments_of) if block.is_root and self._residency.copies else None
+        self.gradients.hand_over(block, parts)
         self._residency.outdated(block)
         read_param = block.state is BlockState.STORED
         if read_param:
             self._take_slot(block, must=True)
             self._wait_free(block)
-        self._submit_update(block, read_param=read_param, only=only)
+        self._submit_update(block, read_param=read_param, only=only, parts=parts)
 
     def update_early(self, final: set[int], chunks: list[list[Range]], hyper_of: HyperOf) -> None:
         """Start the update of those `chunks` of the root whose gradients are `final` (runtime/early_root.py).
@@ -360,7 +363,12 @@ class Scheduler:
         block.pending_update = True
 
     def _submit_update(
-        self, block: BlockRecord, *, read_param: bool, only: list[list[Range]] | None = None
+        self,
+        block: BlockRecord,
+        *,
+        read_param: bool,
+        only: list[list[Range]] | None = None,
+        parts: list[Part] | None = None,
     ) -> None:
         with self._stalls.waiting("save"):
             self.before_update(block)
@@ -371,16 +379,17 @@ class Scheduler:
         for position, buffer in enumerate(block.layout.buffers):
             chunks = self._chunks_to_move(block, position, only)
             if chunks is not None and needs_job(block, position, segments_of[position]):
-                job = make_job(
-                    block,
-                    position,
-                    segments_of[position],
-                    read_param=read_param,
-                    only=chunks,
-                    gate=gate,
-                    store=self._store,
-                )
-                block.tickets.append(self._pipeline.submit(job))
+                whole = Part(position, 0, buffer.n_elements, segments_of[position], block.grad_gate)
+                for part in [whole] if parts is None else [p for p in parts if p.position == position]:
+                    moved = chunks if parts is None or block.sides is None else part.chunks(chunks)
+                    if moved is None or not needs_job(block, position, part.segments):
+                        continue
+                    job = make_job(
+                        block, part, read_param=read_param, only=moved, write_gate=gate, store=self._store
+                    )
+                    block.tickets.append(self._pipeline.submit(job))
+                    if parts is not None:
+                        block.arriving.append((part.end_nbytes(buffer), block.tickets[-1]))
             elif read_param and self._store is not None:
                 address, offset = block.plane(buffer).data_ptr(), param_offset(block, position)
                 block.tickets.append(self._store.engine.read(address, buffer.plane_nbytes, offset))

@@ -1,20 +1,27 @@
 """The update of a block as jobs of the pipeline: which elements, where each plane is read and where it is written.
 
-A job updates one flat buffer. When it is submitted, and for which blocks, is the scheduler's.
+A job updates one flat buffer, or a part of the root's. When it is submitted, and for which blocks, is the scheduler's.
+
+[Note: the root in parts] The next forward waits for the root's update, and that for its last gradients; nothing hides
+either. On a device with memory of its own the root therefore goes through in parts: while one part's gradients leave
+the device, the one before is updated, and the parameters of the one before that are on their way back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from offload.model.flat import FlatBuffer
 from offload.runtime.chunk_update import chunk_update
 from offload.runtime.early_root import Range, split
 from offload.stores.block_store import BlockRecord
 from offload.tiers.storage import Store
 from offload.transfer.io_engine import Hyper, Ticket, UpdateJob
+from offload.types import ROOT_PARTS, round_up
 
 Segments = list[tuple[int, int, Hyper]]
 """Of a flat buffer, (start, n, hyperparameters) of what is updated."""
@@ -36,6 +43,50 @@ def touched_segments(block: BlockRecord, hyper_of: HyperOf) -> list[Segments]:
     ]
 
 
+@dataclass
+class Part:
+    """Elements `start` to before `stop` of the flat buffer at `position`, and what of them is updated.
+
+    `gate` completes when the gradients have arrived where the update looks for them; None: they have.
+    """
+
+    position: int
+    start: int
+    stop: int
+    segments: Segments
+    gate: Ticket | None = None
+
+    def end_nbytes(self, buffer: FlatBuffer) -> int:
+        """Byte of the block's slot behind its parameters."""
+        return buffer.plane_offset_nbytes + self.stop * buffer.dtype.itemsize
+
+    def chunks(self, chunks: list[Range]) -> list[Range] | None:
+        """Of these chunks those in the part; `chunks` is a job's `only`, and so is the result. None: there is none."""
+        if not chunks:
+            return [(self.start, self.stop)]
+        inside, _ = split(self.start, self.stop - self.start, chunks)
+        return [(start, start + n) for start, n in inside] or None
+
+
+def in_parts(block: BlockRecord, segments_of: list[Segments]) -> list[Part]:
+    """The trainable flat buffers of the root in whole chunks, in order. A rule that reads all gradients of a parameter
+    gets its buffer in one."""
+    parts: list[Part] = []
+    for position, buffer in enumerate(block.layout.buffers):
+        if not buffer.trainable:
+            continue
+        n = buffer.n_elements // (1 if buffer.rule.whole_gradients else ROOT_PARTS)
+        step = round_up(n, buffer.chunk_elements)
+        for start in range(0, buffer.n_elements, step):
+            stop = min(start + step, buffer.n_elements)
+            pieces = [
+                (split(first, n, [(start, stop)])[0], hyper) for first, n, hyper in segments_of[position]
+            ]
+            segments = [(*piece, hyper) for inside, hyper in pieces for piece in inside]
+            parts.append(Part(position, start, stop, segments))
+    return parts
+
+
 def needs_job(block: BlockRecord, position: int, segments: Segments) -> bool:
     """Whether the pipeline has anything to do in a flat buffer: where a block has two sides, what has no gradient goes
     to the other side as it is."""
@@ -51,19 +102,19 @@ def param_offset(block: BlockRecord, position: int) -> int:
 
 def make_job(
     block: BlockRecord,
-    position: int,
-    segments: Segments,
+    part: Part,
     *,
     read_param: bool,
     only: list[Range],
-    gate: Ticket | None,
+    write_gate: Ticket | None,
     store: Store | None,
 ) -> UpdateJob:
-    """The update of the flat buffer at `position` of a block that has a slot.
+    """The update of a flat buffer, or a part of it, of a block that has a slot.
 
-    `read_param`: the parameters are not in the slot yet. `only`: chunks to move; empty for all. `gate`: what the writes
-    wait for. `store`: where what is on storage is, for rules in Python.
+    `read_param`: the parameters are not in the slot yet. `only`: chunks to move; empty for all. `write_gate`: what the
+    writes wait for. `store`: where what is on storage is, for rules in Python.
     """
+    position, segments = part.position, part.segments
     buffer = block.layout.buffers[position]
     plane = block.plane(buffer)
     extents = block.states[position]
@@ -85,12 +136,12 @@ def make_job(
         grad_dtype=grad_dtype,
         grad_address=grad_address,
         grad_offset=grad_offset,
-        grad_gate=block.grad_gate,
+        grad_gate=part.gate,
         tag=-1 if block.is_root else block.index,
         reorders=block.is_root,
         segments=segments,
         only=only,
-        write_gate=gate,
+        write_gate=write_gate,
         **other_side(block, position),
     )
 

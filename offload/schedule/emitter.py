@@ -6,6 +6,7 @@ What is carried from operation to operation, and from step to step, is here; `un
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 from offload.planner.memory import is_traced
 from offload.planner.placement import HOST_SLOTS
@@ -227,6 +228,13 @@ class Emitter:
         """The block's gradients."""
         return self.plan.grad_nbytes * self.workload.blocks[block].stored_numel
 
+    def n_pieces(self, numel: float) -> int:
+        """Of the update of so many parameters."""
+        n = self.plan.update_pieces
+        if self.plan.chunk_elements is not None:
+            n = max(1, min(n, -int(-numel // self.plan.chunk_elements)))
+        return n
+
     def update(
         self,
         block: int | None,
@@ -236,10 +244,12 @@ class Emitter:
         releases: tuple[tuple[str, int], ...] = (),
         share: float = 1.0,
         rank: int = 0,
+        gradients: Sequence[Index] = (None,),
     ) -> tuple[Index, ...]:
         """The pieces of an update, or a share of it. Returns what a use of the new parameters waits for in memory.
 
-        Updates of higher `rank` begin after all that could begin before them."""
+        Updates of higher `rank` begin after all that could begin before them. `gradients`: what each piece's wait for,
+        one for all or one for each of `n_pieces`."""
         plan, state = self.plan, self.plan.state_format
         whole = self.workload.root_stored_numel if block is None else self.workload.blocks[block].stored_numel
         numel = share * whole
@@ -251,14 +261,14 @@ class Emitter:
         frozen = self.param_nbytes(block) - param if block is not None and reads_param and stored_param else 0
         computed: list[Index] = []
         last: Index = None
-        n = plan.update_pieces
-        if plan.chunk_elements is not None:
-            n = max(1, min(n, -int(-numel // plan.chunk_elements)))
+        n = self.n_pieces(numel)
         for piece in range(n):
+            arrived = gradients[piece * len(gradients) // n]
             freed = releases if piece == n - 1 else ()
             piece_in = (read + frozen) / n
-            got = self.emit("state_in", "read", piece_in, *after, block=block, rank=rank, acquires=ONE_PIECE)
-            made = self.emit("update", "cpu", numel / n, got, *after, block=block, rank=rank, releases=freed)
+            before = (*after, arrived)
+            got = self.emit("state_in", "read", piece_in, *before, block=block, rank=rank, acquires=ONE_PIECE)
+            made = self.emit("update", "cpu", numel / n, got, *before, block=block, rank=rank, releases=freed)
             piece_out = (state.stored_nbytes * numel if plan.durable_steps else states + param) / n
             last = self.emit(
                 "state_out", "write", piece_out, made, last, block=block, rank=rank, releases=ONE_PIECE

@@ -299,11 +299,19 @@ class Unroller(Emitter):
         early, chunk = self.workload.early_numel, self.plan.chunk_elements or 1
         share = early // chunk * chunk / numel
         if share:
-            out: Index = self.last_compute
-            if not self.shares_host:
-                out = self.emit("grad_out", "d2h", self.plan.state_format.grad_nbytes * share * numel, out)
-            self.update(None, (out,), reads_param=False, share=share, rank=self.rank(self.n_blocks))
+            out = self._root_gradients(share * numel)
+            self.update(
+                None, (), reads_param=False, share=share, rank=self.rank(self.n_blocks), gradients=out
+            )
         return share
+
+    def _root_gradients(self, numel: float) -> list[Index]:
+        """On their way out of a device with memory of its own, a part for each piece of their update."""
+        if self.shares_host:
+            return [self.last_compute]
+        n = self.n_pieces(numel)
+        nbytes = self.plan.state_format.grad_nbytes * numel / n
+        return [self.emit("grad_out", "d2h", nbytes, self.last_compute) for _ in range(n)]
 
     def rank(self, block: int | None) -> int:
         """Place of the update of a block (None: the root; the number of blocks: the head) among those of all steps.
@@ -327,13 +335,17 @@ class Unroller(Emitter):
         numel = self.workload.root_stored_numel
         if not numel:
             return
-        out: Index = self.last_compute
-        if not self.shares_host:
-            out = self.emit("grad_out", "d2h", self.plan.state_format.grad_nbytes * share * numel, out)
-        after = (out, self.updated.get(None))
-        made = self.update(None, after, reads_param=False, share=share, rank=self.rank(None))
-        if not self.shares_host:
-            self.updated[None] = self.emit("load", "h2d", self.plan.state_format.param_nbytes * numel, *made)
+        out, after = self._root_gradients(share * numel), (self.updated.get(None),)
+        made = self.update(None, after, reads_param=False, share=share, rank=self.rank(None), gradients=out)
+        if (
+            not self.shares_host
+        ):  # each part as soon as it is updated, and what was before backward with the first
+            nbytes = self.plan.state_format.param_nbytes * numel
+            parts = [nbytes * (share / len(made) + (i == 0) * (1 - share)) for i in range(len(made))]
+            loaded: Index = None
+            for part, piece in zip(parts, made, strict=True):
+                loaded = self.emit("load", "h2d", part, piece, loaded)
+            self.updated[None] = loaded
 
 
 def unroll(

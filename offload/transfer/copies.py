@@ -12,7 +12,7 @@ import torch
 
 from offload.errors import OffloadError
 from offload.telemetry import SpanLog, Times
-from offload.tiers.device import DeviceTier, Event
+from offload.tiers.device import PAST, DeviceTier, Event
 from offload.transfer.io_engine import Ticket
 
 
@@ -87,7 +87,8 @@ class Copies:
         self, name: str, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event] = ()
     ) -> Event:
         """Start a copy to the device; `name` is its span's."""
-        self.h2d_bytes += source.numel() * source.element_size()
+        nbytes = source.numel() * source.element_size()
+        self.h2d_bytes += nbytes  # several threads do: no call in between
         event = self._device.copy_in(target, source, [earlier.issued() for earlier in after])
         self._spans.add("h2d", name, event.times)
         return event
@@ -122,6 +123,34 @@ class Copies:
                 promised.keep(None, failure)
 
         (self._returns if returns else self._loads).give(start)
+        return promised
+
+    def h2d_in_parts(
+        self,
+        parts: Sequence[tuple[int, Ticket]],
+        name: str,
+        target: torch.Tensor,
+        source: torch.Tensor,
+        after: Sequence[Event] = (),
+    ) -> Event:
+        """The same for bytes that become ready part by part: (end of the part, its ticket), in order. What lies behind
+        the last part goes with it. The event is the end of all."""
+        promised, waiting = _Promised(), list(parts)
+
+        def start() -> None:
+            try:
+                begin = 0
+                event: Event = PAST
+                for i, (end, ticket) in enumerate(waiting):
+                    ticket.wait()
+                    stop = target.numel() if i + 1 == len(waiting) else end
+                    event = self.h2d(name, target[begin:stop], source[begin:stop], after)
+                    begin = stop
+                promised.keep(event)
+            except BaseException as failure:  # handed to whoever waits
+                promised.keep(None, failure)
+
+        self._loads.give(start)
         return promised
 
     def d2h(

@@ -110,13 +110,14 @@ def oracle_step_s(
     )
     root = work.root_trainable_numel
     drives = len(machine.drives)
-    tail = (
-        4 * root / machine.d2h_bytes_per_s
-        + max(
+    stages = (
+        4 * root / machine.d2h_bytes_per_s,
+        max(
             root_states / (drives * 6.5e8) + root_states / (drives * 3.4e8), root / machine.adam_params_per_s
-        )
-        + 2 * root / machine.h2d_bytes_per_s
+        ),
+        2 * root / machine.h2d_bytes_per_s,
     )
+    tail = max(stages) + (sum(stages) - max(stages)) / 16
     return forward + backward + tail
 
 
