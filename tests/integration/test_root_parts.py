@@ -17,11 +17,12 @@ from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Hyper, Ticket
 from offload.types import ROOT_PARTS
 from offload.update_rules import ADAMW
+from tests.cuda import deterministic_cuda, sleepy_copies
 from tests.integration.stack import differs, parameters_of
 
 VOCAB, WIDTH, CHUNK = 4096, 64, 4096
-SLOW_BUS = 2e7
-"""The root's gradients take 50 ms to leave, its parameters 25 to come back."""
+SLOW_BUS = 5e6
+"""The root's gradients take 210 ms to leave, its parameters 105 to come back."""
 
 
 class Tied(nn.Module):
@@ -52,7 +53,7 @@ def wrapped(dtype=torch.bfloat16, optimizer=torch.optim.AdamW, **settings):
 
 def step(model, optimizer, number):
     tokens = torch.randint(0, VOCAB, (2, 8), generator=torch.Generator().manual_seed(number))
-    model(tokens).backward()
+    model(tokens.to(model.offload.device)).backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -186,20 +187,34 @@ def test_with_every_wait_in_place_a_slow_bus_changes_no_number(expected):
     assert not differs(trained(bus_bytes_per_s=SLOW_BUS), expected)
 
 
+LATE_IN_COPIES = [
+    update_a_part_before_its_gradients_have_arrived,
+    update_every_part_when_the_first_has_arrived,
+    load_all_when_the_first_part_is_updated,
+    compute_before_the_parts_have_arrived,
+]
+
+
 @pytest.mark.parametrize(
-    "without",
-    [
-        update_a_part_before_its_gradients_have_arrived,
-        update_every_part_when_the_first_has_arrived,
-        load_a_part_before_it_is_updated,
-        load_all_when_the_first_part_is_updated,
-        compute_before_the_parts_have_arrived,
-    ],
-    ids=lambda f: f.__name__,
+    "without", [*LATE_IN_COPIES, load_a_part_before_it_is_updated], ids=lambda f: f.__name__
 )
 def test_without_one_wait_the_numbers_change(expected, monkeypatch, without):
     without(monkeypatch)
     assert differs(trained(bus_bytes_per_s=SLOW_BUS), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "without", [None, *LATE_IN_COPIES], ids=lambda f: "nothing" if f is None else f.__name__
+)
+def test_with_late_copies_on_a_gpu_the_numbers_change_exactly_where_a_wait_is_missing(monkeypatch, without):
+    with deterministic_cuda(monkeypatch):
+        expected = trained(device="cuda")
+        sleepy_copies(monkeypatch)
+        if without is not None:
+            without(monkeypatch)
+        got = trained(device="cuda")
+    assert differs(got, expected) == (without is not None)
 
 
 # ---- what is in a part ---------------------------------------------------------------------------------------
@@ -220,7 +235,11 @@ def test_parts_are_whole_chunks_and_cover_every_trainable_element_once(
     layout = lay_out("root", parameters, None, ADAMW, chunk_elements)
     root = BlockRecord(0, layout, True, -1, {})
     segments_of = [
-        [(s.start, s.numel, Hyper(1e-3)) for s in b.segments if int(s.name[1:]) in with_gradient and b.trainable]
+        [
+            (s.start, s.numel, Hyper(1e-3))
+            for s in b.segments
+            if int(s.name[1:]) in with_gradient and b.trainable
+        ]
         for b in layout.buffers
     ]
     parts = in_parts(root, segments_of)
