@@ -88,6 +88,15 @@ def bert(layers=4, tie=True, dropout=0.0):
     )
 
 
+def slow_but(fast, values):
+    """Values of a test's parameter, tuples for several: those in `fast` are in the fast suite, the others are slow."""
+
+    def slowly(value):
+        return pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow)
+
+    return [value if value in fast else slowly(value) for value in values]
+
+
 MODELS = {"llama": llama, "gpt2": gpt2, "qwen2": qwen2, "bert": bert}
 
 

@@ -337,9 +337,8 @@ class Unroller(Emitter):
             return
         out, after = self._root_gradients(share * numel), (self.updated.get(None),)
         made = self.update(None, after, reads_param=False, share=share, rank=self.rank(None), gradients=out)
-        if (
-            not self.shares_host
-        ):  # each part as soon as it is updated, and what was before backward with the first
+        if not self.shares_host:
+            # Each part as soon as it is updated; what was updated before backward goes with the first.
             nbytes = self.plan.state_format.param_nbytes * numel
             parts = [nbytes * (share / len(made) + (i == 0) * (1 - share)) for i in range(len(made))]
             loaded: Index = None

@@ -318,6 +318,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_of_saving_leaves_complete_checkpoints_only(tmp_path):
     child = start(SAVES, tmp_path)
     assert child.stdout.readline() == "saved\n"

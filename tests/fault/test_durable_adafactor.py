@@ -176,6 +176,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 4))])
 def test_a_killed_run_goes_on_from_its_last_committed_step(tmp_path, ideal, number):
     """Killed as the fourth step returns, when its record may or may not be on the drives: so more than once."""

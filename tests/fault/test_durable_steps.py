@@ -14,6 +14,7 @@ from offload.errors import CheckpointError, ConfigError, CorruptError, OffloadEr
 from offload.runtime.commits import StepCommits
 from offload.tiers import storage
 from tests.child import end, start
+from tests.conftest import slow_but
 from tests.fault.test_checkpoint import assert_same_state
 from tests.fault.training import inject
 from tests.fault.trajectory import Run
@@ -156,7 +157,7 @@ def transfers_of_two_steps(place, monkeypatch, mode):
     return counted["read_ops"] + counted["write_ops"], {**MODES[mode], **budgets}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", slow_but(["backward", "emulated"], MODES))
 def test_every_failing_transfer_leaves_the_last_committed_step(tmp_path, ideal, monkeypatch, mode):
     """For every n of a two-step run: the n-th transfer fails; the store opens and goes on with the right numbers."""
     losses, _ = ideal

@@ -160,6 +160,7 @@ run.resume(sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves_that_is_killed_while_it_resumes_goes_with_the_next(tmp_path):
     """Its own store had no step yet, and nothing describes it; a living run's store of the same kind stays."""
     still = durable(tmp_path / "still")

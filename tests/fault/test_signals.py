@@ -10,6 +10,7 @@ import time
 import pytest
 
 from tests.child import end, start, wait_until
+from tests.conftest import slow_but
 
 transformers = pytest.importorskip("transformers")
 
@@ -38,7 +39,7 @@ engine.close()
 """
 
 
-@pytest.mark.parametrize("backend", ["uring", "posix"])
+@pytest.mark.parametrize("backend", slow_but(["posix"], ["uring", "posix"]))
 def test_ctrl_c_works_while_waiting_for_a_ticket(tmp_path, backend):
     """The transfer takes 25 s."""
     path = tmp_path / "file"
@@ -136,7 +137,7 @@ def test_a_signal_while_the_update_pipeline_runs_ends_finetune_in_order(
 @pytest.mark.parametrize(
     ("backend", "more"),
     [
-        ("uring", ["--max-grad-norm", "1.0"]),
+        pytest.param("uring", ["--max-grad-norm", "1.0"], marks=pytest.mark.slow),
         pytest.param("posix", [], marks=pytest.mark.slow),
         pytest.param("uring", [], marks=pytest.mark.slow),
         pytest.param("posix", ["--max-grad-norm", "1.0"], marks=pytest.mark.slow),
@@ -167,6 +168,7 @@ def peek(child):
     return seen
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_model_is_streamed_into_the_store_leaves_no_store(model, tmp_path):
     child = start_finetune(model, tmp_path, "auto", faults={"delay_ms": 300})
     wait_until(lambda: "storage reads" in peek(child), child)
@@ -190,6 +192,7 @@ def test_a_second_ctrl_c_does_not_cut_the_cleaning_short(model, tmp_path):
     assert_ended_in_order(child, tmp_path, status, out, err)
 
 
+@pytest.mark.slow
 def test_a_failing_drive_ends_finetune_with_a_sentence_and_no_store(model, tmp_path):
     child = start_finetune(model, tmp_path, "auto", faults={"fail_nth": 300, "errno": 5})
     status, _, err = end(child)

@@ -76,6 +76,7 @@ def test_the_kernel_counts_the_same_bytes(tmp_path):
     assert counted["kernel_written"] == pytest.approx(counted["written"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_more_host_memory_means_fewer_bytes(tmp_path):
     numel = sum(p.numel() for p in build("llama", torch.bfloat16, **SHAPE).parameters())
     totals = []
@@ -172,6 +173,7 @@ SLACK_NBYTES = 60_000_000
 """Autograd's threads, allocator slack and the Python objects of a run; stated in docs and independent of the model."""
 
 
+@pytest.mark.slow
 def test_peak_memory_stays_within_baseline_plus_budgets_with_ten_times_the_state(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(RSS_SCRIPT), str(tmp_path)],

@@ -8,7 +8,7 @@ import torch
 
 import offload.deepspeed as deepspeed
 from offload.errors import CheckpointError, UsageError
-from tests.conftest import batches, build
+from tests.conftest import batches, build, slow_but
 from tests.drive_order import recorded
 
 PLACES = ("none", "cpu", "nvme")
@@ -48,7 +48,10 @@ def weights(engine):
 
 
 @pytest.mark.parametrize("precision", [None, "bf16", "fp16"])
-@pytest.mark.parametrize(("saved_in", "loaded_in"), [("nvme", "nvme"), ("none", "nvme"), ("nvme", "cpu")])
+@pytest.mark.parametrize(
+    ("saved_in", "loaded_in"),
+    slow_but([("nvme", "nvme")], [("nvme", "nvme"), ("none", "nvme"), ("nvme", "cpu")]),
+)
 def test_a_resumed_run_has_the_bits_of_an_uncut_one(tmp_path, precision, saved_in, loaded_in):
     uncut = start(tmp_path, saved_in, precision)
     expected = take_steps(uncut, 6)

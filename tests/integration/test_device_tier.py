@@ -29,7 +29,7 @@ from offload.tiers.host import HostArena
 from offload.tiers.storage import Store
 from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Ticket
-from tests.conftest import batches, build, one_thread, two_groups
+from tests.conftest import batches, build, one_thread, slow_but, two_groups
 from tests.cuda import arithmetic_of, deterministic_cuda, sleepy_copies
 from tests.integration.stack import differs, train_stack
 from tests.integration.test_exactness import CHUNK, assert_same_bits, stored, train, train_in_memory
@@ -193,7 +193,10 @@ def test_a_steady_step_on_a_gpu_asks_the_driver_for_nothing_and_its_launching_th
 @pytest.mark.parametrize(
     "more",
     [
-        *PLACEMENTS.values(),
+        *slow_but(
+            [PLACEMENTS[name] for name in ("half in host memory", "block inputs on storage")],
+            PLACEMENTS.values(),
+        ),
         {"saved_activations": "host", "host_memory": "100MB"},
         {"saved_activations": "storage", "activations": "storage", "host_memory": "100MB"},
         {"saved_activations": "device", "max_grad_norm": 0.5},
@@ -507,6 +510,7 @@ def expected_by_update():
         }
 
 
+@pytest.mark.slow
 @examples(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_budgets_and_speeds_have_the_same_bits(tmp_path_factory, expected_by_update, data):

@@ -8,7 +8,7 @@ import torch
 
 import offload
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
-from tests.conftest import batches, build, two_groups
+from tests.conftest import batches, build, slow_but, two_groups
 from tests.cuda import CUDA, arithmetic_of
 
 CHUNK = 4096
@@ -108,7 +108,7 @@ COPIED = {"cpu": 0, "cuda": 2_000_000}
 
 
 @on_cpu_and_gpu
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "bert"])
+@pytest.mark.parametrize("kind", slow_but(["llama"], ["llama", "gpt2", "qwen2", "bert"]))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_everything_on_storage_has_the_bits_of_everything_in_memory(tmp_path, kind, dtype, device):
     expected = train_in_memory(kind, in_memory_on(device, update="backward"), dtype)
@@ -120,15 +120,15 @@ def test_everything_on_storage_has_the_bits_of_everything_in_memory(tmp_path, ki
 @pytest.mark.parametrize(
     "settings",
     [
-        {"prefetch_blocks": 2},
+        pytest.param({"prefetch_blocks": 2}, marks=pytest.mark.slow),
         {"prefetch_blocks": 3},
         {"backend": "posix"},
-        {"direct_io": False},
-        {"stripe_nbytes": 8192, "two_drives": True},
+        pytest.param({"direct_io": False}, marks=pytest.mark.slow),
+        pytest.param({"stripe_nbytes": 8192, "two_drives": True}, marks=pytest.mark.slow),
         {"stripe_nbytes": 8192, "two_drives": True, "update": "deferred"},
-        {"more_host_memory": 150_000},
+        pytest.param({"more_host_memory": 150_000}, marks=pytest.mark.slow),
         {"more_host_memory": 600_000, "update": "deferred"},
-        {"activations": "keep", "prefetch_blocks": 1},
+        pytest.param({"activations": "keep", "prefetch_blocks": 1}, marks=pytest.mark.slow),
         {"activations": "storage", "prefetch_blocks": 1},
         {"chunk_buffers": 2, "update_threads": 3},
     ],
@@ -144,7 +144,11 @@ def test_placement_drives_backend_and_window_do_not_change_a_bit(tmp_path, setti
 
 @on_cpu_and_gpu
 @pytest.mark.parametrize(
-    "case", ["frozen", "frozen_root", "tied", "accumulation", "clipping", "dropout", "adam"]
+    "case",
+    slow_but(
+        ["tied", "clipping", "dropout"],
+        ["frozen", "frozen_root", "tied", "accumulation", "clipping", "dropout", "adam"],
+    ),
 )
 def test_no_feature_of_a_loop_changes_a_bit(tmp_path, case, device):
     options, settings = {}, {}
@@ -200,11 +204,11 @@ BOUND = 4e-5
     [
         ("llama", {}),
         ("gpt2", {}),
-        ("qwen2", {}),
-        ("bert", {}),
-        ("llama", {"accumulate": 3}),
+        pytest.param("qwen2", {}, marks=pytest.mark.slow),
+        pytest.param("bert", {}, marks=pytest.mark.slow),
+        pytest.param("llama", {"accumulate": 3}, marks=pytest.mark.slow),
         ("llama", {"max_grad_norm": 0.05}),
-        ("llama", {"freeze": "layers.1"}),
+        pytest.param("llama", {"freeze": "layers.1"}, marks=pytest.mark.slow),
         ("llama", {"tie": True}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
@@ -241,6 +245,7 @@ def assert_within_bound(directory, kind, options, device, micro_batches=1):
         assert (parameters[name] - expected).abs().max() <= BOUND, name
 
 
+@pytest.mark.slow
 @on_cpu_and_gpu
 def test_bf16_compute_keeps_the_exact_fp32_master(tmp_path, device):
     """With compute_dtype=bf16 an fp32 model's low halves survive: small updates add up that bf16 would round away."""

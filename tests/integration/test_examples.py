@@ -62,6 +62,7 @@ def test_the_accelerate_script_learns(example, tmp_path):
     reloads(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_lora_script_learns(example, tmp_path):
     losses = example("lora", "--steps", "20")
     assert losses[-1] < losses[0] - 0.2

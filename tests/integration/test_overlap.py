@@ -128,6 +128,7 @@ def serialise(engine):
     scheduler.prefetch = lambda: None
 
 
+@pytest.mark.slow
 def test_moving_and_computing_overlap(tmp_path):
     """Against the same schedule run serially, interleaved in the same process."""
     runs = {}

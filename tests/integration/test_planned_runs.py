@@ -11,7 +11,7 @@ import offload
 from offload.planner.plan import INPUT, Plan
 from offload.runtime import planning
 from offload.stores.record_size import RECORD_NBYTES_FIXED
-from tests.conftest import batches, build, two_groups
+from tests.conftest import batches, build, slow_but, two_groups
 from tests.integration.test_exactness import CHUNK, assert_same_bits, train, train_in_memory
 
 pytestmark = pytest.mark.usefixtures("traced_once")
@@ -43,14 +43,18 @@ def in_memory(**same):
     "same",
     [
         {},
-        {"max_grad_norm": 0.5},
+        pytest.param({"max_grad_norm": 0.5}, marks=pytest.mark.slow),
         {"update": "deferred"},
-        {"micro_batches": 2},
+        pytest.param({"micro_batches": 2}, marks=pytest.mark.slow),
         {"micro_batches": 4, "max_grad_norm": 0.5},
     ],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("memory", [{}, {"device_memory": "1MB"}, {"host_memory": "2500KB"}], ids=str)
+@pytest.mark.parametrize(
+    "memory",
+    slow_but([{}, {"host_memory": "2500KB"}], [{}, {"device_memory": "1MB"}, {"host_memory": "2500KB"}]),
+    ids=str,
+)
 def test_what_the_planner_chooses_has_the_bits_of_training_in_memory(tmp_path, same, memory):
     """Micro-batches, activation swapping, clipping and updates into the next forward, together and one by one."""
     settings = planned(tmp_path, **{"micro_batches": 1, **memory, **same})
@@ -58,6 +62,7 @@ def test_what_the_planner_chooses_has_the_bits_of_training_in_memory(tmp_path, s
     assert_same_bits(train("llama", settings, n_steps=4, layers=6), expected)
 
 
+@pytest.mark.slow
 def test_all_at_once_has_the_bits_of_training_in_memory(tmp_path):
     """Micro-batches, inputs and saved tensors swapped to host memory and storage, clipping that clips, updates while
     the next forward computes: each of them is seen to happen."""
@@ -89,7 +94,9 @@ def test_all_at_once_has_the_bits_of_training_in_memory(tmp_path):
     engine.close()
 
 
-@pytest.mark.parametrize("memory", [{}, {"host_memory": "2500KB"}], ids=str)
+@pytest.mark.parametrize(
+    "memory", slow_but([{"host_memory": "2500KB"}], [{}, {"host_memory": "2500KB"}]), ids=str
+)
 def test_a_model_in_fp32_is_planned_as_it_is_computed(tmp_path, memory):
     """Two bytes a parameter to fetch and ten of state, in bf16; and the plan's bytes are those that move."""
     settings = planned(tmp_path, compute_dtype=torch.bfloat16, **memory)
@@ -135,7 +142,7 @@ def written_per_step(directory, **more):
     return counted[-1] - counted[-2], engine.plan
 
 
-@pytest.mark.parametrize("share", [0.9, 0.4])
+@pytest.mark.parametrize("share", slow_but([0.4], [0.9, 0.4]))
 @pytest.mark.parametrize("more", [{}, {"max_grad_norm": 0.5}], ids=str)
 def test_a_limit_on_written_bytes_is_kept_by_the_run(tmp_path, share, more):
     free, plan = written_per_step(tmp_path, host_memory="3500KB", saved_activations="storage", **more)
@@ -198,6 +205,7 @@ def test_what_a_device_of_its_own_moves_is_what_the_plan_and_the_formula_say(
     assert predicted["h2d"] == pytest.approx(h2d, rel=0.01, abs=one_block)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [torch.optim.AdamW, torch.optim.Adafactor])
 def test_a_durable_run_takes_the_storage_that_its_plan_says(tmp_path, rule):
     """With the record of each step, in which Adafactor's statistics of 366 tensors are."""

@@ -25,6 +25,7 @@ from offload.tiers.device import CudaDevice
 from offload.tiers.emulated_device import EmulatedDevice
 from offload.tiers.storage import Store
 from offload.update_rules import ADAMW
+from tests.conftest import slow_but
 
 SMALLEST = 64_000_000
 TINY = ((64, 64),)
@@ -117,7 +118,7 @@ def test_adam_rates_are_of_the_size_of_torchs_fused_adam():
     assert 0.2 * plain < compute_probe.update_params_per_s(0.3) < 20 * plain
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_but([torch.float32], [torch.float32, torch.bfloat16]))
 def test_matmul_rates_are_of_the_size_of_one_square_product(dtype):
     side = 1024
     a, b = torch.ones(side, side, dtype=dtype), torch.ones(side, side, dtype=dtype)

@@ -110,9 +110,9 @@ def test_every_byte_of_the_root_crosses_the_bus_once_each_way():
     "settings",
     [
         {},
-        {"update": "deferred"},
+        pytest.param({"update": "deferred"}, marks=pytest.mark.slow),
         {"max_grad_norm": 0.01},
-        {"micro_batches": 2},
+        pytest.param({"micro_batches": 2}, marks=pytest.mark.slow),
         {"durable": True},
         {"dtype": torch.float32},
         {"optimizer": torch.optim.Adafactor},

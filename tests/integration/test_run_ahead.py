@@ -10,7 +10,7 @@ from offload.planner.hardware import save_hardware
 from offload.runtime.gradients import Gradients
 from offload.runtime.scheduler import Scheduler
 from offload.transfer.copies import Copies
-from tests.conftest import batches, build, two_groups
+from tests.conftest import batches, build, slow_but, two_groups
 from tests.cuda import CUDA
 from tests.planning import lohan_machine
 
@@ -92,7 +92,7 @@ def updates(monkeypatch):
 
 
 @pytest.mark.parametrize("step_of", [once, accumulating_from_third, two_forwards_from_third])
-@pytest.mark.parametrize("device", ["cpu", "emulated", CUDA], indirect=True)
+@pytest.mark.parametrize("device", [*slow_but(["emulated"], ["cpu", "emulated"]), CUDA], indirect=True)
 def test_gradients_that_come_once_and_then_add_up_give_the_bits_of_fp32_ones(tmp_path, device, step_of):
     fp32, _ = trained(tmp_path, "deferred", step_of, device=device)
     as_they_come, _ = trained(tmp_path, "backward", step_of, device=device)

@@ -8,7 +8,7 @@ from torch import nn
 
 import offload
 from offload.schedule.unroll import unroll
-from tests.conftest import batches, build, two_groups
+from tests.conftest import batches, build, slow_but, two_groups
 
 PLANS = {
     "during backward": {"update": "backward"},
@@ -62,7 +62,7 @@ def firsts(pairs, kind):
     return list(dict.fromkeys(block for k, block in pairs if k == kind and block != "root"))
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", slow_but(["during backward", "micro-batches and clipping", "roomy"], PLANS))
 def test_operations_and_their_order_are_those_of_the_schedule(tmp_path, name):
     done, planned = real_step(PLANS[name], tmp_path)
     listed = steady(planned.plan, planned.workload)

@@ -53,6 +53,7 @@ ANY_POLICY = {
 }
 
 
+@pytest.mark.slow
 @examples(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     device=st.sampled_from(["cpu", "emulated"]), bus_bytes_per_s=st.sampled_from([None, 2e8]), **ANY_POLICY

@@ -7,6 +7,7 @@ import torch
 
 import offload
 from offload.errors import ConfigError
+from tests.conftest import slow_but
 from tests.families import FAMILIES
 
 pytest.importorskip("transformers")
@@ -70,7 +71,7 @@ def check_compiled(directory, backend, layers, bound, **settings):
     return n_graphs
 
 
-@pytest.mark.parametrize("activations", ["auto", "keep"])
+@pytest.mark.parametrize("activations", slow_but(["keep"], ["auto", "keep"]))
 def test_blocks_are_compiled_once_for_all_and_never_again(tmp_path, activations):
     """As many graphs for six layers as for two: forward, and forward with its backward; none when memory moves."""
     few, many = (

@@ -106,6 +106,7 @@ def test_choices_are_read_as_numbers_truth_or_words() -> None:
     assert found == {"a": 3, "b": 0.5, "c": False, "d": "save"}
 
 
+@pytest.mark.slow
 def test_durable_steps_are_planned_for_and_counted() -> None:
     """12 bytes a parameter written whatever host memory holds; 24 on storage."""
     numel = gpt("4b", LAYERS, HIDDEN).numel
@@ -121,6 +122,7 @@ def test_durable_steps_are_planned_for_and_counted() -> None:
         run("plan", *RUN, "--durability", "always")
 
 
+@pytest.mark.slow
 def test_directories_say_what_is_free_and_what_endurance_is_left(monkeypatch, tmp_path) -> None:
     """A drive of which half is used lasts half as many steps; what is free there is a limit."""
     (tmp_path / "second").mkdir()

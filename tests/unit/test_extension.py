@@ -82,6 +82,7 @@ print(json.dumps(started))
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_at_first_use(tmp_path):
     """A first step with no compiler in reach starts no program."""
     assert run(FIRST_USE, str(tmp_path), PATH="/nonexistent") == []
@@ -111,6 +112,7 @@ print(json.dumps([refused, engine.backend, engine.backend_reason, insisted]))
 """
 
 
+@pytest.mark.slow
 def test_the_posix_backend_is_chosen_at_run_time_when_io_uring_is_refused(tmp_path):
     """As Docker's default profile does: a seccomp filter that answers io_uring_setup with EPERM."""
     path = tmp_path / "file"

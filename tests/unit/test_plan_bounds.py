@@ -58,6 +58,7 @@ def plan_that_fits(work, machine, budgets, batch) -> Plan:
         reject()
 
 
+@pytest.mark.slow
 @quick
 @given(cases())
 def test_no_tier_is_ever_above_its_budget_in_the_plan_or_in_the_simulation(case) -> None:
@@ -95,6 +96,7 @@ def test_the_simulated_step_moves_the_bytes_that_were_predicted(case) -> None:
     assert simulated.step_s >= 0.999 * plan.predicted.lower_bound_s - 1e-9
 
 
+@pytest.mark.slow
 @quick
 @given(cases(), st.sampled_from(BUDGETS), st.floats(1.0, 4.0))
 def test_more_of_any_budget_is_never_slower(case, name, factor) -> None:
@@ -105,6 +107,7 @@ def test_more_of_any_budget_is_never_slower(case, name, factor) -> None:
     assert step_s(work, machine, more, batch) <= before * (1 + 1e-6)
 
 
+@pytest.mark.slow
 @quick
 @given(cases())
 def test_a_further_drive_is_never_slower(case) -> None:

@@ -16,6 +16,7 @@ from offload.errors import StoreError
 from offload.tiers.host import HostArena
 from offload.tiers.storage import Store, leftover_stores
 from tests.child import run
+from tests.conftest import slow_but
 
 MIB = 1 << 20
 
@@ -103,7 +104,9 @@ store = make_store(sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("ending", ["", "raise RuntimeError('training failed')", "sys.exit(3)"])
+@pytest.mark.parametrize(
+    "ending", slow_but([""], ["", "raise RuntimeError('training failed')", "sys.exit(3)"])
+)
 def test_a_process_that_ends_without_close_removes_the_file(tmp_path, ending):
     run(f"{MAKE}{ending}", tmp_path / "store", pathlib.Path(__file__).parent)
     assert (tmp_path / "store").exists()
@@ -123,7 +126,7 @@ print(status, os.path.exists(store.paths[0]))
 """
 
 
-@pytest.mark.parametrize("ending", ["exit", "close"])
+@pytest.mark.parametrize("ending", slow_but(["close"], ["exit", "close"]))
 def test_a_forked_child_neither_hangs_nor_takes_the_parents_store_away(tmp_path, ending):
     status, out, err = run(f"{MAKE}{FORK}", tmp_path / "store", pathlib.Path(__file__).parent, ending)
     assert status == 0, err

@@ -75,8 +75,8 @@ def test_no_deferred_update_starts_before_the_step_has_closed() -> None:
     ("batch", "drives", "host_gb", "fixed"),
     [
         (8, 1, 64, {}),
-        (16, 2, 64, {}),
-        (32, 12, 128, {}),
+        pytest.param(16, 2, 64, {}, marks=pytest.mark.slow),
+        pytest.param(32, 12, 128, {}, marks=pytest.mark.slow),
         pytest.param(48, 3, 256, {}, marks=pytest.mark.slow),
         (48, 12, 768, {}),
         (64, 12, 256, {"update": "deferred"}),

@@ -17,7 +17,7 @@ from offload.model.on_meta import model_on_meta
 from offload.model.presets import ALIASES, SHAPES, Decoder, DecoderShape, shape_of
 from offload.planner.workload import Workload
 from offload.profiling.workload import profile_model, trace_workload, workload_of
-from tests.conftest import build
+from tests.conftest import build, slow_but
 
 TOKENS = 24
 
@@ -52,6 +52,7 @@ MODELS = {
     "mixtral, loop over experts": mixtral,
     "mixtral, grouped": lambda: mixtral("grouped_mm"),
 }
+QUICKLY_TRACED = ["llama", "gpt2", "qwen2", "bert", "mixtral, grouped"]
 
 
 @functools.cache
@@ -74,7 +75,7 @@ def without_working_sets(work):
     return replace(work, blocks=blocks, root_working=(), root_held=(), root_early_numel=0)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", slow_but(QUICKLY_TRACED, MODELS))
 def test_the_trace_without_data_is_that_of_a_real_forward(kind):
     model = MODELS[kind]()
     traced, real = profiled(kind), trace_workload(model, TOKENS)
@@ -83,7 +84,7 @@ def test_the_trace_without_data_is_that_of_a_real_forward(kind):
     assert traced == real
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", slow_but(QUICKLY_TRACED, MODELS))
 def test_in_bf16_only_the_statistics_of_layer_norms_differ(kind):
     """They are fp32 without data, as on a GPU, and bf16 on the CPU."""
     model = MODELS[kind]().to(torch.bfloat16)
@@ -252,7 +253,7 @@ def test_recomputation_is_charged_to_the_earlier_tensor_even_when_it_is_saved_la
     [
         ("eager", 8, 2),
         ("eager", 4, 1),
-        ("eager", 16, 3),
+        pytest.param("eager", 16, 3, marks=pytest.mark.slow),
         pytest.param("eager", 64, 3, marks=pytest.mark.slow),
         ("grouped_mm", 8, 2),
         ("grouped_mm", 4, 1),
