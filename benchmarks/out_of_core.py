@@ -128,6 +128,8 @@ def fio_floor_s(
     """
     both = read_nbytes + written_nbytes
     nbytes = work.job_nbytes * work.n_jobs // (1 << 22) * (1 << 22)
+    if not nbytes:
+        raise SystemExit("fio needs 4 MiB of state to move at least: raise --storage-elements")
     passes = max(1, round(both * arguments.steps / nbytes))
     seconds = {}
     for block_nbytes in sorted({FIO_BLOCK_NBYTES, arguments.block_nbytes}):

@@ -147,13 +147,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="steps that are timed in each turn")
     options = parser.parse_args()
+    names = options.only.split(",") if options.only else list(ROWS)
+    if unknown := set(names) - set(ROWS):
+        parser.error(f"no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     storage = tempfile.mkdtemp(prefix="offload-bench-", dir=options.storage)
     rows: list[dict[str, Any]] = []
     here = Machine(storage)
     try:
         bench = Bench("llama", options.batch, 1, build)
-        for name in options.only.split(",") if options.only else ROWS:
+        for name in names:
             rows.append(row_of(name, here, bench, storage, options))
             gc.collect()  # a model refers to itself, and holds its arenas
             print(

