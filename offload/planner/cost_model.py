@@ -371,7 +371,10 @@ class CostModel:
             tail_traffic.h2d / self.rates.bus.h2d,
         )
         longest = np.maximum(np.maximum(stages[0], stages[1]), stages[2])
-        n_parts = 1 if load.serial_update else ROOT_PARTS
+        n_parts: Any = 1.0
+        if not load.serial_update and not self.workload.rule.whole_gradients:
+            rest = tail_traffic.updated / max(1, self.workload.root_stored_numel)
+            n_parts = np.maximum(1.0, ROOT_PARTS * rest)
         tail_s = longest + (sum(stages) - longest) / n_parts + self.hardware.step_overhead_s
         whole = [forward[name] + backward[name] + tail[name] for name in RESOURCES]
         lower_bound = whole[0]

@@ -389,7 +389,7 @@ class Scheduler:
                     )
                     block.tickets.append(self._pipeline.submit(job))
                     if parts is not None:
-                        block.arriving.append((part.end_nbytes(buffer), block.tickets[-1]))
+                        block.arriving.append((*part.slot_bytes(buffer), block.tickets[-1]))
             elif read_param and self._store is not None:
                 address, offset = block.plane(buffer).data_ptr(), param_offset(block, position)
                 block.tickets.append(self._store.engine.read(address, buffer.plane_nbytes, offset))

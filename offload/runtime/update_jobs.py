@@ -56,9 +56,10 @@ class Part:
     segments: Segments
     gate: Ticket | None = None
 
-    def end_nbytes(self, buffer: FlatBuffer) -> int:
-        """Byte of the block's slot behind its parameters."""
-        return buffer.plane_offset_nbytes + self.stop * buffer.dtype.itemsize
+    def slot_bytes(self, buffer: FlatBuffer) -> tuple[int, int]:
+        """Of its parameters: first byte of the block's slot, byte after the last."""
+        plane, itemsize = buffer.plane_offset_nbytes, buffer.dtype.itemsize
+        return plane + self.start * itemsize, plane + self.stop * itemsize
 
     def chunks(self, chunks: list[Range]) -> list[Range] | None:
         """Of these chunks those in the part; `chunks` is a job's `only`, and so is the result. None: there is none."""

@@ -228,9 +228,9 @@ class Emitter:
         """The block's gradients."""
         return self.plan.grad_nbytes * self.workload.blocks[block].stored_numel
 
-    def n_pieces(self, numel: float) -> int:
-        """Of the update of so many parameters."""
-        n = self.plan.update_pieces
+    def n_pieces(self, numel: float, share: float = 1.0) -> int:
+        """Of the update of so many parameters, a share of a block's."""
+        n = max(1, round(self.plan.update_pieces * share))
         if self.plan.chunk_elements is not None:
             n = max(1, min(n, -int(-numel // self.plan.chunk_elements)))
         return n
@@ -261,7 +261,7 @@ class Emitter:
         frozen = self.param_nbytes(block) - param if block is not None and reads_param and stored_param else 0
         computed: list[Index] = []
         last: Index = None
-        n = self.n_pieces(numel)
+        n = self.n_pieces(numel, share)
         for piece in range(n):
             arrived = gradients[piece * len(gradients) // n]
             freed = releases if piece == n - 1 else ()

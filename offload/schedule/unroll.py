@@ -299,17 +299,18 @@ class Unroller(Emitter):
         early, chunk = self.workload.early_numel, self.plan.chunk_elements or 1
         share = early // chunk * chunk / numel
         if share:
-            out = self._root_gradients(share * numel)
+            out = self._root_gradients(share)
             self.update(
                 None, (), reads_param=False, share=share, rank=self.rank(self.n_blocks), gradients=out
             )
         return share
 
-    def _root_gradients(self, numel: float) -> list[Index]:
-        """On their way out of a device with memory of its own, a part for each piece of their update."""
+    def _root_gradients(self, share: float) -> list[Index]:
+        """A share of them on its way out of a device with memory of its own, a part for each piece of the update."""
         if self.shares_host:
             return [self.last_compute]
-        n = self.n_pieces(numel)
+        numel = share * self.workload.root_stored_numel
+        n = 1 if self.workload.rule.whole_gradients else self.n_pieces(numel, share)
         nbytes = self.plan.state_format.grad_nbytes * numel / n
         return [self.emit("grad_out", "d2h", nbytes, self.last_compute) for _ in range(n)]
 
@@ -335,15 +336,17 @@ class Unroller(Emitter):
         numel = self.workload.root_stored_numel
         if not numel:
             return
-        out, after = self._root_gradients(share * numel), (self.updated.get(None),)
+        out, after = self._root_gradients(share), (self.updated.get(None),)
         made = self.update(None, after, reads_param=False, share=share, rank=self.rank(None), gradients=out)
         if not self.shares_host:
-            # Each part as soon as it is updated; what was updated before backward goes with the first.
+            # What was updated before backward, then each part as soon as it is updated.
             nbytes = self.plan.state_format.param_nbytes * numel
-            parts = [nbytes * (share / len(made) + (i == 0) * (1 - share)) for i in range(len(made))]
-            loaded: Index = None
-            for part, piece in zip(parts, made, strict=True):
-                loaded = self.emit("load", "h2d", part, piece, loaded)
+            loaded: Index = self.last_compute
+            if share < 1:
+                loaded = self.emit("load", "h2d", nbytes * (1 - share), loaded)
+            for pieces in zip(made, strict=True) if len(out) == len(made) else [made]:
+                part = nbytes * share * len(pieces) / len(made)
+                loaded = self.emit("load", "h2d", part, *pieces, loaded)
             self.updated[None] = loaded
 
 

@@ -89,9 +89,8 @@ class BlockRecord:
     slot: Slot | None = None
     tickets: list[Ticket] = field(default_factory=list)
     """Fetch or update in flight."""
-    arriving: list[tuple[int, Ticket]] = field(default_factory=list)
-    """Of an update in parts: bytes of the slot that are as the update leaves them once this ticket and those before it
-    have completed."""
+    arriving: list[tuple[int, int, Ticket]] = field(default_factory=list)
+    """Of an update in parts: first byte of the slot, byte after the last, and what completes when it has made these."""
     device_slot: DeviceSlot | None = None
     """The copy that a device of its own computes with; None where the device computes on `slot`."""
     loaded: Event = PAST

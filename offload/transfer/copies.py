@@ -23,9 +23,15 @@ class _Promised:
         self._known = threading.Event()
         self._event: Event | None = None
         self._failure: BaseException | None = None
+        self._before: Sequence[Event] = ()
 
-    def keep(self, event: Event | None, failure: BaseException | None = None) -> None:
-        self._event, self._failure = event, failure
+    def keep(self, event: Event) -> None:
+        self._event = event
+        self._known.set()
+
+    def fail(self, failure: BaseException, before: Sequence[Event]) -> None:
+        """`before`: what it should have come after, of which some may still be going on in the same memory."""
+        self._failure, self._before = failure, before
         self._known.set()
 
     def issued(self) -> Event:
@@ -37,7 +43,8 @@ class _Promised:
 
     def done(self) -> bool:
         """Whether it has ended, well or not: a failure is raised by `wait`."""
-        return self._known.is_set() and (self._event is None or self._event.done())
+        ends = self._before if self._event is None else [self._event]
+        return self._known.is_set() and all(event.done() for event in ends)
 
     def wait(self) -> None:
         self.issued().wait()
@@ -82,6 +89,7 @@ class Copies:
         self._gates = _Keeper("offload-gates")
         self._loads = _Keeper("offload-loads")
         self._returns = _Keeper("offload-returns")
+        self._parts = _Keeper("offload-parts")
 
     def h2d(
         self, name: str, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event] = ()
@@ -120,37 +128,43 @@ class Copies:
                     ticket.wait()
                 promised.keep(self.h2d(name, target, source, after))
             except BaseException as failure:  # handed to whoever waits
-                promised.keep(None, failure)
+                promised.fail(failure, after)
 
         (self._returns if returns else self._loads).give(start)
         return promised
 
     def h2d_in_parts(
         self,
-        parts: Sequence[tuple[int, Ticket]],
+        parts: Sequence[tuple[int, int, Ticket]],
         name: str,
         target: torch.Tensor,
         source: torch.Tensor,
         after: Sequence[Event] = (),
     ) -> Event:
-        """The same for bytes that become ready part by part: (end of the part, its ticket), in order. What lies behind
-        the last part goes with it. The event is the end of all."""
-        promised, waiting = _Promised(), list(parts)
+        """The same for bytes of which parts become ready one by one: (first byte, byte after the last, ticket), sorted.
+        What is in none goes first, each part when its ticket has completed. The event is the end of all.
+
+        Loads that wait for other tickets do not hold it up."""
+        promised = _Promised()
+        ends = [0, *(end for _, end, _ in parts)]
+        begins = [*(begin for begin, _, _ in parts), target.numel()]
+        others: list[tuple[int, int, list[Ticket]]] = [
+            (a, b, []) for a, b in zip(ends, begins, strict=True) if a < b
+        ]
+        waiting = [*others, *((begin, end, [ticket]) for begin, end, ticket in parts)]
 
         def start() -> None:
+            event: Event = PAST
             try:
-                begin = 0
-                event: Event = PAST
-                for i, (end, ticket) in enumerate(waiting):
-                    ticket.wait()
-                    stop = target.numel() if i + 1 == len(waiting) else end
-                    event = self.h2d(name, target[begin:stop], source[begin:stop], after)
-                    begin = stop
+                for begin, end, tickets in waiting:
+                    for ticket in tickets:
+                        ticket.wait()
+                    event = self.h2d(name, target[begin:end], source[begin:end], after)
                 promised.keep(event)
             except BaseException as failure:  # handed to whoever waits
-                promised.keep(None, failure)
+                promised.fail(failure, [event])
 
-        self._loads.give(start)
+        self._parts.give(start)
         return promised
 
     def d2h(
@@ -186,5 +200,6 @@ class Copies:
     def close(self) -> None:
         """Start every copy and open every gate that is still waiting, then end the threads."""
         self._loads.close()
+        self._parts.close()
         self._returns.close()
         self._gates.close()

@@ -1,5 +1,7 @@
 """On a device with memory of its own the root goes through in parts that overlap; every wait of theirs is needed."""
 
+import time
+
 import pytest
 import torch
 from hypothesis import given
@@ -92,6 +94,32 @@ def test_gradients_update_and_parameters_of_the_root_overlap():
     assert max(s.end_s for s in back) > max(s.end_s for s in made)
 
 
+class Slow(offload.ElementwiseOptimizer):
+    """Takes 4 ms for each piece."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr))
+
+    def update(self, param, grad, state, step, group):
+        time.sleep(0.004)
+        param.add_(grad, alpha=-group["lr"])
+
+
+@pytest.mark.parametrize("update", ["backward", "deferred"])
+def test_the_root_comes_back_while_blocks_that_are_wanted_later_wait_for_their_updates(update):
+    model, optimizer = wrapped(optimizer=Slow, update=update)
+    step(model, optimizer, 0)
+    with model.offload.record() as spans:
+        step(model, optimizer, 1)
+        with torch.no_grad():
+            model(torch.zeros(1, 1, dtype=torch.int64))
+    model.offload.close()
+    made = [s for s in spans if s.name == "update root"]
+    back = [s for s in spans if s.name == "load root" and s.start_s > made[0].start_s]
+    assert len(back) > ROOT_PARTS // 2
+    assert back[0].start_s < made[len(made) // 2].start_s
+
+
 def test_every_byte_of_the_root_crosses_the_bus_once_each_way():
     model, optimizer = wrapped()
     for number in range(2):
@@ -167,13 +195,19 @@ def load_a_part_before_it_is_updated(monkeypatch):
     monkeypatch.setattr(
         Copies,
         "h2d_in_parts",
-        lambda self, parts, *how: in_parts(self, [(end, opened()) for end, _ in parts], *how),
+        lambda self, parts, *how: in_parts(self, [(begin, end, opened()) for begin, end, _ in parts], *how),
     )
 
 
 def load_all_when_the_first_part_is_updated(monkeypatch):
     in_parts = Copies.h2d_in_parts
-    monkeypatch.setattr(Copies, "h2d_in_parts", lambda self, parts, *how: in_parts(self, parts[:1], *how))
+    monkeypatch.setattr(
+        Copies,
+        "h2d_in_parts",
+        lambda self, parts, *how: in_parts(
+            self, [(begin, end, parts[0][2]) for begin, end, _ in parts], *how
+        ),
+    )
 
 
 def compute_before_the_parts_have_arrived(monkeypatch):

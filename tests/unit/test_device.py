@@ -176,6 +176,54 @@ def test_what_comes_after_a_copy_that_failed_fails_too(bus):
     assert last.done()
 
 
+def test_parts_come_as_they_are_ready_and_what_is_in_none_before_them(bus):
+    """Whatever other loads wait for."""
+    device, copies = bus
+    other, first, second = Ticket(), Ticket(), Ticket()
+    held_up = copies.h2d_when([other], "x", torch.zeros(4), torch.zeros(4))
+    target, source = torch.zeros(10), torch.ones(10)
+    event = copies.h2d_in_parts([(2, 5, first), (5, 8, second)], "x", target, source)
+    arrived = [torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 0, 1, 1]), torch.tensor([1.0, 1, 1, 1, 1, 0, 0, 0, 1, 1])]
+    for expected, ticket in zip(arrived, (first, second), strict=True):
+        end = time.monotonic() + 5
+        while not torch.equal(target, expected) and time.monotonic() < end:
+            time.sleep(0.001)
+        assert torch.equal(target, expected)
+        assert not event.done()
+        ticket.complete()
+    device.compute_waits(event)
+    assert torch.equal(target, source)
+    assert not held_up.done()
+    other.complete()
+
+
+def test_a_failed_part_fails_whoever_waits_for_all(bus):
+    device, copies = bus
+    read, failed = Ticket(), Ticket()
+    read.complete()
+    failed.complete("the drive is gone")
+    event = copies.h2d_in_parts([(0, 5, read), (5, 10, failed)], "x", torch.zeros(10), torch.ones(10))
+    with pytest.raises(OSError, match="the drive is gone"):
+        device.compute_waits(event)
+
+
+def test_a_copy_that_failed_has_ended_when_what_it_came_after_has(bus):
+    """Until then its memory may still be written to."""
+    _, copies = bus
+    read, failed = Ticket(), Ticket()
+    read.complete()
+    failed.complete("the drive is gone")
+    slow = torch.zeros(5_000_000), torch.zeros(5_000_000)  # 200 ms
+    before = copies.h2d_when([read], "x", *slow, returns=True)
+    event = copies.h2d_when([failed], "x", torch.zeros(4), torch.zeros(4), [before], returns=True)
+    with pytest.raises(OSError, match="the drive is gone"):
+        event.wait()
+    had_ended = event.done()
+    assert before.done() or not had_ended
+    before.wait()
+    assert event.done()
+
+
 @pytest.mark.parametrize("has_ended", [False, True])
 def test_a_failed_copy_fails_whoever_waits_at_its_gate(bus, has_ended):
     _, copies = bus
