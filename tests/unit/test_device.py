@@ -179,22 +179,28 @@ def test_what_comes_after_a_copy_that_failed_fails_too(bus):
 def test_parts_come_as_they_are_ready_and_what_is_in_none_before_them(bus):
     """Whatever other loads wait for."""
     device, copies = bus
-    other, first, second = Ticket(), Ticket(), Ticket()
-    held_up = copies.h2d_when([other], "x", torch.zeros(4), torch.zeros(4))
-    target, source = torch.zeros(10), torch.ones(10)
-    event = copies.h2d_in_parts([(2, 5, first), (5, 8, second)], "x", target, source)
-    arrived = [torch.tensor([1.0, 1, 0, 0, 0, 0, 0, 0, 1, 1]), torch.tensor([1.0, 1, 1, 1, 1, 0, 0, 0, 1, 1])]
-    for expected, ticket in zip(arrived, (first, second), strict=True):
-        end = time.monotonic() + 5
-        while not torch.equal(target, expected) and time.monotonic() < end:
-            time.sleep(0.001)
-        assert torch.equal(target, expected)
-        assert not event.done()
-        ticket.complete()
-    device.compute_waits(event)
-    assert torch.equal(target, source)
-    assert not held_up.done()
-    other.complete()
+    tickets = other, first, second = Ticket(), Ticket(), Ticket()
+    try:
+        held_up = copies.h2d_when([other], "x", torch.zeros(4), torch.zeros(4))
+        target, source = torch.zeros(10), torch.ones(10)
+        event = copies.h2d_in_parts([(2, 5, first), (5, 8, second)], "x", target, source)
+        for expected, ticket in (
+            ((1, 1, 0, 0, 0, 0, 0, 0, 1, 1), first),
+            ((1, 1, 1, 1, 1, 0, 0, 0, 1, 1), second),
+        ):
+            end = time.monotonic() + 5
+            while target.tolist() != list(expected) and time.monotonic() < end:
+                time.sleep(0.001)
+            assert target.tolist() == list(expected)
+            assert not event.done()
+            ticket.complete()
+        device.compute_waits(event)
+        assert torch.equal(target, source)
+        assert not held_up.done()
+    finally:
+        for ticket in tickets:  # what waits for them ends when the test fails, too
+            if not ticket.done():
+                ticket.complete()
 
 
 def test_a_failed_part_fails_whoever_waits_for_all(bus):
