@@ -75,8 +75,9 @@ def expected():
     return trained(device="cpu")
 
 
-def test_gradients_update_and_parameters_of_the_root_overlap():
-    model, optimizer = wrapped(bus_bytes_per_s=SLOW_BUS)
+def turn(**settings):
+    """Spans of the root's gradients, update and parameters at the end of a step and in the forward after it."""
+    model, optimizer = wrapped(**settings)
     step(model, optimizer, 0)
     with model.offload.record() as spans:
         step(model, optimizer, 1)
@@ -86,7 +87,11 @@ def test_gradients_update_and_parameters_of_the_root_overlap():
     out, made, back = (
         [s for s in spans if s.name == f"{kind} root"] for kind in ("grad_out", "update", "load")
     )
-    back = [s for s in back if s.start_s > out[0].start_s]  # not those of the first of the two forwards
+    return out, made, [s for s in back if s.start_s > out[0].start_s]  # not those of the first forward
+
+
+def test_gradients_update_and_parameters_of_the_root_overlap():
+    out, made, back = turn(bus_bytes_per_s=SLOW_BUS)
     assert all(ROOT_PARTS // 2 < len(spans) <= ROOT_PARTS for spans in (out, back))
     assert min(s.start_s for s in made) < max(s.end_s for s in out)
     # The parameters are asked for by the forward after the step, and the last part of them by the last update.
@@ -107,15 +112,7 @@ class Slow(offload.ElementwiseOptimizer):
 
 @pytest.mark.parametrize("update", ["backward", "deferred"])
 def test_the_root_comes_back_while_blocks_that_are_wanted_later_wait_for_their_updates(update):
-    model, optimizer = wrapped(optimizer=Slow, update=update)
-    step(model, optimizer, 0)
-    with model.offload.record() as spans:
-        step(model, optimizer, 1)
-        with torch.no_grad():
-            model(torch.zeros(1, 1, dtype=torch.int64))
-    model.offload.close()
-    made = [s for s in spans if s.name == "update root"]
-    back = [s for s in spans if s.name == "load root" and s.start_s > made[0].start_s]
+    _, made, back = turn(optimizer=Slow, update=update)
     assert len(back) > ROOT_PARTS // 2
     assert back[0].start_s < made[len(made) // 2].start_s
 
