@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import offload
-from offload.runtime import update_jobs
+from offload.runtime import gradients
 
 WIDTH = 256
 
@@ -77,12 +77,12 @@ def main() -> None:
         plan="none",
     )
     tokens = torch.randint(0, options.vocab, (1, 16))
-    forms = {"whole": 1, "parts": update_jobs.ROOT_PARTS}
+    forms = {"whole": 1, "parts": gradients.ROOT_PARTS}
     tails: dict[str, list[float]] = {form: [] for form in forms}
     alone: dict[str, list[float]] = {stage: [] for stage in ("grad_out", "update", "load")}
     for number in range(options.rounds + 2):
         for form, n_parts in forms.items():
-            update_jobs.ROOT_PARTS = n_parts
+            gradients.ROOT_PARTS = n_parts
             with model.offload.record() as spans:
                 model(tokens).backward()
                 optimizer.step()

@@ -17,9 +17,7 @@ from offload.transfer.copies import Copies
 
 
 class Residency(Protocol):
-    """What the scheduler needs of either. `copies`: parameters are copied to the device and gradients from it."""
-
-    copies: bool
+    """What the scheduler needs of either."""
 
     def holds(self, block: BlockRecord) -> bool: ...
     def needs_host_slot(self, phase: Phase) -> bool: ...
@@ -32,8 +30,6 @@ class Residency(Protocol):
 
 class SharedResidency:
     """The host slot is the device's: loading binds the parameters to it."""
-
-    copies = False
 
     def __init__(self, torch_device: torch.device) -> None:
         self._torch_device = torch_device
@@ -72,8 +68,6 @@ class SharedResidency:
 
 class CopiedResidency:
     """Device slots of one size, each owned by one block from the start of its load until it is dropped."""
-
-    copies = True
 
     def __init__(self, slots: list[DeviceSlot], device: DeviceTier, copies: Copies) -> None:
         self._slots = slots

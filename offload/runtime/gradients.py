@@ -15,13 +15,13 @@ import torch
 from offload.errors import BudgetError, UsageError
 from offload.model.flat import FlatBuffer
 from offload.runtime import taken_gradients
-from offload.runtime.update_jobs import Part
+from offload.runtime.update_jobs import Part, Segments, parts_of
 from offload.stores.block_store import BlockRecord, GradBuffer
 from offload.telemetry import SpanLog, Stalls
 from offload.tiers.device import DeviceTier
 from offload.tiers.storage import Store
 from offload.transfer.copies import Copies
-from offload.types import SEGMENT_ELEMENTS
+from offload.types import ROOT_PARTS, SEGMENT_ELEMENTS
 
 
 class Gradients:
@@ -121,29 +121,30 @@ class Gradients:
 
     # ---- out of the device -----------------------------------------------------------------------------------
 
-    def hand_over(self, block: BlockRecord, parts: list[Part] | None) -> None:
-        """Let the update have the gradients: `grad_out` holds them once `grad_gate` (None: now) has completed.
+    def hand_over(self, block: BlockRecord, segments_of: list[Segments]) -> list[Part]:
+        """Let the update have the gradients: `grad_out` holds those of a part once its gate (None: now) has completed.
 
-        `parts`: of the root on a device of its own; no more leaves the device than they name, and each gets its gate.
+        `segments_of`: per flat buffer what the update reads; of the root no more leaves the device.
         """
-        buffer = block.grad_buffer
+        buffer, shared = block.grad_buffer, self._device.shares_host
+        parts = parts_of(block, segments_of, ROOT_PARTS if block.is_root and not shared else 1)
         if buffer is None:
-            return
-        if self._device.shares_host:
-            block.grad_out = buffer
-        else:
+            return parts
+        out = buffer
+        if not shared:
             out = block.grad_out_home or self._take(self._out_buffers)
-            out.owner, block.grad_out = block, out
-            if parts is None:
+            out.owner = block
+            if not block.is_root:
                 self._copy_out(block, buffer, out.plane)
-            for part in parts or ():
-                if part.segments:
-                    self._copy_out(block, buffer, out.plane, _ranges(block, part))
-                    part.gate = block.grad_gate
-        if not block.is_root:
-            if not self._device.shares_host:
                 buffer.release()
+        block.grad_out = out
+        for part in parts:
+            if part.segments and block.is_root and not shared:
+                self._copy_out(block, buffer, out.plane, _ranges(block, part))
+            part.gate = block.grad_gate
+        if not block.is_root:
             block.grad_buffer = None
+        return parts
 
     def park(self, block: BlockRecord) -> None:
         """Put unapplied gradients where they wait, and free the gradient buffer. The root's stay where they are."""

@@ -25,10 +25,10 @@ from offload.runtime.update_jobs import (
     Part,
     RootParts,
     Segments,
-    in_parts,
     make_job,
     needs_job,
     param_offset,
+    parts_of,
     touched_segments,
 )
 from offload.schedule.operations import Phase, Use, UseCursor
@@ -302,8 +302,7 @@ class Scheduler:
     ) -> None:
         self._pending_segments[block.index] = segments_of
         self.wait_resident(block)
-        parts = in_parts(block, segments_of) if block.is_root and self._residency.copies else None
-        self.gradients.hand_over(block, parts)
+        parts = self.gradients.hand_over(block, segments_of)
         self._residency.outdated(block)
         read_param = block.state is BlockState.STORED
         if read_param:
@@ -376,21 +375,26 @@ class Scheduler:
         block.pending_update = False
         segments_of = self._pending_segments.pop(block.index)
         gate = self.gate()
-        for position, buffer in enumerate(block.layout.buffers):
-            chunks = self._chunks_to_move(block, position, only)
-            if chunks is not None and needs_job(block, position, segments_of[position]):
-                whole = Part(position, 0, buffer.n_elements, segments_of[position], block.grad_gate)
-                for part in [whole] if parts is None else [p for p in parts if p.position == position]:
-                    moved = chunks if parts is None or block.sides is None else part.chunks(chunks)
-                    if moved is None or not needs_job(block, position, part.segments):
-                        continue
-                    job = make_job(
-                        block, part, read_param=read_param, only=moved, write_gate=gate, store=self._store
-                    )
-                    block.tickets.append(self._pipeline.submit(job))
-                    if parts is not None:
-                        block.arriving.append((*part.slot_bytes(buffer), block.tickets[-1]))
-            elif read_param and self._store is not None:
+        if parts is None:  # the gradients waited
+            parts = parts_of(block, segments_of)
+            for part in parts:
+                part.gate = block.grad_gate
+        without_job = set(range(len(block.layout.buffers)))
+        for part in parts:
+            chunks = self._chunks_to_move(block, part, only)
+            if not chunks or not needs_job(block, part):
+                continue
+            job = make_job(
+                block, part, read_param=read_param, only=chunks, write_gate=gate, store=self._store
+            )
+            block.tickets.append(self._pipeline.submit(job))
+            without_job.discard(part.position)
+            if block.is_root:
+                slot_bytes = part.slot_bytes(block.layout.buffers[part.position])
+                block.arriving.append((*slot_bytes, block.tickets[-1]))
+        if read_param and self._store is not None:
+            for position in sorted(without_job):
+                buffer = block.layout.buffers[position]
                 address, offset = block.plane(buffer).data_ptr(), param_offset(block, position)
                 block.tickets.append(self._store.engine.read(address, buffer.plane_nbytes, offset))
         if block.sides is not None and only is None:
@@ -401,15 +405,12 @@ class Scheduler:
         block.touched.clear()
         block.grads_waiting = False
 
-    def _chunks_to_move(
-        self, block: BlockRecord, position: int, only: list[list[Range]] | None
-    ) -> list[Range] | None:
-        """Of a buffer, as the job's `only` has them; None: no chunk at all. What has no sides moves what is updated."""
+    def _chunks_to_move(self, block: BlockRecord, part: Part, only: list[list[Range]] | None) -> list[Range]:
+        """Of a part, of which those without gradients move only where there are two sides."""
         if block.sides is None or not block.is_root:
-            return []
-        if only is not None:
-            return only[position] or None
-        return self._root_parts.chunks_left(position)
+            return [(part.start, part.stop)]
+        left = self._root_parts.chunks_left(part.position) if only is None else only[part.position]
+        return part.within(left)
 
     def flush(self) -> None:
         """Make every decided update and wait for everything in flight."""

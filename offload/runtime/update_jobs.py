@@ -21,7 +21,7 @@ from offload.runtime.early_root import Range, split
 from offload.stores.block_store import BlockRecord
 from offload.tiers.storage import Store
 from offload.transfer.io_engine import Hyper, Ticket, UpdateJob
-from offload.types import ROOT_PARTS, round_up
+from offload.types import round_up
 
 Segments = list[tuple[int, int, Hyper]]
 """Of a flat buffer, (start, n, hyperparameters) of what is updated."""
@@ -45,7 +45,7 @@ def touched_segments(block: BlockRecord, hyper_of: HyperOf) -> list[Segments]:
 
 @dataclass
 class Part:
-    """Elements `start` to before `stop` of the flat buffer at `position`, and what of them is updated.
+    """Elements `start` to before `stop` of the flat buffer at `position`, whole chunks, and what of them is updated.
 
     `gate` completes when the gradients have arrived where the update looks for them; None: they have.
     """
@@ -61,23 +61,22 @@ class Part:
         plane, itemsize = buffer.plane_offset_nbytes, buffer.dtype.itemsize
         return plane + self.start * itemsize, plane + self.stop * itemsize
 
-    def chunks(self, chunks: list[Range]) -> list[Range] | None:
-        """Of these chunks those in the part; `chunks` is a job's `only`, and so is the result. None: there is none."""
-        if not chunks:
-            return [(self.start, self.stop)]
-        inside, _ = split(self.start, self.stop - self.start, chunks)
-        return [(start, start + n) for start, n in inside] or None
+    def within(self, ranges: list[Range]) -> list[Range]:
+        """What of the part is in these ranges."""
+        inside, _ = split(self.start, self.stop - self.start, ranges)
+        return [(start, start + n) for start, n in inside]
 
 
-def in_parts(block: BlockRecord, segments_of: list[Segments]) -> list[Part]:
-    """The trainable flat buffers of the root in whole chunks, in order. A rule that reads all gradients of a parameter
-    gets its buffer in one."""
+def parts_of(block: BlockRecord, segments_of: list[Segments], n_parts: int = 1) -> list[Part]:
+    """The trainable flat buffers, each in so many parts at most; in one where a rule reads whole gradients."""
     parts: list[Part] = []
     for position, buffer in enumerate(block.layout.buffers):
         if not buffer.trainable:
             continue
-        n = buffer.n_elements // (1 if buffer.rule.whole_gradients else ROOT_PARTS)
-        step = round_up(n, buffer.chunk_elements)
+        if n_parts == 1 or buffer.rule.whole_gradients:
+            parts.append(Part(position, 0, buffer.n_elements, segments_of[position]))
+            continue
+        step = round_up(buffer.n_elements // n_parts, buffer.chunk_elements)
         for start in range(0, buffer.n_elements, step):
             stop = min(start + step, buffer.n_elements)
             pieces = [
@@ -88,10 +87,10 @@ def in_parts(block: BlockRecord, segments_of: list[Segments]) -> list[Part]:
     return parts
 
 
-def needs_job(block: BlockRecord, position: int, segments: Segments) -> bool:
-    """Whether the pipeline has anything to do in a flat buffer: where a block has two sides, what has no gradient goes
-    to the other side as it is."""
-    return bool(segments) or (block.sides is not None and block.layout.buffers[position].trainable)
+def needs_job(block: BlockRecord, part: Part) -> bool:
+    """Whether the pipeline has anything to do: where a block has two sides, what has no gradient goes to the other side
+    as it is."""
+    return bool(part.segments) or block.sides is not None
 
 
 def param_offset(block: BlockRecord, position: int) -> int:
@@ -112,7 +111,7 @@ def make_job(
 ) -> UpdateJob:
     """The update of a flat buffer, or a part of it, of a block that has a slot.
 
-    `read_param`: the parameters are not in the slot yet. `only`: chunks to move; empty for all. `write_gate`: what the
+    `read_param`: the parameters are not in the slot yet. `only`: chunks to move. `write_gate`: what the
     writes wait for. `store`: where what is on storage is, for rules in Python.
     """
     position, segments = part.position, part.segments
@@ -221,13 +220,11 @@ class RootParts:
         """A failed backward leaves it undone."""
         self._rest = []
 
-    def chunks_left(self, position: int) -> list[Range] | None:
-        """Of a flat buffer, as a job's `only` has them: empty for all; None where the early update has moved all."""
+    def chunks_left(self, position: int) -> list[Range]:
+        """Of a flat buffer, those that the early update has not moved."""
         early = self._early_chunks[position] if self._early_chunks else []
-        if not early:
-            return []
         _, outside = split(0, self._root.layout.buffers[position].n_elements, early)
-        return [(start, start + n) for start, n in outside] or None
+        return [(start, start + n) for start, n in outside]
 
     def turned(self) -> None:
         """All chunks are on one side again."""

@@ -10,10 +10,10 @@ from torch import nn
 
 import offload
 from offload.model.flat import lay_out
-from offload.runtime import update_jobs
+from offload.runtime import gradients
 from offload.runtime.device_residency import CopiedResidency
 from offload.runtime.gradients import Gradients
-from offload.runtime.update_jobs import in_parts
+from offload.runtime.update_jobs import parts_of
 from offload.stores.block_store import BlockRecord
 from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Hyper, Ticket
@@ -150,7 +150,7 @@ def test_the_root_in_parts_has_the_bits_of_the_root_as_a_whole(tmp_path, monkeyp
     if settings.pop("durable", False):
         settings |= {"storage": [str(tmp_path)], "durability": "step"}
     in_some = trained(bus_bytes_per_s=SLOW_BUS, **settings)
-    monkeypatch.setattr(update_jobs, "ROOT_PARTS", 1)
+    monkeypatch.setattr(gradients, "ROOT_PARTS", 1)
     assert not differs(in_some, trained(**settings))
     if "durability" not in settings:
         assert not differs(in_some, trained(**{**settings, "device": "cpu"}))
@@ -168,10 +168,11 @@ def opened():
 def update_a_part_before_its_gradients_have_arrived(monkeypatch):
     hand_over = Gradients.hand_over
 
-    def hurried(self, block, parts):
-        hand_over(self, block, parts)
-        for part in parts or ():
+    def hurried(self, block, segments_of):
+        parts = hand_over(self, block, segments_of)
+        for part in parts if block.is_root else ():
             part.gate = opened()
+        return parts
 
     monkeypatch.setattr(Gradients, "hand_over", hurried)
 
@@ -179,10 +180,11 @@ def update_a_part_before_its_gradients_have_arrived(monkeypatch):
 def update_every_part_when_the_first_has_arrived(monkeypatch):
     hand_over = Gradients.hand_over
 
-    def hurried(self, block, parts):
-        hand_over(self, block, parts)
-        for part in parts or ():
+    def hurried(self, block, segments_of):
+        parts = hand_over(self, block, segments_of)
+        for part in parts if block.is_root else ():
             part.gate = parts[0].gate
+        return parts
 
     monkeypatch.setattr(Gradients, "hand_over", hurried)
 
@@ -273,7 +275,7 @@ def test_parts_are_whole_chunks_and_cover_every_trainable_element_once(
         ]
         for b in layout.buffers
     ]
-    parts = in_parts(root, segments_of)
+    parts = parts_of(root, segments_of, ROOT_PARTS)
     for position, buffer in enumerate(layout.buffers):
         mine = [part for part in parts if part.position == position]
         covered = [(part.start, part.stop) for part in mine]
