@@ -16,11 +16,6 @@ COPY_CYCLES = 12_000_000
 """A device sleep of about 7 ms before each copy: several times what a small block computes."""
 
 
-def arithmetic_of(device):
-    """The setting `device` of a run without transfers whose numbers are the standard for runs on `device`."""
-    return {"device": "cuda" if device == "cuda" else "cpu"}
-
-
 @contextlib.contextmanager
 def ready(device, monkeypatch):
     """`device`, with deterministic kernels where it is CUDA."""

@@ -24,8 +24,14 @@ from offload.tiers.emulated_device import EmulatedDevice
 from offload.tiers.host import HostArena
 from offload.tiers.storage import Store
 from tests.conftest import batches, build, one_thread, slow_but, two_groups
-from tests.cuda import arithmetic_of
-from tests.integration.test_exactness import CHUNK, assert_same_bits, stored, train, train_in_memory
+from tests.integration.test_exactness import (
+    CHUNK,
+    assert_same_bits,
+    in_memory_on,
+    stored,
+    train,
+    train_in_memory,
+)
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -35,9 +41,7 @@ from trace_analysis import STEP, analyse
 
 def reference(device):
     """Everything in host memory, on the same device: its arithmetic is the standard."""
-    return {
-        **arithmetic_of(device), "step_aside": "never", "device_memory": "1GB", "host_memory": "1GB", "storage": [],
-    }  # fmt: skip
+    return in_memory_on(device, step_aside="never")
 
 
 def on(device, directory, **more):

@@ -9,7 +9,7 @@ import torch
 import offload
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from tests.conftest import batches, build, slow_but, two_groups
-from tests.cuda import CUDA, arithmetic_of
+from tests.cuda import CUDA
 
 CHUNK = 4096
 STAGING = 4 * CHUNK * 14 + ACTIVATION_STAGING_NBYTES_MIN
@@ -77,13 +77,10 @@ def assert_same_bits(got, expected):
 
 
 def in_memory_on(device, **settings):
-    """The oracle's settings: no transfer but the gradients' and parameters' where the device has memory of its own."""
-    return {
-        **IN_MEMORY,
-        **arithmetic_of(device),
-        "step_aside": "never" if device == "cuda" else "auto",
-        **settings,
-    }
+    """The oracle's settings for runs on `device`: nothing is streamed, but on a GPU gradients and parameters, whose
+    update is the host's."""
+    here = {"device": "cuda", "step_aside": "never"} if device == "cuda" else {"device": "cpu"}
+    return {**IN_MEMORY, **here, **settings}
 
 
 def stored_for(device, directory, *more, more_host_memory=0, **settings):

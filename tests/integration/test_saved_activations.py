@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import offload
 from offload.runtime import recompute
 from tests.conftest import slow_but
-from tests.cuda import CUDA, arithmetic_of
+from tests.cuda import CUDA
 from tests.integration.test_exactness import (
     CHUNK,
-    IN_MEMORY,
     assert_same_bits,
+    in_memory_on,
     stored,
     train,
     train_in_memory,
@@ -25,17 +25,11 @@ TIERS = ["recompute", "device", "host", "storage"]
 ROOMY = {"host_memory": "50MB"}
 
 
-def kept_whole_on(device):
-    """Plain torch on a CPU; on a GPU the update is the host's, so the state is there too."""
-    where = {"step_aside": "never", "activations": "keep"} if device == "cuda" else {"step_aside": "always"}
-    return {**IN_MEMORY, **arithmetic_of(device), **where}
-
-
 @pytest.mark.parametrize("device", ["cpu", "emulated", CUDA], indirect=True)
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("kind", slow_but(["llama", "gpt2"], ["llama", "gpt2", "qwen2", "bert"]))
 def test_with_dropout_every_tier_has_the_bits_of_a_graph_kept_whole(tmp_path, kind, tier, device):
-    expected = train_in_memory(kind, kept_whole_on(device), n_steps=4, dropout=0.1)
+    expected = train_in_memory(kind, in_memory_on(device, activations="keep"), n_steps=4, dropout=0.1)
     settings = stored(tmp_path, device=device, saved_activations=tier, **ROOMY)
     assert_same_bits(train(kind, settings, n_steps=4, dropout=0.1), expected)
 
@@ -44,7 +38,7 @@ def test_with_dropout_every_tier_has_the_bits_of_a_graph_kept_whole(tmp_path, ki
 @pytest.mark.parametrize("host_memory", ["1MB", "50MB"])
 def test_inputs_and_results_on_storage_together_are_all_read_back(tmp_path, device, host_memory):
     """What is read ahead for the block before fills the staging while this block still needs it."""
-    expected = train_in_memory("llama", kept_whole_on(device), n_steps=4)
+    expected = train_in_memory("llama", in_memory_on(device, activations="keep"), n_steps=4)
     settings = stored(
         tmp_path, device=device, saved_activations="storage", activations="storage", host_memory=host_memory
     )
@@ -54,8 +48,7 @@ def test_inputs_and_results_on_storage_together_are_all_read_back(tmp_path, devi
 @pytest.mark.parametrize("tier", TIERS)
 def test_with_micro_batches_clipping_and_deferred_updates_too(tmp_path, tier, device):
     same = {"micro_batches": 3, "max_grad_norm": 0.5, "step_aside": "never"}
-    in_memory = {**IN_MEMORY, **arithmetic_of(device), **same, "activations": "keep"}
-    expected = train_in_memory("llama", in_memory, n_steps=4)
+    expected = train_in_memory("llama", in_memory_on(device, activations="keep", **same), n_steps=4)
     settings = stored(tmp_path, device=device, saved_activations=tier, **ROOMY, **same)
     if device == "emulated":
         settings["bus_bytes_per_s"] = 2e8

@@ -70,7 +70,7 @@ CHOICES = [
 
 
 CASES = [
-    # Most of the cases' time is a batch in bf16, on processors without instructions for it.
+    # Most of the cases' time is a large batch, or one in bf16 on processors without instructions for it.
     pytest.param(kind, batch, chosen, marks=[pytest.mark.slow] if "bf16" in kind or batch > 4 else [])
     for batch, chosen in CHOICES
     for kind in MODELS

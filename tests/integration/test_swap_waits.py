@@ -23,11 +23,11 @@ from offload.tiers.host import Lease
 from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Ticket
 from tests.conftest import one_thread
-from tests.cuda import arithmetic_of, deterministic_cuda
+from tests.cuda import deterministic_cuda
 from tests.integration.test_exactness import (
     CHUNK,
-    IN_MEMORY,
     assert_same_bits,
+    in_memory_on,
     stored,
     train,
     train_in_memory,
@@ -84,10 +84,9 @@ def assert_has_the_bits_of_a_graph_kept_whole(
         drawn = {value.op: draw.choice(sorted(outcomes)) for value in recipe.keepable()}
         return {op: outcome for op, outcome in drawn.items() if outcome != "recompute"}
 
-    kept_whole = {
-        **IN_MEMORY, **arithmetic_of(device_settings["device"]), "activations": "keep", "step_aside": "never",
-        "micro_batches": micro_batches,
-    }  # fmt: skip
+    kept_whole = in_memory_on(
+        device_settings["device"], activations="keep", step_aside="never", micro_batches=micro_batches
+    )
     expected = train_in_memory(kind, kept_whole, n_steps=3, layers=3, dropout=0.1)
     settings = stored(directory, **device_settings, micro_batches=micro_batches, host_memory=host_memory)
     with pytest.MonkeyPatch.context() as patch:
