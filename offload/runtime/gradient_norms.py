@@ -7,6 +7,9 @@ import torch
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.stores.block_store import BlockRecord
 
+DOT_ELEMENTS = 1 << 30
+"""Of one torch.dot: cuBLAS counts elements in 32 bits."""
+
 
 class GradientNorms:
     """`limit` is `max_grad_norm`; `judged`: a step whose norm is not finite is discarded, so it is needed anyway."""
@@ -26,7 +29,8 @@ class GradientNorms:
             block.grad_norms = (block.grad_norms if more else []) + self._of_block(block, only)
 
     def _of_block(self, block: BlockRecord, only: set[int] | None = None) -> list[torch.Tensor]:
-        """Norm of each gradient of the block, in its order of parameters; the quickest way where nothing is clipped."""
+        """Norms of the block's gradients, in its order of parameters: where it clips one each, as torch takes them;
+        elsewhere of pieces, the quickest way."""
         if block.grad_buffer is None:
             return []
         grads = [
@@ -36,7 +40,8 @@ class GradientNorms:
             if id(segment.parameter) in (block.touched if only is None else block.touched & only)
         ]
         if self._limit is None and block.grad_buffer.plane.dtype == torch.float32:
-            return [torch.dot(grad.view(-1), grad.view(-1)).sqrt() for grad in grads]
+            pieces = [piece for grad in grads for piece in grad.view(-1).split(DOT_ELEMENTS)]
+            return [torch.dot(piece, piece).sqrt() for piece in pieces]
         return [torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]
 
     def total(self, optimizer: OffloadOptimizer) -> torch.Tensor | None:
