@@ -247,6 +247,9 @@ def _train(
                 plan = model.offload.plan
                 say_late_plan(plan, output.note)
             used_up = step < settings.steps and budget.is_used_up(step)
+            if step == settings.steps:
+                model.offload.flush()
+                totals.add_rest(*moved.by_step()[1:])
             totals.written_by_drive = model.offload.written_by_drive()
             checkpoints.after_step(step, signals.requested or used_up)
             if used_up:
@@ -289,7 +292,6 @@ def _run(settings: Settings, output: Output, totals: Totals, signals: StopSignal
             )
             engine.close()
             return summary_of(settings, totals, "write budget used")
-        engine.flush()
         if settings.output is not None:
             output.note(f"writing {settings.output}")
             export(model, settings.output, tokenizer=tokenizer)

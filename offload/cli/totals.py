@@ -46,6 +46,11 @@ class Totals:
         for cause, seconds in report.stall_s.items():
             self.stall_s[cause] += seconds
 
+    def add_rest(self, read_nbytes: int, written_nbytes: int) -> None:
+        """Count in what the last step's updates moved after its report."""
+        self.read_bytes += read_nbytes
+        self.written_bytes += written_nbytes
+
 
 def _described(wear: Wear | str) -> str:
     return wear if isinstance(wear, str) else f"{wear.device}: {wear.used_fraction:.0%} used"
