@@ -153,6 +153,7 @@ void bind_io(py::module_& module) {
       .def_property_readonly("address",
                              [](const AlignedBuffer& b) { return reinterpret_cast<std::uintptr_t>(b.address()); })
       .def_property_readonly("nbytes", &AlignedBuffer::nbytes)
+      .def("keep_on_fork", &AlignedBuffer::keep_on_fork, py::arg("offset"), py::arg("nbytes"))
       .def_buffer([](AlignedBuffer& b) {
         return py::buffer_info(b.address(), 1, py::format_descriptor<std::uint8_t>::format(),
                                static_cast<py::ssize_t>(b.nbytes()));

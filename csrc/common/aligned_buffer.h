@@ -1,4 +1,5 @@
-// Page-aligned anonymous memory of an exact size, returned on destruction.
+// Page-aligned anonymous memory of an exact size, returned on destruction. A forked child finds zeros there, but for what
+// is kept: pages that are registered for transfers would be copied for it, and others one by one as the parent writes.
 #pragma once
 
 #include <sys/mman.h>
@@ -29,10 +30,16 @@ class AlignedBuffer {
     if (slack - head != 0) ::munmap(start + head + nbytes_, slack - head);
     address_ = start + head;
     if (slack != 0) ::madvise(address_, nbytes_, MADV_HUGEPAGE);  // a hint: refused where huge pages are off
+    ::madvise(address_, nbytes_, MADV_WIPEONFORK);
   }
   ~AlignedBuffer() { ::munmap(address_, nbytes_); }
   AlignedBuffer(const AlignedBuffer&) = delete;
   AlignedBuffer& operator=(const AlignedBuffer&) = delete;
+
+  // Whole pages of it that a forked child is to have too.
+  void keep_on_fork(std::size_t offset, std::size_t nbytes) {
+    ::madvise(static_cast<char*>(address_) + offset, nbytes, MADV_KEEPONFORK);
+  }
 
   void* address() const { return address_; }
   std::size_t nbytes() const { return nbytes_; }

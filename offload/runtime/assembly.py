@@ -351,6 +351,7 @@ class _Builder:
         root.states = self._states(index, layout, store, root.sides)
         if self.device.shares_host:
             root.slot = Slot(self.on_device(layout.slot_nbytes), root)
+            self.device_arena.keep_on_fork(root.slot.bytes_tensor)
         else:
             root.slot = Slot(self.host_arena.take(layout.slot_nbytes), root)
             root.device_slot = DeviceSlot(self.on_device(layout.slot_nbytes), root, self.device.mark())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import os
 import time
 import weakref
 from collections.abc import Iterator
@@ -56,6 +57,7 @@ class OffloadEngine:
         self.spans = SpanLog()
         self.last_step: dict[str, Any] = {}
         self._closed = False
+        self._pid = os.getpid()
         self._sync = True
         self._backward_open = False
         self._handles: list[Any] = []
@@ -165,6 +167,11 @@ class OffloadEngine:
         """Before the block's forward."""
         if self._closed:
             raise UsageError("the offload engine is closed; wrap the model again")
+        if os.getpid() != self._pid:
+            raise UsageError(
+                "this process was forked from the one that trains and has neither the model's memory nor its drives: "
+                "compute there, or export the model and load it here"
+            )
         if block.awaiting_backward:
             self._gradients.will_accumulate()
         if self.commits is not None:

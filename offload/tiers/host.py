@@ -1,4 +1,8 @@
-"""The host arena: one page-aligned region of fixed size, handed out in page-aligned pieces, for good or on lease."""
+"""The host arena: one page-aligned region of fixed size, handed out in page-aligned pieces, for good or on lease.
+
+[Note: forks] A process that is forked from the run's (a DataLoader's worker) finds zeros in an arena. Memory that is
+registered for transfers would otherwise be copied whole for every child. What a child may compute with is kept for it.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +37,10 @@ class HostArena:
         if self._used_nbytes > self.nbytes:
             raise BudgetError(f"arena of {self.nbytes} bytes is used up; {self._used_nbytes} wanted")
         return self.bytes_tensor[start : start + nbytes]
+
+    def keep_on_fork(self, piece: torch.Tensor) -> None:
+        """A forked process is to have what is in a piece that was taken. See [Note: forks]."""
+        self._arena.keep_on_fork(piece.data_ptr() - self.address, round_up(piece.nbytes, PAGE_NBYTES))
 
 
 class Lease:
