@@ -40,7 +40,8 @@ class HostArena:
 
     def keep_on_fork(self, piece: torch.Tensor) -> None:
         """A forked process is to have what is in a piece that was taken. See [Note: forks]."""
-        self._arena.keep_on_fork(piece.data_ptr() - self.address, round_up(piece.nbytes, PAGE_NBYTES))
+        if piece.nbytes:
+            self._arena.keep_on_fork(piece.data_ptr() - self.address, round_up(piece.nbytes, PAGE_NBYTES))
 
 
 class Lease:
