@@ -101,6 +101,9 @@ class OrderedDevice:
     def allocate(self, nbytes):
         return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
 
+    def trim(self):
+        pass
+
     def mark(self):
         with self._lock:
             return OrderedEvent(self, dict(self._clock["compute"]))

@@ -287,18 +287,27 @@ class _Builder:
             self.rule.record_nbytes_per_element,
         )
 
-    def make_slots(self) -> tuple[list[Slot], list[DeviceSlot]]:
-        nbytes = max((b.slot_nbytes for b in self.bytes_of), default=0)
-        placement = self.placement
+    def make_slots(self) -> list[Slot]:
+        """What storage is read into."""
+        nbytes, placement = self._slot_nbytes, self.placement
         if placement.params_on_device:
-            return [], []
+            return []
         if self.device.shares_host:
-            return [Slot(self.on_device(nbytes)) for _ in range(placement.n_slots)], []
-        host = [Slot(self.host_arena.take(nbytes)) for _ in range(placement.n_host_slots)]
-        device = [DeviceSlot(self.on_device(nbytes)) for _ in range(placement.n_slots)]
-        for slot in device:  # allocating may fill it
+            return [Slot(self.on_device(nbytes)) for _ in range(placement.n_slots)]
+        return [Slot(self.host_arena.take(nbytes)) for _ in range(placement.n_host_slots)]
+
+    def make_device_slots(self) -> list[DeviceSlot]:
+        """What a device with memory of its own computes with."""
+        if self.device.shares_host:
+            return []
+        slots = [DeviceSlot(self.on_device(self._slot_nbytes)) for _ in range(self.placement.n_slots)]
+        for slot in slots:  # allocating may fill it
             slot.free_after = self.device.mark()
-        return host, device
+        return slots
+
+    @property
+    def _slot_nbytes(self) -> int:
+        return max((b.slot_nbytes for b in self.bytes_of), default=0)
 
     def make_grad_buffers(self) -> tuple[list[GradBuffer], list[GradBuffer]]:
         nbytes = 4 * max((layout.grad_elements for layout in self.layouts), default=0)
@@ -338,14 +347,10 @@ class _Builder:
         return record
 
     def make_root(self, store: Store | None) -> BlockRecord:
+        """What of it is in host memory; `place_root` has to follow."""
         layout, index = self.root_layout, len(self.layouts)
         root = BlockRecord(index, layout, True, -1, {})
-        grad_nbytes = layout.grad_elements * 4
-        grad = self.on_device(grad_nbytes).view(torch.float32)
-        root.grad_buffer = GradBuffer(grad, root, permanent=True)
         if self.all_in_device:
-            root.slot = Slot(self.on_device(layout.slot_nbytes), root)
-            root.state = BlockState.RESIDENT
             return root
         root.sides = self._sides(layout, store)
         root.states = self._states(index, layout, store, root.sides)
@@ -354,12 +359,21 @@ class _Builder:
             self.device_arena.keep_on_fork(root.slot.bytes_tensor)
         else:
             root.slot = Slot(self.host_arena.take(layout.slot_nbytes), root)
-            root.device_slot = DeviceSlot(self.on_device(layout.slot_nbytes), root, self.device.mark())
-            root.device_stale = True
-            out = self.host_arena.take(grad_nbytes).view(torch.float32)
+            out = self.host_arena.take(layout.grad_elements * 4).view(torch.float32)
             root.grad_out_home = GradBuffer(out, root, permanent=True)
         import_into(root, store, None, self.config.chunk_elements, self.device)
         return root
+
+    def place_root(self, root: BlockRecord) -> None:
+        """Its device memory."""
+        grad = self.on_device(root.layout.grad_elements * 4).view(torch.float32)
+        root.grad_buffer = GradBuffer(grad, root, permanent=True)
+        if self.all_in_device:
+            root.slot = Slot(self.on_device(root.layout.slot_nbytes), root)
+            root.state = BlockState.RESIDENT
+        elif not self.device.shares_host:
+            root.device_slot = DeviceSlot(self.on_device(root.layout.slot_nbytes), root, self.device.mark())
+            root.device_stale = True
 
     def _sides(self, layout: BlockLayout, store: Store | None) -> Sides | None:
         if store is None or self.config.durability != "step":
@@ -426,13 +440,20 @@ def assemble(
 
 
 def _fill(builder: _Builder, resources: Resources) -> Assembly:
+    """The model may be on the device: it leaves before its memory is taken for slots and gradients."""
     store, device = resources.store, resources.device
-    slots, device_slots = builder.make_slots()
-    grad_buffers, out_buffers = builder.make_grad_buffers()
+    slots = builder.make_slots()
     activation_staging = builder.host_arena.take(builder.placement.activation_staging_nbytes)
     scratch = slots[0] if slots else None
     blocks = [builder.make_block(index, store, scratch) for index in range(len(builder.layouts))]
     root = builder.make_root(store)
+    device.trim()
+    device_slots = builder.make_device_slots()
+    grad_buffers, out_buffers = builder.make_grad_buffers()
+    builder.place_root(root)
+    in_device = InDeviceState(root, device) if builder.all_in_device else None
+    if in_device is not None:  # only now has the model gone
+        device.trim()
     if builder.config.pin != "always":  # pages become present: only now is the model that was imported gone
         builder.page_lock()
     if store is not None:  # here too
@@ -441,7 +462,7 @@ def _fill(builder: _Builder, resources: Resources) -> Assembly:
     return Assembly(
         blocks=blocks,
         root=root,
-        in_device=InDeviceState(root, device) if builder.all_in_device else None,
+        in_device=in_device,
         slots=slots,
         device_slots=device_slots,
         grad_buffers=grad_buffers,

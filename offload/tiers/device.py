@@ -95,6 +95,10 @@ class DeviceTier(Protocol):
         """Device memory as a 1-D uint8 tensor. Raises BudgetError when the device has less."""
         ...
 
+    def trim(self) -> None:
+        """Give the device back what its allocator keeps for nobody."""
+        ...
+
     def mark(self) -> Event:
         """The end of all compute given so far."""
         ...
@@ -138,6 +142,9 @@ class SharedDevice:
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Plain memory; the arena of the runtime is used instead wherever pages matter."""
         return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+
+    def trim(self) -> None:
+        """Nothing is kept."""
 
     def mark(self) -> Event:
         """Compute has happened when the call returns."""
@@ -215,6 +222,10 @@ class CudaDevice:
                 f"{self.torch_device}: {nbytes} bytes of device memory are not to be had: lower device_memory or "
                 "end the other processes on this device (nvidia-smi)"
             ) from error
+
+    def trim(self) -> None:
+        """Its cached segments count against the limit only when a new one is made, but they are device memory."""
+        torch.cuda.empty_cache()
 
     def mark(self) -> Event:
         """An event on the stream that the calling thread computes on."""

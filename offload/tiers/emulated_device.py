@@ -107,6 +107,9 @@ class EmulatedDevice:
         """Every float in it is NaN."""
         return torch.full((nbytes,), 0xFF, dtype=torch.uint8, device=self.torch_device)
 
+    def trim(self) -> None:
+        """Nothing is kept."""
+
     def mark(self) -> Event:
         """Compute has happened when the call that computes returns."""
         return PAST

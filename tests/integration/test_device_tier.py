@@ -129,6 +129,39 @@ def test_device_memory_taken_stays_within_device_memory_allowed(tmp_path, monkey
         model = build("llama", torch.bfloat16, layers=12)
 
 
+@pytest.mark.parametrize("more", [{}, {"storage": []}], ids=["on storage", "in host memory"])
+def test_a_model_leaves_the_device_before_the_device_memory_is_taken(tmp_path, monkeypatch, more):
+    model = build("llama")
+    left = []
+    allocate = EmulatedDevice.allocate
+
+    def seen(self, nbytes):
+        left.append(max(p.untyped_storage().nbytes() for p in model.parameters()))
+        return allocate(self, nbytes)
+
+    monkeypatch.setattr(EmulatedDevice, "allocate", seen)
+    wrapped, _ = offload.wrap(
+        model, two_groups(model), **{**on("emulated", tmp_path), "host_memory": "50MB", **more}
+    )
+    assert left
+    assert max(left) <= 16  # one element in place of what is elsewhere
+    wrapped.offload.close()
+
+
+@pytest.mark.gpu
+def test_a_model_larger_than_device_memory_may_be_on_the_gpu_when_it_is_wrapped(tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    allowed_nbytes = 400_000_000
+    model = build("llama", torch.bfloat16, layers=24, hidden=1024).cuda()
+    assert sum(p.nbytes for p in model.parameters()) > allowed_nbytes
+    model, _ = offload.wrap(
+        model, two_groups(model), **on("cuda", tmp_path, device_memory=allowed_nbytes, host_memory="2GB")
+    )
+    assert torch.cuda.memory_reserved() <= allowed_nbytes
+    model.offload.close()
+
+
 @pytest.mark.gpu
 def test_the_allocators_reserve_on_a_gpu_stays_within_device_memory(tmp_path):
     if not torch.cuda.is_available():
