@@ -80,7 +80,7 @@ def machine_of(found: Measured, options: argparse.Namespace) -> Hardware:
         matmul_flops_per_s={"float32": rate},
         h2d_bytes_per_s=options.bus_bytes_per_s or 1e9,
         d2h_bytes_per_s=options.bus_bytes_per_s or 1e9,
-        dram_bytes_per_s=compute_probe.dram_copy_bytes_per_s(options.probe_s / 4),
+        dram_bytes_per_s=compute_probe.dram_bytes_per_s(options.probe_s / 4),
         launch_overhead_s=0.0,  # it is in the rates
         **asdict(found),
     )

@@ -119,7 +119,7 @@ class Machine:
     def __init__(self, storage: str) -> None:
         self.updates = UpdateLoop()
         self.drives = DriveLoop([storage])
-        self.dram_bytes_per_s = compute_probe.dram_copy_bytes_per_s(1.0)
+        self.dram_bytes_per_s = compute_probe.dram_bytes_per_s(1.0)
 
     def look(self, bench: Bench) -> Hardware:
         """The machine as it is now, for one model and micro-batch."""

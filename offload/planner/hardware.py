@@ -64,7 +64,7 @@ class Hardware(BaseModel):
     """While the other direction is busy too; None means as fast as alone."""
     d2h_duplex_bytes_per_s: float | None = Field(default=None, gt=0)
     dram_bytes_per_s: float = Field(gt=0)
-    """A copy's bytes count twice: read and written."""
+    """Read and written, the lines too that are read because they are written."""
     adam_params_per_s: float = Field(gt=0)
     """Fused AdamW on state in DRAM, all update threads together."""
     update_params_per_s: dict[str, float] = Field(default_factory=dict)

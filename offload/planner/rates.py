@@ -12,6 +12,12 @@ from offload.errors import ConfigError
 from offload.planner.hardware import Drive, Hardware
 from offload.update_rules import ADAMW, UpdateRule
 
+COPY_DRAM_NBYTES = 3
+"""DRAM traffic of a byte copied: read, and the line that is written is read first."""
+
+ADAM_DRAM_NBYTES = 28
+"""DRAM traffic of a parameter's update by AdamW (docs/profiles.md)."""
+
 
 @dataclass(frozen=True)
 class StorageRates:
@@ -148,7 +154,7 @@ def rates_of(hardware: Hardware, param_nbytes: int, rule: UpdateRule = ADAMW) ->
             f"hardware profile {hardware.name} has no matmul rate for {dtype}, only for "
             f"{', '.join(sorted(hardware.matmul_flops_per_s)) or 'nothing'}: add matmul_flops_per_s.{dtype}"
         )
-    copy = hardware.dram_bytes_per_s / 2
+    copy = hardware.dram_bytes_per_s / COPY_DRAM_NBYTES
     h2d, d2h = hardware.h2d_bytes_per_s, hardware.d2h_bytes_per_s
     if not hardware.shares_host and (h2d is None or d2h is None):
         raise ConfigError(

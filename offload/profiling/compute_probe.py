@@ -25,7 +25,7 @@ from offload.update_rules import ADAMW, MOMENTS, RULES, UpdateRule, kernel_rule
 DEFAULT_SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096))
 """(in, out) of a 7 B Llama's matrices."""
 
-_COPY_NBYTES = 256 << 20
+_COPY_NBYTES = _SUM_NBYTES = 256 << 20
 _UPDATE_NUMEL = 1 << 24
 _WIDTH_MAX = {"cuda": 16384, "cpu": 8192}
 """Wider matrices are measured at this width: they are no faster, and take memory."""
@@ -56,11 +56,14 @@ def _repeat(
     return times
 
 
-def dram_copy_bytes_per_s(seconds: float, nbytes: int = _COPY_NBYTES) -> float:
-    """Bytes a second read and written by a copy of `nbytes`, with all of torch's threads."""
-    nbytes = min(nbytes, psutil.virtual_memory().available // 8)
-    source, target = torch.ones(nbytes, dtype=torch.uint8), torch.zeros(nbytes, dtype=torch.uint8)
-    return 2 * nbytes / statistics.median(_repeat(lambda: target.copy_(source), seconds))
+def dram_bytes_per_s(seconds: float, nbytes: int = _SUM_NBYTES) -> float:
+    """Bytes a second read and written by a sum of two tensors of `nbytes` in place, with all of torch's threads.
+
+    Not by a copy: a processor may read every line that it writes, which a copy cannot count and an update does not do.
+    """
+    n = min(nbytes, psutil.virtual_memory().available // 8) // 4
+    source, target = torch.ones(n), torch.zeros(n)
+    return 3 * 4 * n / statistics.median(_repeat(lambda: target.add_(source), seconds))
 
 
 def matmul_flops_per_s(

@@ -17,6 +17,7 @@ import torch
 from offload.config import host_total_nbytes
 from offload.errors import ConfigError
 from offload.planner.hardware import Hardware
+from offload.planner.rates import ADAM_DRAM_NBYTES
 from offload.profiling import compute_probe
 from offload.profiling.storage_probe import probe_drives
 from offload.tiers.device import CudaDevice
@@ -100,10 +101,11 @@ def _compute_rates(
 ) -> dict[str, Any]:
     """Fields of `Hardware` that need no drive."""
     found: dict[str, Any] = {}
-    note("DRAM: copy")
-    found["dram_bytes_per_s"] = compute_probe.dram_copy_bytes_per_s(phase_s)
+    note("DRAM")
+    dram = compute_probe.dram_bytes_per_s(phase_s)
     note("AdamW in DRAM")
-    found["adam_params_per_s"] = compute_probe.update_params_per_s(phase_s)
+    adam = found["adam_params_per_s"] = compute_probe.update_params_per_s(phase_s)
+    found["dram_bytes_per_s"] = max(dram, ADAM_DRAM_NBYTES * adam)  # what has been seen cannot be too much
     note("other optimizers in DRAM")
     rules = compute_probe.other_rules()
     found["update_params_per_s"] = {

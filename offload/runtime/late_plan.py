@@ -22,6 +22,7 @@ from offload.model.blocks import base_of
 from offload.model.causal_lm_loss import has_chunked_loss
 from offload.planner.hardware import Drive, Hardware, load_hardware
 from offload.planner.plan import Budgets, Plan
+from offload.planner.rates import ADAM_DRAM_NBYTES, COPY_DRAM_NBYTES
 from offload.planner.report import plan_lines
 from offload.planner.search import make_plan
 from offload.planner.workload import Workload
@@ -41,9 +42,7 @@ _DRIVE_BYTES_PER_S = 1e9
 """Of a drive that was never measured. Nothing that is open depends on it; the predicted seconds do."""
 PCIE_BYTES_PER_S = 24.8e9
 """PCIe 4 x16, page-locked. Measuring it would take memory that the budgets have given away."""
-_COPY_NBYTES = 32 << 20
-_ADAM_DRAM_NBYTES = 28
-"""An update's traffic through DRAM (docs/profiles.md)."""
+_SUM_NBYTES = 32 << 20
 
 
 def is_open(config: Config) -> bool:
@@ -156,8 +155,8 @@ def quick_look(model: nn.Module, workload: Workload, config: Config, parts: Asse
     rate = compute_probe.matmul_flops_per_s(
         compute_probe.matmul_shapes(model)[:2], n_tokens, dtype, device.torch_device, _PROBE_S
     )
-    dram = compute_probe.dram_copy_bytes_per_s(_PROBE_S, _COPY_NBYTES)
-    on_bus = PCIE_BYTES_PER_S if device.torch_device.type == "cuda" else dram / 2
+    dram = compute_probe.dram_bytes_per_s(_PROBE_S, _SUM_NBYTES)
+    on_bus = PCIE_BYTES_PER_S if device.torch_device.type == "cuda" else dram / COPY_DRAM_NBYTES
     bus = None if device.shares_host else config.bus_bytes_per_s or on_bus
     drive = Drive(read_bytes_per_s=_DRIVE_BYTES_PER_S, write_bytes_per_s=_DRIVE_BYTES_PER_S)
     return Hardware(
@@ -170,6 +169,6 @@ def quick_look(model: nn.Module, workload: Workload, config: Config, parts: Asse
         h2d_bytes_per_s=bus,
         d2h_bytes_per_s=bus,
         dram_bytes_per_s=dram,
-        adam_params_per_s=dram / _ADAM_DRAM_NBYTES,
+        adam_params_per_s=dram / ADAM_DRAM_NBYTES,
         drives=(drive,) * len(config.storage),
     )

@@ -19,7 +19,7 @@ def worth_it(monkeypatch, tmp_path):
     """Every step is worth a plan, and this machine has no profile."""
     monkeypatch.setattr(late_plan, "STEP_FLOPS_MIN", 0.0)
     monkeypatch.setattr(late_plan, "_PROBE_S", 0.001)
-    monkeypatch.setattr(late_plan, "_COPY_NBYTES", 1 << 20)
+    monkeypatch.setattr(late_plan, "_SUM_NBYTES", 1 << 20)
     monkeypatch.setenv("OFFLOAD_PROFILE", str(tmp_path / "none.json"))
 
 
