@@ -254,7 +254,7 @@ def fill_host(
             if block.grad_nbytes <= left:
                 grads_in_host[i] = True
                 left -= block.grad_nbytes
-    for i, block in enumerate([*blocks, root]):
+    for i, block in [(len(blocks), root), *enumerate(blocks)]:  # nothing hides the root's update
         for chunk_nbytes in block.state_chunk_nbytes:
             if chunk_nbytes > left:
                 break

@@ -79,7 +79,7 @@ def _placed(search: Search, load: Load) -> tuple[tuple[bool, ...], tuple[float, 
     held = [0] * (len(order) + 1)
     for number, row in enumerate(rows):
         count = chunks[number]
-        if number == len(rows) - 1:
+        if number == 0:
             held[-1] = sum(row[:count])
             continue
         for block in range(count):

@@ -95,7 +95,8 @@ class Tables:
             sorted({round(share * n_blocks) for share in space.params_host_fractions})
         )
         """[parameters]: blocks whose parameters live in host memory."""
-        rows = chunk_rows(model.state_nbytes, model.format.state_of(workload.root_stored_numel))
+        self.root_states = model.format.state_of(workload.root_stored_numel)
+        rows = chunk_rows(model.state_nbytes, self.root_states)
         chunks = [chunk for row in rows for chunk in row]
         self.states_cum = np.concatenate(([0], np.cumsum(chunks))).astype(np.float64)
 
@@ -244,7 +245,7 @@ class Tables:
         least_host = fixed + grads_host[first] + swapped_host
         rest = budgets.host_memory_nbytes - least_host
         params, states, placed_fits = self._place(rest)
-        root_states = np.maximum(0.0, states - sum(model.state_nbytes))
+        root_states = np.minimum(states, self.root_states)
         stay = self.params_stay(shape.n_slots, budgets)
         load = Load(
             deferred_fraction=np.array([count / len(model.slot_nbytes) for count, _ in self.waiting])[first],
@@ -303,13 +304,12 @@ def waiting_in_host(deferred: list[int], fraction: float) -> list[int]:
 
 
 def chunk_rows(block_nbytes: Sequence[int], root_nbytes: int) -> list[tuple[int, ...]]:
-    """Optimizer state as pieces that host memory takes or leaves, in that order: first piece of every block, second
-    piece of every block, ..., at last the root's. So every block's update moves the same share of its state."""
-    rows: list[tuple[int, ...]] = []
-    for number in range(STATE_CHUNKS_PER_BLOCK):
-        rows.append(tuple(_chunk(nbytes, number) for nbytes in block_nbytes))
-    rows.append(tuple(_chunk(root_nbytes, number) for number in range(STATE_CHUNKS_PER_BLOCK)))
-    return rows
+    """Optimizer state as pieces that host memory takes or leaves, in that order: the root's, whose update nothing hides,
+    first piece of every block, second piece of every block, ... So every block's update moves the same share of its
+    state."""
+    numbers = range(STATE_CHUNKS_PER_BLOCK)
+    root = tuple(_chunk(root_nbytes, number) for number in numbers)
+    return [root, *(tuple(_chunk(nbytes, number) for nbytes in block_nbytes) for number in numbers)]
 
 
 def _chunk(nbytes: int, number: int) -> int:

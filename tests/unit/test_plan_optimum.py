@@ -127,6 +127,7 @@ def exhaustive_step_s(work, machine, budgets, batch) -> float:
     numel = work.blocks[0].trainable_numel
     unit = batch * work.blocks[0].input_nbytes_per_sample
     chunk = -(-10 * numel // STATE_CHUNKS_PER_BLOCK)
+    root_chunk = -(-10 * work.root_trainable_numel // STATE_CHUNKS_PER_BLOCK)
     flops = [t.recompute_flops_per_sample for b in work.blocks for t in b.saved]
     best = float("inf")
     for m, g, boundary in itertools.product(
@@ -165,17 +166,26 @@ def exhaustive_step_s(work, machine, budgets, batch) -> float:
                             continue
                         for n_params in range(min(n, rest // (2 * numel)) + 1):
                             left = rest - n_params * 2 * numel
-                            n_chunks = min(left // chunk, n * STATE_CHUNKS_PER_BLOCK)
-                            n_root = 0
-                            if n_chunks == n * STATE_CHUNKS_PER_BLOCK:
-                                root_chunk = -(-10 * work.root_trainable_numel // STATE_CHUNKS_PER_BLOCK)
-                                n_root = min((left - n_chunks * chunk) // root_chunk, STATE_CHUNKS_PER_BLOCK)
-                            found = oracle_step_s(
-                                work, machine, batch, shape, deferred, n_params, n_chunks, n_root,
-                                n_kept, n_host, units - n_kept - n_host, recompute, grads,
-                            )  # fmt: skip
-                            best = min(best, found)
+                            for n_chunks, n_root in state_chunks_in_host(left, n, chunk, root_chunk):
+                                found = oracle_step_s(
+                                    work, machine, batch, shape, deferred, n_params, n_chunks, n_root,
+                                    n_kept, n_host, units - n_kept - n_host, recompute, grads,
+                                )  # fmt: skip
+                                best = min(best, found)
     return best
+
+
+def state_chunks_in_host(left, n, chunk, root_chunk):
+    """(of the blocks, of the root): the blocks' first, or the root's."""
+    n_chunks = min(left // chunk, n * STATE_CHUNKS_PER_BLOCK)
+    n_root = 0
+    if n_chunks == n * STATE_CHUNKS_PER_BLOCK:
+        n_root = min((left - n_chunks * chunk) // root_chunk, STATE_CHUNKS_PER_BLOCK)
+    yield n_chunks, n_root
+    n_root, n_chunks = min(left // root_chunk, STATE_CHUNKS_PER_BLOCK), 0
+    if n_root == STATE_CHUNKS_PER_BLOCK:
+        n_chunks = min((left - n_root * root_chunk) // chunk, n * STATE_CHUNKS_PER_BLOCK)
+    yield n_chunks, n_root
 
 
 @pytest.mark.parametrize(
