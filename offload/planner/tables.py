@@ -304,9 +304,9 @@ def waiting_in_host(deferred: list[int], fraction: float) -> list[int]:
 
 
 def chunk_rows(block_nbytes: Sequence[int], root_nbytes: int) -> list[tuple[int, ...]]:
-    """Optimizer state as pieces that host memory takes or leaves, in that order: the root's, whose update nothing hides,
-    first piece of every block, second piece of every block, ... So every block's update moves the same share of its
-    state."""
+    """Optimizer state as pieces that host memory takes or leaves, in that order: the root's, whose update nothing
+    hides, first piece of every block, second piece of every block, ... So every block's update moves the same share of
+    its state."""
     numbers = range(STATE_CHUNKS_PER_BLOCK)
     root = tuple(_chunk(root_nbytes, number) for number in numbers)
     return [root, *(tuple(_chunk(nbytes, number) for nbytes in block_nbytes) for number in numbers)]
