@@ -2,13 +2,15 @@
 
 Its 8-bit layers compute with a second reference to the weights, which would stay in memory when the parameter's bytes
 go to storage; its 4-bit layers may repack the weights on their first use on some CPUs, which a later fetch would undo.
-Both are told to compute with the parameter's present bytes. Scales (one per row, or per 64 weights) stay in memory.
+Both are told to compute with the parameter's present bytes. Scales (one per row, or per 64 weights) are neither
+parameters nor buffers, and their kernels read them beside the weights: they go to the device and stay in its memory.
 Their weights' `.to(device)` makes a new parameter, and peft puts one in place of each for DoRA on a CPU, where nothing
 moves; that would keep the bytes of a slot that others write to. They are told to stay the parameter that they are.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import weakref
@@ -64,8 +66,16 @@ def _from_8_bits(functional: Any, scales: torch.Tensor, weight: torch.Tensor) ->
 
 
 def _from_4_bits(functional: Any, state: Any, weight: torch.Tensor) -> torch.Tensor:
-    dense: torch.Tensor = functional.dequantize_4bit(weight, state)
+    dense: torch.Tensor = functional.dequantize_4bit(weight, _beside(state, weight.device))
     return dense.float()
+
+
+def _beside(state: Any, device: torch.device) -> Any:
+    """A copy of the scales of a 4-bit weight, on `device`."""
+    state = copy.copy(state)
+    state.state2 = copy.copy(state.state2)
+    state.to(device)
+    return state
 
 
 def _compute_with_parameter(module: Any, _inputs: Any) -> None:
@@ -92,8 +102,20 @@ def _to(reference: Any, *args: Any, **kwargs: Any) -> Any:
     return type(weight).to(weight, *args, **kwargs)
 
 
-def prepare_quantized(model: nn.Module) -> list[Any]:
-    """Let quantized layers follow their parameters. Returns the handles of the hooks that do it.
+def _move_scales(module: Any, device: torch.device) -> None:
+    """To where the bytes of its weight are computed with."""
+    weight: Any = getattr(module, "weight", None)
+    holders: list[Any] = [weight, getattr(module, "state", None)]
+    for holder in holders:
+        if getattr(holder, "SCB", None) is not None:
+            holder.SCB = holder.SCB.to(device)
+    if getattr(weight, "quant_state", None) is not None:
+        weight.quant_state.to(device)
+
+
+def prepare_quantized(model: nn.Module, device: torch.device) -> list[Any]:
+    """Let quantized layers follow their parameters, which are computed with on `device`. Returns the handles of the
+    hooks that do it.
 
     Raises ConfigError for weights that have been repacked already.
     """
@@ -102,6 +124,7 @@ def prepare_quantized(model: nn.Module) -> list[Any]:
         kind: Any = module
         if not type(module).__module__.startswith("bitsandbytes."):  # peft has classes of the same names
             continue
+        _move_scales(kind, device)
         if is_quantized(module):
             handles.append(_Staying(kind.weight))
         if type(module).__name__ == "Linear8bitLt" and not kind.state.has_fp16_weights:

@@ -125,7 +125,7 @@ class OffloadEngine:
         modules = dict(self.model.named_modules())
         owning = [self.model, *(modules[name] for name in owners)]
         self._handles += hooks.before_forward(owning, self._root_needed)
-        self._handles += prepare_quantized(self.model)
+        self._handles += prepare_quantized(self.model, self.device)
         wiring.move_buffers(self.model, self.device)
         self._scheduler.hold_root()
 
