@@ -267,15 +267,24 @@ class CudaDevice:
 
     def page_lock(self, address: int, nbytes: int, pin: Pin) -> bool:
         """Register exactly these pages, in bounded pieces, and no power of two around them."""
-        locked, code = register_pages(torch.cuda.cudart().cudaHostRegister, address, nbytes, pin)
+        cudart = torch.cuda.cudart()
+        try:
+            locked, code = register_pages(
+                cudart.cudaHostRegister, cudart.cudaHostUnregister, address, nbytes, pin
+            )
+        except BudgetError:
+            self._forget_refusal()
+            raise
         self._locked += locked
         self._edges = sorted({*self._edges, *itertools.chain.from_iterable(locked)})
         if code:
-            with contextlib.suppress(
-                RuntimeError
-            ):  # the next launch would report the refusal as its own failure
-                torch.zeros(1, device=self.torch_device)
+            self._forget_refusal()
         return bool(locked) and not code
+
+    def _forget_refusal(self) -> None:
+        """The next launch would report it as its own failure: let one do so that nobody needs."""
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device=self.torch_device)
 
     def close(self) -> None:
         """Also gives the allocator its whole device back, unless another has limited it since."""
@@ -290,12 +299,17 @@ class CudaDevice:
 
 
 def register_pages(
-    register: Callable[[int, int, int], object], address: int, nbytes: int, pin: Pin
+    register: Callable[[int, int, int], object],
+    unregister: Callable[[int], object],
+    address: int,
+    nbytes: int,
+    pin: Pin,
 ) -> tuple[list[tuple[int, int]], int]:
     """Page-lock host memory in pieces with `register(address, nbytes, flags)`: ((start, end) of the pieces, CUDA error
     or 0).
 
-    Raises BudgetError where `pin` is "always" and the driver refuses; "auto" says it once and goes without the rest.
+    Raises BudgetError where `pin` is "always" and the driver refuses, with no piece left registered: the memory may be
+    unmapped then. "auto" says it once and goes without the rest.
     """
     locked: list[tuple[int, int]] = []
     if pin == "never":
@@ -306,6 +320,8 @@ def register_pages(
         if code != 0:
             what = f"page-locking {nbytes} bytes of host memory failed (CUDA error {code})"
             if pin == "always":
+                for earlier, _ in locked:
+                    unregister(earlier)
                 raise BudgetError(f"{what}: raise the limit of locked memory, or use pin='auto'")
             logger.warning(
                 "%s: copies go through pageable memory, which is several times slower and holds up "

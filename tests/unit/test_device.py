@@ -20,17 +20,48 @@ from offload.transfer.copies import Copies
 
 class Driver:
     def __init__(self, refuse_at=None):
-        self.calls, self.refuse_at = [], refuse_at
+        self.calls, self.refuse_at, self.registered = [], refuse_at, set()
 
     def register(self, address, nbytes, flags):
         self.calls.append((address, nbytes, flags))
-        return 2 if len(self.calls) == self.refuse_at else 0
+        if len(self.calls) == self.refuse_at:
+            return 2
+        self.registered.add(address)
+        return 0
+
+    def unregister(self, address):
+        self.registered.remove(address)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Makes a CudaDevice on a driver, without a GPU. `launches` lists the devices of tensors of zeros."""
+    launches = []
+
+    def make(driver, index=0):
+        cudart = types.SimpleNamespace(cudaHostRegister=driver.register, cudaHostUnregister=driver.unregister)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+        return CudaDevice(torch.device("cuda", index), 500)
+
+    def zeros(n, device):
+        launches.append(device)
+        raise RuntimeError("CUDA error: out of memory")
+
+    make.launches = launches
+    properties = types.SimpleNamespace(total_memory=1000)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, _: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    return make
 
 
 @pytest.mark.parametrize("nbytes", [4096, PAGE_LOCK_PIECE_NBYTES, 3 * PAGE_LOCK_PIECE_NBYTES + 8192])
 def test_exactly_the_bytes_asked_for_are_locked_in_bounded_pieces(nbytes):
     driver = Driver()
-    locked, code = register_pages(driver.register, 4096, nbytes, "always")
+    locked, code = register_pages(driver.register, driver.unregister, 4096, nbytes, "always")
     assert code == 0
     assert locked == [(start, start + n) for start, n, _ in driver.calls]
     assert sum(n for _, n, _ in driver.calls) == nbytes
@@ -42,18 +73,35 @@ def test_exactly_the_bytes_asked_for_are_locked_in_bounded_pieces(nbytes):
 def test_pin_auto_goes_without_what_is_refused_and_says_so_once(caplog):
     driver = Driver(refuse_at=2)
     with caplog.at_level(logging.WARNING, logger="offload"):
-        locked, code = register_pages(driver.register, 0, 4 * PAGE_LOCK_PIECE_NBYTES, "auto")
+        locked, code = register_pages(
+            driver.register, driver.unregister, 0, 4 * PAGE_LOCK_PIECE_NBYTES, "auto"
+        )
     assert (locked, code) == ([(0, PAGE_LOCK_PIECE_NBYTES)], 2)
     assert len(driver.calls) == 2
     assert [r.levelname for r in caplog.records] == ["WARNING"]
 
 
 def test_pin_always_refuses_and_pin_never_asks_for_nothing():
+    driver = Driver(refuse_at=1)
     with pytest.raises(offload.BudgetError, match="pin='auto'"):
-        register_pages(Driver(refuse_at=1).register, 0, 4096, "always")
+        register_pages(driver.register, driver.unregister, 0, 4096, "always")
     driver = Driver()
-    assert register_pages(driver.register, 0, 4096, "never") == ([], 0)
+    assert register_pages(driver.register, driver.unregister, 0, 4096, "never") == ([], 0)
     assert driver.calls == []
+
+
+def test_what_pin_always_registered_before_a_refusal_is_unregistered_at_once_and_the_refusal_forgotten(cuda):
+    """The memory is unmapped when the refusal reaches the caller, and the next launch is not to fail for it."""
+    driver = Driver(refuse_at=4)
+    device = cuda(driver)
+    assert device.page_lock(0, 4096, "always")
+    with pytest.raises(offload.BudgetError, match="pin='auto'"):
+        device.page_lock(PAGE_LOCK_PIECE_NBYTES, 4 * PAGE_LOCK_PIECE_NBYTES, "always")
+    assert len(driver.calls) == 4
+    assert driver.registered == {0}
+    assert cuda.launches == [device.torch_device]
+    device.close()
+    assert driver.registered == set()
 
 
 @pytest.mark.parametrize(
