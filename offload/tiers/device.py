@@ -193,7 +193,8 @@ class CudaDevice:
         self._d2h = torch.cuda.Stream(self.torch_device)
         self._locked: list[tuple[int, int]] = []
         self._edges: list[int] = []
-        """Where registered pieces begin and end, ascending, each once."""
+        """Where registered pieces begin and end, ascending, each once. A new list each time: other threads read it."""
+        self._was_refused = False
         self.timing = False
         self._clock: tuple[torch.cuda.Event, float] | None = None
 
@@ -266,7 +267,12 @@ class CudaDevice:
         return done
 
     def page_lock(self, address: int, nbytes: int, pin: Pin) -> bool:
-        """Register exactly these pages, in bounded pieces, and no power of two around them."""
+        """Register exactly these pages, in bounded pieces, and no power of two around them.
+
+        A refusal is remembered: "auto" then goes without, and neither asks nor warns again.
+        """
+        if pin == "auto" and self._was_refused:
+            return False
         cudart = torch.cuda.cudart()
         try:
             locked, code = register_pages(
@@ -276,8 +282,9 @@ class CudaDevice:
             self._forget_refusal()
             raise
         self._locked += locked
-        self._edges = sorted({*self._edges, *itertools.chain.from_iterable(locked)})
+        self._edges = with_edges(self._edges, locked)
         if code:
+            self._was_refused = True
             self._forget_refusal()
         return bool(locked) and not code
 
@@ -293,7 +300,7 @@ class CudaDevice:
         for start, _ in self._locked:
             cudart.cudaHostUnregister(start)
         self._locked.clear()
-        self._edges.clear()
+        self._edges = []
         if _limits.get(self.torch_device.index) is self._limit:
             torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device.index)
 
@@ -309,7 +316,7 @@ def register_pages(
     or 0).
 
     Raises BudgetError where `pin` is "always" and the driver refuses, with no piece left registered: the memory may be
-    unmapped then. "auto" says it once and goes without the rest.
+    unmapped then. "auto" says so and goes without the rest.
     """
     locked: list[tuple[int, int]] = []
     if pin == "never":
@@ -331,6 +338,16 @@ def register_pages(
             return locked, code
         locked.append((start, start + piece_nbytes))
     return locked, 0
+
+
+def with_edges(edges: Sequence[int], pieces: Sequence[tuple[int, int]]) -> list[int]:
+    """The ascending `edges` and those of `pieces`, each once."""
+    found = list(edges)
+    for edge in itertools.chain.from_iterable(pieces):
+        position = bisect.bisect_left(found, edge)
+        if position == len(found) or found[position] != edge:
+            found.insert(position, edge)
+    return found
 
 
 def cuts_at_pieces(address: int, nbytes: int, edges: Sequence[int]) -> list[int]:

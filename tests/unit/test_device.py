@@ -9,11 +9,20 @@ import types
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import offload
 from offload._C import Ticket
 from offload.telemetry import SpanLog
-from offload.tiers.device import PAGE_LOCK_PIECE_NBYTES, PAST, CudaDevice, cuts_at_pieces, register_pages
+from offload.tiers.device import (
+    PAGE_LOCK_PIECE_NBYTES,
+    PAST,
+    CudaDevice,
+    cuts_at_pieces,
+    register_pages,
+    with_edges,
+)
 from offload.tiers.emulated_device import EmulatedDevice
 from offload.transfer.copies import Copies
 
@@ -70,7 +79,20 @@ def test_exactly_the_bytes_asked_for_are_locked_in_bounded_pieces(nbytes):
     assert [start for start, _, _ in driver.calls] == [4096, *ends[:-1]]
 
 
-def test_pin_auto_goes_without_what_is_refused_and_says_so_once(caplog):
+def test_pin_auto_asks_no_more_after_a_refusal_and_warns_once_in_all(cuda, caplog):
+    driver = Driver(refuse_at=2)
+    device = cuda(driver)
+    with caplog.at_level(logging.WARNING, logger="offload"):
+        locked = [device.page_lock(n * 8192, 4096, "auto") for n in range(5)]
+    assert locked == [True, False, False, False, False]
+    assert len(driver.calls) == 2
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert len(cuda.launches) == 1
+    assert device.page_lock(1 << 20, 4096, "always")  # who insists may ask again
+    device.close()
+
+
+def test_pin_auto_goes_without_the_rest_of_what_is_refused_and_says_so(caplog):
     driver = Driver(refuse_at=2)
     with caplog.at_level(logging.WARNING, logger="offload"):
         locked, code = register_pages(
@@ -115,6 +137,34 @@ def test_no_copy_has_both_registered_and_other_memory_in_it(address, nbytes, cut
     for first, last in itertools.pairwise(edges):
         homes = {next((p for p in pieces if p[0] <= byte < p[1]), None) for byte in range(first, last)}
         assert len(homes) == 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 5)), max_size=20))
+def test_edges_of_pieces_stay_ascending_and_single_in_whatever_order_they_come(pieces):
+    edges = []
+    for start, n in pieces:
+        before = edges
+        edges = with_edges(edges, [(start, start + n)])
+        assert edges is not before
+    assert edges == sorted({edge for start, n in pieces for edge in (start, start + n)})
+
+
+class Compared(int):
+    """An edge that counts how often it is looked at."""
+
+    n = 0
+
+    def __lt__(self, other):
+        Compared.n += 1
+        return int(self) < int(other)
+
+
+def test_one_more_piece_is_put_in_its_place_without_a_look_at_every_other(cuda):
+    device = cuda(Driver())
+    device._edges = [Compared(n * 8192) for n in range(4096)]
+    device.page_lock(1000 * 8192 + 4096, 4096, "auto")
+    assert Compared.n <= 2 * 13
+    assert device._edges == sorted([*range(0, 4096 * 8192, 8192), 1000 * 8192 + 4096])
 
 
 def test_a_copy_across_pieces_is_made_in_parts_that_are_all_of_it(monkeypatch):
