@@ -30,6 +30,9 @@ from offload.types import PAGE_NBYTES, round_up
 
 Tier = Literal["device", "host", "storage"]
 
+_LOCKED_NBYTES = 64 << 20
+"""Host memory of planes is page-locked in pieces of at least so much: a registration costs as much as many copies."""
+
 
 @dataclass(eq=False)
 class _Held:
@@ -108,6 +111,10 @@ class ActivationStore:
         self._free_extents: dict[int, list[int]] = {}
         self._free_planes: dict[int, deque[tuple[torch.Tensor, Event]]] = {}
         """By bytes: host memory, and the end of the copy that last read it."""
+        self._region: HostArena | None = None
+        """Where planes are taken from."""
+        self._locked_nbytes = 0
+        """Of the region, from its first byte on, what has been page-locked."""
         self.nbytes_by_tier: dict[Tier, int] = {"device": 0, "host": 0, "storage": 0}
         """Bytes ever put into each tier."""
 
@@ -181,12 +188,33 @@ class ActivationStore:
         if free:
             held.plane, read = free.popleft()
         else:
-            self._left_nbytes["host"] -= round_up(held.nbytes, PAGE_NBYTES)
-            arena = HostArena(held.nbytes)
-            self._device.page_lock(arena.address, arena.nbytes, self._pin)
-            held.plane = arena.take(held.nbytes)
+            held.plane = self._plane(held.nbytes)
         held.copied = self._copies.d2h(f"swap_out {held.label}", held.plane, _as_bytes(tensor), [read])
         held.source, self._leaving[held] = tensor, None
+
+    def _plane(self, nbytes: int) -> torch.Tensor:
+        """Host memory of an activation, counted in whole pages.
+
+        Planes lie end to end in one region as large as all that the budget has left. Its pages become present as planes
+        come to lie in them, and are page-locked a little ahead of that, never beyond the region.
+        """
+        if self._region is None or self._region.left_nbytes < nbytes:
+            self._region, self._locked_nbytes = self._new_region(nbytes), 0
+        region, paged_nbytes = self._region, round_up(nbytes, PAGE_NBYTES)
+        missing_nbytes = region.nbytes - region.left_nbytes + paged_nbytes - self._locked_nbytes
+        if missing_nbytes > 0:
+            piece_nbytes = min(max(missing_nbytes, _LOCKED_NBYTES), region.nbytes - self._locked_nbytes)
+            self._device.page_lock(region.address + self._locked_nbytes, piece_nbytes, self._pin)
+            self._locked_nbytes += piece_nbytes
+        self._left_nbytes["host"] -= paged_nbytes
+        return region.take(nbytes)
+
+    def _new_region(self, nbytes: int) -> HostArena:
+        """All that is left; for one plane of `nbytes` where the system gives no addresses ahead of their use."""
+        try:
+            return HostArena(self._left_nbytes["host"] // PAGE_NBYTES * PAGE_NBYTES)
+        except OSError:
+            return HostArena(nbytes)
 
     def _write(self, held: _Held, tensor: torch.Tensor) -> None:
         store, staging = self._storage()

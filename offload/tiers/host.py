@@ -30,6 +30,11 @@ class HostArena:
         """First byte."""
         return self.bytes_tensor.data_ptr()
 
+    @property
+    def left_nbytes(self) -> int:
+        """What may still be taken."""
+        return self.nbytes - self._used_nbytes
+
     def take(self, nbytes: int) -> torch.Tensor:
         """A page-aligned uint8 tensor of exactly `nbytes`. Raises BudgetError when the arena is used up."""
         start = self._used_nbytes

@@ -241,6 +241,7 @@ def test_a_steady_step_takes_no_memory_of_host_device_or_storage(tmp_path, devic
         monkeypatch.setattr(owner, name, lambda *given: (taken.append(name), real(*given))[1])
 
     counted(HostArena, "__init__")
+    counted(HostArena, "take")
     counted(Store, "grow")
     for kind in (EmulatedDevice, CudaDevice):
         counted(kind, "allocate")
