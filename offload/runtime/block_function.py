@@ -29,6 +29,8 @@ class Runner(Protocol):
     """What a block's node needs of the engine."""
 
     micro_batches: int
+    device: torch.device
+    """What blocks compute on, wherever their inputs are."""
 
     def sees_batch(self, n_samples: int, tensors: list[torch.Tensor]) -> None: ...
     def begin_forward(self, block: BlockRecord) -> None: ...
@@ -83,7 +85,8 @@ def _set_random_state(state: tuple[torch.Tensor, torch.Tensor | None], device: t
         torch.cuda.set_rng_state(state[1], device)
 
 
-def _autocast_contexts(device_type: str) -> list[AbstractContextManager[Any]]:
+def _autocast_contexts(device: torch.device) -> list[AbstractContextManager[Any]]:
+    """The settings of `device`, and those of the CPU, where a block may do a part of its work."""
     return [
         torch.autocast(
             device_type,
@@ -91,6 +94,7 @@ def _autocast_contexts(device_type: str) -> list[AbstractContextManager[Any]]:
             dtype=torch.get_autocast_dtype(device_type),
             cache_enabled=False,
         )
+        for device_type in dict.fromkeys(("cpu", device.type))
     ]
 
 
@@ -171,8 +175,7 @@ class _BlockFunction(torch.autograd.Function):
         leaves = list(call.leaves)
         for position, tensor in zip(call.tensor_positions, tensors, strict=True):
             leaves[position] = tensor
-        call.contexts = _autocast_contexts(tensors[0].device.type if tensors else "cpu")
-        device = tensors[0].device if tensors else torch.device("cpu")
+        call.contexts = _autocast_contexts(runner.device)
         runner.begin_forward(block)
         outputs: list[list[Any]] = []
         try:
@@ -182,7 +185,7 @@ class _BlockFunction(torch.autograd.Function):
                     if runner.keeps_graph:
                         outputs.append(_forward_keeping(call, micro))
                     else:
-                        call.random_states.append(_random_state(device))
+                        call.random_states.append(_random_state(runner.device))
                         outputs.append(_forward_saving(call, micro))
         finally:
             runner.end_forward(block)
@@ -206,10 +209,9 @@ class _BlockFunction(torch.autograd.Function):
         for position, tensor in zip(call.tensor_positions, tensors, strict=True):
             leaves[position] = tensor
         grads: list[torch.Tensor | None] = [None] * len(tensors)
-        device = tensors[0].device if tensors else torch.device("cpu")
         runner.begin_backward(block)
         try:
-            outside = _random_state(device)
+            outside = _random_state(runner.device)
             for number, (start, stop) in reversed(
                 list(enumerate(call.ranges))
             ):  # the last is still the nearest
@@ -218,7 +220,7 @@ class _BlockFunction(torch.autograd.Function):
                 else:
                     micro = microbatch.slice_leaves(leaves, call.n_samples, start, stop)
                     with runner.computing("recompute", block):
-                        inputs, outputs = _recompute(call, micro, number, device)
+                        inputs, outputs = _recompute(call, micro, number)
                 with runner.computing("backward", block):
                     _backward_micro(call, inputs, outputs, grad_outputs, number)
                 if call.kept:
@@ -228,7 +230,7 @@ class _BlockFunction(torch.autograd.Function):
                         continue
                     grads[i] = _place(grads[i], tensor.grad, tensors[i], call, number)
                     tensor.grad = None
-            _set_random_state(outside, device)
+            _set_random_state(outside, runner.device)
             runner.activations.left_block()
         finally:
             block.awaiting_backward.discard(call)
@@ -307,9 +309,7 @@ def _put_away(call: Call, tensors: list[torch.Tensor], tier: Tier) -> list[Activ
     return held
 
 
-def _recompute(
-    call: Call, micro: list[Any], number: int, device: torch.device
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _recompute(call: Call, micro: list[Any], number: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The block's graph again, from its inputs and what was kept. See [Note: recipe] in recompute.py."""
     signature = _signature(call, micro)
     recipe = call.block.recipes.get(signature)
@@ -325,7 +325,7 @@ def _recompute(
     with torch.enable_grad(), ExitStack() as stack:
         for context in call.contexts:
             stack.enter_context(context)
-        _set_random_state(call.random_states[number], device)
+        _set_random_state(call.random_states[number], call.runner.device)
         inputs = _detach_inputs(call, micro)
         if not call.runner.uses_recipes:
             out_leaves = _run_micro(call, micro)
@@ -340,7 +340,7 @@ def _recompute(
                     out_leaves = _run_micro(call, micro)
             except Departed:
                 recipe.why_not = "it does not do the same operations every time"
-                return _recompute(call, micro, number, device)
+                return _recompute(call, micro, number)
         else:
             out_leaves = _run_micro(call, micro)
     return inputs, [x for x in out_leaves if isinstance(x, torch.Tensor)]
