@@ -25,7 +25,7 @@ from offload.stores.sides import Sides, checksum_tables, durable_nbytes
 from offload.telemetry import SpanLog
 from offload.tiers.device import CudaDevice, DeviceTier, SharedDevice
 from offload.tiers.emulated_device import EmulatedDevice
-from offload.tiers.host import HostArena
+from offload.tiers.host import HostArena, Spare
 from offload.tiers.storage import Store
 from offload.transfer.copies import Copies
 from offload.transfer.io_engine import UpdatePipeline
@@ -80,6 +80,8 @@ class Assembly:
     placement: Placement
     device_nbytes: int
     host_nbytes: int
+    spare_host: Spare
+    """What is left of it, for activations and for gradients that have to wait."""
 
 
 def choose_device(model: nn.Module, config: Config) -> DeviceTier:
@@ -473,4 +475,5 @@ def _fill(builder: _Builder, resources: Resources) -> Assembly:
         placement=builder.placement,
         device_nbytes=builder.device_nbytes,
         host_nbytes=builder.host_nbytes,
+        spare_host=Spare(builder.host_nbytes - builder.placement.host_nbytes),
     )

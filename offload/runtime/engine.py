@@ -88,7 +88,7 @@ class OffloadEngine:
         self._whole_gradients = optimizer.rule.whole_gradients
         """Whether an update needs all gradients of the root at once."""
         holds = self.plan is None or self.plan.held_block is not None
-        self._scheduler = wiring.make_scheduler(parts, self.stalls, self.spans, holds=holds)
+        self._scheduler = wiring.make_scheduler(parts, self.stalls, self.spans, pin=config.pin, holds=holds)
         self._gradients = self._scheduler.gradients
         self.saves = SavesBeside(self._scheduler)
         self._early_root = EarlyRoot(self.root, config.chunk_elements)

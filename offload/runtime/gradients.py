@@ -18,17 +18,19 @@ from offload.runtime import taken_gradients
 from offload.runtime.update_jobs import Part, Segments, parts_of
 from offload.stores.block_store import BlockRecord, GradBuffer
 from offload.telemetry import SpanLog, Stalls
-from offload.tiers.device import DeviceTier
+from offload.tiers.device import DeviceTier, Pin
+from offload.tiers.host import HostArena, Spare
 from offload.tiers.storage import Store
 from offload.transfer.copies import Copies
-from offload.types import ROOT_PARTS, SEGMENT_ELEMENTS
+from offload.types import PAGE_NBYTES, ROOT_PARTS, SEGMENT_ELEMENTS, round_up
 
 
 class Gradients:
     """Owns the gradient buffers. `buffers` are in device memory, `out_buffers` in host memory (none when shared).
 
     `one_each`: every block's gradients come once a step, as long as nobody calls `will_accumulate`.
-    `complete(block, cause)` waits for the block's update. `spare_host_nbytes` may be taken for waiting gradients.
+    `complete(block, cause)` waits for the block's update. `spare_host` may be taken for waiting gradients,
+    page-locked as `pin` says.
     """
 
     def __init__(
@@ -40,7 +42,8 @@ class Gradients:
         store: Store | None,
         stalls: Stalls,
         spans: SpanLog,
-        spare_host_nbytes: int,
+        spare_host: Spare,
+        pin: Pin,
         one_each: bool,
         complete: Callable[[BlockRecord, str], None],
     ) -> None:
@@ -54,7 +57,8 @@ class Gradients:
         self._store = store
         self._stalls = stalls
         self._spans = spans
-        self._spare_host_nbytes = spare_host_nbytes
+        self._spare_host = spare_host
+        self._pin = pin
         self._complete = complete
         self._n_taken = 0
 
@@ -264,18 +268,20 @@ class Gradients:
     def _take_place(self, block: BlockRecord) -> None:
         """Room for gradients that must wait though no step defers them: on storage, without one in host memory that
         the budget has left."""
-        nbytes = block.layout.grad_elements * 4
+        nbytes = round_up(block.layout.grad_elements * 4, PAGE_NBYTES)
         if self._store is not None:
             self._store.grow(nbytes)
             block.grad_offset = self._store.allocate(nbytes)
             return
-        if nbytes > self._spare_host_nbytes:
+        if nbytes > self._spare_host.nbytes:
             raise UsageError(
                 f"block {block.name}: its gradients have to wait for more of them, which takes {nbytes} bytes, and "
-                f"{self._spare_host_nbytes} bytes of host_memory are left: raise it, or give storage=[directory]"
+                f"{self._spare_host.nbytes} bytes of host_memory are left: raise it, or give storage=[directory]"
             )
-        self._spare_host_nbytes -= nbytes
-        block.grad_host = torch.empty(block.layout.grad_elements, dtype=torch.float32, device="cpu")
+        self._spare_host.nbytes -= nbytes
+        arena = HostArena(nbytes)
+        self._device.page_lock(arena.address, arena.nbytes, self._pin)
+        block.grad_host = arena.take(block.layout.grad_elements * 4).view(torch.float32)
 
 
 def _halves(buffers: list[GradBuffer]) -> list[GradBuffer]:

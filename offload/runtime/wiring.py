@@ -21,13 +21,13 @@ from offload.runtime.training_state import Stateful
 from offload.runtime.verification import Verification
 from offload.stores.activations import ActivationStore, Tier
 from offload.telemetry import SpanLog, Stalls
-from offload.tiers.device import DeviceTier
+from offload.tiers.device import DeviceTier, Pin
 from offload.update_rules import UpdateRule
 
 logger = logging.getLogger("offload")
 
 
-def make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog, *, holds: bool) -> Scheduler:
+def make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog, *, pin: Pin, holds: bool) -> Scheduler:
     """The executor over what was assembled, with the gradients it hands to updates."""
     residency: Residency = SharedResidency(parts.resources.device.torch_device)
     if not parts.resources.device.shares_host:
@@ -51,7 +51,8 @@ def make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog, *, holds: bo
             parts.resources.store,
             stalls,
             spans,
-            parts.host_nbytes - parts.placement.host_nbytes,
+            parts.spare_host,
+            pin,
             parts.one_gradient_each,
             complete,
         ),
@@ -101,7 +102,7 @@ def make_activations(
         spans,
         tier=fixed.get(config.activations),
         device_nbytes=spare_nbytes if planned or parts.resources.device.shares_host else spare_nbytes // 2,
-        host_nbytes=parts.host_nbytes - parts.placement.host_nbytes,
+        spare_host=parts.spare_host,
         staging=parts.activation_staging,
         pin=config.pin,
     )

@@ -22,7 +22,7 @@ import torch
 from offload.errors import BudgetError, UsageError
 from offload.telemetry import SpanLog, Stalls
 from offload.tiers.device import PAST, DeviceTier, Event, Pin
-from offload.tiers.host import HostArena, Lease, LeaseRing
+from offload.tiers.host import HostArena, Lease, LeaseRing, Spare
 from offload.tiers.storage import Store
 from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Ticket
@@ -67,7 +67,7 @@ class Activation:
 
 
 class ActivationStore:
-    """Holds activations within `device_nbytes` and `host_nbytes`, further ones on `store`.
+    """Holds activations within `device_nbytes` and `spare_host`, further ones on `store`.
 
     `staging` is host memory through which bytes pass to storage and back. `tier` fixes where activations go; None
     takes the first of device, host and storage that has room. Raises BudgetError when none has.
@@ -83,7 +83,7 @@ class ActivationStore:
         *,
         tier: Tier | None,
         device_nbytes: int,
-        host_nbytes: int,
+        spare_host: Spare,
         staging: torch.Tensor,
         pin: Pin = "auto",
     ) -> None:
@@ -93,7 +93,7 @@ class ActivationStore:
         self._stalls = stalls
         self._spans = spans
         self._tier = tier
-        self._left_nbytes: dict[Tier, int] = {"device": device_nbytes, "host": host_nbytes}
+        self._left: dict[Tier, Spare] = {"device": Spare(device_nbytes), "host": spare_host}
         self._pin = pin
         self._staging = LeaseRing(staging) if staging.numel() >= 2 * PAGE_NBYTES else None
         self._order: dict[_Held, None] = {}
@@ -142,7 +142,7 @@ class ActivationStore:
         elif held.tier == "host" and not self._device.shares_host:
             self._copy_out(held, tensor)
         else:
-            self._left_nbytes[held.tier] -= nbytes
+            self._left[held.tier].nbytes -= nbytes
             held.kept = tensor
         self._order[held] = None
         activation = Activation(held)
@@ -166,9 +166,9 @@ class ActivationStore:
         if tier == "storage":
             return self._store is not None and self._staging is not None
         if tier == "host" and not self._device.shares_host:  # planes of whole pages, used again
-            fits = self._left_nbytes[tier] >= round_up(nbytes, PAGE_NBYTES)
+            fits = self._left[tier].nbytes >= round_up(nbytes, PAGE_NBYTES)
             return fits or bool(self._free_planes.get(nbytes))
-        return self._left_nbytes[tier] >= nbytes
+        return self._left[tier].nbytes >= nbytes
 
     def _tier_for(self, nbytes: int, fixed: Tier | None) -> Tier:
         wanted: list[Tier] = [fixed] if fixed else ["device", "host", "storage"]
@@ -177,7 +177,7 @@ class ActivationStore:
                 return tier
         raise BudgetError(
             f"the input of a block ({nbytes} bytes) has to wait for backward and no room is left for it: "
-            f"{self._left_nbytes['device']} bytes of device_memory, {self._left_nbytes['host']} of host_memory, "
+            f"{self._left['device'].nbytes} bytes of device_memory, {self._left['host'].nbytes} of host_memory, "
             f"{'no' if self._store is None else 'too little'} staging for storage; raise one of them, "
             "give storage=[directory], or use a smaller batch"
         )
@@ -206,13 +206,13 @@ class ActivationStore:
             piece_nbytes = min(max(missing_nbytes, _LOCKED_NBYTES), region.nbytes - self._locked_nbytes)
             self._device.page_lock(region.address + self._locked_nbytes, piece_nbytes, self._pin)
             self._locked_nbytes += piece_nbytes
-        self._left_nbytes["host"] -= paged_nbytes
+        self._left["host"].nbytes -= paged_nbytes
         return region.take(nbytes)
 
     def _new_region(self, nbytes: int) -> HostArena:
         """All that is left; for one plane of `nbytes` where the system gives no addresses ahead of their use."""
         try:
-            return HostArena(self._left_nbytes["host"] // PAGE_NBYTES * PAGE_NBYTES)
+            return HostArena(self._left["host"].nbytes // PAGE_NBYTES * PAGE_NBYTES)
         except OSError:
             return HostArena(nbytes)
 
@@ -384,7 +384,7 @@ class ActivationStore:
         elif held.plane is not None:
             self._free_planes[held.nbytes].append((held.plane, held.arrived))
         else:
-            self._left_nbytes[held.tier] += held.nbytes
+            self._left[held.tier].nbytes += held.nbytes
         held.source = held.kept = held.plane = None
         self._leaving.pop(held, None)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -47,6 +48,13 @@ class HostArena:
         """A forked process is to have what is in a piece that was taken. See [Note: forks]."""
         if piece.nbytes:
             self._arena.keep_on_fork(piece.data_ptr() - self.address, round_up(piece.nbytes, PAGE_NBYTES))
+
+
+@dataclass
+class Spare:
+    """Memory that the budget has left. All who take of it count it in the same one."""
+
+    nbytes: int
 
 
 class Lease:

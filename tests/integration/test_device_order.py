@@ -20,6 +20,7 @@ from offload.runtime.scheduler import Scheduler
 from offload.stores.activations import ActivationStore
 from offload.telemetry import SpanLog, Stalls
 from offload.tiers.device import CudaDevice
+from offload.tiers.host import Spare
 from offload.transfer.copies import Copies
 from tests.cuda import CUDA, ready, sleepy_copies
 from tests.device_order import OrderedDevice, follow_writes_of_activations, watching
@@ -218,7 +219,7 @@ def store_in_host_memory():
     device = OrderedDevice()
     copies = Copies(device, SpanLog())
     return copies, ActivationStore(
-        device, copies, None, Stalls(), SpanLog(), tier="host", device_nbytes=0, host_nbytes=1 << 20,
+        device, copies, None, Stalls(), SpanLog(), tier="host", device_nbytes=0, spare_host=Spare(1 << 20),
         staging=torch.empty(0, dtype=torch.uint8),
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ from offload.stores import activations
 from offload.stores.activations import ActivationStore
 from offload.telemetry import SpanLog, Stalls
 from offload.tiers.emulated_device import EmulatedDevice
-from offload.tiers.host import HostArena
+from offload.tiers.host import HostArena, Spare
 from offload.transfer.copies import Copies
 from offload.types import PAGE_NBYTES
 
@@ -43,7 +43,7 @@ def make(monkeypatch):
         made.extend((copies, device))
         return device, ActivationStore(
             device, copies, None, Stalls(), SpanLog(), tier="host", device_nbytes=0,
-            host_nbytes=pages * PAGE_NBYTES + 100, staging=torch.empty(0, dtype=torch.uint8),
+            spare_host=Spare(pages * PAGE_NBYTES + 100), staging=torch.empty(0, dtype=torch.uint8),
         )  # fmt: skip
 
     yield make
