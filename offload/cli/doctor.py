@@ -18,6 +18,7 @@ from offload.config import Config, host_total_nbytes
 from offload.errors import ConfigError
 from offload.profiling.processor import has_bfloat16_products
 from offload.profiling.stored import profile_path, stored_hardware
+from offload.tiers.device import allocator_hint
 from offload.tiers.host import HostArena
 from offload.tiers.storage import leftover_stores
 
@@ -206,6 +207,8 @@ def show(found: dict[str, Any], out: TextIO, *, as_json: bool) -> None:
         )
     for gpu in found["gpus"]:
         lines.append(f"GPU          {gpu['name']}, {_gb(gpu['memory_bytes'])}")
+    if found["gpus"] and (hint := allocator_hint(os.environ)) is not None:
+        lines.append(f"             {hint}")
     if not found["gpus"]:
         lines.append("GPU          none that torch sees: the device tier is a bounded part of DRAM")
     lines.append(_profile_line(found["profile"]))

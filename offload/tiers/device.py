@@ -12,8 +12,9 @@ import bisect
 import contextlib
 import itertools
 import logging
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -32,6 +33,17 @@ PAGE_LOCK_PIECE_NBYTES = 1 << 30
 CUDA_OWN_NBYTES = 192 << 20
 """What torch's allocator gives to cuBLAS (32 MiB for each thread that launches, the one that trains and autograd's, and
 as much again for cuBLASLt) and loses to rounding: it takes 2 and 20 MiB at once."""
+
+
+def allocator_hint(environment: Mapping[str, str]) -> str | None:
+    """What to set before training, so that tensors of many sizes fit into `device_memory` to its last part; None where
+    it is set. Torch's allocator otherwise cannot join what is free in two segments."""
+    settings = environment.get("PYTORCH_CUDA_ALLOC_CONF", "") + environment.get("PYTORCH_ALLOC_CONF", "")
+    if "expandable_segments" in settings:
+        return None
+    return (
+        "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True: device memory is lost to fragments otherwise"
+    )
 
 
 class Event(Protocol):
@@ -189,6 +201,9 @@ class CudaDevice:
         total_nbytes = torch.cuda.get_device_properties(index).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, memory_nbytes / total_nbytes), index)
         _limits[index] = self._limit = object()
+        hint = allocator_hint(os.environ)
+        if hint is not None:
+            logger.info("%s", hint)
         self._h2d = torch.cuda.Stream(self.torch_device)
         self._d2h = torch.cuda.Stream(self.torch_device)
         self._locked: list[tuple[int, int]] = []

@@ -19,6 +19,7 @@ from offload.tiers.device import (
     PAGE_LOCK_PIECE_NBYTES,
     PAST,
     CudaDevice,
+    allocator_hint,
     cuts_at_pieces,
     register_pages,
     with_edges,
@@ -40,6 +41,13 @@ class Driver:
 
     def unregister(self, address):
         self.registered.remove(address)
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_the_allocator_that_wastes_device_memory_is_named_until_another_is_set(name):
+    assert "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True" in allocator_hint({})
+    assert allocator_hint({name: "max_split_size_mb:64"}) is not None
+    assert allocator_hint({name: "expandable_segments:True"}) is None
 
 
 @pytest.fixture
