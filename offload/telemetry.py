@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,27 @@ Times = tuple[float, float]
 """Start and end of something, in seconds of `time.perf_counter`."""
 
 
+class Waitable(Protocol):
+    """A copy's event, or the ticket of a transfer."""
+
+    def wait(self) -> object:
+        """Block until it has ended. Raises its failure."""
+        ...
+
+    def times(self) -> Times:
+        """When it ran, once it has ended."""
+        ...
+
+
+def _times_once_done(work: Waitable) -> Times:
+    work.wait()
+    return work.times()
+
+
 class SpanLog:
     """Spans of a run while it is recorded. While it is not, a call costs one comparison.
 
-    Work that is still going on hands in a function that says its times once it has ended.
+    Work that is still going on hands in a function that says its times once it has ended, or is waited for.
     """
 
     def __init__(self) -> None:
@@ -45,8 +64,13 @@ class SpanLog:
         if self.recording:
             self._later.append((resource, name, times))
 
+    def add_work(self, resource: str, name: str, work: Waitable) -> None:
+        """Record work that nothing else may have waited for when the record ends: parked gradients on their way."""
+        if self.recording:
+            self._later.append((resource, name, partial(_times_once_done, work)))
+
     def stop(self) -> list[Span]:
-        """End the record. All work in it has to have ended. Overlapping spans of one name and resource become one."""
+        """End the record, when all work in it has ended. Overlapping spans of one name and resource become one."""
         self.recording = False
         found = [(resource, name, *times()) for resource, name, times in self._later]
         self._later.clear()

@@ -176,7 +176,7 @@ class Gradients:
                 block.grad_offset,
                 after=block.grad_gate,
             )
-            self._spans.add("write", f"spill {block.label}", block.grad_gate.times)
+            self._spans.add_work("write", f"spill {block.label}", block.grad_gate)
         block.grad_buffer = None
 
     def can_hold(self) -> bool:

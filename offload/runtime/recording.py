@@ -57,12 +57,12 @@ def recording(parts: Assembly, log: SpanLog, flush: Callable[[], None]) -> Itera
         for block in [*parts.blocks, parts.root]:
             block.loaded.wait()
         resources.pipeline.record_spans(False)
-        resources.device.timing = False
         labels = {-1: parts.root.label, **{block.index: block.label for block in parts.blocks}}
         for kind, index, start_s, end_s in resources.pipeline.take_spans():
             lane, name = _LANES[kind]
             log.add(lane, f"{name} {labels[index]}", functools.partial(_times, start_s, end_s))
-        spans += log.stop()
+        spans += log.stop()  # waits for copies and transfers that go on
+        resources.device.timing = False  # after it: whatever is recorded is timed
 
 
 def _times(start_s: float, end_s: float) -> tuple[float, float]:

@@ -209,7 +209,7 @@ class Scheduler:
         ticket = self._store.engine.read(
             slot.bytes_tensor.data_ptr(), nbytes, block.param_offset, urgent=urgent, after=gate
         )
-        self._spans.add("read", f"fetch {block.label}", ticket.times)
+        self._spans.add_work("read", f"fetch {block.label}", ticket)
         block.tickets = [ticket]
 
     # ---- uses ------------------------------------------------------------------------------------------------

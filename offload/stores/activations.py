@@ -238,7 +238,7 @@ class ActivationStore:
                 held.source, self._leaving[held] = tensor, None
             address, nbytes = lease.bytes_tensor.data_ptr(), round_up(part.numel(), PAGE_NBYTES)
             ticket = store.engine.write(address, nbytes, held.offset + start, after=gate)
-            self._spans.add("write", f"spill {held.label}", ticket.times)
+            self._spans.add_work("write", f"spill {held.label}", ticket)
             held.written.append(ticket)
             lease.release_after(ticket.wait)
 
@@ -341,7 +341,7 @@ class ActivationStore:
                 lease = staging.lease(nbytes)
                 address, nbytes = lease.bytes_tensor.data_ptr(), round_up(part.numel(), PAGE_NBYTES)
                 ticket = store.engine.read(address, nbytes, held.offset + held.read_nbytes, urgent=True)
-                self._spans.add("read", f"read_back {held.label}", ticket.times)
+                self._spans.add_work("read", f"read_back {held.label}", ticket)
                 source = lease.bytes_tensor[: part.numel()]
                 after = [held.allocated, held.arrived]  # so that the last part's failure is any part's
                 held.arrived = self._copies.h2d_when(

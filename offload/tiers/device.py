@@ -62,7 +62,8 @@ class Event(Protocol):
         ...
 
     def times(self) -> Times:
-        """When the copy that this is the end of ran. Only for copies made while `DeviceTier.timing` was set."""
+        """When the copy that this is the end of ran; to be asked once it has ended. Only for copies made while
+        `DeviceTier.timing` was set."""
         ...
 
 
@@ -210,8 +211,19 @@ class CudaDevice:
         self._edges: list[int] = []
         """Where registered pieces begin and end, ascending, each once. A new list each time: other threads read it."""
         self._was_refused = False
-        self.timing = False
+        self._timing = False
         self._clock: tuple[torch.cuda.Event, float] | None = None
+
+    @property
+    def timing(self) -> bool:
+        """Whether copies and stamps are to be timed."""
+        return self._timing
+
+    @timing.setter
+    def timing(self, timing: bool) -> None:
+        """Also begins a new clock: events give float32 milliseconds, which hours after the first are coarse."""
+        self._timing = timing
+        self._clock = None
 
     def stamp(self) -> Callable[[], float]:
         """By a timing event on the stream that the calling thread computes on."""

@@ -98,7 +98,7 @@ class Copies:
         nbytes = source.numel() * source.element_size()
         self.h2d_bytes += nbytes  # several threads do: no call in between
         event = self._device.copy_in(target, source, [earlier.issued() for earlier in after])
-        self._spans.add("h2d", name, event.times)
+        self._spans.add_work("h2d", name, event)
         return event
 
     def h2d_when(
@@ -173,7 +173,7 @@ class Copies:
         """Start a copy to the host; `source` is complete at the compute given so far."""
         self.d2h_bytes += source.numel() * source.element_size()
         event = self._device.copy_out(target, source, [self._device.mark(), *after])
-        self._spans.add("d2h", name, event.times)
+        self._spans.add_work("d2h", name, event)
         return event
 
     def gate(self, event: Event) -> Ticket:

@@ -8,6 +8,7 @@ from torch import nn
 
 import offload
 from offload.schedule.unroll import unroll
+from offload.tiers.emulated_device import _ThreadEvent
 from tests.conftest import batches, build, slow_but, two_groups
 
 PLANS = {
@@ -90,3 +91,37 @@ def test_spans_lie_within_the_record_and_lanes_do_one_thing_at_a_time_where_they
         assert mine
         for before, after in pairwise(mine):
             assert before.end_s <= after.start_s + 1e-4
+
+
+@pytest.mark.parametrize("storage", [True, False])
+@pytest.mark.parametrize("until", ["forward", "backward"])
+def test_a_record_that_ends_while_bytes_are_on_their_way_out_has_them_whole(
+    tmp_path, monkeypatch, until, storage
+):
+    """Nobody waits for gradients that are parked, nor for the activations of a forward without backward."""
+
+    def times(event, real=_ThreadEvent.times):
+        if not event.done():
+            raise RuntimeError("Both events must be completed before calculating elapsed time")  # as on CUDA
+        return real(event)
+
+    monkeypatch.setattr(_ThreadEvent, "times", times)
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(4)])
+    model, _ = offload.wrap(
+        model, torch.optim.AdamW(model.parameters()), device="emulated", bus_bytes_per_s=2e6, step_aside="never",
+        device_memory="1MB", host_memory="20MB", storage=[str(tmp_path)] if storage else [],
+        activations="storage" if storage else "host", chunk_elements=4096,
+    )  # fmt: skip
+    with model.offload.record() as spans:
+        with model.offload.no_sync():
+            loss = model(torch.randn(64, 64)).sum()
+            if until == "backward":
+                loss.backward()
+    del loss
+    model.offload.close()
+    out = [span for span in spans if span.resource == "d2h"]
+    assert {span.name.split()[0] for span in out} == {
+        "swap_out",
+        *(["grad_out"] if until == "backward" else []),
+    }
+    assert [span for span in spans if not 0 <= span.start_s <= span.end_s] == []

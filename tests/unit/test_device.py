@@ -209,6 +209,40 @@ def test_closing_a_device_leaves_the_limit_that_another_has_set_since(monkeypatc
     assert limits == [0.5, 0.25, 1.0]
 
 
+class TimedEvent:
+    """An event of a device whose clock is `now_s`. Differences are what CUDA gives: milliseconds in float32."""
+
+    now_s = 0.0
+
+    def __init__(self, **kinds):
+        pass
+
+    def record(self, stream):
+        self.at_s = TimedEvent.now_s
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, later):
+        return torch.tensor((later.at_s - self.at_s) * 1e3, dtype=torch.float32).item()
+
+
+def test_a_record_hours_after_the_first_has_its_times_as_precisely(cuda, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", TimedEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(time, "perf_counter", lambda: TimedEvent.now_s)
+    device = cuda(Driver())
+    for begin_s in (0.0, 1e5):
+        TimedEvent.now_s = begin_s
+        device.timing = True
+        first = device.stamp()
+        TimedEvent.now_s = begin_s + 1e-4
+        second = device.stamp()
+        device.timing = False
+        assert first() == pytest.approx(begin_s, abs=1e-9)
+        assert second() - first() == pytest.approx(1e-4, rel=1e-3)
+
+
 @pytest.fixture
 def bus():
     device = EmulatedDevice(bus_bytes_per_s=1e8)
