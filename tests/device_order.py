@@ -125,6 +125,9 @@ class OrderedDevice:
     def page_lock(self, address, nbytes, pin):
         return False
 
+    def enter_thread(self):
+        pass
+
     def close(self):
         pass
 

@@ -132,6 +132,10 @@ class DeviceTier(Protocol):
         """Lock host memory for fast copies. False when the device does without."""
         ...
 
+    def enter_thread(self) -> None:
+        """The calling thread begins: it will give the device copies and wait for them, and do nothing else."""
+        ...
+
     def close(self) -> None:
         """Finish all copies, unlock host memory."""
         ...
@@ -180,6 +184,9 @@ class SharedDevice:
         """Nothing to lock for."""
         return False
 
+    def enter_thread(self) -> None:
+        """All threads are alike."""
+
     def close(self) -> None:
         """Nothing to finish."""
 
@@ -189,7 +196,10 @@ _limits: dict[int, object] = {}
 
 
 class CudaDevice:
-    """One NVIDIA (or ROCm) GPU through torch.cuda. `memory_nbytes` becomes the limit of torch's allocator there."""
+    """One NVIDIA (or ROCm) GPU through torch.cuda. `memory_nbytes` becomes the limit of torch's allocator there.
+
+    It is the current device around calls that would else make a context, some hundred MB, on the one that is.
+    """
 
     shares_host = False
     own_nbytes = CUDA_OWN_NBYTES
@@ -279,7 +289,7 @@ class CudaDevice:
         start = self._stamp(stream) if self.timing else None
         host = target if target.device.type == "cpu" else source
         nbytes = host.numel() * host.element_size()
-        with torch.cuda.stream(stream):
+        with torch.cuda.device(self.torch_device), torch.cuda.stream(stream):
             cuts = cuts_at_pieces(host.data_ptr(), nbytes, self._edges)
             if cuts:
                 to, of = target.view(torch.uint8), source.view(torch.uint8)
@@ -302,9 +312,10 @@ class CudaDevice:
             return False
         cudart = torch.cuda.cudart()
         try:
-            locked, code = register_pages(
-                cudart.cudaHostRegister, cudart.cudaHostUnregister, address, nbytes, pin
-            )
+            with torch.cuda.device(self.torch_device):
+                locked, code = register_pages(
+                    cudart.cudaHostRegister, cudart.cudaHostUnregister, address, nbytes, pin
+                )
         except BudgetError:
             self._forget_refusal()
             raise
@@ -315,6 +326,10 @@ class CudaDevice:
             self._forget_refusal()
         return bool(locked) and not code
 
+    def enter_thread(self) -> None:
+        """A new thread's current device is the first, and would get a context by the thread's waiting for events."""
+        torch.cuda.set_device(self.torch_device)
+
     def _forget_refusal(self) -> None:
         """The next launch would report it as its own failure: let one do so that nobody needs."""
         with contextlib.suppress(RuntimeError):
@@ -324,8 +339,9 @@ class CudaDevice:
         """Also gives the allocator its whole device back, unless another has limited it since."""
         torch.cuda.synchronize(self.torch_device)
         cudart = torch.cuda.cudart()
-        for start, _ in self._locked:
-            cudart.cudaHostUnregister(start)
+        with torch.cuda.device(self.torch_device):
+            for start, _ in self._locked:
+                cudart.cudaHostUnregister(start)
         self._locked.clear()
         self._edges = []
         if _limits.get(self.torch_device.index) is self._limit:

@@ -130,6 +130,9 @@ class EmulatedDevice:
         """DRAM needs no locking for DRAM."""
         return False
 
+    def enter_thread(self) -> None:
+        """All threads are alike."""
+
     def close(self) -> None:
         """Finish all copies and end the threads."""
         self._h2d.close()

@@ -56,8 +56,9 @@ class _Promised:
 class _Keeper:
     """One thread that works off what it is given, in order, so that the user's thread never has to wait for it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, begin: Callable[[], None]) -> None:
         self._name = name
+        self._begin = begin
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -68,6 +69,7 @@ class _Keeper:
         self._work.put(work)
 
     def _run(self) -> None:
+        self._begin()
         while (work := self._work.get()) is not None:
             work()
 
@@ -86,10 +88,10 @@ class Copies:
         self._spans = spans
         self.h2d_bytes = 0
         self.d2h_bytes = 0
-        self._gates = _Keeper("offload-gates")
-        self._loads = _Keeper("offload-loads")
-        self._returns = _Keeper("offload-returns")
-        self._parts = _Keeper("offload-parts")
+        self._gates = _Keeper("offload-gates", device.enter_thread)
+        self._loads = _Keeper("offload-loads", device.enter_thread)
+        self._returns = _Keeper("offload-returns", device.enter_thread)
+        self._parts = _Keeper("offload-parts", device.enter_thread)
 
     def h2d(
         self, name: str, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event] = ()

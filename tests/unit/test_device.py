@@ -52,19 +52,28 @@ def test_the_allocator_that_wastes_device_memory_is_named_until_another_is_set(n
 
 @pytest.fixture
 def cuda(monkeypatch):
-    """Makes a CudaDevice on a driver, without a GPU. `launches` lists the devices of tensors of zeros."""
-    launches = []
+    """Makes a CudaDevice on a driver, without a GPU. `launches` lists the devices of tensors of zeros, `current` the
+    devices that have been made the current one and are, the last one first."""
+    launches, current = [], [torch.device("cuda", 0)]
 
-    def make(driver, index=0):
+    @contextlib.contextmanager
+    def device(torch_device):
+        current.insert(0, torch_device)
+        try:
+            yield
+        finally:
+            current.pop(0)
+
+    def make(driver, index=0, memory_nbytes=500):
         cudart = types.SimpleNamespace(cudaHostRegister=driver.register, cudaHostUnregister=driver.unregister)
         monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
-        return CudaDevice(torch.device("cuda", index), 500)
+        return CudaDevice(torch.device("cuda", index), memory_nbytes)
 
     def zeros(n, device):
         launches.append(device)
         raise RuntimeError("CUDA error: out of memory")
 
-    make.launches = launches
+    make.launches, make.current = launches, current
     properties = types.SimpleNamespace(total_memory=1000)
     monkeypatch.setattr(torch, "zeros", zeros)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -72,6 +81,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, _: None)
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "device", device)
     return make
 
 
@@ -179,7 +189,9 @@ def test_a_copy_across_pieces_is_made_in_parts_that_are_all_of_it(monkeypatch):
     host, device, parts = torch.zeros(1000), torch.arange(1000, dtype=torch.float32), []
     edge = host.data_ptr() + 400
     tier = CudaDevice.__new__(CudaDevice)  # without a GPU
+    tier.torch_device = torch.device("cuda", 0)
     tier.timing, tier._edges = False, [host.data_ptr() - 4096, edge, edge + 1200]
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr("offload.tiers.device._record", lambda stream: PAST)
     copy = torch.Tensor.copy_
@@ -191,22 +203,79 @@ def test_a_copy_across_pieces_is_made_in_parts_that_are_all_of_it(monkeypatch):
     assert parts == [400, 1200, 2400]
 
 
-def test_closing_a_device_leaves_the_limit_that_another_has_set_since(monkeypatch):
+def test_closing_a_device_leaves_the_limit_that_another_has_set_since(cuda, monkeypatch):
     limits = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(total_memory=1000)
-    )
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda f, _: limits.append(f))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: None)
-    first = CudaDevice(torch.device("cuda", 0), 500)
-    second = CudaDevice(torch.device("cuda", 0), 250)
+    first = cuda(Driver(), memory_nbytes=500)
+    second = cuda(Driver(), memory_nbytes=250)
     first.close()
     assert limits == [0.5, 0.25]
     second.close()
     assert limits == [0.5, 0.25, 1.0]
+
+
+@pytest.mark.parametrize("pin", ["auto", "always"])
+def test_on_the_second_gpu_nothing_is_registered_copied_or_unregistered_while_the_first_is_current(
+    cuda, monkeypatch, pin
+):
+    """It would get a context there, some hundred MB of it; and leaving a stream makes current what was before."""
+    seen = []
+
+    class Noting(Driver):
+        def register(self, *given):
+            seen.append(("register", cuda.current[0].index))
+            return super().register(*given)
+
+        def unregister(self, address):
+            seen.append(("unregister", cuda.current[0].index))
+            super().unregister(address)
+
+    @contextlib.contextmanager
+    def stream(_):
+        seen.append(("enter", cuda.current[0].index))
+        yield
+        seen.append(("leave", cuda.current[0].index))
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr("offload.tiers.device._record", lambda stream: PAST)
+    driver = Noting(refuse_at=3)
+    device = cuda(driver, index=1)
+    device.page_lock(0, 4096, pin)
+    with contextlib.suppress(offload.BudgetError):
+        device.page_lock(4096, 2 * PAGE_LOCK_PIECE_NBYTES, pin)
+    device.copy_in(torch.ones(4), torch.ones(4))
+    device.copy_out(torch.ones(4), torch.ones(4))
+    device.close()
+    assert {what for what, _ in seen} == {"register", "unregister", "enter", "leave"}
+    assert {index for _, index in seen} == {1}
+    assert driver.registered == set()
+    assert [d.index for d in cuda.current] == [0]
+
+
+def test_every_thread_of_copies_makes_the_device_its_current_one_before_it_does_anything(cuda, monkeypatch):
+    current = {}
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda d: current.setdefault(threading.current_thread().name, d.index)
+    )
+    seen = []
+
+    def note(self, target, source, after=()):
+        name = threading.current_thread().name
+        seen.append((name, current.get(name)))
+        return types.SimpleNamespace(done=lambda: False, wait=lambda: note(self, target, source), times=None)
+
+    monkeypatch.setattr(CudaDevice, "copy_in", note)
+    device = cuda(Driver(), index=1)
+    copies, ticket = Copies(device, SpanLog()), Ticket()
+    both = torch.ones(4), torch.ones(4)
+    copies.h2d_when([ticket], "x", *both)
+    copies.h2d_when([ticket], "x", *both, returns=True)
+    copies.h2d_in_parts([(0, 4, ticket)], "x", *both)
+    copies.gate(note(device, *both))
+    ticket.complete()
+    copies.close()
+    names = ("offload-gates", "offload-loads", "offload-parts", "offload-returns")
+    assert {name: index for name, index in seen if name in names} == dict.fromkeys(names, 1)
 
 
 class TimedEvent:
