@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import gc
+import os
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ import torch
 from offload import _C
 from offload.profiling.workload import profile_model
 from offload.runtime import planning
+
+# For the same bits on a GPU every time. torch reads it when a process first multiplies there, in whatever test.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_collection_finish(session):

@@ -1,7 +1,6 @@
 """For tests on a CUDA device: kernels that give the same bits every time, and copies that come late."""
 
 import contextlib
-import os
 
 import pytest
 import torch
@@ -25,7 +24,8 @@ def ready(device, monkeypatch):
 
 @contextlib.contextmanager
 def deterministic_cuda(monkeypatch, attention=SDPBackend.MATH):
-    """Skips without a CUDA device. Attention is written out: not every fused kernel's backward is deterministic.
+    """Skips without a CUDA device. Attention is written out: not every fused kernel's backward is deterministic. What
+    cuBLAS has to be told is in tests/conftest.py.
 
     Budgets of a few MB place state as small models need it, and torch's allocator is not held to them: it takes 20 MiB
     at once.
@@ -34,7 +34,6 @@ def deterministic_cuda(monkeypatch, attention=SDPBackend.MATH):
         pytest.skip("no CUDA device")
     monkeypatch.setattr(CudaDevice, "own_nbytes", 0)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, device=None: None)
-    monkeypatch.setitem(os.environ, "CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     try:
         with sdpa_kernel(attention):
