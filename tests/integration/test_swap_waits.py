@@ -1,6 +1,7 @@
 """Single tensors that are swapped out: any policy has the bits of the graph kept whole, and every wait on their way is
 needed."""
 
+import collections
 import random
 import threading
 import time
@@ -12,7 +13,8 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import offload
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
@@ -23,7 +25,7 @@ from offload.tiers.host import Lease
 from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Ticket
 from tests.conftest import one_thread
-from tests.cuda import deterministic_cuda
+from tests.cuda import CUDA, cudnn_attention, deterministic_cuda
 from tests.integration.test_exactness import (
     CHUNK,
     assert_same_bits,
@@ -92,6 +94,103 @@ def assert_has_the_bits_of_a_graph_kept_whole(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OffloadEngine, "tiers_of_saved", policy)
         assert_same_bits(train(kind, settings, n_steps=3, layers=3, dropout=0.1), expected)
+
+
+# ---- attention that is not reproducible ----------------------------------------------------------------------
+
+
+HEADS, LENGTH = 2, 128
+GRADIENT_TOLERANCE = 2e-2
+"""Of a parameter's largest gradient: a few roundings to bf16 (2^-8) on either side."""
+
+
+class Attention(nn.Module):
+    """Heads of 64, as every fused kernel takes them."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(64 * HEADS, 3 * 64 * HEADS)
+        self.out = nn.Linear(64 * HEADS, 64 * HEADS)
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).unflatten(-1, (3, HEADS, 64)).permute(2, 0, 3, 1, 4)
+        attended = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return x + self.out(attended.transpose(1, 2).flatten(2))
+
+
+class AttentionCounter(TorchDispatchMode):
+    """Calls of fused attention in forward, by operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if "attention" in name and "backward" not in name:
+            self.calls[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def gradients_of(model, optimizer, device, parameters):
+    """Of the second step, which has recipes: a step of SGD by 1 is the gradient. And the calls of attention in it."""
+    x = torch.randn(2, LENGTH, 64 * HEADS, generator=torch.Generator().manual_seed(1)).to(device)
+    for lr in (0.0, 1.0):
+        optimizer.param_groups[0]["lr"] = lr
+        before = parameters()
+        with AttentionCounter() as counter:
+            with torch.autocast(torch.device(device).type, torch.bfloat16):
+                loss = model(x).float().square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    after = parameters()
+    return {name: before[name] - after[name] for name in before}, counter.calls
+
+
+def attention_blocks():
+    torch.manual_seed(0)
+    return nn.Sequential(*[Attention() for _ in range(BLOCKS)])
+
+
+@pytest.mark.parametrize("device", ["emulated", CUDA])
+@pytest.mark.parametrize(
+    ("policy", "again"),
+    [
+        ({"activations": "keep"}, 0),
+        ({"saved_activations": "recompute"}, 1),
+        ({"saved_activations": "device"}, 0),
+        ({"saved_activations": "host"}, 0),
+    ],
+    ids=str,
+)
+def test_attention_kept_skipped_or_run_again_has_the_gradients_of_plain_torch(
+    tmp_path, monkeypatch, device, policy, again
+):
+    """cuDNN's on a GPU, whose bits are not the same every time; the CPU's flash kernel elsewhere."""
+    kernel, computes_on = ("cudnn", "cuda") if device == "cuda" else ("flash", "cpu")
+    with cudnn_attention(monkeypatch) if device == "cuda" else sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        plain = attention_blocks().to(computes_on)
+        expected, _ = gradients_of(
+            plain, torch.optim.SGD(plain.parameters(), lr=1.0), computes_on,
+            lambda: {name: p.detach().cpu().clone() for name, p in plain.named_parameters()},
+        )  # fmt: skip
+        model = attention_blocks()
+        model, optimizer = offload.wrap(
+            model, torch.optim.SGD(model.parameters(), lr=1.0), device=device, step_aside="never",
+            chunk_elements=CHUNK, device_memory="50MB", host_memory="50MB", storage=[str(tmp_path)], **policy,
+        )  # fmt: skip
+        got, calls = gradients_of(
+            model, optimizer, computes_on,
+            lambda: {n: t.cpu().clone() for block in model.offload.iter_blocks() for n, t in block},
+        )  # fmt: skip
+        model.offload.close()
+    assert [(kernel in name, n) for name, n in calls.items()] == [(True, BLOCKS * (1 + again))]
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        largest = gradient.abs().max()
+        assert largest > 0
+        assert (got[name] - gradient).abs().max() <= GRADIENT_TOLERANCE * largest, name
 
 
 # ---- every wait is needed ------------------------------------------------------------------------------------
