@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 import os
 import re
-from typing import Literal
+from typing import Any, Literal
 
 import psutil
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from offload.errors import ConfigError
 from offload.update_rules import Moments
@@ -16,6 +18,7 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS.update({"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40})
 _UPDATE_THREADS_MAX = 16
 """Memory limits AdamW before more threads than this do."""
+_GRAMMAR = 'write "8GB", "7GiB", "50%" or "-2GB"'
 _BUDGET = re.compile(r"^\s*(-?)\s*(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*$")
 
 
@@ -25,13 +28,17 @@ def parse_budget(text: str | int | float, total_nbytes: int) -> int:
     Raises ConfigError when it cannot be read or leaves nothing.
     """
     if isinstance(text, (int, float)):
+        if isinstance(text, bool) or not math.isfinite(text):
+            raise ConfigError(f"memory budget {text} is not understood; {_GRAMMAR}")
         nbytes = int(text)
     else:
         match = _BUDGET.match(text)
         if match is None:
-            raise ConfigError(f'memory budget {text!r} not understood; write "8GB", "7GiB", "50%" or "-2GB"')
+            raise ConfigError(f"memory budget {text!r} not understood; {_GRAMMAR}")
         sign, number, unit = match.groups()
         if unit == "%":
+            if float(number) > 100:
+                raise ConfigError(f"memory budget {text!r} is more than there is; write at most 100%")
             nbytes = int(total_nbytes * float(number) / 100)
         elif unit.upper() in _UNITS:
             nbytes = int(float(number) * _UNITS[unit.upper()])
@@ -120,13 +127,35 @@ class Config(BaseModel):
     pin: Literal["auto", "always", "never"] = "auto"
     bus_bytes_per_s: float | None = Field(default=None, gt=0)
 
+    @field_validator("device_memory", "host_memory", "written_per_step", mode="before")
+    @classmethod
+    def _budget(cls, value: Any) -> Any:
+        """Refused at once if it cannot be read, whatever the machine has."""
+        if isinstance(value, (str, int, float)):
+            parse_budget(value, 1 << 62)
+        return value
+
+    @field_validator("storage", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        """One directory, or several; strings or paths."""
+        several = [value] if isinstance(value, (str, os.PathLike)) else value
+        if not isinstance(several, (list, tuple)):
+            return several
+        return [os.fspath(one) if isinstance(one, os.PathLike) else one for one in several]
+
     @classmethod
     def checked(cls, **settings: object) -> Config:
-        """Build a Config; turns pydantic's error into ConfigError with the same text."""
+        """Build a Config; raises ConfigError with a sentence for each setting that pydantic refuses."""
         try:
             config = cls(**settings)  # type: ignore[arg-type]  # pydantic does the checking
         except ValidationError as error:
-            raise ConfigError(str(error)) from error
+            raise ConfigError("; ".join(_sentence(problem) for problem in error.errors())) from error
+        places = [os.path.realpath(directory) for directory in config.storage]
+        if len(set(places)) < len(places):
+            raise ConfigError(
+                f"storage={config.storage}: a directory is named twice, and would be taken for two drives"
+            )
         if config.chunk_elements % 2048:
             raise ConfigError(f"chunk_elements={config.chunk_elements} must be a multiple of 2048")
         if config.update == "backward" and config.max_grad_norm is not None and config.durability != "step":
@@ -176,3 +205,17 @@ class Config(BaseModel):
     def deferred(self) -> bool:
         """Whether updates wait for `optimizer.step()` (needed for clipping by the global norm)."""
         return self.update == "deferred" or (self.update == "auto" and self.max_grad_norm is not None)
+
+
+def _sentence(problem: Any) -> str:
+    """What is wrong with one setting, of pydantic's description of it."""
+    name = str(problem["loc"][0])
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, Config.model_fields, n=1, cutoff=0.6)
+        return f"there is no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    if problem["type"] == "value_error":
+        return f"{name}: {problem['ctx']['error']}"
+    wanted = problem["msg"].removeprefix("Input should be ")
+    if name == "storage":
+        wanted = 'a directory, or a list of them, as in storage=["/mnt/nvme0"]'
+    return f"{name}={problem['input']!r}: it should be {wanted}"

@@ -20,23 +20,8 @@ from offload.profiling.processor import has_bfloat16_products
 from offload.profiling.stored import profile_path, stored_hardware
 from offload.tiers.device import allocator_hint
 from offload.tiers.host import HostArena
+from offload.tiers.mounts import mount_of
 from offload.tiers.storage import leftover_stores
-
-
-def _mount(path: str) -> dict[str, str]:
-    """File system and source of the mount that holds `path`."""
-    device = os.stat(path).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        with open("/proc/self/mountinfo", encoding="utf-8") as file:
-            for line in file:
-                left, _, right = line.partition(" - ")
-                if left.split()[2] == wanted:
-                    kind, source = right.split()[:2]
-                    return {"file_system": kind, "device": source}
-    except OSError:
-        return {}
-    return {}
 
 
 def _rotational(path: str) -> bool | None:
@@ -56,7 +41,7 @@ def _examine_drive(directory: str) -> dict[str, Any]:
     found: dict[str, Any] = {"directory": os.path.abspath(directory)}
     if not os.path.isdir(directory):
         return {**found, "usable": False, "reason": "no such directory"}
-    found.update(_mount(directory))
+    found.update(mount_of(directory))
     found["free_bytes"] = shutil.disk_usage(directory).free
     found["rotational"] = _rotational(directory)
     found["leftover_stores"] = [

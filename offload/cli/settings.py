@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 from offload.cli.optimizers import rule_of
-from offload.config import parse_budget
+from offload.config import host_total_nbytes, parse_budget
 from offload.errors import ConfigError
+from offload.model.loading import dtype_of
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -61,6 +62,15 @@ def check(settings: Settings) -> None:
             f"--schedule {settings.schedule} not understood; write one of {', '.join(SCHEDULES)}"
         )
     rule_of(settings.optimizer, settings.optimizer_state)
+    dtype_of(settings.dtype)
+    for option in ("device_memory", "host_memory"):
+        try:
+            parse_budget(getattr(settings, option), host_total_nbytes())
+        except ConfigError as error:
+            raise ConfigError(f"--{option.replace('_', '-')}: {error}") from error
+    for directory in settings.storage:
+        if os.path.exists(directory) and not os.path.isdir(directory):
+            raise ConfigError(f"--storage {directory} is a file: name a directory")
     if not os.path.exists(settings.model):
         raise ConfigError(f"--model {settings.model}: no such directory or file")
     if settings.output is not None and os.path.isdir(settings.output) and os.listdir(settings.output):

@@ -92,8 +92,17 @@ def choose_device(model: nn.Module, config: Config) -> DeviceTier:
     if wanted == "auto":
         on_cuda = next((str(p.device) for p in model.parameters() if p.device.type == "cuda"), None)
         wanted = on_cuda or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch_device = torch.device(wanted)
+    try:
+        torch_device = torch.device(wanted)
+    except RuntimeError:
+        torch_device = torch.device("meta")
+    if torch_device.type not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"device={wanted!r} is not known; write 'auto', 'cpu', 'cuda', 'cuda:1' or 'emulated'"
+        )
     if torch_device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device={wanted!r}, but this torch sees no CUDA device")
         total_nbytes = torch.cuda.get_device_properties(torch_device).total_memory
         return CudaDevice(torch_device, parse_budget(config.device_memory, total_nbytes))
     return SharedDevice()

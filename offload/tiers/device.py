@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from offload.errors import BudgetError, ConfigError
+from offload.errors import BudgetError
 from offload.telemetry import Times
 
 logger = logging.getLogger("offload")
@@ -205,8 +205,6 @@ class CudaDevice:
     own_nbytes = CUDA_OWN_NBYTES
 
     def __init__(self, torch_device: torch.device, memory_nbytes: int) -> None:
-        if not torch.cuda.is_available():
-            raise ConfigError(f"device={str(torch_device)!r}, but this torch sees no CUDA device")
         index = torch.cuda.current_device() if torch_device.index is None else torch_device.index
         self.torch_device = torch.device("cuda", index)
         total_nbytes = torch.cuda.get_device_properties(index).total_memory

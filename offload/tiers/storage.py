@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from offload._C import Engine
 from offload.errors import StoreError
 from offload.tiers.durable_files import naming, rename, sync_directory, write_file
+from offload.tiers.mounts import IN_MEMORY, mount_of
 from offload.types import PAGE_NBYTES, round_up
 
 logger = logging.getLogger("offload")
@@ -155,11 +156,23 @@ class Store:
 
     def _create(self, directory: str, drive: int, file_nbytes: int) -> None:
         try:
-            os.makedirs(directory, exist_ok=True)
+            if not os.path.isdir(directory):
+                os.mkdir(directory)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{directory}: no such directory, and none above it: is the drive mounted? If it is meant to be there, "
+                f"mkdir -p {os.path.dirname(os.path.abspath(directory))}"
+            ) from error
         except OSError as error:
             raise StoreError(
                 f"{directory}: cannot be made: {error.strerror}: name a directory that this user can write to"
             ) from error
+        if mount_of(directory).get("file_system") in IN_MEMORY:
+            logger.warning(
+                "%s is not on a drive but in DRAM, outside of host_memory and device_memory: name a directory on a "
+                "drive, or leave storage out and raise host_memory",
+                directory,
+            )
         free_nbytes = shutil.disk_usage(directory).free
         if free_nbytes < file_nbytes:
             raise StoreError(

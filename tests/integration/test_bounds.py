@@ -204,7 +204,7 @@ def test_budgets_read_as_users_write_them(text, expected):
     assert parse_budget(text, 100) == expected
 
 
-@pytest.mark.parametrize("text", ["8 bananas", "", "GB", "-200B"])
+@pytest.mark.parametrize("text", ["8 bananas", "", "GB", "-200B", "120%", float("nan"), float("inf"), True])
 def test_a_budget_that_makes_no_sense_is_named(text):
     with pytest.raises(offload.ConfigError, match="budget"):
         parse_budget(text, 100)
