@@ -96,6 +96,13 @@ def layer_seconds(spans: Sequence[Span]) -> dict[str, float]:
     return found
 
 
+def of_this_step(spans: Sequence[Span]) -> list[Span]:
+    """Simulated `spans` without the updates that the step before has left: with updates made in backward, those that
+    start before its first backward does. A record of a run begins with a flush and holds none."""
+    first_s = min((s.start_s for s in spans if s.name.startswith("backward")), default=0.0)
+    return [s for s in spans if not s.name.startswith("update ") or s.start_s >= first_s]
+
+
 def own_rates(
     hardware: Hardware,
     model: nn.Module,
@@ -231,7 +238,7 @@ def whole_model(name: str, hardware: Hardware, options: argparse.Namespace, n_dr
 
 def predictions(prefix: str, step: SimulatedStep) -> dict[str, float]:
     """A simulated step's seconds, whole and by layer."""
-    layers = layer_seconds(step.spans)
+    layers = layer_seconds(of_this_step(step.spans))
     return {f"{prefix}step_s": step.step_s, **{f"{prefix}{kind}_s": s for kind, s in layers.items()}}
 
 

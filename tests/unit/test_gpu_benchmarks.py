@@ -1,0 +1,48 @@
+"""What the GPU benchmarks make of what they measure. The scripts themselves run in integration/test_benchmarks.py."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import gpu_giant
+
+from offload.telemetry import Span
+
+
+def test_a_layers_predicted_update_is_that_of_its_own_step_alone():
+    """The step before leaves the second chunk of layer 1 and all of layer 0 to this step's forward."""
+    spans = [
+        Span("cpu", "update 1", 0.0, 0.4),
+        Span("cpu", "update 0", 0.4, 1.0),
+        Span("compute", "forward 0.0", 1.0, 1.5),
+        Span("compute", "forward 1.0", 1.5, 2.0),
+        Span("compute", "forward", 2.0, 2.1),
+        Span("compute", "backward", 2.1, 2.3),
+        *(
+            Span("compute", f"{kind} 1.0", at, at + 0.5)
+            for kind, at in (("recompute", 2.3), ("backward", 2.8))
+        ),
+        *(
+            Span("compute", f"{kind} 0.0", at, at + 0.5)
+            for kind, at in (("recompute", 3.3), ("backward", 3.8))
+        ),
+        Span("cpu", "update 1", 3.3, 3.6),
+        Span("cpu", "update 1", 3.6, 4.0),
+        Span("cpu", "update 0", 4.3, 5.0),
+    ]
+    found = gpu_giant.predictions("predicted_", SimpleNamespace(step_s=3.3, spans=spans))
+    assert found == pytest.approx(
+        {
+            "predicted_step_s": 3.3,
+            "predicted_forward_s": 0.5,
+            "predicted_backward_s": 1.0,
+            "predicted_update_s": 0.7,
+        }
+    )
+    assert gpu_giant.layer_seconds(spans)["update"] > 4  # with both steps' updates in one
