@@ -6,8 +6,9 @@
 A plan with fixed choices (updates in backward, everything recomputed) is run and simulated: measured seconds a layer of
 forward, backward with recomputation, and update (from its first chunk to its last), medians over the layers and steps,
 stand beside the simulator's for the same plan with the profile that gpu_rates.py measured on this machine, once with
-the rate of matrix products and once with the rates of this model's own layers, timed alone. From these rates follows
-the figure for the whole model, with as many of this machine's drives as --drives says: simulated, as the row says.
+the rate of matrix products and once with the rates of this model's own layers, timed alone (a row of its own, made
+first; --rates-of takes them from there). From these rates follows the figure for the whole model, with as many of this
+machine's drives as --drives says: simulated, as the row says.
 
     python benchmarks/gpu_giant.py --model gpt3-175b --profile FILE --drives '' --json FILE
     python benchmarks/gpu_giant.py --model gpt3-175b --device emulated --whole-of FILE     # later, anywhere
@@ -60,6 +61,7 @@ WHOLE_COLUMNS = (
     "host_peak_gb",
     "bytes_on_drives_gb",
 )
+RATES_COLUMNS = ("work_tflops",)
 LAYERS = {"gpt3-175b": 2, "llama-70b": 4}
 VOCAB = 1024
 KINDS = {"forward": ("forward",), "backward": ("recompute", "backward"), "update": ("update",)}
@@ -193,11 +195,11 @@ def measured(
 
 
 def rates_in(path: str) -> Hardware:
-    """The profile in the slice's row of a file."""
+    """The profile with the model's own rates in the rows of a file."""
     with open(path) as file:
         found = [row["hardware"] for row in json.load(file)["rows"] if "hardware" in row]
     if not found:
-        raise SystemExit(f"{path} has no row of a slice that was measured")
+        raise SystemExit(f"{path} has no row with the rates of a model's own layers")
     return Hardware.model_validate(found[0])
 
 
@@ -242,10 +244,10 @@ def predictions(prefix: str, step: SimulatedStep) -> dict[str, float]:
     return {f"{prefix}step_s": step.step_s, **{f"{prefix}{kind}_s": s for kind, s in layers.items()}}
 
 
-def slice_row(
-    options: argparse.Namespace, device: Device, hardware: Hardware, storage: str
-) -> tuple[dict[str, Any], Hardware]:
-    """The slice's row, and the profile with this model's own rates."""
+def slice_rows(
+    options: argparse.Namespace, device: Device, hardware: Hardware, storage: str, rows: Rows
+) -> Hardware:
+    """Add the row of the layers' own rates, then that of the slice; returns the profile with these rates."""
     whole = shape_of(options.model)
     sizes: dict[str, Any] = {"layers": options.layers, "vocab": VOCAB}
     if options.hidden:
@@ -267,17 +269,23 @@ def slice_row(
     }  # fmt: skip
     device.start_counting()
     model = gpu_common.with_random_weights(lambda: Decoder(shape), torch.bfloat16)
-    if not options.no_own_rates:
+    if options.rates_of:
+        hardware = rates_in(options.rates_of)
+    elif not options.no_own_rates:
         model = model.to(device.torch_device)
         hardware = own_rates(hardware, model, workload, options.micro_batch, tokens, device)
         model = model.to("cpu")
         device.start_counting()
+        tflops = {work: rate / 1e12 for work, rate in hardware.work_flops_per_s.items()}
+        measured_rates = {"work_tflops": tflops, "hardware": hardware.model_dump(mode="json")}
+        rows.add({"name": f"gpu_giant_{options.model}_own_rates", **measured_rates}, RATES_COLUMNS)
     settings = Config().beside(device.torch_device.type)
     staging = UpdatePipeline.buffer_nbytes_required(settings.chunk_elements, settings.chunk_buffers)
     plan = fixed_plan(workload, hardware, options, staging, options.in_host)
+    predicted = simulate_plan(plan, workload, hardware, staging_nbytes=staging)
     row |= measured(model, plan, tokens, options, device, storage)
     row |= {f"{kind}_s": seconds for kind, seconds in row.pop("layers_s").items()}
-    row |= predictions("predicted_", simulate_plan(plan, workload, hardware, staging_nbytes=staging))
+    row |= predictions("predicted_", predicted)
     by_products = hardware.model_copy(update={"work_flops_per_s": {}})
     row |= predictions(
         "predicted_by_products_", simulate_plan(plan, workload, by_products, staging_nbytes=staging)
@@ -287,16 +295,15 @@ def slice_row(
     row |= {
         "device_peak_gb": None if peak is None else peak / 1e9, "budget_gb": options.device_memory_gb,
         "hardware_tflops": 4 * options.batch * sum(b.flops_per_sample for b in workload.blocks) / row["step_s"] / 1e12,
-        "work_tflops": {work: rate / 1e12 for work, rate in hardware.work_flops_per_s.items()},
     }  # fmt: skip
     flops = (
         4
         * options.batch
         * (sum(b.flops_per_sample for b in workload.blocks) + workload.root_flops_per_sample)
     )
-    return gpu_common.with_floors(
-        row, gpu_common.floors(hardware, workload, options.batch, flops, row["moved"])
-    ), hardware
+    floors = gpu_common.floors(hardware, workload, options.batch, flops, row["moved"])
+    rows.add(gpu_common.with_floors(row, floors), COLUMNS)
+    return hardware
 
 
 def main() -> None:
@@ -327,6 +334,7 @@ def main() -> None:
         "--in-host", type=float, default=1.0, help="share of parameters and states in host memory"
     )
     parser.add_argument("--no-own-rates", action="store_true", help="do not time the layers alone first")
+    parser.add_argument("--rates-of", help="the layers' own rates from this file of rows, not timed again")
     parser.add_argument("--profile", default="h100", help="of this machine, from gpu_rates.py")
     parser.add_argument("--storage", default=".")
     parser.add_argument("--json")
@@ -350,11 +358,10 @@ def main() -> None:
             options.host_memory_gb = max(options.host_memory_gb, 16.0)
         else:
             try:
-                row, hardware = slice_row(options, device, load_hardware(options.profile), storage)
+                hardware = slice_rows(options, device, load_hardware(options.profile), storage, rows)
             except gpu_common.FAILURES as error:
                 rows.add({"name": f"gpu_giant_{options.model}", "error": gpu_common.failure(error)}, COLUMNS)
                 return
-            rows.add(row, COLUMNS)
         for n_drives in map(int, filter(None, options.drives.split(","))):
             rows.add(whole_model(options.whole or options.model, hardware, options, n_drives), WHOLE_COLUMNS)
     finally:

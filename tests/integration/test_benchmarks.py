@@ -87,6 +87,7 @@ def test_the_gpu_rates_become_a_profile_that_gives_every_row_its_floors(tmp_path
 def test_the_giants_benchmark_lays_each_layer_beside_the_simulator_and_goes_on_to_the_whole(tmp_path):
     rows = rows_of("gpu_giant.py", tmp_path, "--drives", "")
     row = rows["layers"]
+    assert set(rows["rates"]["work_tflops"]) >= {"forward", "backward"}
     for kind in ("forward", "backward", "update", "step"):
         assert row[f"{kind}_s"] > 0
         assert row[f"predicted_{kind}_s"] > 0
