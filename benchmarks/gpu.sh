@@ -32,7 +32,7 @@ CARRY=${CARRY:-build/gpu_carry}
 PROFILE=${PROFILE:-$PWD/build/gpu_hardware.json}
 SECONDS_MAX=${SECONDS_MAX:-540}
 ALL=(build tests rates train giant profile hf sweep peer)
-declare -A WEIGHT=([build]=16 [tests]=16 [rates]=10 [train]=26 [giant]=18 [profile]=8 [hf]=12 [sweep]=14 [peer]=8 [compile]=20)
+declare -A WEIGHT=([build]=16 [tests]=16 [rates]=10 [train]=26 [giant]=24 [profile]=8 [hf]=12 [sweep]=14 [peer]=8 [compile]=20)
 declare -A AT_LEAST=([build]=200)
 
 device=(--device cuda --storage "$STORAGE")
@@ -95,13 +95,20 @@ run_train() {  # model, tokens a step, placements, seconds, name of the file, mo
     --seconds "$4" --profile "$PROFILE" --json "$RESULTS/$5.json" "${@:6}"
 }
 
-giant() {
-  local end=$((SECONDS + $1)) status=0 profile=()
-  [ -e "$PROFILE" ] && profile=(--profile "$PROFILE")
-  timeout $(($1 * 6 / 10)) "$PYTHON" benchmarks/gpu_giant.py "${device[@]}" "${profile[@]}" --drives "" --model gpt3-175b --json "$RESULTS/gpu_giant_175b.json" || status=$?
-  [ $SECONDS -ge $end ] ||
-    "$PYTHON" benchmarks/gpu_giant.py "${device[@]}" "${profile[@]}" --drives "" --model llama-70b --json "$RESULTS/gpu_giant_70b.json" || status=$?
+giant() {  # with all state in host memory; then one of 175b's layers on the drive, where time and room allow
+  local end=$((SECONDS + $1)) status=0 slice=$RESULTS/gpu_giant_175b.json
+  run_giant gpt3-175b "$(($1 * 4 / 10))" "$slice" || status=$?
+  run_giant llama-70b "$(((end - SECONDS) / 2))" "$RESULTS/gpu_giant_70b.json" || status=$?
+  [ ! -e "$slice" ] || run_giant gpt3-175b "$((end - SECONDS))" "$RESULTS/gpu_giant_175b_storage.json" \
+    --in-host 0.5 --steps 1 --warm-up 1 --rates-of "$slice" || status=$?
   return $status
+}
+
+run_giant() {  # model, seconds, file, more options
+  local profile=()
+  [ -e "$PROFILE" ] && profile=(--profile "$PROFILE")
+  [ "$2" -lt 1 ] || timeout "$2" "$PYTHON" benchmarks/gpu_giant.py "${device[@]}" "${profile[@]}" --drives "" \
+    --model "$1" --seconds "$2" --json "$3" "${@:4}"
 }
 
 profile() {

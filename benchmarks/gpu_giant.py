@@ -8,9 +8,10 @@ forward, backward with recomputation, and update (from its first chunk to its la
 stand beside the simulator's for the same plan with the profile that gpu_rates.py measured on this machine, once with
 the rate of matrix products and once with the rates of this model's own layers, timed alone (a row of its own, made
 first; --rates-of takes them from there). From these rates follows the figure for the whole model, with as many of this
-machine's drives as --drives says: simulated, as the row says.
+machine's drives as --drives says: simulated, as the row says. With --in-host below 1, part of the layers is on storage.
 
     python benchmarks/gpu_giant.py --model gpt3-175b --profile FILE --drives '' --json FILE
+    python benchmarks/gpu_giant.py --model gpt3-175b --rates-of FILE --drives '' --in-host 0.5 --steps 1 --warm-up 1
     python benchmarks/gpu_giant.py --model gpt3-175b --device emulated --whole-of FILE     # later, anywhere
     python benchmarks/gpu_giant.py --device emulated --tiny --storage DIR
 """
@@ -172,7 +173,8 @@ def measured(
         return time.perf_counter() - start
 
     try:
-        step(), step()
+        for _ in range(options.warm_up):
+            step()
         before = gpu_common.counted(engine)
         times = [step() for _ in range(options.steps)]
         after = gpu_common.counted(engine)
@@ -184,6 +186,7 @@ def measured(
         return {
             "step_s": common.median(times),
             "numel": numel,
+            "state_on_storage_bytes": engine.placement.storage_nbytes,
             "layers_s": layer_seconds(spans),
             "moved": {**moved, "updated": float(numel)},
             "stall_s": stalls,
@@ -244,10 +247,32 @@ def predictions(prefix: str, step: SimulatedStep) -> dict[str, float]:
     return {f"{prefix}step_s": step.step_s, **{f"{prefix}{kind}_s": s for kind, s in layers.items()}}
 
 
+def why_not_run(
+    workload: Workload,
+    plan: Plan,
+    predicted: SimulatedStep,
+    options: argparse.Namespace,
+    storage: str,
+    begin_s: float,
+) -> str | None:
+    """Where part of the state is on storage: why there is no room or time for it, or None."""
+    numel = sum(b.trainable_numel for b in workload.blocks) + workload.root_trainable_numel
+    nbytes = (1 - options.in_host) * plan.state_format.stored_nbytes * numel
+    free_nbytes = shutil.disk_usage(storage).free
+    if nbytes > 0.7 * free_nbytes:
+        return f"{nbytes / 1e9:.0f} GB do not fit in 0.7 of the {free_nbytes / 1e9:.0f} GB that are free on the drive"
+    n_steps = options.warm_up + options.steps + 2  # the recorded one, and the first state's way to the drive
+    left_s = max(0.0, options.seconds - (time.monotonic() - begin_s))
+    if nbytes > 0 and n_steps * predicted.step_s > left_s:
+        return f"{n_steps} times {predicted.step_s:.1f} s a step are predicted, {left_s:.0f} s are left"
+    return None
+
+
 def slice_rows(
     options: argparse.Namespace, device: Device, hardware: Hardware, storage: str, rows: Rows
 ) -> Hardware:
     """Add the row of the layers' own rates, then that of the slice; returns the profile with these rates."""
+    begin_s = time.monotonic()
     whole = shape_of(options.model)
     sizes: dict[str, Any] = {"layers": options.layers, "vocab": VOCAB}
     if options.hidden:
@@ -263,8 +288,9 @@ def slice_rows(
         gpu_common.on_meta(lambda: Decoder(shape), torch.bfloat16), options.sequence, name=options.model
     )
     tokens = torch.randint(0, VOCAB, (options.batch, options.sequence)).to(device.torch_device)
+    part = "" if options.in_host >= 1 else f"_{options.in_host:g}_in_host"
     row: dict[str, Any] = {
-        "name": f"gpu_giant_{options.model}_{options.layers}_layers", "tokens_per_step": tokens.numel(),
+        "name": f"gpu_giant_{options.model}_{options.layers}_layers{part}", "tokens_per_step": tokens.numel(),
         "in_host": options.in_host, "numel_per_layer": workload.blocks[0].trainable_numel,
     }  # fmt: skip
     device.start_counting()
@@ -283,6 +309,10 @@ def slice_rows(
     staging = UpdatePipeline.buffer_nbytes_required(settings.chunk_elements, settings.chunk_buffers)
     plan = fixed_plan(workload, hardware, options, staging, options.in_host)
     predicted = simulate_plan(plan, workload, hardware, staging_nbytes=staging)
+    why = why_not_run(workload, plan, predicted, options, storage, begin_s)
+    if why:
+        rows.add({**row, "not_run": why}, COLUMNS)
+        return hardware
     row |= measured(model, plan, tokens, options, device, storage)
     row |= {f"{kind}_s": seconds for kind, seconds in row.pop("layers_s").items()}
     row |= predictions("predicted_", predicted)
@@ -335,6 +365,10 @@ def main() -> None:
     )
     parser.add_argument("--no-own-rates", action="store_true", help="do not time the layers alone first")
     parser.add_argument("--rates-of", help="the layers' own rates from this file of rows, not timed again")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps that are not measured")
+    parser.add_argument(
+        "--seconds", type=float, default=3600.0, help="no run with state on storage that would take longer"
+    )
     parser.add_argument("--profile", default="h100", help="of this machine, from gpu_rates.py")
     parser.add_argument("--storage", default=".")
     parser.add_argument("--json")

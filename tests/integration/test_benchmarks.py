@@ -104,6 +104,20 @@ def test_the_giants_benchmark_lays_each_layer_beside_the_simulator_and_goes_on_t
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_the_giants_benchmark_moves_part_of_the_state_through_the_drive_where_time_and_room_allow(tmp_path):
+    in_part = ("--drives", "", "--in-host", "0.5", "--warm-up", "1")
+    rows = rows_of("gpu_giant.py", tmp_path, *in_part)
+    row = rows["host"]
+    assert 0.2 < row["state_on_storage_bytes"] / (12 * row["numel"]) < 0.8
+    rates = tmp_path / "rates.json"
+    (tmp_path / "rows.json").rename(rates)
+    rows = rows_of("gpu_giant.py", tmp_path, *in_part, "--rates-of", str(rates), "--seconds", "0")
+    assert list(rows) == ["host"]  # nothing was timed again
+    assert "are predicted, 0 s are left" in rows["host"]["not_run"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_profiling_benchmark_looks_at_steps_without_a_gpu_too(tmp_path):
     rows = rows_of("gpu_profile.py", tmp_path, "--placements", "host,storage")
     assert all(row["calls"] == {} for row in rows.values())
