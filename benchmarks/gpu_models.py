@@ -18,7 +18,7 @@ class Family(Protocol):
     shape: Shape
     name: str
     recomputes_loss: bool
-    """Where layers are recomputed, the head and the loss are too."""
+    """The model runs its head and its loss again in backward, whether layers are recomputed or not."""
     chunked_loss: bool
     """Of `offload.wrap`."""
 

@@ -105,8 +105,13 @@ class Case:
         """Model and hardware FLOPs of one step: backward is twice forward; what is recomputed runs once more."""
         blocks = self.batch * sum(b.flops_per_sample for b in self.workload.blocks)
         root = self.batch * self.workload.root_flops_per_sample
-        again = (blocks + root * self.family.recomputes_loss) if recomputes else 0.0
+        again = blocks * recomputes + self.loss_flops_again
         return 3.0 * (blocks + root), 3.0 * (blocks + root) + again
+
+    @property
+    def loss_flops_again(self) -> float:
+        """FLOPs of the head and the loss in one step's backward, where the model runs them again."""
+        return self.batch * self.workload.root_flops_per_sample * self.family.recomputes_loss
 
 
 def plain_step(
@@ -294,7 +299,10 @@ def timed_steps(run: Run, case: Case) -> dict[str, Any]:
     memory = case.device.memory()
     moved = {}
     if run.engine and run.engine.plan is not None:  # made before the run, or after its first step
-        run.facts["planned_hardware_flops"] = run.engine.plan.predicted.hardware_flops
+        planned_flops = (
+            run.engine.plan.predicted.hardware_flops
+        )  # which does not know what the model runs again
+        run.facts["planned_hardware_flops"] = planned_flops + case.loss_flops_again
     if run.engine:
         after = gpu_common.counted(run.engine)
         moved = {key: (after[key] - before[key]) / len(measured) for key in after}

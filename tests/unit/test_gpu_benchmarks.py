@@ -10,7 +10,10 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import gpu_common
 import gpu_giant
+import gpu_train
+import torch
 
 from offload.telemetry import Span
 
@@ -46,3 +49,38 @@ def test_a_layers_predicted_update_is_that_of_its_own_step_alone():
         }
     )
     assert gpu_giant.layer_seconds(spans)["update"] > 4  # with both steps' updates in one
+
+
+def a_case(directory, *more):
+    """One of the tiny training benchmark, without a GPU."""
+    options = gpu_train.parser().parse_args(
+        ["--device", "emulated", "--tiny", "--storage", str(directory), *more]
+    )
+    gpu_common.tiny(options, **gpu_train.TINY)
+    return next(gpu_train.cases(options, gpu_common.Device("emulated"), str(directory)))
+
+
+def planned_engine():
+    """A run's engine whose plan says 100 FLOPs a step."""
+    return SimpleNamespace(
+        plan=SimpleNamespace(predicted=SimpleNamespace(hardware_flops=100.0)),
+        last_step={"stall_s": {}},
+        parts=SimpleNamespace(resources=SimpleNamespace(copies=SimpleNamespace(h2d_bytes=0, d2h_bytes=0))),
+        counters=dict,
+    )
+
+
+@pytest.mark.parametrize("model_runs_its_loss_again", [False, True])
+def test_hardware_flops_count_the_heads_second_run_wherever_the_model_makes_it(
+    tmp_path, model_runs_its_loss_again
+):
+    case = a_case(tmp_path)
+    blocks = case.batch * sum(b.flops_per_sample for b in case.workload.blocks)
+    root = case.batch * case.workload.root_flops_per_sample
+    case.family.recomputes_loss = model_runs_its_loss_again
+    again = root if model_runs_its_loss_again else 0
+    assert case.flops(recomputes=False) == pytest.approx((3 * (blocks + root), 3 * (blocks + root) + again))
+    assert case.flops(recomputes=True)[1] == pytest.approx(3 * (blocks + root) + blocks + again)
+    run = gpu_train.Run(lambda tokens: torch.zeros(()), planned_engine())
+    gpu_train.timed_steps(run, case)
+    assert run.facts["planned_hardware_flops"] == pytest.approx(100.0 + again)
