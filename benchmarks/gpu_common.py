@@ -3,7 +3,9 @@
 [Note: floors] A row's floors are the seconds that each resource would need for what the step did if it were alone:
 FLOPs over the matrix products' rate, bytes over the bus, the drives and DRAM, updated parameters over AdamW's rate,
 all of them rates of the profile that `gpu_rates.py` measured on the same machine. `of_floor` is the largest floor over
-the step's seconds: 1 is perfect.
+the step's seconds. Where computing is the largest, a perfect run stays below 1: its floor is matrix products alone, and
+a model does more. `of_best` has in its place what plain torch takes for the same tokens, layers recomputed, with all
+state on the device: 1 is perfect.
 """
 
 from __future__ import annotations
@@ -164,6 +166,13 @@ def with_floors(row: dict[str, Any], found: dict[str, float]) -> dict[str, Any]:
         "largest_floor": largest,
         "of_floor": found[largest] / row["step_s"],
     }
+
+
+def with_best(row: dict[str, Any], plain_step_s: float) -> dict[str, Any]:
+    """`row` with the fraction it reaches of plain torch's step or of the largest floor but computing's, whichever is
+    longer. See [Note: floors]."""
+    others = [seconds for name, seconds in row.get("floor_s", {}).items() if name != "compute"]
+    return {**row, "of_best": max([plain_step_s, *others]) / row["step_s"]}
 
 
 def profile_of(path: str | None) -> Hardware | None:

@@ -18,7 +18,8 @@ Plain torch keeps 8 bytes a parameter where this library keeps 12 (fp32 masters 
 is to its advantage. Each row has tokens/s, model TFLOPS (6 FLOPs a parameter and token, plus attention), hardware
 TFLOPS (with recomputation), the peak of the allocator's reserve beside the budget, the process's peak memory, what the
 launching thread waited for, allocations asked of the driver in the measured steps, the floors (gpu_common.py) and, for
-all but plain torch, `of_gpu` and `of_gpu_keep`: those rows' seconds over its own.
+all but plain torch, `of_gpu` and `of_gpu_keep`, those rows' seconds over its own, and `of_best`, the most that can be
+asked of it (gpu_common.py).
 
     python benchmarks/gpu_train.py --model 1b --tokens-per-step 8192,32768 --profile FILE --json FILE
     python benchmarks/gpu_train.py --device emulated --tiny     # the same path without a GPU, in seconds
@@ -53,8 +54,8 @@ from offload.profiling.workload import profile_model
 
 PLACEMENTS = ("gpu", "gpu-keep", "host", "storage")
 COLUMNS = (
-    "step_s", "tokens_per_s", "model_tflops", "hardware_tflops", "of_gpu", "of_gpu_keep", "of_floor", "largest_floor",
-    "device_peak_gb", "budget_gb", "rss_gb", "driver_allocations", "stall_s",
+    "step_s", "tokens_per_s", "model_tflops", "hardware_tflops", "of_gpu", "of_gpu_keep", "of_best", "of_floor",
+    "largest_floor", "device_peak_gb", "budget_gb", "rss_gb", "driver_allocations", "stall_s",
 )  # fmt: skip
 WARM_UP_STEPS = 2
 TINY = {
@@ -404,6 +405,9 @@ def rows_of(case: Case, placements: list[str], rows: Rows, clock: Clock) -> None
         elif "step_s" in row:
             row |= {f"of_{name}": seconds / row["step_s"] for name, seconds in plain.items()}
             row |= {f"{name}_step_s": seconds for name, seconds in plain.items()}
+            alike = "gpu+compile" if placement.endswith("+compile") else "gpu"
+            if alike in plain:
+                row = gpu_common.with_best(row, plain[alike])
         rows.add(row, COLUMNS)
 
 

@@ -46,6 +46,7 @@ def test_the_gpu_training_benchmark_has_the_same_losses_everywhere_and_says_what
         assert rows[name]["tokens_per_s"] > 0
         assert rows[name]["hardware_tflops"] > rows[name]["model_tflops"] > 0
     assert rows["host"]["of_gpu"] == pytest.approx(rows["gpu"]["step_s"] / rows["host"]["step_s"])
+    assert rows["host"]["of_best"] == rows["host"]["of_gpu"]  # without a profile there are no floors
     assert "profile of a GPU" in rows["host+plan"]["error"]
     moved = rows["storage"]["moved"]
     stored = rows["storage"]["state_on_storage_bytes"]  # what is in flight between two steps counts in either
@@ -80,6 +81,7 @@ def test_the_gpu_rates_become_a_profile_that_gives_every_row_its_floors(tmp_path
     row = rows_of("gpu_train.py", tmp_path, "--placements", "storage", "--profile", str(profile))["storage"]
     assert set(row["floor_s"]) == {"compute", "bus", "storage", "dram", "cpu"}
     assert row["of_floor"] == pytest.approx(max(row["floor_s"].values()) / row["step_s"])
+    assert "of_best" not in row  # plain torch was not run
 
 
 @pytest.mark.slow

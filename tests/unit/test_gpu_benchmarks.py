@@ -84,3 +84,17 @@ def test_hardware_flops_count_the_heads_second_run_wherever_the_model_makes_it(
     run = gpu_train.Run(lambda tokens: torch.zeros(()), planned_engine())
     gpu_train.timed_steps(run, case)
     assert run.facts["planned_hardware_flops"] == pytest.approx(100.0 + again)
+
+
+@pytest.mark.parametrize(
+    ("plain_s", "storage_s", "best_s"),
+    [(2.0, 1.5, 2.0), (2.0, 3.0, 3.0)],
+    ids=["computing is longest", "the drive is"],
+)
+def test_the_best_of_a_row_is_what_plain_torch_takes_or_its_bytes_do_and_never_its_products_alone(
+    plain_s, storage_s, best_s
+):
+    floors = {"compute": 1.6, "storage": storage_s, "bus": 0.2}
+    row = gpu_common.with_floors({"step_s": 4.0}, floors)
+    assert gpu_common.with_best(row, plain_s)["of_best"] == pytest.approx(best_s / 4.0)
+    assert gpu_common.with_best({"step_s": 4.0}, plain_s)["of_best"] == pytest.approx(plain_s / 4.0)
