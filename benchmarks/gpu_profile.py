@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from typing import Any
 
 import gpu_common
@@ -64,8 +65,10 @@ def row_of(case: gpu_train.Case, placement: str, directory: str) -> dict[str, An
     name = f"gpu_profile_{case.family.name}_{case.batch * case.options.sequence}_{placement}"
     row: dict[str, Any] = {"name": name}
     case.device.start_counting()
+    begin_s = time.perf_counter()
     try:
         run = gpu_train.make_run(case, placement)
+        run.facts["construction_s"] = time.perf_counter() - begin_s
         try:
             events, driver_allocations = recorded(run, case, directory)
         finally:
@@ -92,7 +95,9 @@ def main() -> None:
         for case in gpu_train.cases(options, device, directory):
             for placement in placements:
                 if clock.next_row(options):
-                    rows.add(row_of(case, placement, directory), COLUMNS)
+                    row = row_of(case, placement, directory)
+                    clock.made(row, options)
+                    rows.add(row, COLUMNS)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

@@ -145,8 +145,8 @@ def on_gpu(case: Case, *, recompute: bool, compiled: bool) -> Run:
 
 
 def host_share_within(case: Case) -> float:
-    """The least share of the state in host memory with which a step's drive time is within a quarter of --row-seconds,
-    and the rest within the free bytes of the drive."""
+    """The least share of the state in host memory with which a step's drive time is within a quarter of what making the
+    model leaves of --row-seconds, and the rest within the free bytes of the drive."""
     if case.options.host_share is not None:
         return float(case.options.host_share)
     if case.hardware is None or not case.hardware.drives:
@@ -157,7 +157,8 @@ def host_share_within(case: Case) -> float:
     if rates is None:
         return 0.0
     whole_s = float(rates.seconds(14.0 * case.numel, 12.0 * case.numel))
-    allowed_s = case.options.row_seconds / 4
+    row_seconds = case.options.row_seconds
+    allowed_s = max(row_seconds - case.options.construction_s, row_seconds / 4) / 4
     share = max(0.0, 1 - allowed_s / whole_s)
     free_nbytes = 0.7 * shutil.disk_usage(case.storage).free
     share = max(share, 1 - free_nbytes / ((STATE_NBYTES + 2) * case.numel))
@@ -268,8 +269,9 @@ def make_run(case: Case, placement: str) -> Run:
     return ours(case, where, planned="plan" in how, compiled="compile" in how, may_plan="noplan" not in how)
 
 
-def timed_steps(run: Run, case: Case) -> dict[str, Any]:
-    """Steady steps: their seconds, and per step the bytes moved, the stalls and what was asked of the driver."""
+def timed_steps(run: Run, case: Case, begin_s: float) -> dict[str, Any]:
+    """Steady steps: their seconds, and per step the bytes moved, the stalls and what was asked of the driver.
+    `begin_s`: when the row's time began to run."""
     tokens = torch.randint(
         0,
         case.family.shape.vocab,
@@ -278,13 +280,12 @@ def timed_steps(run: Run, case: Case) -> dict[str, Any]:
     ).to(case.device.torch_device)
     times: list[float] = []
     stalls: dict[str, float] = {}
-    begin = time.perf_counter()
     before: dict[str, int] = {}
     asked = memory = case.device.memory()
     loss = torch.tensor(float("nan"))
     while len(times) < WARM_UP_STEPS + case.options.steps:
         n = len(times)
-        if n > WARM_UP_STEPS and time.perf_counter() - begin + times[-1] > case.options.row_seconds:
+        if n > WARM_UP_STEPS and time.perf_counter() - begin_s + times[-1] > case.options.row_seconds:
             break  # at least one step is measured, however long it takes
         if n == WARM_UP_STEPS:
             before = gpu_common.counted(run.engine) if run.engine else {}
@@ -330,9 +331,11 @@ def _since(now: dict[str, int | None], before: dict[str, int | None], name: str)
 def trained(case: Case, placement: str) -> dict[str, Any]:
     """What steps of one placement have shown; `error` where it cannot be run."""
     run = None
+    begin_s = time.perf_counter()
     try:
         run = make_run(case, placement)
-        timed = timed_steps(run, case)
+        run.facts["construction_s"] = time.perf_counter() - begin_s
+        timed = timed_steps(run, case, begin_s)
         return {**run.facts, "recomputes": run.recomputes, **timed}
     except gpu_common.FAILURES as error:
         return {**(run.facts if run else {}), "error": gpu_common.failure(error)}
@@ -384,6 +387,10 @@ class Clock:
         self._row_seconds = options.row_seconds
         self._n_rows = n_rows
 
+    def made(self, row: dict[str, Any], options: argparse.Namespace) -> None:
+        """Let the next rows know how much of their time goes before their first step: as much as for any so far."""
+        options.construction_s = max(options.construction_s, row.get("construction_s", 0.0))
+
     def next_row(self, options: argparse.Namespace) -> bool:
         """Give `options.row_seconds` this row's share; whether there is time for one at all."""
         left_s = self._end_s - time.monotonic()
@@ -400,6 +407,7 @@ def rows_of(case: Case, placements: list[str], rows: Rows, clock: Clock) -> None
             rows.add({"name": case.name(placement), "not_run": "no time was left"}, COLUMNS)
             continue
         row = row_of(case, placement)
+        clock.made(row, case.options)
         if placement.startswith("gpu") and "step_s" in row:
             plain[placement.replace("-", "_")] = row["step_s"]
         elif "step_s" in row:
@@ -427,7 +435,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--placements", default=",".join(PLACEMENTS))
     made.add_argument("--prefetch-blocks", type=int, default=2)
     made.add_argument("--steps", type=int, default=4, help="measured at most, after two that are not")
-    made.add_argument("--row-seconds", type=float, default=40.0, help="no further step after so long")
+    made.add_argument(
+        "--row-seconds", type=float, default=40.0, help="no further step after so long, all included"
+    )
     made.add_argument(
         "--seconds", type=float, default=3600.0, help="for all rows: each gets its share of what is left"
     )
@@ -436,6 +446,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--profile", help="of this machine, from gpu_rates.py, for floors and plans")
     made.add_argument("--storage", default=".", help="directory on the drive")
     made.add_argument("--json")
+    made.set_defaults(construction_s=0.0)  # of the rows so far, as the clock knows it
     return made
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ import gpu_giant
 import gpu_train
 import torch
 
+from offload.planner.hardware import Drive, load_hardware
 from offload.telemetry import Span
 
 
@@ -82,7 +85,7 @@ def test_hardware_flops_count_the_heads_second_run_wherever_the_model_makes_it(
     assert case.flops(recomputes=False) == pytest.approx((3 * (blocks + root), 3 * (blocks + root) + again))
     assert case.flops(recomputes=True)[1] == pytest.approx(3 * (blocks + root) + blocks + again)
     run = gpu_train.Run(lambda tokens: torch.zeros(()), planned_engine())
-    gpu_train.timed_steps(run, case)
+    gpu_train.timed_steps(run, case, time.perf_counter())
     assert run.facts["planned_hardware_flops"] == pytest.approx(100.0 + again)
 
 
@@ -98,3 +101,33 @@ def test_the_best_of_a_row_is_what_plain_torch_takes_or_its_bytes_do_and_never_i
     row = gpu_common.with_floors({"step_s": 4.0}, floors)
     assert gpu_common.with_best(row, plain_s)["of_best"] == pytest.approx(best_s / 4.0)
     assert gpu_common.with_best({"step_s": 4.0}, plain_s)["of_best"] == pytest.approx(plain_s / 4.0)
+
+
+def test_what_making_the_model_took_is_taken_from_the_time_of_a_rows_steps(tmp_path):
+    case = a_case(tmp_path, "--row-seconds", "10")
+    case.options.steps = 50
+    run = gpu_train.Run(lambda tokens: torch.zeros(()))
+    assert gpu_train.timed_steps(run, case, time.perf_counter())["n_steps"] == 50
+    assert gpu_train.timed_steps(run, case, time.perf_counter() - 20)["n_steps"] == 1
+
+
+def test_a_row_leaves_more_of_its_state_in_host_memory_where_making_the_model_takes_long(tmp_path):
+    """Ten seconds for a row, and a drive on which a step with all state on it takes four."""
+    case = a_case(tmp_path, "--row-seconds", "10")
+    drive = Drive(read_bytes_per_s=7.0 * case.numel, write_bytes_per_s=6.0 * case.numel)
+    hardware = load_hardware("h100").model_copy(
+        update={
+            "drives": (drive,),
+            "storage_read_bytes_per_s": None,
+            "storage_write_bytes_per_s": None,
+            "storage_mixed_bytes_per_s": None,
+        }
+    )
+    case = dataclasses.replace(case, hardware=hardware)
+    clock = gpu_train.Clock(case.options, 2)
+    assert gpu_train.host_share_within(case) == pytest.approx(1 - 2.5 / 4, abs=0.02)
+    clock.made({"construction_s": 6.0}, case.options)
+    clock.made({"error": "out of memory"}, case.options)
+    assert gpu_train.host_share_within(case) == pytest.approx(1 - 1.0 / 4, abs=0.02)
+    clock.made({"construction_s": 60.0}, case.options)
+    assert gpu_train.host_share_within(case) == pytest.approx(1 - 2.5 / 4 / 4, abs=0.02)
