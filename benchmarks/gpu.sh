@@ -70,10 +70,12 @@ rates() {
 }
 
 train() {
-  local end=$((SECONDS + $1))
-  run_train 1b 32768 gpu,gpu-keep,host,storage "$(($1 * 4 / 10))" gpu_train_1b
-  local first=$?
-  run_train 3b 32768 gpu,host,storage "$((end - SECONDS))" gpu_train_3b --micro-tokens 4096 && return $first
+  local end=$((SECONDS + $1)) status=0
+  run_train 1b 32768 gpu,gpu-keep,host,storage "$(($1 * 4 / 10))" gpu_train_1b || status=$?
+  run_train 3b 32768 gpu,host,storage "$(((end - SECONDS) * 6 / 10))" gpu_train_3b --micro-tokens 4096 || status=$?
+  run_train 1b 32768 storage+all "$((end - SECONDS))" gpu_train_1b_storage --steps 1 --row-seconds 300 \
+    --plain-of "$RESULTS/gpu_train_1b.json" || status=$?
+  return $status
 }
 
 hf() { run_train 1b 32768 gpu,host,storage "$1" gpu_train_hf_1b --family transformers; }

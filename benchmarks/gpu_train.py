@@ -8,7 +8,8 @@ Placements, one row each for each batch size:
     gpu-keep      the same without recomputation, where it fits
     host          this library, all state in host memory
     storage       this library, state on storage and the least host memory; with --host-share, or where steps would take
-                  too long for --row-seconds, a share of the state in host memory, which the row says
+                  too long for --row-seconds, a share of the state in host memory, which the row says (host_share)
+    storage+all   the same with all state on storage, where there is time for the few steps that it takes
     host+plan, storage+plan    the same with what the planner chooses (needs --profile)
     gpu+compile, host+compile    with torch.compile for each block, which takes its time in the first steps
     host+noplan, storage+noplan    everything recomputed: without the plan that is made after the first step
@@ -30,6 +31,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -55,7 +57,7 @@ from offload.profiling.workload import profile_model
 PLACEMENTS = ("gpu", "gpu-keep", "host", "storage")
 COLUMNS = (
     "step_s", "tokens_per_s", "model_tflops", "hardware_tflops", "of_gpu", "of_gpu_keep", "of_best", "of_floor",
-    "largest_floor", "device_peak_gb", "budget_gb", "rss_gb", "driver_allocations", "stall_s",
+    "largest_floor", "host_share", "device_peak_gb", "budget_gb", "rss_gb", "driver_allocations", "stall_s",
 )  # fmt: skip
 WARM_UP_STEPS = 2
 TINY = {
@@ -144,19 +146,33 @@ def on_gpu(case: Case, *, recompute: bool, compiled: bool) -> Run:
     return Run(plain_step(case, model, optimizer, n_samples), recomputes=recompute)
 
 
+def drive_seconds(case: Case, *, read_per_numel: float) -> float:
+    """Seconds in which the drives read so many bytes a parameter and write all state; 0 where they are not known."""
+    if case.hardware is None or not case.hardware.drives:
+        return 0.0
+    format_ = gpu_common.state_format_of(case.workload)
+    rates = gpu_common.CostModel(case.workload, case.hardware, format_, case.batch).rates.storage
+    if rates is None:
+        return 0.0
+    return float(rates.seconds(read_per_numel * case.numel, STATE_NBYTES * case.numel))
+
+
+def least_seconds(case: Case, placement: str) -> float:
+    """What a row takes at least: of `storage+all`, what the drive needs for its first bytes and one measured step."""
+    if placement != "storage+all":
+        return 0.0
+    steps_s = (WARM_UP_STEPS + 1) * drive_seconds(case, read_per_numel=14)
+    return case.options.construction_s + drive_seconds(case, read_per_numel=0) + steps_s
+
+
 def host_share_within(case: Case) -> float:
     """The least share of the state in host memory with which a step's drive time is within a quarter of what making the
     model leaves of --row-seconds, and the rest within the free bytes of the drive."""
     if case.options.host_share is not None:
         return float(case.options.host_share)
-    if case.hardware is None or not case.hardware.drives:
+    whole_s = drive_seconds(case, read_per_numel=14)
+    if not whole_s:
         return 0.0
-    rates = gpu_common.CostModel(
-        case.workload, case.hardware, gpu_common.state_format_of(case.workload), case.batch
-    ).rates.storage
-    if rates is None:
-        return 0.0
-    whole_s = float(rates.seconds(14.0 * case.numel, 12.0 * case.numel))
     row_seconds = case.options.row_seconds
     allowed_s = max(row_seconds - case.options.construction_s, row_seconds / 4) / 4
     share = max(0.0, 1 - allowed_s / whole_s)
@@ -179,7 +195,9 @@ def least_host_nbytes(case: Case, model: nn.Module, settings: dict[str, Any]) ->
     raise SystemExit("4096 bytes of host memory were enough; that cannot be")
 
 
-def ours(case: Case, placement: str, *, planned: bool, compiled: bool, may_plan: bool) -> Run:
+def ours(
+    case: Case, placement: str, *, planned: bool, compiled: bool, may_plan: bool, all_on_storage: bool
+) -> Run:
     """This library. `may_plan`: also after the first step, as it does by itself."""
     options = case.options
     facts: dict[str, Any] = {"device_budget_bytes": int(options.device_memory_gb * 1e9)}
@@ -198,7 +216,7 @@ def ours(case: Case, placement: str, *, planned: bool, compiled: bool, may_plan:
         settings["plan"] = "none"
     model = case.family.make(recompute=False)
     if placement == "storage":
-        share = facts["host_share"] = host_share_within(case)
+        share = facts["host_share"] = 0.0 if all_on_storage else host_share_within(case)
         settings["storage"] = [case.storage]
         host_nbytes = least_host_nbytes(case, model, settings) + int(share * STATE_NBYTES * case.numel)
     if planned:
@@ -266,7 +284,10 @@ def make_run(case: Case, placement: str) -> Run:
         return on_gpu(case, recompute=where == "gpu", compiled="compile" in how)
     if where.startswith("deepspeed"):
         return deepspeed(case, where)
-    return ours(case, where, planned="plan" in how, compiled="compile" in how, may_plan="noplan" not in how)
+    return ours(
+        case, where, planned="plan" in how, compiled="compile" in how, may_plan="noplan" not in how,
+        all_on_storage="all" in how,
+    )  # fmt: skip
 
 
 def timed_steps(run: Run, case: Case, begin_s: float) -> dict[str, Any]:
@@ -387,24 +408,44 @@ class Clock:
         self._row_seconds = options.row_seconds
         self._n_rows = n_rows
 
+    @property
+    def left_s(self) -> float:
+        """Of the script's time."""
+        return self._end_s - time.monotonic()
+
     def made(self, row: dict[str, Any], options: argparse.Namespace) -> None:
         """Let the next rows know how much of their time goes before their first step: as much as for any so far."""
         options.construction_s = max(options.construction_s, row.get("construction_s", 0.0))
 
     def next_row(self, options: argparse.Namespace) -> bool:
         """Give `options.row_seconds` this row's share; whether there is time for one at all."""
-        left_s = self._end_s - time.monotonic()
+        left_s = self.left_s
         options.row_seconds = min(self._row_seconds, left_s / self._n_rows)
         self._n_rows -= 1
         return left_s > 3.0
 
 
+def plain_seconds(path: str | None, case: Case) -> dict[str, float]:
+    """Seconds of the plain rows of this case in a file of rows, by placement."""
+    if not path or not os.path.exists(path):
+        return {}
+    with open(path) as file:
+        found = {row["name"]: row["step_s"] for row in json.load(file)["rows"] if "step_s" in row}
+    names = {placement: case.name(placement) for placement in ("gpu", "gpu-keep")}
+    return {key.replace("-", "_"): found[name] for key, name in names.items() if name in found}
+
+
 def rows_of(case: Case, placements: list[str], rows: Rows, clock: Clock) -> None:
     """All placements of one batch size, with the ratios to the plain ones."""
-    plain: dict[str, float] = {}
+    plain = plain_seconds(case.options.plain_of, case)
     for placement in placements:
         if not clock.next_row(case.options):
             rows.add({"name": case.name(placement), "not_run": "no time was left"}, COLUMNS)
+            continue
+        least_s, left_s = least_seconds(case, placement), clock.left_s
+        if least_s > left_s:
+            why = f"it takes {least_s:.0f} s at least, {left_s:.0f} s were left"
+            rows.add({"name": case.name(placement), "not_run": why}, COLUMNS)
             continue
         row = row_of(case, placement)
         clock.made(row, case.options)
@@ -433,6 +474,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--tokens-per-step", default="32768", help="several with commas between")
     made.add_argument("--micro-tokens", type=int, default=8192, help="tokens on the device at once")
     made.add_argument("--placements", default=",".join(PLACEMENTS))
+    made.add_argument("--plain-of", help="file with the rows of plain torch, where none is run here")
     made.add_argument("--prefetch-blocks", type=int, default=2)
     made.add_argument("--steps", type=int, default=4, help="measured at most, after two that are not")
     made.add_argument(

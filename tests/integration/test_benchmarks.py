@@ -86,6 +86,20 @@ def test_the_gpu_rates_become_a_profile_that_gives_every_row_its_floors(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_the_gpu_training_benchmark_puts_all_state_on_storage_beside_plain_rows_of_another_file(tmp_path):
+    plain = tmp_path / "plain.json"
+    seconds = rows_of("gpu_train.py", tmp_path, "--placements", "gpu")["gpu"]["step_s"]
+    (tmp_path / "rows.json").rename(plain)
+    row = rows_of("gpu_train.py", tmp_path, "--placements", "storage+all", "--plain-of", str(plain))[
+        "storage+all"
+    ]
+    assert row["host_share"] == 0
+    assert row["state_on_storage_bytes"] >= 10 * row["numel"]
+    assert row["of_gpu"] == pytest.approx(seconds / row["step_s"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_giants_benchmark_lays_each_layer_beside_the_simulator_and_goes_on_to_the_whole(tmp_path):
     rows = rows_of("gpu_giant.py", tmp_path, "--drives", "")
     row = rows["layers"]

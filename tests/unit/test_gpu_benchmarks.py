@@ -103,6 +103,14 @@ def test_the_best_of_a_row_is_what_plain_torch_takes_or_its_bytes_do_and_never_i
     assert gpu_common.with_best({"step_s": 4.0}, plain_s)["of_best"] == pytest.approx(plain_s / 4.0)
 
 
+def with_drive(case):
+    """The case on a drive on which a step with all state on it takes four seconds."""
+    drive = Drive(read_bytes_per_s=7.0 * case.numel, write_bytes_per_s=6.0 * case.numel)
+    every = dict.fromkeys(f"storage_{kind}_bytes_per_s" for kind in ("read", "write", "mixed"))
+    hardware = load_hardware("h100").model_copy(update={"drives": (drive,), **every})
+    return dataclasses.replace(case, hardware=hardware)
+
+
 def test_what_making_the_model_took_is_taken_from_the_time_of_a_rows_steps(tmp_path):
     case = a_case(tmp_path, "--row-seconds", "10")
     case.options.steps = 50
@@ -114,16 +122,7 @@ def test_what_making_the_model_took_is_taken_from_the_time_of_a_rows_steps(tmp_p
 def test_a_row_leaves_more_of_its_state_in_host_memory_where_making_the_model_takes_long(tmp_path):
     """Ten seconds for a row, and a drive on which a step with all state on it takes four."""
     case = a_case(tmp_path, "--row-seconds", "10")
-    drive = Drive(read_bytes_per_s=7.0 * case.numel, write_bytes_per_s=6.0 * case.numel)
-    hardware = load_hardware("h100").model_copy(
-        update={
-            "drives": (drive,),
-            "storage_read_bytes_per_s": None,
-            "storage_write_bytes_per_s": None,
-            "storage_mixed_bytes_per_s": None,
-        }
-    )
-    case = dataclasses.replace(case, hardware=hardware)
+    case = with_drive(case)
     clock = gpu_train.Clock(case.options, 2)
     assert gpu_train.host_share_within(case) == pytest.approx(1 - 2.5 / 4, abs=0.02)
     clock.made({"construction_s": 6.0}, case.options)
@@ -131,3 +130,19 @@ def test_a_row_leaves_more_of_its_state_in_host_memory_where_making_the_model_ta
     assert gpu_train.host_share_within(case) == pytest.approx(1 - 1.0 / 4, abs=0.02)
     clock.made({"construction_s": 60.0}, case.options)
     assert gpu_train.host_share_within(case) == pytest.approx(1 - 2.5 / 4 / 4, abs=0.02)
+
+
+def test_a_row_with_all_state_on_storage_is_left_out_where_its_steps_take_longer_than_there_is_time(
+    tmp_path, monkeypatch
+):
+    made, told = [], []
+    rows = SimpleNamespace(add=lambda row, columns: told.append(row))
+    monkeypatch.setattr(
+        gpu_train, "row_of", lambda case, placement: made.append(placement) or {"name": placement}
+    )
+    for seconds in (10, 20):  # two for the first state's way to the drive and four a step
+        case = with_drive(a_case(tmp_path))
+        case.options.seconds = seconds
+        gpu_train.rows_of(case, ["storage+all"], rows, gpu_train.Clock(case.options, 1))
+    assert "takes 14 s at least" in told[0]["not_run"]
+    assert made == ["storage+all"]
