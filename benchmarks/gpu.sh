@@ -32,7 +32,7 @@ CARRY=${CARRY:-build/gpu_carry}
 PROFILE=${PROFILE:-$PWD/build/gpu_hardware.json}
 SECONDS_MAX=${SECONDS_MAX:-540}
 ALL=(build tests rates train giant profile hf sweep peer)
-declare -A WEIGHT=([build]=16 [tests]=16 [rates]=10 [train]=26 [giant]=24 [profile]=8 [hf]=12 [sweep]=14 [peer]=8 [compile]=20)
+declare -A WEIGHT=([build]=16 [tests]=16 [rates]=10 [train]=26 [giant]=24 [profile]=12 [hf]=12 [sweep]=14 [peer]=8 [compile]=20)
 declare -A AT_LEAST=([build]=200)
 
 device=(--device cuda --storage "$STORAGE")
@@ -113,8 +113,16 @@ run_giant() {  # model, seconds, file, more options
     --model "$1" --seconds "$2" --json "$3" "${@:4}"
 }
 
-profile() {
-  "$PYTHON" benchmarks/gpu_profile.py "${device[@]}" --seconds "$1" --profile "$PROFILE" --json "$RESULTS/gpu_profile.json"
+profile() {  # with more tokens too, where the turn of two steps is a smaller part
+  local end=$((SECONDS + $1)) status=0
+  run_profile 32768 gpu,host,storage "$(($1 * 6 / 10))" gpu_profile || status=$?
+  run_profile 131072 host "$((end - SECONDS))" gpu_profile_128k --device-memory-gb 10 || status=$?
+  return $status
+}
+
+run_profile() {  # tokens a step, placements, seconds, name of the file, more options
+  "$PYTHON" benchmarks/gpu_profile.py "${device[@]}" --tokens-per-step "$1" --placements "$2" --seconds "$3" \
+    --profile "$PROFILE" --json "$RESULTS/$4.json" "${@:5}"
 }
 
 if [ "${1:-}" = --stage ]; then  # one stage in a process of its own, which `timeout` can end

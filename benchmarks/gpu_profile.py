@@ -1,8 +1,9 @@
 """What torch's profiler sees in a steady step: gaps on the device, copies beside them, calls that wait or allocate.
 
 Three consecutive steps are recorded and the second is looked at (trace_analysis.py), with everything in host memory and
-with state on storage. In a step whose computing is the longest part, gaps are under 2 %, and the launching thread makes
-no call that allocates or waits for the device.
+with state on storage. In a step whose computing is the longest part, gaps between blocks are under 2 %, and the
+launching thread makes no call that allocates or waits for the device. The turn of two steps, where the root is updated,
+takes the same time at any batch and is counted apart.
 
     python benchmarks/gpu_profile.py --model 1b --tokens-per-step 32768 --profile FILE --json FILE
     python benchmarks/gpu_profile.py --device emulated --tiny
@@ -25,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from trace_analysis import STEP, analyse
 
 COLUMNS = (
-    "step_s", "gap_share", "between_blocks_share", "gap_s_by_cause", "copies_beside_compute_share",
+    "step_s", "gap_share", "between_blocks_share", "turn_share", "gap_s_by_cause", "copies_beside_compute_share",
     "both_ways_s", "pageable_copies", "driver_allocations", "calls",
 )  # fmt: skip
 N_STEPS = 3

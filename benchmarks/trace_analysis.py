@@ -153,10 +153,11 @@ def _stream(event: dict[str, Any]) -> Any:
 def analyse(events: Sequence[dict[str, Any]], step: int = 1) -> dict[str, Any]:
     """Figures of one of the steps in the trace (the second, with a third after it). Seconds and counts.
 
-    `gap_share`: time in which nothing computes, of the step; `between_blocks_share`: that between the kernels of two
-    blocks, or of a block and the root; `gap_s_by_cause`: what it waited for. `calls`: those in WATCHED by the threads
-    that launch kernels; `calls_elsewhere`: by others, which wait so that those need not. Raises ValueError for a trace
-    without that step.
+    `gap_share`: time in which nothing computes, of the step; `turn_share`: that of it between the last backward of a
+    block and the first forward of one in the next step, where the root is updated; `between_blocks_share`: the rest of
+    it between the kernels of two blocks, or of a block and the root (both None without blocks); `gap_s_by_cause`: what
+    it waited for. `calls`: those in WATCHED by the threads that launch kernels; `calls_elsewhere`: by others, which
+    wait so that those need not. Raises ValueError for a trace without that step.
     """
     trace = _Trace(events)
     if len(trace.steps) <= step:
@@ -191,19 +192,33 @@ def _gaps(trace: _Trace, kernels: Sequence[_Kernel], window: Interval) -> dict[s
         gaps.append((window[1] - busy_until, last, "", ""))
         idle_times.append((busy_until, window[1]))
     idle = sum(gap for gap, *_ in gaps)
-    between = sum(gap for gap, before, _, block in gaps if before.block != block)
+    between, turn = None, None
+    if (blocks := _between_turns(kernels, window)) is not None:  # the window begins and ends in a turn
+        at_turn = [not blocks[0] <= start < blocks[1] for start, _ in idle_times]
+        turn = sum(gap for (gap, *_), is_turn in zip(gaps, at_turn, strict=True) if is_turn)
+        others = [gap for gap, is_turn in zip(gaps, at_turn, strict=True) if not is_turn]
+        between = sum(gap for gap, before, _, block in others if before.block != block)
     longest = sorted(gaps, key=lambda item: -item[0])[:8]
     return {
         "step_s": total / 1e6,
         "compute_s": (total - idle) / 1e6,
         "gap_share": idle / total,
-        "between_blocks_share": between / total,
+        "between_blocks_share": None if between is None else between / total,
+        "turn_share": None if turn is None else turn / total,
         "gap_s_by_cause": _causes(trace, idle_times),
         "longest_gaps": [
             {"seconds": gap / 1e6, "after": f"{before.block}: {before.name}", "before": f"{block}: {name}"}
             for gap, before, name, block in longest
         ],
     }
+
+
+def _between_turns(kernels: Sequence[_Kernel], window: Interval) -> Interval | None:
+    """From the first forward kernel of a block in `window` to the end of the last backward one: no turn of steps."""
+    inside = [k for k in kernels if window[0] <= k.start < window[1]]
+    begins = [k.start for k in inside if k.block.startswith("forward ")]
+    ends = [k.end for k in inside if k.block.startswith("backward ")]
+    return (min(begins), max(ends)) if begins and ends else None
 
 
 def _causes(trace: _Trace, idle_times: Sequence[Interval]) -> dict[str, float]:

@@ -68,10 +68,35 @@ def test_gaps_are_found_and_told_apart_by_where_they_are(made):
     found = analyse(made.events)
     assert found["step_s"] == pytest.approx(1e-3)
     assert found["gap_share"] == pytest.approx(0.100)
-    assert found["between_blocks_share"] == pytest.approx(0.020 + 0.050)
+    assert found["between_blocks_share"] == pytest.approx(0.020)
+    assert found["turn_share"] == pytest.approx(0.050)
     assert [gap["seconds"] for gap in found["longest_gaps"]] == pytest.approx([50e-6, 30e-6, 20e-6])
     assert found["longest_gaps"][1]["after"].startswith("backward layers.1: ")
     assert found["compute_s"] == pytest.approx(0.9e-3)
+
+
+def test_the_roots_kernels_belong_to_the_turn_on_both_of_its_sides(made):
+    """Of the embedding before the first block 10 us apart, of the root after the last one 5 us apart."""
+    made.kernel(1970, 1975, 1501)  # launched in the second step, whose first kernel it is
+    made.kernel(1980, 1990, 1502)
+    made.kernel(2955, 2960, 2499)
+    found = analyse(made.events)
+    assert found["step_s"] == pytest.approx(1.030e-3)
+    assert found["turn_share"] == pytest.approx((5 + 10 + 5 + 40) / 1030)
+    assert found["between_blocks_share"] == pytest.approx(20 / 1030)
+    within_a_block = 30 / 1030
+    assert found["gap_share"] == pytest.approx(
+        found["turn_share"] + found["between_blocks_share"] + within_a_block
+    )
+
+
+def test_steps_without_blocks_of_this_library_have_no_turn(made):
+    """Plain torch has none of the ranges that name blocks."""
+    made.events = [e for e in made.events if not e["name"].startswith("offload ")]
+    found = analyse(made.events)
+    assert found["gap_share"] == pytest.approx(0.1)
+    assert found["turn_share"] is None
+    assert found["between_blocks_share"] is None
 
 
 def test_what_another_stream_computes_meanwhile_fills_no_gap(made):
