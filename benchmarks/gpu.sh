@@ -32,7 +32,7 @@ CARRY=${CARRY:-build/gpu_carry}
 PROFILE=${PROFILE:-$PWD/build/gpu_hardware.json}
 SECONDS_MAX=${SECONDS_MAX:-540}
 ALL=(build tests rates train giant profile hf sweep peer)
-declare -A WEIGHT=([build]=16 [tests]=16 [rates]=10 [train]=26 [giant]=24 [profile]=12 [hf]=12 [sweep]=14 [peer]=8 [compile]=20)
+declare -A WEIGHT=([build]=16 [tests]=16 [rates]=10 [train]=26 [giant]=24 [profile]=12 [hf]=16 [sweep]=24 [peer]=8 [compile]=20)
 declare -A AT_LEAST=([build]=200)
 
 device=(--device cuda --storage "$STORAGE")
@@ -78,9 +78,15 @@ train() {
   return $status
 }
 
-hf() { run_train 1b 32768 gpu,host,storage "$1" gpu_train_hf_1b --family transformers; }
+hf() { run_train 1b 32768,65536 gpu,host,storage "$1" gpu_train_hf_1b --family transformers; }
 
-sweep() { run_train 1b 8192,16384,65536,131072 gpu,host,storage,host+plan "$1" gpu_sweep --device-memory-gb 10; }
+sweep() {  # the ends first
+  local end=$((SECONDS + $1)) status=0
+  run_train 1b 131072,8192,65536,16384 gpu,host,storage,host+plan "$(($1 * 8 / 10))" gpu_sweep --device-memory-gb 10 \
+    --storage-from-tokens 32768 || status=$?
+  run_train 3b 131072 gpu,host "$((end - SECONDS))" gpu_sweep_3b --device-memory-gb 10 --micro-tokens 4096 || status=$?
+  return $status
+}
 
 compile() { run_train 1b 32768 gpu,host,gpu+compile,host+compile "$1" gpu_compile; }
 

@@ -435,6 +435,12 @@ def plain_seconds(path: str | None, case: Case) -> dict[str, float]:
     return {key.replace("-", "_"): found[name] for key, name in names.items() if name in found}
 
 
+def placements_of(case: Case, placements: list[str]) -> list[str]:
+    """Those that are wanted at this many tokens a step."""
+    few = case.batch * case.options.sequence < case.options.storage_from_tokens
+    return [placement for placement in placements if not (few and placement.startswith("storage"))]
+
+
 def rows_of(case: Case, placements: list[str], rows: Rows, clock: Clock) -> None:
     """All placements of one batch size, with the ratios to the plain ones."""
     plain = plain_seconds(case.options.plain_of, case)
@@ -484,6 +490,12 @@ def parser() -> argparse.ArgumentParser:
         "--seconds", type=float, default=3600.0, help="for all rows: each gets its share of what is left"
     )
     made.add_argument("--device-memory-gb", type=float, default=8.0)
+    made.add_argument(
+        "--storage-from-tokens",
+        type=int,
+        default=0,
+        help="no rows with state on storage below so many a step",
+    )
     made.add_argument("--host-share", type=float, help="of the state in the placement storage")
     made.add_argument("--profile", help="of this machine, from gpu_rates.py, for floors and plans")
     made.add_argument("--storage", default=".", help="directory on the drive")
@@ -511,9 +523,10 @@ def main() -> None:
     try:
         rows = Rows(options, "gpu_train", storage, device)
         placements = options.placements.split(",")
-        clock = Clock(options, len(placements) * len(options.tokens_per_step.split(",")))
-        for case in cases(options, device, storage):
-            rows_of(case, placements, rows, clock)
+        todo = [(case, placements_of(case, placements)) for case in cases(options, device, storage)]
+        clock = Clock(options, sum(len(wanted) for _, wanted in todo))
+        for case, wanted in todo:
+            rows_of(case, wanted, rows, clock)
     finally:
         shutil.rmtree(storage, ignore_errors=True)
 

@@ -146,3 +146,13 @@ def test_a_row_with_all_state_on_storage_is_left_out_where_its_steps_take_longer
         gpu_train.rows_of(case, ["storage+all"], rows, gpu_train.Clock(case.options, 1))
     assert "takes 14 s at least" in told[0]["not_run"]
     assert made == ["storage+all"]
+
+
+def test_rows_with_state_on_storage_can_be_left_out_at_few_tokens_a_step(tmp_path):
+    case = a_case(tmp_path)
+    wanted = ["gpu", "host", "storage", "storage+all", "host+plan"]
+    assert gpu_train.placements_of(case, wanted) == wanted
+    case.options.storage_from_tokens = 128
+    assert gpu_train.placements_of(case, wanted) == wanted
+    case.options.storage_from_tokens = 129
+    assert gpu_train.placements_of(case, wanted) == ["gpu", "host", "host+plan"]
