@@ -67,7 +67,8 @@ TINY = {
 """Options of --tiny."""
 STATE_NBYTES = 12
 TRIES = 2
-"""Of this library's rows: half the tokens on the device at once where they were too many; the row says how many."""
+"""Of a row: half the tokens on the device at once where they were too many; the row says how many. Plain torch then
+accumulates two parts of the batch."""
 
 
 @dataclass
@@ -94,6 +95,8 @@ class Case:
     workload: Workload
     storage: str
     micro_tokens: int
+    parts: int = 1
+    """Of the batch in plain torch, where all of it at once was too much."""
 
     @property
     def numel(self) -> int:
@@ -143,7 +146,9 @@ def on_gpu(case: Case, *, recompute: bool, compiled: bool) -> Run:
         layer.compile()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     n_samples = case.family.samples_at_once(case.batch, case.micro_tokens, case.options.sequence)
-    return Run(plain_step(case, model, optimizer, n_samples), recomputes=recompute)
+    n_samples = min(n_samples, -(-case.batch // case.parts))
+    facts = {"tokens_at_once": n_samples * case.options.sequence}
+    return Run(plain_step(case, model, optimizer, n_samples), recomputes=recompute, facts=facts)
 
 
 def drive_seconds(case: Case, *, read_per_numel: float) -> float:
@@ -378,10 +383,10 @@ def row_of(case: Case, placement: str) -> dict[str, Any]:
     for _ in range(TRIES):
         case.device.start_counting()
         done = trained(case, placement)
-        ours_alone = not placement.startswith(("gpu", "deepspeed")) and not placement.endswith("+plan")
-        if "out of memory" not in done.get("error", "") or not ours_alone:
+        decides_itself = placement.startswith("deepspeed") or placement.endswith("+plan")
+        if "out of memory" not in done.get("error", "") or decides_itself:
             break
-        case = dataclasses.replace(case, micro_tokens=case.micro_tokens // 2)
+        case = dataclasses.replace(case, micro_tokens=case.micro_tokens // 2, parts=2 * case.parts)
     row |= done
     if "error" in row:
         return row

@@ -154,16 +154,40 @@ def test_a_row_that_is_out_of_device_memory_is_tried_again_with_half_the_tokens_
     tried = []
 
     def trained(case, placement):
-        tried.append(case.micro_tokens)
-        if placement == "gpu" or len(tried) == 1:
+        tried.append((case.micro_tokens, case.parts))
+        if placement == "host+plan" or len(tried) == 1:
             return {"error": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"}
         return {"recomputes": True, "step_s": 1.0, "moved": {}, "device_peak_bytes": None}
 
     monkeypatch.setattr(gpu_train, "trained", trained)
     assert "error" not in gpu_train.row_of(case, "host")
-    assert tried == [64, 32]
-    assert "error" in gpu_train.row_of(case, "gpu")
+    assert tried == [(64, 1), (32, 2)]
+    assert "error" in gpu_train.row_of(case, "host+plan")  # which chooses its micro-batches itself
     assert len(tried) == 3
+
+
+def test_plain_torch_that_is_out_of_device_memory_accumulates_two_parts_with_the_same_loss(
+    tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_common
+    import gpu_train
+
+    options = gpu_train.parser().parse_args(["--device", "emulated", "--tiny", "--storage", str(tmp_path)])
+    gpu_common.tiny(options, **gpu_train.TINY)
+    case = next(gpu_train.cases(options, gpu_common.Device("emulated"), str(tmp_path)))
+    whole = gpu_train.row_of(case, "gpu")
+    timed_steps = gpu_train.timed_steps
+
+    def timed(run, case, begin_s):
+        if case.parts == 1:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+        return timed_steps(run, case, begin_s)
+
+    monkeypatch.setattr(gpu_train, "timed_steps", timed)
+    parts = gpu_train.row_of(case, "gpu")
+    assert (whole["tokens_at_once"], parts["tokens_at_once"]) == (128, 64)
+    assert abs(parts["loss"] - whole["loss"]) < 0.02
 
 
 # ---- stages of gpu.sh ----------------------------------------------------------------------------------------
