@@ -32,7 +32,7 @@ CARRY=${CARRY:-build/gpu_carry}
 PROFILE=${PROFILE:-$PWD/build/gpu_hardware.json}
 SECONDS_MAX=${SECONDS_MAX:-540}
 ALL=(build tests rates train giant profile hf sweep peer)
-declare -A WEIGHT=([build]=16 [tests]=16 [rates]=10 [train]=26 [giant]=24 [profile]=12 [hf]=16 [sweep]=24 [peer]=8 [compile]=20)
+declare -A WEIGHT=([build]=16 [tests]=16 [rates]=16 [train]=26 [giant]=24 [profile]=12 [hf]=16 [sweep]=24 [peer]=8 [compile]=20)
 declare -A AT_LEAST=([build]=200)
 
 device=(--device cuda --storage "$STORAGE")
@@ -65,7 +65,7 @@ tests() {  # only files that have such tests: others need packages that a bare m
 }
 
 rates() {
-  "$PYTHON" benchmarks/gpu_rates.py "${device[@]}" --seconds "$(($1 / 2))" --profile "$PROFILE" --json "$RESULTS/gpu_rates.json" &&
+  "$PYTHON" benchmarks/gpu_rates.py "${device[@]}" --seconds "$(($1 * 6 / 10))" --profile "$PROFILE" --json "$RESULTS/gpu_rates.json" &&
     { [ ! -e "$PROFILE" ] || cp "$PROFILE" "$RESULTS/gpu_hardware.json"; }
 }
 

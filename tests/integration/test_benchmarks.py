@@ -77,6 +77,13 @@ def test_the_gpu_rates_become_a_profile_that_gives_every_row_its_floors(tmp_path
     profile = tmp_path / "hardware.json"
     rates = rows_of("gpu_rates.py", tmp_path, "--profile", str(profile))
     assert {"dram", "adamw", "read", "write", "mixed", "tiny"} <= set(rates)
+    by_name = {row["name"]: row["value"] for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    for kind in ("read", "write", "mixed"):
+        assert by_name[f"gpu_rates_storage_end_{kind}"] > 0
+        kept = by_name.get(f"gpu_rates_storage_again_{kind}", by_name[f"gpu_rates_storage_begin_{kind}"])
+        assert getattr(load_hardware(str(profile)).drives[0], f"{kind}_bytes_per_s") == pytest.approx(
+            1e9 * kept
+        )
     assert load_hardware(str(profile)).dram_bytes_per_s == pytest.approx(1e9 * rates["dram"]["value"])
     row = rows_of("gpu_train.py", tmp_path, "--placements", "storage", "--profile", str(profile))["storage"]
     assert set(row["floor_s"]) == {"compute", "bus", "storage", "dram", "cpu"}

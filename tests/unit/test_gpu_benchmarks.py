@@ -14,6 +14,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks
 
 import gpu_common
 import gpu_giant
+import gpu_rates
 import gpu_train
 import torch
 
@@ -156,3 +157,22 @@ def test_rows_with_state_on_storage_can_be_left_out_at_few_tokens_a_step(tmp_pat
     assert gpu_train.placements_of(case, wanted) == wanted
     case.options.storage_from_tokens = 129
     assert gpu_train.placements_of(case, wanted) == ["gpu", "host", "host+plan"]
+
+
+def test_a_drive_that_is_slow_at_both_directions_at_once_is_measured_again_and_the_better_kept():
+    """Reads at 3 and writes at 1.5 GB/s take equal parts at 2 GB/s one after the other."""
+    good, doubtful, worse = (
+        Drive(read_bytes_per_s=3e9, write_bytes_per_s=1.5e9, mixed_bytes_per_s=m * 1e9)
+        for m in (2.0, 1.3, 0.9)
+    )
+    assert gpu_rates.of_alone(good) == pytest.approx(1.0)
+    assert gpu_rates.better(good, lambda: pytest.fail("measured again")) is good
+    assert gpu_rates.better(doubtful, lambda: good) is good
+    assert gpu_rates.better(doubtful, lambda: worse) is doubtful
+
+
+def test_the_probes_file_is_at_most_a_quarter_of_what_is_free(monkeypatch):
+    free = SimpleNamespace(free=40e9)
+    monkeypatch.setattr(gpu_rates.shutil, "disk_usage", lambda directory: free)
+    assert gpu_rates.written_nbytes_max(".", 16.0) == pytest.approx(3.75 * 10e9)
+    assert gpu_rates.written_nbytes_max(".", 4.0) == pytest.approx(3.75 * 4e9)
