@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On a machine with one NVIDIA GPU: build, test and measure, also without a network. Stages, in this order by default:
 #   build    the extension, with the python3 that has torch; liburing where its header is, or from what gpu_carry.sh has
-#            packed; otherwise the POSIX backend
+#            packed; otherwise the POSIX backend. Beside it, 90 GB of host memory are touched once (gpu_touch.py)
 #   tests    the tests marked `gpu`
 #   rates    bus, drive, DRAM, AdamW, matrix products: the profile that the stages after it compare with
 #   train    a full fine-tune of 1 B and of 3 B parameters in 8 GB of device memory, against everything on the GPU
@@ -40,6 +40,18 @@ device=(--device cuda --storage "$STORAGE")
 
 # Each stage: commands whose last argument group bounds their time. $1 is the stage's seconds.
 build() {
+  local status=0
+  if [ -z "${TINY:-}" ]; then  # beside compiling: what touches memory first pays for it
+    "$PYTHON" benchmarks/gpu_touch.py --seconds "$(($1 / 2))" &
+    # shellcheck disable=SC2064  # this process
+    trap "kill $! 2>/dev/null" EXIT
+  fi
+  build_extension || status=$?
+  wait
+  return $status
+}
+
+build_extension() {
   for library in liburing libaio; do
     if [ ! -e "/usr/include/$library.h" ] && compgen -G "$CARRY/$library/*.deb" >/dev/null; then
       for package in "$CARRY/$library"/*.deb; do dpkg -x "$package" / || true; done

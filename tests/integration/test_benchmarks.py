@@ -197,6 +197,18 @@ def test_plain_torch_that_is_out_of_device_memory_accumulates_two_parts_with_the
     assert abs(parts["loss"] - whole["loss"]) < 0.02
 
 
+def test_memory_is_touched_up_to_what_is_allowed_and_once(tmp_path):
+    mark = tmp_path / "mark"
+    command = [sys.executable, str(BENCHMARKS / "gpu_touch.py"), "--gb", "0.08", "--once", str(mark)]
+    done = [subprocess.run(command, capture_output=True, text=True, timeout=100) for _ in range(2)]
+    assert [run.returncode for run in done] == [0, 0], done[0].stderr
+    assert done[0].stdout.startswith("touched 0.1 GB")
+    assert "already" in done[1].stdout
+    mark.unlink()
+    nothing = subprocess.run([*command, "--seconds", "-1"], capture_output=True, text=True, timeout=100)
+    assert nothing.stdout.startswith("touched 0.0 GB")
+
+
 # ---- stages of gpu.sh ----------------------------------------------------------------------------------------
 
 
