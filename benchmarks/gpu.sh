@@ -20,7 +20,9 @@
 #
 # RESULTS  directory of the JSON files (default: $OUT, else benchmarks/results)     PYTHON    default python3
 # STORAGE  directory on the drive that is measured and trained on (default: .)      CARRY     default build/gpu_carry
-# PROFILE  of this machine, written by rates (default: build/gpu_hardware.json)   ALLOCATOR PYTORCH_CUDA_ALLOC_CONF
+# PROFILE  of this machine, written by rates (default: build/gpu_hardware.json; where it is not there, the one of this card
+#          in CARRY or in CARRY/rows.tgz, which is what the call that ran rates has brought back)
+# ALLOCATOR  PYTORCH_CUDA_ALLOC_CONF
 # COMMIT   what the rows call the source, where there is no git
 # TINY=1   no GPU and seconds: to see that all stages run
 set -uo pipefail
@@ -77,8 +79,18 @@ tests() {  # only files that have such tests: others need packages that a bare m
 }
 
 rates() {
-  "$PYTHON" benchmarks/gpu_rates.py "${device[@]}" --seconds "$(($1 * 6 / 10))" --profile "$PROFILE" --json "$RESULTS/gpu_rates.json" &&
-    { [ ! -e "$PROFILE" ] || cp "$PROFILE" "$RESULTS/gpu_hardware.json"; }
+  "$PYTHON" benchmarks/gpu_rates.py "${device[@]}" --seconds "$(($1 * 6 / 10))" --profile "$PROFILE" --json "$RESULTS/gpu_rates.json"
+}
+
+carried_profile() {  # a machine that went cold has lost its profile; of another card none is taken. $1 is the card
+  local found
+  [ ! -e "$PROFILE" ] || return 0
+  found=$(cat "$CARRY/gpu_hardware.json" 2>/dev/null || tar -xzOf "$CARRY/rows.tgz" ./gpu_hardware.json 2>/dev/null) || return 0
+  if grep -qF "\"name\": \"$1\"" <<<"$found"; then
+    mkdir -p "$(dirname "$PROFILE")" && echo "$found" >"$PROFILE" && echo "the profile is the one in $CARRY"
+  else
+    echo "the profile in $CARRY is not of $1: it is left there; run the stage rates"
+  fi
 }
 
 train() {
@@ -155,6 +167,7 @@ done
 if [ -z "${TINY:-}" ]; then
   command -v nvidia-smi >/dev/null || { echo "no NVIDIA driver found; this script needs a GPU, or TINY=1"; exit 1; }
   nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv
+  carried_profile "$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1)"
 fi
 mkdir -p "$RESULTS"
 export PYTHON RESULTS STORAGE CARRY PROFILE TINY PYTHONUNBUFFERED=1
@@ -195,6 +208,7 @@ while [ $# -gt 0 ]; do
   esac
   [ $result -ne 0 ] || result=$status
 done
+[ ! -e "$PROFILE" ] || cp "$PROFILE" "$RESULTS/gpu_hardware.json"
 if [ -n "${OUT:-}" ] && [ "$RESULTS" = "$OUT" ]; then  # few files come back from a machine that is lent
   tar -C "$RESULTS" -czf "$RESULTS/rows.tgz" --exclude=rows.tgz . && rm -f "$RESULTS"/*.json
 fi

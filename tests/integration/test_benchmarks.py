@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from offload.planner.hardware import load_hardware
+from offload.planner.hardware import load_hardware, save_hardware
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -259,6 +259,39 @@ def test_without_a_driver_the_gpu_script_says_so(tmp_path):
     assert status == 1
     assert "no NVIDIA driver" in told
     assert commands == ""
+
+
+def with_a_driver(directory, card):
+    """Variables of a machine whose nvidia-smi knows of one card."""
+    program = directory / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/bash\necho "{card}"\n')
+    program.chmod(0o755)
+    return {"PATH": f"{program.parent}:{os.environ['PATH']}", "TINY": ""}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["as a file", "in the rows of an earlier call"])
+@pytest.mark.parametrize("card", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
+def test_a_machine_without_a_profile_takes_the_carried_one_of_its_card_and_of_no_other(
+    tmp_path, packed, card
+):
+    carry, profile = tmp_path / "carry", tmp_path / "made" / "profile.json"
+    carry.mkdir()
+    carried = carry / "gpu_hardware.json"
+    save_hardware(load_hardware("h100").model_copy(update={"name": "NVIDIA H100 80GB HBM3"}), str(carried))
+    whole = carried.read_text()
+    if packed:
+        subprocess.run(["tar", "-C", carry, "-czf", carry / "rows.tgz", "./gpu_hardware.json"], check=True)
+        carried.unlink()
+    places = {"CARRY": str(carry), "PROFILE": str(profile)}
+    status, told, _ = stages(tmp_path, "profile", **with_a_driver(tmp_path, card), **places)
+    assert status == 0, told
+    if card == "NVIDIA H200":
+        assert "is not of NVIDIA H200" in told
+        assert not profile.exists()
+    else:
+        assert profile.read_text() == whole
+        assert (tmp_path / "results" / "gpu_hardware.json").read_text() == whole
 
 
 @pytest.mark.slow
