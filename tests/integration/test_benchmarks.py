@@ -261,6 +261,23 @@ def test_without_a_driver_the_gpu_script_says_so(tmp_path):
     assert commands == ""
 
 
+def test_the_gpu_script_packs_all_rows_into_one_file_where_few_come_back(tmp_path):
+    out = tmp_path / "out"
+    makes_a_row = '[[ "$*" != *gpu_rates* ]] || echo "{}" > "$RESULTS/gpu_rates.json"'
+    status, told, _ = stages(
+        tmp_path,
+        "rates",
+        python=makes_a_row,
+        OUT=str(out),
+        RESULTS=str(out),
+        PROFILE=str(tmp_path / "profile"),
+    )
+    assert status == 0, told
+    assert [file.name for file in out.iterdir()] == ["rows.tgz"]
+    packed = subprocess.run(["tar", "-tzf", out / "rows.tgz"], capture_output=True, text=True, check=True)
+    assert "./gpu_rates.json" in packed.stdout.split()
+
+
 def with_a_driver(directory, card):
     """Variables of a machine whose nvidia-smi knows of one card."""
     program = directory / "bin" / "nvidia-smi"
