@@ -12,7 +12,7 @@
 #   sweep    8k to 128k tokens a step
 #   peer     DeepSpeed ZeRO-3, where it can be imported
 #   compile  blocks compiled by torch.compile, here and in plain torch (only when named)
-# Any of them can be named: benchmarks/gpu.sh build rates train.
+# Any of them can be named: benchmarks/gpu.sh build rates train. One table of all rows comes last (gpu_table.py).
 #
 # All of it takes at most SECONDS_MAX (540). A stage gets its weight's share of what is left when it begins, so that fast
 # stages leave time to slow ones and a stage alone has all of it; LIMIT=... bounds each. What a stage has not finished
@@ -209,6 +209,8 @@ while [ $# -gt 0 ]; do
   [ $result -ne 0 ] || result=$status
 done
 [ ! -e "$PROFILE" ] || cp "$PROFILE" "$RESULTS/gpu_hardware.json"
+echo "== all rows in $RESULTS"
+"$PYTHON" benchmarks/gpu_table.py "$RESULTS"
 if [ -n "${OUT:-}" ] && [ "$RESULTS" = "$OUT" ]; then  # few files come back from a machine that is lent
   packed=$(mktemp)  # elsewhere: tar fails where its own file changes the directory
   tar -C "$RESULTS" -czf "$packed" --exclude=rows.tgz . && mv "$packed" "$RESULTS/rows.tgz" && rm -f "$RESULTS"/*.json

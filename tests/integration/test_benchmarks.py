@@ -235,7 +235,7 @@ def test_the_gpu_script_runs_the_stages_that_are_named_in_their_order(tmp_path):
     assert status == 0
     assert re.findall(r"== (\w+) \(", told) == ["rates", "giant"]
     scripts = re.findall(r"gpu_(\w+)\.py", commands)
-    assert scripts == ["rates", "giant", "giant"]
+    assert scripts == ["rates", "giant", "giant", "table"]
 
 
 def test_the_gpu_script_refuses_an_unknown_stage_before_it_runs_any(tmp_path):
