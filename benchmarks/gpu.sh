@@ -14,9 +14,11 @@
 #   compile  blocks compiled by torch.compile, here and in plain torch (only when named)
 # Any of them can be named: benchmarks/gpu.sh build rates train. One table of all rows comes last (gpu_table.py).
 #
-# All of it takes at most SECONDS_MAX (540). A stage gets its weight's share of what is left when it begins, so that fast
-# stages leave time to slow ones and a stage alone has all of it; LIMIT=... bounds each. What a stage has not finished
-# then is missing in its table; rows that were made stay. The exit status is that of the first stage that failed.
+# All of it takes at most SECONDS_MAX (540), which is short for all rows; docs/gpu.md has a plan for half an hour: 520 for
+# build tests rates profile, 520 for build train giant, 480 for build hf sweep, then another day build rates compile peer.
+# A stage gets its weight's share of what is left when it begins, so that fast stages leave time to slow ones and a stage
+# alone has all of it; LIMIT=... bounds each. What a stage has not finished then is missing in the table; rows that were
+# made stay. The exit status is that of the first stage that failed.
 #
 # RESULTS  directory of the JSON files (default: $OUT, else benchmarks/results)     PYTHON    default python3
 # STORAGE  directory on the drive that is measured and trained on (default: .)      CARRY     default build/gpu_carry
