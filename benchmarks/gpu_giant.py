@@ -197,6 +197,17 @@ def measured(
         engine.close()
 
 
+def rates_for(device: Device, path: str) -> Hardware:
+    """The profile at `path`. The emulated device has memory of its own and a bus like DRAM, whatever a profile of a
+    machine without a GPU says: a plan for memory that is shared would leave it no slot."""
+    hardware = load_hardware(path)
+    if device.is_cuda or not hardware.shares_host:
+        return hardware
+    ways = ("h2d", "d2h", "h2d_duplex", "d2h_duplex")
+    bus = dict.fromkeys((f"{way}_bytes_per_s" for way in ways), hardware.dram_bytes_per_s)
+    return hardware.model_copy(update={"shares_host": False, **bus})
+
+
 def rates_in(path: str) -> Hardware:
     """The profile with the model's own rates in the rows of a file."""
     with open(path) as file:
@@ -392,7 +403,7 @@ def main() -> None:
             options.host_memory_gb = max(options.host_memory_gb, 16.0)
         else:
             try:
-                hardware = slice_rows(options, device, load_hardware(options.profile), storage, rows)
+                hardware = slice_rows(options, device, rates_for(device, options.profile), storage, rows)
             except gpu_common.FAILURES as error:
                 rows.add({"name": f"gpu_giant_{options.model}", "error": gpu_common.failure(error)}, COLUMNS)
                 return

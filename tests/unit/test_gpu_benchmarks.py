@@ -18,7 +18,7 @@ import gpu_rates
 import gpu_train
 import torch
 
-from offload.planner.hardware import Drive, load_hardware
+from offload.planner.hardware import Drive, load_hardware, save_hardware
 from offload.telemetry import Span
 
 
@@ -176,3 +176,13 @@ def test_the_probes_file_is_at_most_a_quarter_of_what_is_free(monkeypatch):
     monkeypatch.setattr(gpu_rates.shutil, "disk_usage", lambda directory: free)
     assert gpu_rates.written_nbytes_max(".", 16.0) == pytest.approx(3.75 * 10e9)
     assert gpu_rates.written_nbytes_max(".", 4.0) == pytest.approx(3.75 * 4e9)
+
+
+def test_the_emulated_device_of_a_giant_has_memory_of_its_own_with_a_profile_of_a_cpu_too(tmp_path):
+    path = str(tmp_path / "cpu.json")
+    save_hardware(
+        load_hardware("h100").model_copy(update={"shares_host": True, "h2d_bytes_per_s": None}), path
+    )
+    hardware = gpu_giant.rates_for(gpu_common.Device("emulated"), path)
+    assert not hardware.shares_host
+    assert hardware.h2d_bytes_per_s == hardware.dram_bytes_per_s
