@@ -18,6 +18,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from common import ROOT, about, command_line
 
 sys.path.insert(0, str(ROOT))
 
+import psutil
 import torch
 from torch import nn
 
@@ -80,6 +82,11 @@ class Device:
             "driver_allocations": stats.get("num_device_alloc", 0) + stats.get("num_device_free", 0),
             "retries": stats.get("num_alloc_retries", 0),
         }
+
+
+def process_age_s() -> float:
+    """Seconds since this process began: what imports have taken of a script's time, too."""
+    return time.time() - psutil.Process().create_time()
 
 
 def rss_peak_nbytes() -> int:

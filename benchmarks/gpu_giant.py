@@ -264,7 +264,6 @@ def why_not_run(
     predicted: SimulatedStep,
     options: argparse.Namespace,
     storage: str,
-    begin_s: float,
 ) -> str | None:
     """Where part of the state is on storage: why there is no room or time for it, or None."""
     numel = sum(b.trainable_numel for b in workload.blocks) + workload.root_trainable_numel
@@ -273,7 +272,7 @@ def why_not_run(
     if nbytes > 0.7 * free_nbytes:
         return f"{nbytes / 1e9:.0f} GB do not fit in 0.7 of the {free_nbytes / 1e9:.0f} GB that are free on the drive"
     n_steps = options.warm_up + options.steps + 2  # the recorded one, and the first state's way to the drive
-    left_s = max(0.0, options.seconds - (time.monotonic() - begin_s))
+    left_s = max(0.0, options.seconds - gpu_common.process_age_s())
     if nbytes > 0 and n_steps * predicted.step_s > left_s:
         return f"{n_steps} times {predicted.step_s:.1f} s a step are predicted, {left_s:.0f} s are left"
     return None
@@ -283,7 +282,6 @@ def slice_rows(
     options: argparse.Namespace, device: Device, hardware: Hardware, storage: str, rows: Rows
 ) -> Hardware:
     """Add the row of the layers' own rates, then that of the slice; returns the profile with these rates."""
-    begin_s = time.monotonic()
     whole = shape_of(options.model)
     sizes: dict[str, Any] = {"layers": options.layers, "vocab": VOCAB}
     if options.hidden:
@@ -320,7 +318,7 @@ def slice_rows(
     staging = UpdatePipeline.buffer_nbytes_required(settings.chunk_elements, settings.chunk_buffers)
     plan = fixed_plan(workload, hardware, options, staging, options.in_host)
     predicted = simulate_plan(plan, workload, hardware, staging_nbytes=staging)
-    why = why_not_run(workload, plan, predicted, options, storage, begin_s)
+    why = why_not_run(workload, plan, predicted, options, storage)
     if why:
         rows.add({**row, "not_run": why}, COLUMNS)
         return hardware

@@ -92,8 +92,9 @@ def main() -> None:
     try:
         rows = Rows(options, "gpu_profile", directory, device)
         placements = options.placements.split(",")
-        clock = gpu_train.Clock(options, len(placements) * len(options.tokens_per_step.split(",")))
-        for case in gpu_train.cases(options, device, directory):
+        cases = list(gpu_train.cases(options, device, directory))
+        clock = gpu_train.Clock(options, len(placements) * len(cases), gpu_common.process_age_s())
+        for case in cases:
             for placement in placements:
                 if clock.next_row(options):
                     row = row_of(case, placement, directory)

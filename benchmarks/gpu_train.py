@@ -406,10 +406,10 @@ def row_of(case: Case, placement: str) -> dict[str, Any]:
 
 
 class Clock:
-    """Shares the script's time among the rows that are still to be made."""
+    """Shares the script's time, of which `used_s` are gone, among the rows that are still to be made."""
 
-    def __init__(self, options: argparse.Namespace, n_rows: int) -> None:
-        self._end_s = time.monotonic() + options.seconds
+    def __init__(self, options: argparse.Namespace, n_rows: int, used_s: float = 0.0) -> None:
+        self._end_s = time.monotonic() + options.seconds - used_s
         self._row_seconds = options.row_seconds
         self._n_rows = n_rows
 
@@ -529,7 +529,7 @@ def main() -> None:
         rows = Rows(options, "gpu_train", storage, device)
         placements = options.placements.split(",")
         todo = [(case, placements_of(case, placements)) for case in cases(options, device, storage)]
-        clock = Clock(options, sum(len(wanted) for _, wanted in todo))
+        clock = Clock(options, sum(len(wanted) for _, wanted in todo), gpu_common.process_age_s())
         for case, wanted in todo:
             rows_of(case, wanted, rows, clock)
     finally:
