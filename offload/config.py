@@ -51,18 +51,43 @@ def parse_budget(text: str | int | float, total_nbytes: int) -> int:
     return nbytes
 
 
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "/sys/fs/cgroup/memory/memory.stat",
+    ),
+)
+"""Of both versions: the limit in bytes, what is used of it, and of what kind that is."""
+
+
+def _text_of(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
 def host_total_nbytes() -> int:
     """DRAM this process may use, in bytes: the machine's, or its cgroup's limit where that is lower."""
-    total = psutil.virtual_memory().total
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            with open(path) as file:
-                text = file.read().strip()
-        except OSError:
-            continue
-        if text.isdigit():
-            total = min(total, int(text))
-    return int(total)
+    limits = (_text_of(limit) for limit, _, _ in _CGROUPS)
+    return min([int(psutil.virtual_memory().total), *(int(text) for text in limits if text.isdigit())])
+
+
+def host_available_nbytes() -> int:
+    """DRAM this process may still take, in bytes: what is available of the machine's, or left to its cgroup.
+
+    Pages of files that have not been used lately make room, and count as left.
+    """
+    available = [int(psutil.virtual_memory().available)]
+    for limit, used, kinds in _CGROUPS:
+        of_limit, of_used = _text_of(limit), _text_of(used)
+        if of_limit.isdigit() and of_used.isdigit():
+            cached = re.search(r"^(?:total_)?inactive_file (\d+)$", _text_of(kinds), re.MULTILINE)
+            available.append(int(of_limit) - int(of_used) + (int(cached[1]) if cached else 0))
+    return max(0, min(available))
 
 
 NO_PLAN = "none"

@@ -12,6 +12,7 @@ from torch import nn
 from offload.errors import ConfigError
 from offload.model.blocks import base_of
 from offload.model.quantized import is_quantized
+from offload.runtime.hooks import without_state_hooks
 
 _PREFIX = "base_model.model."
 
@@ -68,13 +69,13 @@ class Merge:
         path: str, layer: Any, base_names: set[str], tensors: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         """The layer's base weights with its adapters added by peft itself, in a copy of the layer."""
-        given: dict[int, Any] = {}
+        given: dict[int, Any] = without_state_hooks(layer)
         for name, parameter in layer.named_parameters():
             tensor = tensors[f"{path}.{name}"]
             if tensor.device.type != "meta" and name in base_names:
                 tensor = tensor.clone()  # the sum is made in place
             given[id(parameter)] = nn.Parameter(tensor, requires_grad=False)
-        if any(p.device.type == "meta" for p in given.values()):
+        if any(tensors[f"{path}.{n}"].device.type == "meta" for n, _ in layer.named_parameters()):
             return {f"{path}.{n}": tensors[f"{path}.{n}"] for n in sorted(base_names)}
         merged = copy.deepcopy(layer, given)
         if is_quantized(layer.get_base_layer()):

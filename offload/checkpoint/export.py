@@ -22,6 +22,7 @@ from offload.model.blocks import base_of
 from offload.model.loading import INDEX_FILE, SINGLE_FILE
 from offload.model.quantized import quantized_weights
 from offload.runtime.engine import OffloadEngine
+from offload.runtime.training_state import persistent_buffers
 from offload.stores.block_store import BlockRecord
 from offload.tiers.durable_files import replacing, sync_files
 
@@ -118,12 +119,6 @@ class ShardWriter:
         self._replacing.__exit__(kind, error, trace)
 
 
-def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Persistent buffers by name."""
-    names = {name for name, _ in model.named_buffers()}
-    return {n: t for n, t in model.state_dict().items() if n in names}
-
-
 def _items(model: nn.Module, engine: OffloadEngine, dtype: torch.dtype | None) -> list[Item]:
     """What will be written, in order. A given `dtype` is that of every parameter; buffers keep theirs."""
 
@@ -146,7 +141,7 @@ def _items(model: nn.Module, engine: OffloadEngine, dtype: torch.dtype | None) -
         for block in blocks
         for name, tensor in disk_names.to_directory(base, merge(block)).items()
     ]
-    buffers = disk_names.to_directory(base, _buffers(base))
+    buffers = disk_names.to_directory(base, persistent_buffers(base))
     return items + [Item(name, tuple(t.shape), t.dtype) for name, t in buffers.items()]
 
 
@@ -158,7 +153,7 @@ def _tensors(model: nn.Module, engine: OffloadEngine) -> Iterator[tuple[str, tor
         held = {n: quantized[n].dequantize(t) if n in quantized else t for n, t in block}
         merge = merge or Merge(model, held)  # the root comes first, and stays
         yield from disk_names.to_directory(base, merge(held)).items()
-    yield from disk_names.to_directory(base, _buffers(base)).items()
+    yield from disk_names.to_directory(base, persistent_buffers(base)).items()
 
 
 def _write_tokenizer(tokenizer: Any, out_dir: str) -> None:

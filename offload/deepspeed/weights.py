@@ -11,14 +11,8 @@ from torch import nn
 
 from offload.checkpoint.export import Item, ShardWriter
 from offload.runtime.engine import OffloadEngine
+from offload.runtime.training_state import persistent_buffers
 from offload.tiers.durable_files import replacing
-
-
-def _buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Persistent buffers by name."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    buffers = {name for name, _ in model.named_buffers()} - parameters
-    yield from ((name, tensor) for name, tensor in model.state_dict().items() if name in buffers)
 
 
 def _tensors(model: nn.Module, with_frozen: bool) -> Iterator[tuple[str, torch.Tensor]]:
@@ -33,7 +27,7 @@ def _tensors(model: nn.Module, with_frozen: bool) -> Iterator[tuple[str, torch.T
     }
     for block in engine.iter_blocks():
         yield from ((name, tensor) for name, tensor in block if with_frozen or name in trained)
-    yield from _buffers(model)
+    yield from persistent_buffers(model).items()
 
 
 def _items(model: nn.Module, dtype: torch.dtype, with_frozen: bool) -> list[Item]:
@@ -47,7 +41,8 @@ def _items(model: nn.Module, dtype: torch.dtype, with_frozen: bool) -> list[Item
         if with_frozen or buffer.trainable
     ]
     return items + [
-        Item(name, tuple(t.shape), dtype if t.is_floating_point() else t.dtype) for name, t in _buffers(model)
+        Item(name, tuple(t.shape), dtype if t.is_floating_point() else t.dtype)
+        for name, t in persistent_buffers(model).items()
     ]
 
 

@@ -32,6 +32,7 @@ from offload.runtime.recipe import Recipe
 from offload.runtime.recording import computing, named, recording
 from offload.runtime.resident import place_adapters
 from offload.runtime.saves import SavesBeside
+from offload.runtime.state_dicts import StateDicts
 from offload.runtime.training_state import Stateful, checked_stateful
 from offload.stores.activations import Tier
 from offload.stores.block_store import BlockRecord
@@ -126,6 +127,7 @@ class OffloadEngine:
         owning = [self.model, *(modules[name] for name in owners)]
         self._handles += hooks.before_forward(owning, self._root_needed)
         self._handles += prepare_quantized(self.model, self.device)
+        self._handles += hooks.on_state_dict(self.model, StateDicts(self.model, self._scheduler))
         wiring.move_buffers(self.model, self.device)
         self._scheduler.hold_root()
 
@@ -465,17 +467,12 @@ class OffloadEngine:
         """The parameters as they are computed with, block by block, the root first; valid until the next one."""
         self.flush()
         for block in [self.root, *self.blocks]:
-            block.host_in_use += 1
-            try:
-                self._scheduler.fetch(block, must=True)
-                self._scheduler.wait_resident(block)
+            with self._scheduler.reading(block):
                 yield [
                     (segment.name, segment.view(block.plane(buffer)))
                     for buffer in block.layout.buffers
                     for segment in buffer.segments
                 ]
-            finally:
-                block.host_in_use -= 1
 
     def close(self, *, remove: bool = False) -> None:
         """Finish what is in flight, drop the hooks and remove the store. The parameters on storage are gone then.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -127,6 +129,33 @@ def before_submodules(modules: Mapping[str, nn.Module], call: Callable[[str], No
     finally:
         for handle in handles:
             handle.remove()
+
+
+class StateOwner(Protocol):
+    """Who knows the values of parameters that are not where a module looks for them."""
+
+    def begin(self, module: nn.Module, prefix: str, keep_vars: bool) -> None: ...
+    def fill(self, module: nn.Module, destination: dict[str, Any], prefix: str, metadata: Any) -> None: ...
+
+
+def on_state_dict(model: nn.Module, owner: StateOwner) -> list[torch.utils.hooks.RemovableHandle]:
+    """Call `owner.begin` before every module of `model` says its state, and `owner.fill` for its own parameters.
+
+    `fill` comes before hooks of the user's, which then see real values. Underscores: torch 2.4 has no public names.
+    """
+    handles = []
+    for module in model.modules():
+        handles.append(module.register_state_dict_pre_hook(functools.partial(owner.begin)))
+        fill = module._register_state_dict_hook(functools.partial(owner.fill))
+        cast(Any, module._state_dict_hooks).move_to_end(fill.id, last=False)
+        handles.append(fill)
+    return handles
+
+
+def without_state_hooks(module: nn.Module) -> dict[int, Any]:
+    """What to give to copy.deepcopy as its memo, so that a copy of `module` has its state to itself."""
+    owned = (hooks for m in module.modules() for hooks in (m._state_dict_pre_hooks, m._state_dict_hooks))
+    return {id(hooks): OrderedDict() for hooks in owned}
 
 
 def at_end_of_backward(call: Callable[[], None]) -> None:

@@ -12,6 +12,7 @@ device slot (`Residency`), and an update makes that copy outdated.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -211,6 +212,17 @@ class Scheduler:
         )
         self._spans.add_work("read", f"fetch {block.label}", ticket)
         block.tickets = [ticket]
+
+    @contextlib.contextmanager
+    def reading(self, block: BlockRecord) -> Iterator[None]:
+        """Inside, the block's host slot holds its parameters, with every decided update made."""
+        block.host_in_use += 1
+        try:
+            self.fetch(block, must=True)
+            self.wait_resident(block)
+            yield
+        finally:
+            block.host_in_use -= 1
 
     # ---- uses ------------------------------------------------------------------------------------------------
 
