@@ -136,12 +136,14 @@ class StateOwner(Protocol):
 
     def begin(self, module: nn.Module, prefix: str, keep_vars: bool) -> None: ...
     def fill(self, module: nn.Module, destination: dict[str, Any], prefix: str, metadata: Any) -> None: ...
+    def begin_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *more: Any) -> None: ...
 
 
 def on_state_dict(model: nn.Module, owner: StateOwner) -> list[torch.utils.hooks.RemovableHandle]:
     """Call `owner.begin` before every module of `model` says its state, and `owner.fill` for its own parameters.
 
-    `fill` comes before hooks of the user's, which then see real values. Underscores: torch 2.4 has no public names.
+    `fill` comes before hooks of the user's, which then see real values. `owner.begin_load` comes before any module is
+    given state. Underscores: torch 2.4 has no public names.
     """
     handles = []
     for module in model.modules():
@@ -149,12 +151,18 @@ def on_state_dict(model: nn.Module, owner: StateOwner) -> list[torch.utils.hooks
         fill = module._register_state_dict_hook(functools.partial(owner.fill))
         cast(Any, module._state_dict_hooks).move_to_end(fill.id, last=False)
         handles.append(fill)
+        load = functools.partial(owner.begin_load)
+        handles.append(module._register_load_state_dict_pre_hook(load, with_module=True))
     return handles
 
 
 def without_state_hooks(module: nn.Module) -> dict[int, Any]:
     """What to give to copy.deepcopy as its memo, so that a copy of `module` has its state to itself."""
-    owned = (hooks for m in module.modules() for hooks in (m._state_dict_pre_hooks, m._state_dict_hooks))
+    owned = [
+        hooks
+        for m in module.modules()
+        for hooks in (m._state_dict_pre_hooks, m._state_dict_hooks, m._load_state_dict_pre_hooks)
+    ]
     return {id(hooks): OrderedDict() for hooks in owned}
 
 

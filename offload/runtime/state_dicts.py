@@ -68,6 +68,16 @@ class StateDicts:
             else:
                 destination[key] = self._shared(key, parameter, destination, self._copy(parameter))
 
+    def begin_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *more: Any) -> None:
+        """Before anything of `state` is put into `module`: raise where that would be a parameter."""
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if prefix + name in state and id(parameter) in self._places:
+                raise UsageError(
+                    f"load_state_dict: {prefix + name} and its fp32 master live in the tiers, where it would not be "
+                    "changed; nothing has been. Load into the model before offload.wrap, or go on from a checkpoint of "
+                    "offload.save with offload.resume; offload.load reads a Hugging Face directory"
+                )
+
     def _keep(self, key: str, parameter: nn.Parameter) -> None:
         """With `keep_vars=True`: only what stays in memory can be given itself."""
         block, _, _ = self._places[id(parameter)]

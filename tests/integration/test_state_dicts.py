@@ -221,6 +221,33 @@ def test_keep_vars_gives_the_parameters_that_stay_and_refuses_those_that_do_not(
     model.offload.close()
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("place", ["nothing streamed", "storage"])
+def test_loading_is_refused_before_anything_is_changed(tmp_path, place, assign):
+    model, optimizer = wrapped(place, tmp_path)
+    take_steps(model, optimizer, 1)
+    before = model.state_dict()
+    other = {name: torch.zeros_like(tensor) for name, tensor in before.items()}
+    around = nn.ModuleDict({"mine": nn.Linear(2, 2), "model": model})
+    inside = {f"model.{name}": tensor for name, tensor in other.items()}
+    attempts = [
+        (model, other, {}),
+        (model, {"head.bias": other["head.bias"]}, {"strict": False}),
+        (model.layers[3], {"linear.weight": other["layers.3.linear.weight"]}, {"strict": False}),
+        (model.head, {"weight": other["head.weight"], "bias": other["head.bias"]}, {}),
+        (around, inside, {"strict": False}),
+    ]
+    for module, state, settings in attempts:
+        with pytest.raises(UsageError, match=r"before offload\.wrap.*offload\.resume.*offload\.load"):
+            module.load_state_dict(state, assign=assign, **settings)
+        same(model.state_dict(), before, rtol=0, atol=0)
+    mine = {"mine.weight": torch.ones(2, 2), "mine.bias": torch.ones(2)}
+    around.load_state_dict(mine, strict=False)
+    assert torch.equal(around["mine"].weight, mine["mine.weight"])
+    take_steps(model, optimizer, 1, seed=2)
+    model.offload.close()
+
+
 def test_inside_a_step_that_has_updated_some_blocks_it_is_refused(tmp_path):
     model, optimizer = wrapped("storage", tmp_path)
     model(torch.ones(4, 8)).square().mean().backward()
