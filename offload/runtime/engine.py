@@ -62,6 +62,8 @@ class OffloadEngine:
         self._sync = True
         self._backward_open = False
         self._handles: list[Any] = []
+        self._state_handles: list[Any] = []
+        """These stay after `close`, to refuse."""
         self._modules: list[nn.Module] = []
         cut = cut_model(model, blocks)
         device = choose_device(model, config)
@@ -108,6 +110,8 @@ class OffloadEngine:
             self._attach(cut)
         except BaseException:
             self._detach()
+            for handle in self._state_handles:
+                handle.remove()
             parts.resources.abandon()
             raise
         self._finalizer = weakref.finalize(model, parts.resources.close)
@@ -124,10 +128,11 @@ class OffloadEngine:
         self._handles += hooks.on_gradient(self.root, self._receive_root_gradient)
         owners = {name.rpartition(".")[0] for name, _ in cut.root}
         modules = dict(self.model.named_modules())
-        owning = [self.model, *(modules[name] for name in owners)]
-        self._handles += hooks.before_forward(owning, self._root_needed)
+        self._owning = [self.model, *(modules[name] for name in owners)]
+        self._handles += hooks.before_forward(self._owning, self._root_needed)
         self._handles += prepare_quantized(self.model, self.device)
-        self._handles += hooks.on_state_dict(self.model, StateDicts(self.model, self._scheduler))
+        states = StateDicts(self.model, self._scheduler, self.refuse_unless_open)
+        self._state_handles = hooks.on_state_dict(self.model, states)
         wiring.move_buffers(self.model, self.device)
         self._scheduler.hold_root()
 
@@ -167,13 +172,7 @@ class OffloadEngine:
 
     def begin_forward(self, block: BlockRecord) -> None:
         """Before the block's forward."""
-        if self._closed:
-            raise UsageError("the offload engine is closed; wrap the model again")
-        if os.getpid() != self._pid:
-            raise UsageError(
-                "this process was forked from the one that trains and has neither the model's memory nor its drives: "
-                "compute there, or export the model and load it here"
-            )
+        self.refuse_unless_open()
         if block.awaiting_backward:
             self._gradients.will_accumulate()
         if self.commits is not None:
@@ -295,6 +294,7 @@ class OffloadEngine:
 
     def optimizer_step(self) -> None:
         """Decide the updates of this step that have not been made during backward."""
+        self.refuse_unless_open()
         optimizer = self._live_optimizer()
         self._backward_open = False  # a backward that failed midway leaves it open
         store = self._assembly.resources.store
@@ -392,6 +392,19 @@ class OffloadEngine:
         """Whether `close` has been called."""
         return self._closed
 
+    def refuse_unless_open(self) -> None:
+        """Raise UsageError after `close`, and in a process that was forked from the run's."""
+        if self._closed:
+            raise UsageError(
+                "the offload engine is closed, and the parameters went with it: load the model again and offload.wrap "
+                "it. Call model.state_dict(), offload.export or offload.save before close()"
+            )
+        if os.getpid() != self._pid:
+            raise UsageError(
+                "this process was forked from the one that trains and has neither the model's memory nor its drives: "
+                "compute there, or export the model and load it here"
+            )
+
     @property
     def parts(self) -> Assembly:
         """The tiers and everything in them, for who saves, restores or removes them."""
@@ -401,7 +414,9 @@ class OffloadEngine:
         """Finish every decided update; the optimizer. Raises UsageError, naming `wish`, in a step or after close."""
         optimizer = self._optimizer()
         if self._closed or optimizer is None:
-            raise UsageError(f"{wish}: the offload engine is closed; wrap the model again")
+            raise UsageError(
+                f"{wish}: the offload engine is closed; load the model again and offload.wrap it"
+            )
         self.wait_saved()
         self._scheduler.flush()
         for block in [*self.blocks, self.root]:
@@ -465,6 +480,7 @@ class OffloadEngine:
 
     def iter_blocks(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
         """The parameters as they are computed with, block by block, the root first; valid until the next one."""
+        self.refuse_unless_open()
         self.flush()
         for block in [self.root, *self.blocks]:
             with self._scheduler.reading(block):
@@ -475,9 +491,10 @@ class OffloadEngine:
                 ]
 
     def close(self, *, remove: bool = False) -> None:
-        """Finish what is in flight, drop the hooks and remove the store. The parameters on storage are gone then.
+        """Finish what is in flight, drop the hooks and remove the store. The parameters are gone then.
 
-        With durability 'step' the last step is committed and the store stays, for `offload.resume`, unless `remove`.
+        Wherever they were, using the model again (forward, step, state dict) raises UsageError. With durability 'step'
+        the last step is committed and the store stays, for `offload.resume`, unless `remove`.
         """
         if self._closed:
             return
@@ -495,4 +512,5 @@ class OffloadEngine:
             if self.commits is not None:
                 self.commits.join()
             self._detach()
+            hooks.before_forward([*self._owning, *self._modules], self.refuse_unless_open)
             self._finalizer()

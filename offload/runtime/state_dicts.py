@@ -7,6 +7,7 @@ in the order of the blocks, which are then read once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from offload.stores.block_store import BlockRecord
 class StateDicts:
     """Fills state dicts for the hooks of `hooks.on_state_dict`."""
 
-    def __init__(self, model: nn.Module, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
+    def __init__(
+        self, model: nn.Module, scheduler: Scheduler, refuse_unless_open: Callable[[], None]
+    ) -> None:
+        self._scheduler, self._refuse_unless_open = scheduler, refuse_unless_open
         self._places: dict[int, tuple[BlockRecord, FlatBuffer, Segment]] = {
             id(segment.parameter): (block, buffer, segment)
             for block in [scheduler.root, *scheduler.blocks]
@@ -38,6 +41,7 @@ class StateDicts:
 
     def begin(self, module: nn.Module, prefix: str, keep_vars: bool) -> None:
         """Before `module` says its state: raise where copies of all of it would not fit in memory, or be of no step."""
+        self._refuse_unless_open()
         for block in [*self._scheduler.blocks, self._scheduler.root]:
             if block.updated_since_step:
                 raise UsageError(
@@ -70,6 +74,7 @@ class StateDicts:
 
     def begin_load(self, module: nn.Module, state: dict[str, Any], prefix: str, *more: Any) -> None:
         """Before anything of `state` is put into `module`: raise where that would be a parameter."""
+        self._refuse_unless_open()
         for name, parameter in module.named_parameters(remove_duplicate=False):
             if prefix + name in state and id(parameter) in self._places:
                 raise UsageError(

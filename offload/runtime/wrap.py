@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from offload.config import Config
-from offload.errors import ConfigError
+from offload.errors import ConfigError, UsageError
 from offload.model.blocks import base_of
 from offload.model.causal_lm_loss import chunk_loss, why_not_chunked
 from offload.profiling.processor import has_bfloat16_products
@@ -41,8 +41,12 @@ def wrap(
     language model compute its loss in chunks of tokens, so that the logits of a whole batch never exist; the model's
     code is not changed. Other settings: `offload.config.Config`.
     Raises BudgetError before anything is written when the budgets cannot hold the model, ConfigError for settings
-    that contradict each other.
+    that contradict each other, UsageError for a model that is wrapped already or has been closed.
     """
+    before = getattr(model, "offload", None)
+    if isinstance(before, OffloadEngine):
+        before.refuse_unless_open()
+        raise UsageError(f"{type(model).__name__} is wrapped already: load it again to train it another way")
     config = Config.checked(**settings)
     if compute_dtype not in (None, torch.bfloat16):
         raise ConfigError(f"compute_dtype={compute_dtype} is not supported: use torch.bfloat16 or None")

@@ -248,6 +248,42 @@ def test_loading_is_refused_before_anything_is_changed(tmp_path, place, assign):
     model.offload.close()
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_a_closed_model_says_so_wherever_its_parameters_were(tmp_path, place):
+    model, optimizer = wrapped(place, tmp_path)
+    take_steps(model, optimizer, 1)
+    device = model.offload.device
+    loss = model(torch.ones(4, 8, device=device)).square().mean()
+    state = model.state_dict()
+    model.offload.close(remove=True)
+    x, wide = torch.ones(4, 8, device=device), torch.ones(4, 64, device=device)
+    again = torch.optim.AdamW(model.parameters())
+    uses = [
+        lambda: model(x), lambda: model.eval()(x), lambda: model.head(wide), lambda: model.layers[2](wide),
+        lambda: optimizer.step(), model.state_dict, model.layers[1].state_dict, lambda: model.load_state_dict(state),
+        lambda: next(model.offload.iter_blocks()), lambda: offload.export(model, str(tmp_path / "out")),
+        lambda: offload.save(model, str(tmp_path / "saved")), lambda: offload.wrap(model, again, **IN_MEMORY),
+    ]  # fmt: skip
+    for use in uses:
+        with torch.no_grad(), pytest.raises(UsageError, match="closed"):
+            use()
+    if not model.offload.aside:
+        with pytest.raises(UsageError, match="closed"):
+            loss.backward()
+    model.offload.close()
+    same(state, in_memory(1), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_is_wrapped_once(tmp_path):
+    model, optimizer = wrapped("storage", tmp_path)
+    take_steps(model, optimizer, 1)
+    before = model.state_dict()
+    with pytest.raises(UsageError, match="wrapped already"):
+        offload.wrap(model, torch.optim.AdamW(model.parameters()), **IN_MEMORY)
+    same(model.state_dict(), before, rtol=0, atol=0)
+    model.offload.close()
+
+
 def test_inside_a_step_that_has_updated_some_blocks_it_is_refused(tmp_path):
     model, optimizer = wrapped("storage", tmp_path)
     model(torch.ones(4, 8)).square().mean().backward()
