@@ -32,14 +32,14 @@ from offload.runtime.recipe import Recipe
 from offload.runtime.recording import computing, named, recording
 from offload.runtime.resident import place_adapters
 from offload.runtime.saves import SavesBeside
-from offload.runtime.state_dicts import StateDicts
+from offload.runtime.state_dicts import StateDicts, Uncopied
 from offload.runtime.training_state import Stateful, checked_stateful
 from offload.stores.activations import Tier
 from offload.stores.block_store import BlockRecord
 from offload.telemetry import Span, SpanLog, Stalls
 
 
-class OffloadEngine:
+class OffloadEngine(Uncopied):
     """What `model.offload` is: counters, stalls, `no_sync()`, `flush()` and `close()`."""
 
     def __init__(

@@ -103,11 +103,24 @@ def stop_checkpointing(model: nn.Module) -> Callable[[], None]:
     return checkpoint_again
 
 
+class _Before:
+    """Calls back; a copied module shares it, and pickling it is left to who is called."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        self._call()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Before:
+        return self
+
+
 def before_forward(
     modules: list[nn.Module], call: Callable[[], None]
 ) -> list[torch.utils.hooks.RemovableHandle]:
     """Call `call()` before each of `modules` runs."""
-    return [module.register_forward_pre_hook(lambda _module, _args: call()) for module in modules]
+    return [module.register_forward_pre_hook(_Before(call)) for module in modules]
 
 
 @contextlib.contextmanager

@@ -20,8 +20,20 @@ from offload.runtime.scheduler import Scheduler
 from offload.stores.block_store import BlockRecord
 
 
-class StateDicts:
-    """Fills state dicts for the hooks of `hooks.on_state_dict`."""
+class Uncopied:
+    """What a copy of a model would have to share with it: copy and pickle refuse it."""
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Raises UsageError."""
+        raise UsageError(
+            "a wrapped model, or a part of it, cannot be copied or pickled: its parameters live in the memory and on "
+            "the drives of one engine. Copy it before offload.wrap; afterwards give model.state_dict() to a model made "
+            "anew (for averages too), or write it with offload.export or offload.save"
+        )
+
+
+class StateDicts(Uncopied):
+    """Fills state dicts for the hooks of `hooks.on_state_dict`, which are in every module and go where it goes."""
 
     def __init__(
         self, model: nn.Module, scheduler: Scheduler, refuse_unless_open: Callable[[], None]

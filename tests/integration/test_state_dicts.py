@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import offload
 from offload import config
@@ -272,6 +274,39 @@ def test_a_closed_model_says_so_wherever_its_parameters_were(tmp_path, place):
             loss.backward()
     model.offload.close()
     same(state, in_memory(1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("place", ["nothing streamed", "storage"])
+def test_copying_and_pickling_name_what_to_do(tmp_path, place, closed):
+    model, optimizer = wrapped(place, tmp_path)
+    take_steps(model, optimizer, 1)
+    if closed:
+        model.offload.close()
+    attempts = [
+        lambda: copy.deepcopy(model), lambda: copy.deepcopy(model.layers[1]), lambda: copy.deepcopy(model.offload),
+        lambda: torch.save(model, io.BytesIO()), lambda: pickle.dumps(model.layers[1]), lambda: AveragedModel(model),
+        lambda: copy.deepcopy({"mine": nn.ModuleList([model])}),
+    ]  # fmt: skip
+    for attempt in attempts:
+        with pytest.raises(UsageError, match=r"before offload\.wrap.*model\.state_dict\(\).*offload\.export"):
+            attempt()
+    model.offload.close()
+
+
+def test_an_average_is_made_from_state_dicts(tmp_path):
+    model, optimizer = wrapped("storage", tmp_path)
+    average = AveragedModel(Model(5))
+    fresh = Model(5)
+    states = []
+    for seed in (1, 2):
+        take_steps(model, optimizer, 1, seed=seed)
+        states.append(model.state_dict())
+        fresh.load_state_dict(states[-1])
+        average.update_parameters(fresh)
+    expected = {name: (tensor + states[1][name]) / 2 for name, tensor in states[0].items()}
+    same(average.module.state_dict(), expected)
+    model.offload.close()
 
 
 def test_a_model_is_wrapped_once(tmp_path):
