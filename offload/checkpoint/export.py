@@ -195,7 +195,7 @@ def export(
     out_dir: str,
     *,
     tokenizer: Any = None,
-    dtype: torch.dtype | None = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     max_shard_nbytes: float = 2e9,
     adapter_only: bool = False,
 ) -> list[str]:
@@ -203,9 +203,9 @@ def export(
 
     Memory used is one block; all files are on the drive when it returns. `tokenizer`: an object with
     `save_pretrained`, or a directory to copy the tokenizer's files from; a model made by `offload.load` brings its
-    own. `dtype` None keeps the dtype computed in. Tied tensors are written once. Adapters of `peft` are merged into
-    the base weights, layer by layer, and weights in 8 or 4 bits are written dense; with `adapter_only` a directory
-    that peft reads is written instead, without the base.
+    own. `dtype`: of all parameters, without it the one computed in. Tied tensors are written once. Adapters of `peft`
+    are merged into the base weights, layer by layer, and weights in 8 or 4 bits are written dense; with `adapter_only`
+    a directory that peft reads is written instead, without the base.
     Raises UsageError for a model that is not wrapped, ConfigError when `out_dir` has weights already, StoreError when
     they would not fit there.
     """

@@ -28,7 +28,7 @@ def write_model(model: nn.Module, directory: str, processing: Any) -> None:
     """
     os.makedirs(directory, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=directory) as new:
-        export(model, new, tokenizer=processing, dtype=None, adapter_only=base_of(model) is not model)
+        export(model, new, tokenizer=processing, adapter_only=base_of(model) is not model)
         written = sorted(os.listdir(new))
         for name in os.listdir(directory):
             if _WEIGHTS.match(name):

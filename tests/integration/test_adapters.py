@@ -126,7 +126,7 @@ def test_the_merged_export_is_what_peft_merges_in_memory(tmp_path, adapters, use
     )
     train(model, optimizer)
     trained = {n: t.clone() for block in model.offload.iter_blocks() for n, t in block}
-    offload.export(model, str(tmp_path / "merged"), dtype=None)
+    offload.export(model, str(tmp_path / "merged"))
     offload.export(model, str(tmp_path / "adapter"), adapter_only=True)
     model.offload.close()
 

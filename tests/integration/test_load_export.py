@@ -85,7 +85,7 @@ def test_a_directory_with_other_names_or_shapes_than_the_model_is_read_and_writt
     model.save_pretrained(tmp_path / "in")
     written = load_file(tmp_path / "in" / "model.safetensors")
     loaded, _ = load(str(tmp_path / "in"), dtype="float32", **BUDGET, storage=[str(tmp_path / "store")])
-    export(loaded, str(tmp_path / "out"), dtype=None)
+    export(loaded, str(tmp_path / "out"))
     loaded.offload.close()
     again = load_file(tmp_path / "out" / "model.safetensors")
     if name in ("Mixtral", "ViT", "GPT-NeoX", "Qwen3-MoE"):
@@ -159,7 +159,7 @@ def test_training_a_loaded_model_equals_training_a_wrapped_one(tmp_path):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        export(trained, str(tmp_path / ("out-" + source)), dtype=None)
+        export(trained, str(tmp_path / ("out-" + source)))
         trained.offload.close()
         results.append((loss.detach(), load_file(tmp_path / ("out-" + source) / "model.safetensors")))
     assert torch.equal(results[0][0], results[1][0])

@@ -151,7 +151,7 @@ def test_torch_distributed_checkpoint_reads_an_export(tmp_path):
     model, _ = offload.wrap(
         model, torch.optim.AdamW(model.parameters()), storage=[str(tmp_path / "store")], step_aside="never"
     )
-    offload.export(model, str(tmp_path / "out"), dtype=None)
+    offload.export(model, str(tmp_path / "out"))
     model.offload.close()
     read = {name: torch.zeros_like(tensor) for name, tensor in expected.items()}
     dcp.load(read, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path / "out")), no_dist=True)
