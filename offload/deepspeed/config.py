@@ -194,13 +194,14 @@ class _Trainer:
         value = getattr(self._args, name, None)
         return _TRAINER_DEFAULTS[name] if value is None else value
 
-    def hidden(self, path: str) -> int:
+    def hidden(self) -> int:
+        """0 where the model does not say: what it would fill in has no effect here."""
         config = getattr(self._model, "config", None)
         for owner in (config, getattr(config, "text_config", None)):
             sizes = getattr(owner, "hidden_size", None) or getattr(owner, "hidden_sizes", None)
             if sizes:
                 return int(max(sizes)) if isinstance(sizes, (list, tuple)) else int(sizes)
-        raise ConfigError(f'{path}="auto" needs a model with config.hidden_size: write a number')
+        return 0
 
     def steps(self, path: str, batch_samples: int) -> int:
         if self.max_steps > 0:
@@ -252,11 +253,11 @@ def resolve_auto(
     fill("fp16.enabled", bool(trainer.fp16))
     fill("bf16.enabled", bool(trainer.bf16))
     zero = "zero_optimization."
-    fill(zero + "reduce_bucket_size", lambda: trainer.hidden(zero + "reduce_bucket_size") ** 2)
+    fill(zero + "reduce_bucket_size", lambda: trainer.hidden() ** 2)
     prefetch = zero + "stage3_prefetch_bucket_size"
-    fill(prefetch, lambda: int(0.9 * trainer.hidden(prefetch) ** 2))
+    fill(prefetch, lambda: int(0.9 * trainer.hidden() ** 2))
     threshold = zero + "stage3_param_persistence_threshold"
-    fill(threshold, lambda: 10 * trainer.hidden(threshold))
+    fill(threshold, lambda: 10 * trainer.hidden())
     for path, value in _leaves(config):
         if value == "auto" and not path.startswith(("pipeline.", "zero_optimization.zenflow", "offload.")):
             raise ConfigError(f'{path}="auto": the Trainer does not fill this one: write a value')

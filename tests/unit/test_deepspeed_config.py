@@ -211,7 +211,6 @@ def test_auto_without_arguments_is_the_trainers_default():
         ({"steps_per_print": "auto"}, "does not fill"),
         ({"optimizer": {"type": "AdamW", "params": {"momentum": "auto"}}}, "does not fill"),
         ({"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}}}, "number of steps"),
-        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, "hidden_size"),
     ],
 )
 def test_an_auto_that_nobody_can_fill_is_refused(read, message):
@@ -285,3 +284,13 @@ def test_the_optimizer_has_deepspeeds_meanings_and_defaults():
 def test_an_optimizer_that_is_not_ours_is_refused(optimizer, message):
     with pytest.raises(ConfigError, match=message):
         mapping.make_optimizer({"optimizer": optimizer}, [torch.nn.Parameter(torch.zeros(3))])
+
+
+@pytest.mark.parametrize(
+    "name", ["reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"]
+)
+def test_auto_where_a_key_has_no_effect_needs_nothing_of_the_model(name):
+    given = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3, name: "auto"}}
+    resolved = config.read(given)
+    config.resolve_auto(resolved, model=types.SimpleNamespace())
+    assert resolved["zero_optimization"][name] == 0
