@@ -48,12 +48,13 @@ def _stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList | nn.Sequential]]
 def find_blocks(model: nn.Module, blocks: object = None) -> list[tuple[str, nn.Module]]:
     """Blocks of `model`: those of the repeated stack with most parameters, or as `blocks` says.
 
-    `blocks` may be a module class, its name, or a list of modules. When the model has several outermost stacks
-    (an encoder and a decoder), all whose elements hold a tenth or more of the largest one's parameters are used.
+    `blocks` may be a module class, its name, or a list of modules (nn.ModuleList too). When the model has several
+    outermost stacks (an encoder and a decoder), all whose elements hold a tenth or more of the largest one's parameters
+    are used.
     Raises ConfigError when nothing repeats.
     """
     names = {module: name for name, module in model.named_modules()}
-    if isinstance(blocks, (list, tuple)):
+    if isinstance(blocks, (list, tuple, nn.ModuleList, nn.Sequential)):
         missing = [m for m in blocks if m not in names]
         if missing:
             raise ConfigError(f"blocks contains {type(missing[0]).__name__}, which is not part of the model")
@@ -62,7 +63,11 @@ def find_blocks(model: nn.Module, blocks: object = None) -> list[tuple[str, nn.M
         wanted = blocks if isinstance(blocks, str) else getattr(blocks, "__name__", str(blocks))
         chosen = [(n, m) for n, m in model.named_modules() if type(m).__name__ == wanted]
         if not chosen:
-            raise ConfigError(f"no module of class {wanted!r} in {type(model).__name__}")
+            stacks = ", ".join(f"{name} of {type(stack[0]).__name__}" for name, stack in _stacks(model))
+            raise ConfigError(
+                f"no module of class {wanted!r} in {type(model).__name__}: blocks= takes a class, its name, or a "
+                f"list of modules; its stacks are {stacks or 'none'}"
+            )
         return chosen
     numel_of = {name: sum(p.numel() for p in stack.parameters()) for name, stack in _stacks(model)}
     outermost = [

@@ -47,6 +47,7 @@ def wrap(
     if isinstance(before, OffloadEngine):
         before.refuse_unless_open()
         raise UsageError(f"{type(model).__name__} is wrapped already: load it again to train it another way")
+    _refuse_what_is_no_plain_model(model)
     config = Config.checked(**settings)
     if compute_dtype not in (None, torch.bfloat16):
         raise ConfigError(f"compute_dtype={compute_dtype} is not supported: use torch.bfloat16 or None")
@@ -75,6 +76,20 @@ def wrap(
     model.zero_grad = engine.zero_grad  # type: ignore[method-assign]  # gradients are not where its own would look
     model.offload = engine  # type: ignore[assignment]  # documented attribute
     return model, wrapped
+
+
+def _refuse_what_is_no_plain_model(model: nn.Module) -> None:
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ConfigError(
+            "this model is compiled as a whole: wrap the model itself and give compile_blocks=True, which compiles the "
+            "forward of each block"
+        )
+    on_meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if on_meta is not None:
+        raise ConfigError(
+            f"{on_meta} is on the meta device, without data: offload.load(DIR) makes a model of a directory of "
+            "weights, one tensor at a time"
+        )
 
 
 def _warn_of_slow_bfloat16() -> None:

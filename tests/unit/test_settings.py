@@ -14,6 +14,7 @@ from offload.cli import settings as cli_settings
 from offload.cli.settings import Settings
 from offload.config import Config
 from offload.errors import ConfigError, StoreError
+from offload.model.blocks import find_blocks
 from offload.tiers import storage
 from tests.unit.test_store import make_store
 
@@ -51,16 +52,41 @@ def test_one_directory_is_not_taken_for_two_drives(tmp_path):
         Config.checked(storage=[tmp_path, tmp_path / "." / "x" / ".."])
 
 
+def three_layers():
+    return nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))
+
+
+def test_blocks_may_be_the_stack_itself_and_a_name_that_is_none_is_answered_with_those_there_are():
+    stack = three_layers()
+    model = nn.Sequential(stack, nn.Linear(2, 1))
+    assert [module for _, module in find_blocks(model, stack)] == list(stack)
+    with pytest.raises(ConfigError, match="its stacks are 0 of Linear"):
+        find_blocks(model, "layers")
+
+
+def test_a_model_that_is_compiled_as_a_whole_is_refused_with_what_compiles_blocks():
+    model = torch.compile(three_layers())
+    with pytest.raises(ConfigError, match="compile_blocks=True"):
+        offload.wrap(model, torch.optim.AdamW(model.parameters()))
+
+
+def test_a_model_without_data_is_refused_with_what_loads_it():
+    with torch.device("meta"):
+        model = three_layers()
+    with pytest.raises(ConfigError, match=r"offload\.load\(DIR\)"):
+        offload.wrap(model, torch.optim.AdamW(model.parameters()))
+
+
 @pytest.mark.parametrize(("device", "said"), [("gpu", "'cuda:1' or 'emulated'"), ("meta", "is not known")])
 def test_a_device_that_is_not_known_is_refused_with_those_that_are(device, said):
-    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))
+    model = three_layers()
     with pytest.raises(ConfigError, match=said):
         offload.wrap(model, torch.optim.AdamW(model.parameters()), device=device)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_cuda_device_that_is_not_there_is_refused():
-    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))
+    model = three_layers()
     with pytest.raises(ConfigError, match="this torch sees no CUDA device"):
         offload.wrap(model, torch.optim.AdamW(model.parameters()), device="cuda")
 
