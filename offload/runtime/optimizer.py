@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ from offload.runtime.chunk_update import CallbackHyper
 from offload.runtime.recognised import recognise
 from offload.transfer.io_engine import Hyper
 from offload.update_rules import UpdateRule
+
+logger = logging.getLogger("offload")
 
 
 class Stepper(Protocol):
@@ -40,6 +43,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self.engine: Stepper | None = None
         self._steps: dict[torch.nn.Parameter, int] = {}
         self._used: dict[int, dict[str, Any]] = {}
+        self._has_warned = False
         self.steps_made = 0
         """Calls of `step()` that ended, those before a resume included."""
         self.grad_scale = 1.0
@@ -55,6 +59,27 @@ class OffloadOptimizer(torch.optim.Optimizer):
     def _index_groups(self) -> None:
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
         self._number_of = {p: number for number, p in enumerate(self._group_of)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The groups' hyperparameters; `state` is empty, for moments and step counts live in the tiers."""
+        if self.steps_made and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "optimizer.state_dict() holds hyperparameters only: moments and step counts are saved by offload.save, "
+                "and go on with offload.resume"
+            )
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the groups' hyperparameters. Raises UsageError for a state that has moments or step counts."""
+        if state_dict["state"]:
+            raise UsageError(
+                f"optimizer.load_state_dict: the moments and step counts of {len(state_dict['state'])} parameters in "
+                "this state would be ignored, because they live in the tiers. Save with offload.save and go on with "
+                "offload.resume; offload.from_deepspeed converts a DeepSpeed ZeRO checkpoint. To take the "
+                "hyperparameters alone, load {**state, 'state': {}}"
+            )
+        super().load_state_dict(state_dict)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Torch puts new groups in place of the old ones when a state is loaded."""

@@ -309,6 +309,44 @@ def test_an_average_is_made_from_state_dicts(tmp_path):
     model.offload.close()
 
 
+def test_moments_given_to_the_optimizer_are_refused_and_hyperparameters_are_taken(tmp_path):
+    theirs = Model(5)
+    their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=3e-3, weight_decay=0.2)
+    take_steps(theirs, their_optimizer, 1)
+    state = their_optimizer.state_dict()
+    model, optimizer = wrapped("storage", tmp_path)
+    with pytest.raises(UsageError, match=r"of 14 parameters.*offload\.resume.*offload\.from_deepspeed"):
+        optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 1e-2
+    optimizer.load_state_dict({**state, "state": {}})
+    assert optimizer.param_groups[0]["lr"] == 3e-3
+    assert optimizer.param_groups[0]["weight_decay"] == 0.2
+
+    plain = Model(5)
+    plain.load_state_dict(model.state_dict())
+    take_steps(plain, torch.optim.AdamW(plain.parameters(), lr=3e-3, weight_decay=0.2), 2)
+    take_steps(model, optimizer, 2)
+    same(model.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+    model.offload.close()
+
+
+def test_the_optimizers_own_state_says_once_what_it_lacks_and_can_be_loaded(tmp_path, caplog):
+    model, optimizer = wrapped("storage", tmp_path)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    with caplog.at_level("WARNING", "offload"):
+        optimizer.load_state_dict(optimizer.state_dict())  # as accelerate does at first
+        assert not caplog.records
+        take_steps(model, optimizer, 1)
+        schedule.step()
+        state = copy.deepcopy(optimizer.state_dict())
+        assert [optimizer.state_dict()["state"], len(caplog.records)] == [{}, 1]
+    assert "offload.save" in caplog.text
+    schedule.step()
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 5e-3
+    model.offload.close()
+
+
 def test_a_model_is_wrapped_once(tmp_path):
     model, optimizer = wrapped("storage", tmp_path)
     take_steps(model, optimizer, 1)
