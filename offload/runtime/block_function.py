@@ -1,8 +1,8 @@
 """A block as one autograd node: forward and backward run micro-batch by micro-batch inside it.
 
 [Note: what is saved] By default only the block's inputs are kept (device, host or storage) and forward runs again in
-backward, with the random state and autocast settings of the first run. With the policy `keep`, the graph of the
-first run is kept instead, and parameters in it are saved by reference: a saved-tensor hook notes which part of the
+backward, with the random state, buffers and autocast settings of the first run. With the policy `keep`, the graph of
+the first run is kept instead, and parameters in it are saved by reference: a saved-tensor hook notes which part of the
 block's slot a saved tensor is, so the block may be evicted and fetched again before backward.
 """
 
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from offload.errors import UsageError
 from offload.model import captured, microbatch
+from offload.runtime.block_buffers import BlockBuffers, Buffer
 from offload.runtime.recipe import SMALL_NBYTES, Recipe, Recorder
 from offload.runtime.recompute import Departed, Keeper, Replayer, following, recording
 from offload.stores.activations import Activation, ActivationStore, Tier
@@ -56,6 +57,7 @@ class Call:
 
     forward: Callable[..., Any]
     block: BlockRecord
+    buffers: BlockBuffers
     runner: Runner
     leaves: list[Any]
     spec: pytree.TreeSpec
@@ -73,6 +75,8 @@ class Call:
     """Per micro-batch: inputs and outputs of a graph that was kept whole."""
     saved: list[dict[int, list[Activation | torch.Tensor]]] = field(default_factory=list)
     """Per micro-batch: results of operations that were kept, by operation of the recipe; small ones as they are."""
+    changed: list[list[Buffer]] = field(default_factory=list)
+    """Per micro-batch: the buffers that forward has changed, as it found them."""
 
 
 def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -187,7 +191,9 @@ class _BlockFunction(torch.autograd.Function):
                         outputs.append(_forward_keeping(call, micro))
                     else:
                         call.random_states.append(_random_state(runner.device))
+                        seen = call.buffers.look()
                         outputs.append(_forward_saving(call, micro))
+                        call.changed.append(call.buffers.changed_since(seen))
         finally:
             runner.end_forward(block)
         block.awaiting_backward.add(call)
@@ -217,14 +223,19 @@ class _BlockFunction(torch.autograd.Function):
             for number, (start, stop) in reversed(
                 list(enumerate(call.ranges))
             ):  # the last is still the nearest
-                if call.kept:
-                    inputs, outputs = call.kept[number]
-                else:
-                    micro = microbatch.slice_leaves(leaves, call.n_samples, start, stop)
-                    with runner.computing("recompute", block):
-                        inputs, outputs = _recompute(call, micro, number)
-                with runner.computing("backward", block):
-                    _backward_micro(call, inputs, outputs, grad_outputs, number)
+                changed = [] if call.kept else call.changed[number]
+                now = call.buffers.now(changed)
+                try:
+                    if call.kept:
+                        inputs, outputs = call.kept[number]
+                    else:
+                        micro = microbatch.slice_leaves(leaves, call.n_samples, start, stop)
+                        with runner.computing("recompute", block):
+                            inputs, outputs = _recompute(call, micro, number)
+                    with runner.computing("backward", block):
+                        _backward_micro(call, inputs, outputs, grad_outputs, number)
+                finally:
+                    call.buffers.put(now)
                 if call.kept:
                     call.kept[number] = ([], [])
                 for i, tensor in enumerate(inputs):
@@ -328,6 +339,7 @@ def _recompute(call: Call, micro: list[Any], number: int) -> tuple[list[torch.Te
         for context in call.contexts:
             stack.enter_context(context)
         _set_random_state(call.random_states[number], call.runner.device)
+        call.buffers.put(call.changed[number])
         inputs = _detach_inputs(call, micro)
         if not call.runner.uses_recipes:
             out_leaves = _run_micro(call, micro)
@@ -412,6 +424,7 @@ def _restore_inputs(ctx: Any) -> list[torch.Tensor]:
 
 def run_block(
     block: BlockRecord,
+    buffers: BlockBuffers,
     runner: Runner,
     forward: Callable[..., Any],
     args: tuple[Any, ...],
@@ -433,7 +446,7 @@ def run_block(
     ranges = microbatch.cut_points(n_samples, runner.micro_batches)
     if len(ranges) > 1:
         microbatch.check_unambiguous(leaves, n_samples)
-    call = Call(forward, block, runner, leaves, spec, positions, n_samples, ranges)
+    call = Call(forward, block, buffers, runner, leaves, spec, positions, n_samples, ranges)
     call.captured_keys = captured.wanted_keys()
     tensors = [leaves[i] for i in positions]
     # Blocks are trained even when their input needs no gradient (a frozen embedding): the anchor keeps the node.

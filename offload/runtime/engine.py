@@ -22,6 +22,7 @@ from offload.model.flat import FlatBuffer
 from offload.model.quantized import prepare_quantized
 from offload.runtime import hooks, taken_gradients, wiring
 from offload.runtime.assembly import Assembly, assemble, choose_device, steps_aside
+from offload.runtime.block_buffers import BlockBuffers
 from offload.runtime.block_function import run_block
 from offload.runtime.early_root import EarlyRoot
 from offload.runtime.gradient_norms import GradientNorms
@@ -121,9 +122,8 @@ class OffloadEngine(Uncopied):
         self._modules = [module for _, module in cut.blocks]
         for block, module in zip(self.blocks, self._modules, strict=True):
             block.trains = any(parameter.requires_grad for parameter in module.parameters())
-            hooks.replace_forward(
-                module, functools.partial(run_block, block, self), self.config.compile_blocks
-            )
+            run = functools.partial(run_block, block, BlockBuffers(block.name, module), self)
+            hooks.replace_forward(module, run, self.config.compile_blocks)
             self._handles += hooks.on_gradient(block, self._gradients.accumulate)
         self._handles += hooks.on_gradient(self.root, self._receive_root_gradient)
         owners = {name.rpartition(".")[0] for name, _ in cut.root}

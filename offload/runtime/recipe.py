@@ -168,6 +168,7 @@ class Recorder(TorchDispatchMode):
         self._output: dict[int, int] = {}
         self._why_not = ""
         self._depends_on_data = False
+        self._statistics: dict[int, list[int]] = {}
         self._entries: list[Entry] = []
         self._n_entered: dict[str, int] = defaultdict(int)
 
@@ -244,6 +245,11 @@ class Recorder(TorchDispatchMode):
         for number in writes:
             if not allocates:
                 self._writers.setdefault(number, []).append(index)
+        for number in reads:
+            for writer in self._statistics.get(number, ()):
+                self._ops[writer].may_skip = self._ops[writer].may_keep = False
+        for number in _running_statistics(func, args, kwargs, self._number):
+            self._statistics.setdefault(number, []).append(index)
         return result
 
     def _check_known(self, reads: list[int]) -> None:
@@ -276,6 +282,22 @@ class Recorder(TorchDispatchMode):
                     self._ops[index].may_keep = self._ops[index].may_skip = False
         order = sorted(self._saved.values(), key=lambda value: (value.op, value.output))
         return Recipe(self._ops, order, self._entries, self._why_not)
+
+
+def _running_statistics(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], number: Callable[[torch.Tensor], int]
+) -> list[int]:
+    """Storage numbers of the running statistics that `func` may write to: schemas of older norms do not say so."""
+    names = [argument.name for argument in func._schema.arguments]
+    if "running_mean" not in names:
+        return []
+    found = []
+    for name in ("running_mean", "running_var"):
+        position = names.index(name)
+        value = args[position] if position < len(args) else kwargs.get(name)
+        if isinstance(value, torch.Tensor):
+            found.append(number(value))
+    return found
 
 
 def _mutated(
