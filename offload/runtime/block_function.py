@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from offload.errors import UsageError
-from offload.model import captured, microbatch
+from offload.model import captured, microbatch, opaque
 from offload.runtime.block_buffers import BlockBuffers, Buffer
 from offload.runtime.recipe import SMALL_NBYTES, Recipe, Recorder
 from offload.runtime.recompute import Departed, Keeper, Replayer, following, recording
@@ -152,6 +152,8 @@ def _run_micro(call: Call, leaves: list[Any]) -> list[Any]:
     args, kwargs = pytree.tree_unflatten(leaves, call.spec)
     with _without_autocast_cache(), captured.apart(call.captured_keys) as collected:
         returned = call.forward(*args, **kwargs)
+    if not call.block.checked:
+        opaque.refuse_new_leaf(call.block.name, leaves, pytree.tree_leaves((args, kwargs)))
     out_leaves, call.out_spec = pytree.tree_flatten((returned, collected))
     call.n_captured = sum(map(len, collected.values()))
     return out_leaves
@@ -181,6 +183,8 @@ class _BlockFunction(torch.autograd.Function):
         for position, tensor in zip(call.tensor_positions, tensors, strict=True):
             leaves[position] = tensor
         call.contexts = _autocast_contexts(runner.device)
+        objects = opaque.opaque(leaves)
+        before = [*tensors, *opaque.given_in(block.name, objects, call.n_samples, len(call.ranges))]
         runner.begin_forward(block)
         outputs: list[list[Any]] = []
         try:
@@ -194,6 +198,9 @@ class _BlockFunction(torch.autograd.Function):
                         seen = call.buffers.look()
                         outputs.append(_forward_saving(call, micro))
                         call.changed.append(call.buffers.changed_since(seen))
+                opaque.refuse_new_in(block.name, "returns", opaque.opaque(outputs[-1]), [*before, *micro])
+                opaque.refuse_new_in(block.name, "writes to", objects, before)
+            block.checked = True
         finally:
             runner.end_forward(block)
         block.awaiting_backward.add(call)

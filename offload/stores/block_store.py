@@ -121,6 +121,8 @@ class BlockRecord:
     updated_since_step: bool = False
     trains: bool = False
     """Its module has trainable parameters, its own or the root's."""
+    checked: bool = False
+    """A training forward has shown that nothing leaves it past its results (model/opaque.py)."""
     in_use: int = 0
     """Uses of the parameters on the device that are going on."""
     host_in_use: int = 0
