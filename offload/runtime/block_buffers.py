@@ -71,23 +71,25 @@ class BlockBuffers:
         self._changes: dict[tuple[bool, ...], dict[_Key, bool]] = {}
         """Whether forward changes a buffer in place, by which of its modules are in training."""
 
-    @torch.no_grad()
     def look(self) -> Seen:
         """Before forward."""
-        tensors = {(i, n): t for i, owner in enumerate(self._owners) if owner for n, t in owner.items()}
-        if not tensors:
+        if not any(self._owners):
             return _NOTHING
+        tensors = {(i, n): t for i, owner in enumerate(self._owners) if owner for n, t in owner.items()}
         mode = tuple(module.training for module in self._modules)
         changes = self._changes.setdefault(mode, {})
-        values = {key: t.clone() for key, t in tensors.items() if t is not None and changes.get(key, True)}
+        with torch.no_grad():
+            values = {
+                key: t.clone() for key, t in tensors.items() if t is not None and changes.get(key, True)
+            }
         return Seen(mode, tensors, {key: _version(t) for key, t in tensors.items()}, values)
 
     def changed_since(self, seen: Seen) -> list[Buffer]:
         """After forward: what recomputation has to find in the buffers that were changed. Raises UsageError for a
         change in place that forward has not made before in this mode, because the values before it are gone."""
-        new = [(i, n) for i, owner in enumerate(self._owners) for n in owner if (i, n) not in seen.tensors]
-        if not seen.tensors and not new:
+        if seen is _NOTHING and not any(self._owners):
             return []
+        new = [(i, n) for i, owner in enumerate(self._owners) for n in owner if (i, n) not in seen.tensors]
         before = [Buffer(self._owners[i], name, _ABSENT, None) for i, name in new]
         changes = self._changes.get(seen.mode, {})
         for key, tensor in seen.tensors.items():
@@ -111,18 +113,17 @@ class BlockBuffers:
         return before
 
     @staticmethod
-    @torch.no_grad()
     def now(buffers: list[Buffer]) -> list[Buffer]:
         """The same ones as they are."""
         found = []
         for buffer in buffers:
             tensor = buffer.owner.get(buffer.name, _ABSENT)
             copied = buffer.values is not None and isinstance(tensor, torch.Tensor)
-            found.append(Buffer(buffer.owner, buffer.name, tensor, tensor.clone() if copied else None))
+            values = tensor.detach().clone() if copied else None
+            found.append(Buffer(buffer.owner, buffer.name, tensor, values))
         return found
 
     @staticmethod
-    @torch.no_grad()
     def put(buffers: list[Buffer]) -> None:
         """Let them be so again. Graphs that have saved one do not see it: it is what it was when they need it."""
         for buffer in buffers:
@@ -131,5 +132,6 @@ class BlockBuffers:
                 continue
             buffer.owner[buffer.name] = buffer.tensor
             if buffer.values is not None:
-                with torch.autograd.grad_mode._unsafe_preserve_version_counter(buffer.tensor):
+                keep_version = torch.autograd.grad_mode._unsafe_preserve_version_counter(buffer.tensor)
+                with torch.no_grad(), keep_version:
                     buffer.tensor.copy_(buffer.values)
