@@ -120,6 +120,11 @@ class OffloadEngine(Uncopied):
     def _attach(self, cut: Cut) -> None:
         """Take over the model: its blocks' forward, its gradients, its buffers."""
         self._modules = [module for _, module in cut.blocks]
+        segments = [
+            (b.trainable, s) for r in [*self.blocks, self.root] for b in r.layout.buffers for s in b.segments
+        ]
+        self._trained = {id(s.parameter) for trainable, s in segments if trainable}
+        self._frozen = [(s.name, s.parameter) for trainable, s in segments if not trainable]
         for block, module in zip(self.blocks, self._modules, strict=True):
             block.trains = any(parameter.requires_grad for parameter in module.parameters())
             run = functools.partial(run_block, block, BlockBuffers(block.name, module), self)
@@ -292,9 +297,22 @@ class OffloadEngine(Uncopied):
         if self._durable is not None:
             self._durable.wait(self._live_optimizer())
 
+    def trains(self, parameter: torch.Tensor) -> bool:
+        """Whether the parameter is the model's, and was trainable when it was wrapped."""
+        return id(parameter) in self._trained
+
+    def check_step(self) -> None:
+        """Raise UsageError where a step cannot be made, or would leave out a parameter that has been unfrozen."""
+        self.refuse_unless_open()
+        for name, parameter in self._frozen:
+            if parameter.requires_grad:
+                raise UsageError(
+                    f"{name} was frozen when offload.wrap was called, and no step would change it: freeze it, or load "
+                    "the model again and unfreeze before offload.wrap"
+                )
+
     def optimizer_step(self) -> None:
         """Decide the updates of this step that have not been made during backward."""
-        self.refuse_unless_open()
         optimizer = self._live_optimizer()
         self._backward_open = False  # a backward that failed midway leaves it open
         store = self._assembly.resources.store

@@ -23,6 +23,8 @@ logger = logging.getLogger("offload")
 class Stepper(Protocol):
     """What `OffloadOptimizer` asks of the engine."""
 
+    def check_step(self) -> None: ...
+    def trains(self, parameter: torch.Tensor) -> bool: ...
     def optimizer_step(self) -> None: ...
     def discard_gradients(self) -> None: ...
 
@@ -59,6 +61,25 @@ class OffloadOptimizer(torch.optim.Optimizer):
     def _index_groups(self) -> None:
         self._group_of = {p: group for group in self.param_groups for p in group["params"]}
         self._number_of = {p: number for number, p in enumerate(self._group_of)}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters that were trainable when the model was wrapped. Raises UsageError for others."""
+        engine: Stepper | None = getattr(self, "engine", None)
+        if engine is None:
+            super().add_param_group(param_group)
+            return
+        given = param_group["params"]
+        group = {**param_group, "params": [given] if isinstance(given, torch.Tensor) else list(given)}
+        for entry in group["params"]:
+            parameter = entry[1] if isinstance(entry, tuple) else entry
+            if not engine.trains(parameter):
+                raise UsageError(
+                    f"add_param_group: no step would change a parameter of shape {tuple(parameter.shape)}, because it "
+                    "was frozen when offload.wrap was called, or is not the model's: load the model again and "
+                    "unfreeze before offload.wrap"
+                )
+        super().add_param_group(group)
+        self._index_groups()
 
     def state_dict(self) -> dict[str, Any]:
         """The groups' hyperparameters; `state` is empty, for moments and step counts live in the tiers."""
@@ -176,6 +197,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._used.clear()
         if self.engine is None:
             raise UsageError("this optimizer is not attached to a model; get it from offload.wrap")
+        self.engine.check_step()
         taken_gradients.refuse_by_hand(self._group_of)
         self.engine.optimizer_step()
         self.steps_made += 1

@@ -1,0 +1,117 @@
+"""What was frozen, or was not there, when the model was wrapped has no state: it is refused, never left as it is."""
+
+import pytest
+import torch
+from torch import nn
+
+import offload
+from offload.errors import UsageError
+
+WIDTH = 16
+PLACES = {
+    "streamed": {"step_aside": "never"},
+    "updates that wait": {"step_aside": "never", "max_grad_norm": 1.0},
+    "on the device": {"step_aside": "always"},
+}
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + torch.tanh(self.mix(x))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, WIDTH)
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.head = nn.Linear(WIDTH, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def start(directory, frozen, *, all_in_groups=False, **settings):
+    torch.manual_seed(0)
+    model = Model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    parameters = [p for p in model.parameters() if p.requires_grad or all_in_groups]
+    settings = {"device_memory": "50MB", "host_memory": "50MB", **settings}
+    return offload.wrap(model, torch.optim.AdamW(parameters), storage=[str(directory)], **settings)
+
+
+def step(model, optimizer):
+    model(torch.ones(4, 8)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("all_in_groups", [False, True])
+@pytest.mark.parametrize("frozen", ["first.", "layers.", "layers.1."])
+def test_a_parameter_that_is_unfrozen_later_is_refused_by_its_name_at_the_step(
+    tmp_path, frozen, all_in_groups, place
+):
+    model, optimizer = start(tmp_path, frozen, all_in_groups=all_in_groups, **PLACES[place])
+    step(model, optimizer)
+    unfrozen = next(name for name, _ in model.named_parameters() if name.startswith(frozen))
+    model.get_parameter(unfrozen).requires_grad_(True)
+    with pytest.raises(UsageError, match=f"{unfrozen} was frozen when offload.wrap was called"):
+        step(model, optimizer)
+    model.offload.close()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_group_of_parameters_that_no_step_would_change_is_refused(tmp_path, place):
+    model, optimizer = start(tmp_path, "layers.1.", **PLACES[place])
+    model.layers[1].requires_grad_(True)
+    new = nn.Linear(3, 5)
+    for parameters in (model.layers[1].parameters(), new.weight, [("bias", new.bias)]):
+        with pytest.raises(UsageError, match=r"frozen when offload\.wrap was called, or is not the model's"):
+            optimizer.add_param_group({"params": parameters})
+    assert len(optimizer.param_groups) == 1
+    model.layers[1].requires_grad_(False)
+    step(model, optimizer)
+    model.offload.close()
+
+
+def test_a_group_of_parameters_that_were_trainable_is_added(tmp_path):
+    """One was in no group yet: without it, the first step is refused."""
+    torch.manual_seed(0)
+    expected = Model()
+    torch.manual_seed(0)
+    model = Model()
+    head = list(model.head.parameters())
+    rest = [p for n, p in model.named_parameters() if not n.startswith("head")]
+    settings = {"device_memory": "50MB", "host_memory": "50MB", "step_aside": "never"}
+    model, optimizer = offload.wrap(model, torch.optim.SGD(rest, lr=0.5), storage=[str(tmp_path)], **settings)
+    optimizer.add_param_group({"params": head, "lr": 0.25})
+    groups = [
+        {"params": list(expected.parameters())[:-2]},
+        {"params": expected.head.parameters(), "lr": 0.25},
+    ]
+    plain = torch.optim.SGD(groups, lr=0.5)
+    for _ in range(2):
+        step(model, optimizer)
+        step(expected, plain)
+    got = model.state_dict()
+    assert all(torch.equal(got[name], tensor) for name, tensor in expected.state_dict().items())
+    model.offload.close()
+
+
+def test_a_step_after_close_is_told_that_the_engine_is_closed(tmp_path):
+    model, optimizer = start(tmp_path, "layers.1.", step_aside="never")
+    step(model, optimizer)
+    model.offload.close()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with pytest.raises(UsageError, match="the offload engine is closed"):
+        optimizer.step()
