@@ -206,7 +206,7 @@ class _BlockFunction(torch.autograd.Function):
         block.awaiting_backward.add(call)
         _save_inputs(ctx, call, tensors)
         call.leaves = [None if isinstance(x, torch.Tensor) else x for x in call.leaves]
-        ctx.call = call
+        ctx.call, ctx.name, ctx.trains = call, block.name, block.trains
         results = _join_outputs(call, outputs)
         ctx.mark_non_differentiable(*[r for r in results if not _is_differentiable(r)])
         ctx.set_materialize_grads(False)
@@ -217,6 +217,7 @@ class _BlockFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[Any, ...]:
         call: Call = ctx.call
+        _refuse_other_backwards(ctx)
         runner, block = call.runner, call.block
         runner.refuse_unless_open()
         tensors = _restore_inputs(ctx)
@@ -257,6 +258,28 @@ class _BlockFunction(torch.autograd.Function):
             runner.end_backward(block)
         ctx.call = None
         return (None, None, *grads)
+
+
+def _refuse_other_backwards(ctx: Any) -> None:
+    """Raise UsageError for a backward whose results would not be torch's: a node gives its gradients once, none of
+    them can be differentiated again, and its parameters' go to the engine whoever asks."""
+    if ctx.call is None:
+        raise UsageError(
+            f"backward came to block {ctx.name} again through the same graph (retain_graph=True), and what the block "
+            "kept for it is gone: add the losses up and call backward once, or run forward again, all backwards of a "
+            "step but the last under `with model.offload.no_sync():`"
+        )
+    if torch.is_grad_enabled():
+        raise UsageError(
+            f"block {ctx.name}: its gradients cannot be differentiated again, as create_graph=True asks for; "
+            "step_aside='always' streams nothing and can"
+        )
+    if ctx.trains and not torch._C._will_engine_execute_node(ctx.next_functions[0][0]):
+        raise UsageError(
+            f"torch.autograd.grad, or backward(inputs=...), goes through block {ctx.name}, whose parameters would be "
+            "trained by it though nobody asked for their gradients: call backward(), and take the gradient of another "
+            "tensor in its register_hook or, of a leaf, from .grad; step_aside='always' streams nothing and can"
+        )
 
 
 def _forward_keeping(call: Call, micro: list[Any]) -> list[Any]:
