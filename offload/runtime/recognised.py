@@ -144,10 +144,13 @@ def recognise(source: torch.optim.Optimizer, moments: str) -> Recognised:
     if found is None and type(source).__name__ == "Lion":
         found = Recognised(kernel_rule("lion", moments), _lion)
     if found is None:
-        raise ConfigError(f"{type(source).__name__} is not supported: use one of {SUPPORTED}")
+        kind = f"{type(source).__module__}.{type(source).__qualname__}"
+        raise ConfigError(f"{kind} is not supported: use one of {SUPPORTED}")
     for group in source.param_groups:
         try:
             found.values(group)
+        except ConfigError:
+            raise
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{type(source).__name__}: a group lacks what it needs, or has it in another form: {error!r}"

@@ -122,3 +122,43 @@ def test_finetune_refuses_an_option_before_it_looks_at_the_model(tmp_path: pathl
         settings = {"storage": [str(tmp_path / "file")]}
     with pytest.raises(ConfigError, match=said):
         cli_settings.check(Settings(model=str(tmp_path / "no model"), data="", **settings))
+
+
+class Adafactor(torch.optim.Optimizer):
+    """As that of transformers: of a name that another optimizer, which is supported, has too."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 1e-3})
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda p: torch.optim.AdamW(p, amsgrad=True),
+            "amsgrad=True is not supported: it needs a third moment per parameter",
+        ),
+        (Adafactor, f"{__name__}.Adafactor is not supported: use one of torch.optim.AdamW"),
+    ],
+)
+def test_an_optimizer_that_is_not_supported_is_refused_in_one_sentence(make, said):
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(3)))
+    with pytest.raises(ConfigError) as refused:
+        offload.wrap(model, make(model.parameters()))
+    assert str(refused.value).startswith(said)
+
+
+def test_the_cache_of_a_model_is_on_again_after_close_and_after_a_refusal(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=16
+    )
+    model = transformers.LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ConfigError):
+        offload.wrap(model, optimizer, device="gpu")
+    assert model.config.use_cache
+    model, _ = offload.wrap(model, optimizer, storage=tmp_path, step_aside="never")
+    assert not model.config.use_cache
+    model.offload.close()
+    assert model.config.use_cache
