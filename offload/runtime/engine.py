@@ -8,7 +8,7 @@ import itertools
 import os
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ class OffloadEngine(Uncopied):
         self._handles: list[Any] = []
         self._state_handles: list[Any] = []
         """These stay after `close`, to refuse."""
+        self._undo: list[Callable[[], None]] = []
         self._modules: list[nn.Module] = []
         cut = cut_model(model, blocks)
         device = choose_device(model, config)
@@ -508,6 +509,10 @@ class OffloadEngine(Uncopied):
                     for segment in buffer.segments
                 ]
 
+    def when_closed(self, undo: Callable[[], None]) -> None:
+        """Let `close` call `undo()`."""
+        self._undo.append(undo)
+
     def close(self, *, remove: bool = False) -> None:
         """Finish what is in flight, drop the hooks and remove the store. The parameters are gone then.
 
@@ -530,5 +535,7 @@ class OffloadEngine(Uncopied):
             if self.commits is not None:
                 self.commits.join()
             self._detach()
+            for undo in self._undo:
+                undo()
             hooks.before_forward([*self._owning, *self._modules], self.refuse_unless_open)
             self._finalizer()

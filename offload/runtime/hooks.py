@@ -80,6 +80,21 @@ def on_gradient(
     return handles
 
 
+def stop_caching(model: nn.Module) -> Callable[[], None]:
+    """Turn the cache of a Hugging Face model off, which would grow twice when a block recomputes; what is returned
+    turns it on again if it was."""
+    config: Any = getattr(model, "config", None)
+    was_on = bool(getattr(config, "use_cache", False))
+    if was_on:
+        config.use_cache = False
+
+    def cache_again() -> None:
+        if was_on:
+            config.use_cache = True
+
+    return cache_again
+
+
 def stop_checkpointing(model: nn.Module) -> Callable[[], None]:
     """Turn the gradient checkpointing of a Hugging Face model off, since blocks recompute by themselves; what is
     returned turns it on again as it was."""

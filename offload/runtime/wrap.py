@@ -14,7 +14,7 @@ from offload.model.blocks import base_of
 from offload.model.causal_lm_loss import chunk_loss, why_not_chunked
 from offload.profiling.processor import has_bfloat16_products
 from offload.runtime.engine import OffloadEngine
-from offload.runtime.hooks import stop_checkpointing
+from offload.runtime.hooks import stop_caching, stop_checkpointing
 from offload.runtime.optimizer import OffloadOptimizer
 
 logger = logging.getLogger("offload")
@@ -54,9 +54,7 @@ def wrap(
     if chunked_loss and (reason := why_not_chunked(base_of(model))) is not None:
         raise ConfigError(f"chunked_loss=True: {reason}")
     wrapped = OffloadOptimizer(optimizer, config.optimizer_state)
-    hf_config = getattr(model, "config", None)
-    if getattr(hf_config, "use_cache", False):
-        hf_config.use_cache = False  # type: ignore[union-attr]  # a cache would grow twice when a block recomputes
+    cache_again = stop_caching(model)
     dtypes = {compute_dtype, *(p.dtype for p in model.parameters())}
     n_parameters = sum(p.numel() for p in model.parameters())
     checkpoint_again = stop_checkpointing(model)
@@ -65,6 +63,7 @@ def wrap(
         engine = OffloadEngine(model, wrapped, config, blocks, compute_dtype)
     except BaseException:
         checkpoint_again()
+        cache_again()
         if chunked is not None:
             chunked.remove()
         raise
@@ -72,6 +71,7 @@ def wrap(
         checkpoint_again()
     if torch.bfloat16 in dtypes and n_parameters >= SLOW_BFLOAT16_PARAMETERS and engine.device.type == "cpu":
         _warn_of_slow_bfloat16()
+    engine.when_closed(cache_again)
     wrapped.engine = engine
     model.zero_grad = engine.zero_grad  # type: ignore[method-assign]  # gradients are not where its own would look
     model.offload = engine  # type: ignore[assignment]  # documented attribute
