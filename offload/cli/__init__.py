@@ -190,7 +190,7 @@ def finetune_command(
     output: Annotated[
         str | None,
         typer.Option(
-            help="Write the trained model here, in bf16: a directory transformers loads.",
+            help="Write the trained model here, in the dtype it was computed in: a directory transformers loads.",
             rich_help_panel=_RESULT,
         ),
     ] = None,

@@ -267,7 +267,7 @@ def test_a_block_that_changes_its_operations_has_the_bits_of_a_graph_kept_whole(
 def test_what_has_no_room_is_recomputed(tmp_path):
     roomy = parameters_after(Block, tmp_path / "roomy", saved_activations="device")
     model, optimizer = wrap(Block, tmp_path / "tight", saved_activations="host")
-    model.offload.activations._left_nbytes["host"] = 3 * 8 * 256 * 4
+    model.offload.activations._left["host"].nbytes = 3 * 8 * 256 * 4
     torch.manual_seed(1)
     x = torch.randn(8, 64)
     losses = [step(model, optimizer, x) for _ in range(4)]
