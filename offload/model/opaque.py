@@ -8,6 +8,8 @@ untrained without a word, so such a call is refused.
 from __future__ import annotations
 
 import enum
+import functools
+import logging
 import types
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -18,6 +20,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from offload.errors import UsageError
+
+logger = logging.getLogger("offload")
 
 _PLAIN = frozenset(
     {type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.layout, slice}
@@ -101,3 +105,29 @@ def refuse_new_leaf(block_name: str, before: list[Any], after: list[Any]) -> Non
                 f"block {block_name} puts a tensor of shape {tuple(leaf.shape)} into a list or dictionary that it was "
                 "given: nobody outside would see it, or its gradient. Let the block return it"
             )
+
+
+def tell_of_left_behind(modules: Iterable[nn.Module]) -> None:
+    """Say once for each attribute that these modules, which have just run with gradients, hold a result in it: who
+    reads it outside of the block gets that of forward, which has no gradient. It may be meant for nobody."""
+    for module in modules:
+        for name, value in vars(module).items():
+            if name.startswith("_") or not isinstance(value, torch.Tensor | list | tuple | dict):
+                continue
+            if any(isinstance(x, torch.Tensor) and x.grad_fn is not None for x in pytree.tree_leaves(value)):
+                by_hook = {
+                    f"{name}_orig",
+                    f"{name}_g",
+                } & module._parameters.keys()  # torch's older norms of weights
+                if not by_hook:
+                    _tell_once(type(module).__qualname__, name)
+
+
+@functools.cache
+def _tell_once(kind: str, name: str) -> None:
+    logger.warning(
+        "%s leaves a result of its block's forward in its attribute %r. Outside of the block it has no gradient, so a "
+        "loss that is made of it trains nothing: let the block return it, or detach it if it is only looked at",
+        kind,
+        name,
+    )

@@ -240,6 +240,9 @@ class _BlockFunction(torch.autograd.Function):
                         micro = microbatch.slice_leaves(leaves, call.n_samples, start, stop)
                         with runner.computing("recompute", block):
                             inputs, outputs = _recompute(call, micro, number)
+                        if not block.recomputed and (module := _module(call)) is not None:
+                            opaque.tell_of_left_behind(module.modules())
+                        block.recomputed = True
                     with runner.computing("backward", block):
                         _backward_micro(call, inputs, outputs, grad_outputs, number)
                 finally:

@@ -123,6 +123,8 @@ class BlockRecord:
     """Its module has trainable parameters, its own or the root's."""
     checked: bool = False
     """A training forward has shown that nothing leaves it past its results (model/opaque.py)."""
+    recomputed: bool = False
+    """It has run once more for backward."""
     in_use: int = 0
     """Uses of the parameters on the device that are going on."""
     host_in_use: int = 0

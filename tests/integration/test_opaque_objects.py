@@ -1,6 +1,7 @@
 """A tensor whose gradient would end in an object that torch's pytree does not know is refused, not trained around."""
 
 import dataclasses
+import logging
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 import offload
 from offload.errors import UsageError
+from offload.model import opaque
 
 WIDTH = 16
 LR = 2.0**-4
@@ -172,3 +174,26 @@ def test_micro_batches_refuse_a_tensor_that_they_cannot_cut(tmp_path):
         UsageError, match=r"State that holds a tensor of shape \(4,\), which cannot be cut there"
     ):
         train(Telling, "attributes", tmp_path, micro_batches=2)
+
+
+class Leaving(Layer):
+    """An auxiliary loss in an attribute, and two things that only look like one."""
+
+    def __init__(self, kind):
+        super().__init__(kind)
+        self.mix = nn.utils.weight_norm(self.mix)
+
+    def forward(self, x, made):
+        x = self.compute(x)
+        self.aux = [x.square().mean()]
+        self.seen = x.detach()
+        return x
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_result_that_is_left_in_an_attribute_is_said_once_to_have_no_gradient(tmp_path, caplog):
+    opaque._tell_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="offload"):
+        train(Leaving, "known", tmp_path)
+    (said,) = (record.message for record in caplog.records if "attribute" in record.message)
+    assert said.startswith("Leaving leaves a result of its block's forward in its attribute 'aux'")
