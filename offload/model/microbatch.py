@@ -57,6 +57,16 @@ def slice_leaves(leaves: list[Any], n_samples: int, start: int, stop: int) -> li
     return [leaf[start:stop] if is_batched(leaf, n_samples) else leaf for leaf in leaves]
 
 
+def check_constant(parts: list[Any]) -> None:
+    """Refuse a number or text that a block returns, when it is not the same for all micro-batches."""
+    for part in parts[1:]:
+        if isinstance(part, (int, float, str)) and part != parts[0] and part == part:  # not NaN
+            raise UsageError(
+                f"micro-batches: a block returned {parts[0]!r} for one and {part!r} for another, and there is one "
+                "value for all: return a tensor of the batch, or use micro_batches=1 for this model"
+            )
+
+
 def join(parts: list[torch.Tensor], sizes: list[int], *, may_be_flat: bool = False) -> torch.Tensor:
     """Put micro-batch outputs together along the batch; `may_be_flat`: its dimension may be one with the next ones.
 

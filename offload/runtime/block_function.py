@@ -169,6 +169,7 @@ def _join_outputs(call: Call, outputs: list[list[Any]]) -> tuple[torch.Tensor, .
             call.constants.append(None)
             joined.append(microbatch.join(list(parts), sizes, may_be_flat=position >= n_returned))
         else:
+            microbatch.check_constant(list(parts))
             call.constants.append((parts[0],))
     return tuple(joined)
 

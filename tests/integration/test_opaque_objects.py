@@ -113,7 +113,7 @@ class Model(nn.Module):
             made = State(torch.arange(x.shape[0]), note="of the batch")
         for each in self.layers:
             x = each(x) if layer is Returning else each(x, made)
-            x = x[0] if layer is Telling else x
+            x = x[0] if layer in (Telling, Counting) else x
         return self.head(x if isinstance(x, torch.Tensor) else MAKE_AND_READ[self.kind][1](x))
 
 
@@ -197,3 +197,16 @@ def test_a_result_that_is_left_in_an_attribute_is_said_once_to_have_no_gradient(
         train(Leaving, "known", tmp_path)
     (said,) = (record.message for record in caplog.records if "attribute" in record.message)
     assert said.startswith("Leaving leaves a result of its block's forward in its attribute 'aux'")
+
+
+class Counting(Layer):
+    """A number that is another one for each part of a batch."""
+
+    def forward(self, x, made):
+        return self.compute(x), float(x.detach().sum())
+
+
+def test_a_number_that_differs_between_micro_batches_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"micro-batches: a block returned .* for another"):
+        train(Counting, "known", tmp_path, micro_batches=2)
+    assert train(Counting, "known", tmp_path) == train(Counting, "known")
