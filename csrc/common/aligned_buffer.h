@@ -1,5 +1,6 @@
-// Page-aligned anonymous memory of an exact size, returned on destruction. A forked child finds zeros there, but for what
-// is kept: pages that are registered for transfers would be copied for it, and others one by one as the parent writes.
+// Page-aligned anonymous memory of an exact size, returned on destruction. A forked child finds zeros there, but for
+// what is kept: pages that are registered for transfers would be copied for it, and others one by one as the parent
+// writes.
 #pragma once
 
 #include <sys/mman.h>
