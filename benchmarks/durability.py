@@ -129,6 +129,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     place = os.path.join(arguments.storage, f"durability-{os.getpid()}")
+    os.mkdir(place)
     budgets = {"device_memory": arguments.device_memory, "host_memory": arguments.host_memory}
     names = ["checkpoint", "checkpoint_flushed", "step", "step_verified", "step_unverified"]
     names.append("step_without_checksums")

@@ -105,6 +105,7 @@ class Failing:
 
 
 def make_run(place, level):
+    place.mkdir(exist_ok=True)
     run = Run(storage=[str(place / "store")], durability=level, layers=2, **BUDGETS)
     run.model.offload.track(**run.tracked)
     return run

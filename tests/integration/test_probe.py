@@ -122,9 +122,10 @@ def test_adam_rates_are_of_the_size_of_torchs_fused_adam():
 def test_matmul_rates_are_of_the_size_of_one_square_product(dtype):
     side = 1024
     a, b = torch.ones(side, side, dtype=dtype), torch.ones(side, side, dtype=dtype)
-    plain = 2 * side**3 / min(compute_probe._repeat(lambda: a @ b, 0.3))
+    plain = [2 * side**3 / min(compute_probe._repeat(lambda: a @ b, 0.3))]
     found = compute_probe.matmul_flops_per_s([(side, side)], side, dtype, torch.device("cpu"), 0.5)
-    assert 0.1 * plain < found < 3 * plain
+    plain.append(2 * side**3 / min(compute_probe._repeat(lambda: a @ b, 0.3)))  # others may compute beside it
+    assert 0.1 * min(plain) < found < 3 * max(plain)
 
 
 def test_matrices_are_those_of_a_block():
