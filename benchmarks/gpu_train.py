@@ -43,6 +43,7 @@ from typing import Any
 
 import common
 import gpu_common
+import gpu_deepspeed
 import torch
 from gpu_common import Device, Rows
 from gpu_models import FAMILIES, Family
@@ -242,44 +243,10 @@ def ours(
 
 
 def deepspeed(case: Case, placement: str) -> Run:
-    """ZeRO-3 with optimizer and parameters in host memory or on NVMe, layers recomputed."""
-    try:
-        import deepspeed as peer
-    except ImportError as error:
-        raise offload.ConfigError(f"DeepSpeed cannot be imported: {error}") from error
-    os.environ |= {
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(29500 + os.getpid() % 1000),
-    }  # fmt: skip
-    nvme = placement == "deepspeed-nvme"
-    where: dict[str, Any] = {"device": "nvme" if nvme else "cpu", "pin_memory": True}
-    if nvme:
-        where |= {"nvme_path": case.storage, "buffer_count": 8}
-    config = {
-        "train_micro_batch_size_per_gpu": case.batch,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,
-        "bf16": {"enabled": True},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5}},
-        "steps_per_print": 1 << 30,
-        "zero_optimization": {
-            "stage": 3,
-            "overlap_comm": True,
-            "offload_param": {"device": "cpu", "pin_memory": True},
-            "offload_optimizer": where,
-        },
-        "aio": {"block_size": 1 << 20, "queue_depth": 32, "intra_op_parallelism": 4},
-    }
-    model = case.family.make(recompute=True)
-    engine, *_ = peer.initialize(model=model, model_parameters=model.parameters(), config=config)
-
-    def step(tokens: torch.Tensor) -> torch.Tensor:
-        loss = case.family.loss(engine, tokens)
-        engine.backward(loss)
-        engine.step()
-        return loss.detach()
-
-    return Run(step, recomputes=True, close=engine.destroy)
+    """ZeRO-3, layers recomputed."""
+    nvme_path = case.storage if placement == "deepspeed-nvme" else None
+    step, close = gpu_deepspeed.zero3(case.family, case.batch, nvme_path)
+    return Run(step, recomputes=True, close=close)
 
 
 def make_run(case: Case, placement: str) -> Run:
