@@ -34,6 +34,7 @@ from offload.runtime.recording import computing, named, recording
 from offload.runtime.resident import place_adapters
 from offload.runtime.saves import SavesBeside
 from offload.runtime.state_dicts import StateDicts, Uncopied
+from offload.runtime.trained_parameters import TrainedParameters
 from offload.runtime.training_state import Stateful, checked_stateful
 from offload.stores.activations import Tier
 from offload.stores.block_store import BlockRecord
@@ -121,11 +122,7 @@ class OffloadEngine(Uncopied):
     def _attach(self, cut: Cut) -> None:
         """Take over the model: its blocks' forward, its gradients, its buffers."""
         self._modules = [module for _, module in cut.blocks]
-        segments = [
-            (b.trainable, s) for r in [*self.blocks, self.root] for b in r.layout.buffers for s in b.segments
-        ]
-        self._trained = {id(s.parameter) for trainable, s in segments if trainable}
-        self._frozen = [(s.name, s.parameter) for trainable, s in segments if not trainable]
+        self._trained = TrainedParameters([*self.blocks, self.root])
         for block, module in zip(self.blocks, self._modules, strict=True):
             block.trains = any(parameter.requires_grad for parameter in module.parameters())
             run = functools.partial(run_block, block, BlockBuffers(block.name, module), self)
@@ -300,17 +297,12 @@ class OffloadEngine(Uncopied):
 
     def trains(self, parameter: torch.Tensor) -> bool:
         """Whether the parameter is the model's, and was trainable when it was wrapped."""
-        return id(parameter) in self._trained
+        return parameter in self._trained
 
     def check_step(self) -> None:
         """Raise UsageError where a step cannot be made, or would leave out a parameter that has been unfrozen."""
         self.refuse_unless_open()
-        for name, parameter in self._frozen:
-            if parameter.requires_grad:
-                raise UsageError(
-                    f"{name} was frozen when offload.wrap was called, and no step would change it: freeze it, or load "
-                    "the model again and unfreeze before offload.wrap"
-                )
+        self._trained.refuse_unfrozen()
 
     def optimizer_step(self) -> None:
         """Decide the updates of this step that have not been made during backward."""
