@@ -252,3 +252,28 @@ def tiny(options: argparse.Namespace, **settings: Any) -> None:
 def replaced(shape: Any, **sizes: Any) -> Any:
     """The shape with other sizes."""
     return dataclasses.replace(shape, **sizes)
+
+
+class Clock:
+    """Shares the script's time, of which `used_s` are gone, among the rows that are still to be made."""
+
+    def __init__(self, options: argparse.Namespace, n_rows: int, used_s: float = 0.0) -> None:
+        self._end_s = time.monotonic() + options.seconds - used_s
+        self._row_seconds = options.row_seconds
+        self._n_rows = n_rows
+
+    @property
+    def left_s(self) -> float:
+        """Of the script's time."""
+        return self._end_s - time.monotonic()
+
+    def made(self, row: dict[str, Any], options: argparse.Namespace) -> None:
+        """Let the next rows know how much of their time goes before their first step: as much as for any so far."""
+        options.construction_s = max(options.construction_s, row.get("construction_s", 0.0))
+
+    def next_row(self, options: argparse.Namespace) -> bool:
+        """Give `options.row_seconds` this row's share; whether there is time for one at all."""
+        left_s = self.left_s
+        options.row_seconds = min(self._row_seconds, left_s / self._n_rows)
+        self._n_rows -= 1
+        return left_s > 3.0

@@ -93,7 +93,7 @@ def main() -> None:
         rows = Rows(options, "gpu_profile", directory, device)
         placements = options.placements.split(",")
         cases = list(gpu_train.cases(options, device, directory))
-        clock = gpu_train.Clock(options, len(placements) * len(cases), gpu_common.process_age_s())
+        clock = gpu_common.Clock(options, len(placements) * len(cases), gpu_common.process_age_s())
         for case in cases:
             for placement in placements:
                 if clock.next_row(options):

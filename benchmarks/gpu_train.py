@@ -45,7 +45,7 @@ import common
 import gpu_common
 import gpu_deepspeed
 import torch
-from gpu_common import Device, Rows
+from gpu_common import Clock, Device, Rows
 from gpu_models import FAMILIES, Family
 from llama_shaped import SHAPES
 from torch import nn
@@ -370,31 +370,6 @@ def row_of(case: Case, placement: str) -> dict[str, Any]:
     row["budget_gb"] = row["device_budget_bytes"] / 1e9 if "device_budget_bytes" in row else None
     found = gpu_common.floors(case.hardware, case.workload, case.batch, hardware_flops, row["moved"])
     return gpu_common.with_floors(row, found)
-
-
-class Clock:
-    """Shares the script's time, of which `used_s` are gone, among the rows that are still to be made."""
-
-    def __init__(self, options: argparse.Namespace, n_rows: int, used_s: float = 0.0) -> None:
-        self._end_s = time.monotonic() + options.seconds - used_s
-        self._row_seconds = options.row_seconds
-        self._n_rows = n_rows
-
-    @property
-    def left_s(self) -> float:
-        """Of the script's time."""
-        return self._end_s - time.monotonic()
-
-    def made(self, row: dict[str, Any], options: argparse.Namespace) -> None:
-        """Let the next rows know how much of their time goes before their first step: as much as for any so far."""
-        options.construction_s = max(options.construction_s, row.get("construction_s", 0.0))
-
-    def next_row(self, options: argparse.Namespace) -> bool:
-        """Give `options.row_seconds` this row's share; whether there is time for one at all."""
-        left_s = self.left_s
-        options.row_seconds = min(self._row_seconds, left_s / self._n_rows)
-        self._n_rows -= 1
-        return left_s > 3.0
 
 
 def plain_seconds(path: str | None, case: Case) -> dict[str, float]:

@@ -124,7 +124,7 @@ def test_a_row_leaves_more_of_its_state_in_host_memory_where_making_the_model_ta
     """Ten seconds for a row, and a drive on which a step with all state on it takes four."""
     case = a_case(tmp_path, "--row-seconds", "10")
     case = with_drive(case)
-    clock = gpu_train.Clock(case.options, 2)
+    clock = gpu_common.Clock(case.options, 2)
     assert gpu_train.host_share_within(case) == pytest.approx(1 - 2.5 / 4, abs=0.02)
     clock.made({"construction_s": 6.0}, case.options)
     clock.made({"error": "out of memory"}, case.options)
@@ -144,7 +144,7 @@ def test_a_row_with_all_state_on_storage_is_left_out_where_its_steps_take_longer
     for seconds in (10, 20):  # two for the first state's way to the drive and four a step
         case = with_drive(a_case(tmp_path))
         case.options.seconds = seconds
-        gpu_train.rows_of(case, ["storage+all"], rows, gpu_train.Clock(case.options, 1))
+        gpu_train.rows_of(case, ["storage+all"], rows, gpu_common.Clock(case.options, 1))
     assert "takes 14 s at least" in told[0]["not_run"]
     assert made == ["storage+all"]
 
