@@ -157,7 +157,7 @@ def transfers_of_two_steps(place, monkeypatch, mode):
     return counted["read_ops"] + counted["write_ops"], {**MODES[mode], **budgets}
 
 
-@pytest.mark.parametrize("mode", slow_but(["backward", "emulated"], MODES))
+@pytest.mark.parametrize("mode", slow_but(["emulated"], MODES))
 def test_every_failing_transfer_leaves_the_last_committed_step(tmp_path, ideal, monkeypatch, mode):
     """For every n of a two-step run: the n-th transfer fails; the store opens and goes on with the right numbers."""
     losses, _ = ideal

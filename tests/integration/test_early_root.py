@@ -7,7 +7,7 @@ from torch import nn
 import offload
 from offload.errors import UsageError
 from offload.runtime.scheduler import Scheduler
-from tests.conftest import batches, build, two_groups
+from tests.conftest import batches, build, slow_but, two_groups
 from tests.cuda import CUDA
 
 CHUNK = 4096
@@ -59,7 +59,7 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("device", ["cpu", "emulated", CUDA], indirect=True)
+@pytest.mark.parametrize("device", [*slow_but(["emulated"], ["cpu", "emulated"]), CUDA], indirect=True)
 def test_head_updated_during_backward_has_the_bits_of_one_updated_by_step(
     tmp_path, early_updates, device, accumulate
 ):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import offload
+from tests.conftest import slow_but
 from tests.families import FAMILIES, Family
 
 transformers = pytest.importorskip("transformers")
@@ -128,12 +129,14 @@ def check(name: str, mode: str, n_steps: int) -> None:
     assert result.reloads
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", slow_but(["GPT-2", "BERT", "Gemma 3", "Mixtral", "Phi", "T5", "ViT"], FAMILIES)
+)
 def test_a_family_trains_wholly_as_in_memory_and_its_export_reloads(name):
     check(name, "full", 2)
 
 
-@pytest.mark.parametrize("name", ["Llama", "GPT-2", "T5", "Mixtral"])
+@pytest.mark.parametrize("name", slow_but(["Llama", "T5"], ["Llama", "GPT-2", "T5", "Mixtral"]))
 def test_a_family_trains_adapters_as_in_memory_and_its_merged_export_reloads(name):
     check(name, "LoRA", 2)
 

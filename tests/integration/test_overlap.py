@@ -15,7 +15,7 @@ from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from offload.runtime.gradients import Gradients
 from offload.runtime.scheduler import Scheduler
 from offload.types import BlockState
-from tests.conftest import one_thread
+from tests.conftest import one_thread, slow_but
 from tests.integration.stack import differs, train_stack
 
 CHUNK = 4096
@@ -48,7 +48,7 @@ def expected():
         return train({"device_memory": "1GB", "host_memory": "1GB", "storage": [], "chunk_elements": CHUNK})
 
 
-@pytest.mark.parametrize("update", ["backward", "deferred"])
+@pytest.mark.parametrize("update", slow_but(["backward"], ["backward", "deferred"]))
 def test_with_every_wait_in_place_the_slow_store_gives_the_same_bits(tmp_path, expected, update):
     assert not differs(train(slow_store(tmp_path, update=update)), expected)
 

@@ -43,7 +43,7 @@ def in_memory(**same):
     [
         {},
         pytest.param({"max_grad_norm": 0.5}, marks=pytest.mark.slow),
-        {"update": "deferred"},
+        pytest.param({"update": "deferred"}, marks=pytest.mark.slow),
         pytest.param({"micro_batches": 2}, marks=pytest.mark.slow),
         {"micro_batches": 4, "max_grad_norm": 0.5},
     ],
@@ -163,7 +163,7 @@ def test_a_durable_step_writes_what_its_plan_says(tmp_path, host_memory):
     assert plan.predicted.bytes["written"] <= written <= plan.predicted.bytes["written"] + RECORD_NBYTES_FIXED
 
 
-@pytest.mark.parametrize("prefetch", [1, 2, 5])
+@pytest.mark.parametrize("prefetch", slow_but([1, 5], [1, 2, 5]))
 @pytest.mark.parametrize("update", ["backward", "deferred"])
 def test_what_a_device_of_its_own_moves_is_what_the_plan_and_the_formula_say(
     tmp_path, monkeypatch, prefetch, update

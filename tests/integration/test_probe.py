@@ -332,6 +332,7 @@ def test_a_probe_with_its_defaults_takes_less_than_a_minute(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_every_rule_of_update_has_its_rate():
     """Plain SGD keeps nothing; 8-bit moments are looked up and rounded."""
     rules = {rule.key: rule for rule in compute_probe.other_rules()}

@@ -136,12 +136,12 @@ def test_every_byte_of_the_root_crosses_the_bus_once_each_way():
     [
         {},
         pytest.param({"update": "deferred"}, marks=pytest.mark.slow),
-        {"max_grad_norm": 0.01},
+        pytest.param({"max_grad_norm": 0.01}, marks=pytest.mark.slow),
         pytest.param({"micro_batches": 2}, marks=pytest.mark.slow),
         {"durable": True},
-        {"dtype": torch.float32},
+        pytest.param({"dtype": torch.float32}, marks=pytest.mark.slow),
         {"optimizer": torch.optim.Adafactor},
-        {"optimizer": torch.optim.SGD},
+        pytest.param({"optimizer": torch.optim.SGD}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -27,7 +27,7 @@ ROOMY = {"host_memory": "50MB"}
 
 @pytest.mark.parametrize("device", ["cpu", "emulated", CUDA], indirect=True)
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("kind", slow_but(["llama", "gpt2"], ["llama", "gpt2", "qwen2", "bert"]))
+@pytest.mark.parametrize("kind", slow_but(["gpt2"], ["llama", "gpt2", "qwen2", "bert"]))
 def test_with_dropout_every_tier_has_the_bits_of_a_graph_kept_whole(tmp_path, kind, tier, device):
     expected = train_in_memory(kind, in_memory_on(device, activations="keep"), n_steps=4, dropout=0.1)
     settings = stored(tmp_path, device=device, saved_activations=tier, **ROOMY)

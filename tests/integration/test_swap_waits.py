@@ -24,7 +24,7 @@ from offload.tiers.emulated_device import EmulatedDevice
 from offload.tiers.host import Lease
 from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Ticket
-from tests.conftest import one_thread
+from tests.conftest import one_thread, slow_but
 from tests.cuda import CUDA, cudnn_attention, deterministic_cuda
 from tests.integration.test_exactness import (
     CHUNK,
@@ -251,7 +251,7 @@ def differs(got, expected):
     return any(not torch.equal(got[0][name], expected[0][name]) for name in expected[0])
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", slow_but([2], [1, 2]))
 @pytest.mark.parametrize("tier", ["host", "storage"])
 def test_with_every_wait_in_place_a_slow_bus_changes_no_number(tmp_path, tier, micro_batches):
     expected = train_blocks(

@@ -14,6 +14,7 @@ from offload.planner.plan import SPLIT_MASTER, Budgets
 from offload.planner.search import make_plan
 from offload.schedule.run import simulate_plan
 from offload.schedule.unroll import unroll
+from tests.conftest import slow_but
 from tests.planning import gpt, lohan_machine
 
 LAYERS = 8
@@ -218,7 +219,7 @@ def by_budget(device_nbytes, host_nbytes, deferred):
 
 
 @pytest.mark.parametrize("deferred", [False, True])
-@pytest.mark.parametrize("drive_bytes_per_s", [3e8, 3e9])
+@pytest.mark.parametrize("drive_bytes_per_s", slow_but([3e9], [3e8, 3e9]))
 def test_no_plan_is_slower_in_the_simulation_than_placement_by_budget(deferred, drive_bytes_per_s) -> None:
     """At equal memory for state: the planner counts working memory besides, placement by budget does not."""
     here = machine(drive_bytes_per_s=drive_bytes_per_s)

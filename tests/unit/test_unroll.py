@@ -79,7 +79,7 @@ def test_no_deferred_update_starts_before_the_step_has_closed() -> None:
         pytest.param(32, 12, 128, {}, marks=pytest.mark.slow),
         pytest.param(48, 3, 256, {}, marks=pytest.mark.slow),
         (48, 12, 768, {}),
-        (64, 12, 256, {"update": "deferred"}),
+        pytest.param(64, 12, 256, {"update": "deferred"}, marks=pytest.mark.slow),
     ],
 )
 def test_the_simulated_step_is_what_the_planner_expects_within_a_tenth(batch, drives, host_gb, fixed) -> None:
