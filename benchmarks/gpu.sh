@@ -15,7 +15,7 @@
 # Any of them can be named: benchmarks/gpu.sh build rates train. One table of all rows comes last (gpu_table.py).
 #
 # All of it takes at most SECONDS_MAX (540), which is short for all rows; docs/gpu.md has a plan for half an hour: 520 for
-# build tests rates profile, 520 for build train giant, 480 for build hf sweep, then another day build rates compile peer.
+# build tests rates profile, 520 for build train giant, 480 for build hf sweep, and another 520 for build rates compile peer.
 # A stage gets its weight's share of what is left when it begins, so that fast stages leave time to slow ones and a stage
 # alone has all of it; LIMIT=... bounds each. What a stage has not finished then is missing in the table; rows that were
 # made stay. The exit status is that of the first stage that failed.
@@ -213,7 +213,7 @@ done
 [ ! -e "$PROFILE" ] || cp "$PROFILE" "$RESULTS/gpu_hardware.json"
 echo "== all rows in $RESULTS"
 "$PYTHON" benchmarks/gpu_table.py "$RESULTS"
-if [ -n "${OUT:-}" ] && [ "$RESULTS" = "$OUT" ]; then  # few files come back from a machine that is lent
+if [ -n "${OUT:-}" ] && [ "$RESULTS" = "$OUT" ]; then  # one file is easier to fetch from a rented machine
   packed=$(mktemp)  # elsewhere: tar fails where its own file changes the directory
   tar -C "$RESULTS" -czf "$packed" --exclude=rows.tgz . && mv "$packed" "$RESULTS/rows.tgz" && rm -f "$RESULTS"/*.json
 fi
