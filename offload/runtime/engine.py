@@ -353,8 +353,9 @@ class OffloadEngine(Uncopied):
     def _plan_late(self) -> None:
         """The first step is over, and its batch is known; see runtime/late_plan.py."""
         late, self._late_plan = self._late_plan, None
-        if late is not None and (planned := late.make(self._modules)) is not None:
+        if late is not None and (planned := late.make(self._modules, self.activations)) is not None:
             self._planned, self.plan = planned, planned.plan
+            self.activations.allow_on_device(wiring.left_to_compute_nbytes(self._assembly))
 
     def discard_gradients(self) -> None:
         """Forget gradients that no step has consumed."""

@@ -2,8 +2,10 @@
 
 [Note: what is open then] State has been placed by budget, and micro-batches, slots and update mode are as configured:
 another number of micro-batches would change the order of additions. What backward keeps or computes again changes no
-bit, and is chosen now: on the device and in host memory where the budgets have room, never on storage, which would be
-worn by bytes that nobody asked for. Tracing a model takes about a second, so small steps are left as they are.
+bit, and is chosen now: on the device and in host memory where the budgets have room. Storage gets no tensor that it
+would not get without a plan, for it would be worn by bytes that nobody asked for: only block inputs for which the
+memory has no room, and never more of them. So there is a plan wherever the device holds what computes, and its
+simulated step is not longer than without. Tracing a model takes about a second, so small steps are left as they are.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from offload.errors import OffloadError
 from offload.model.blocks import base_of
 from offload.model.causal_lm_loss import has_chunked_loss
 from offload.planner.hardware import Drive, Hardware, load_hardware
-from offload.planner.plan import Budgets, Plan
+from offload.planner.in_room import Room, held_block, plans_in_room
+from offload.planner.plan import Outcome, Plan, state_format_of
 from offload.planner.rates import ADAM_DRAM_NBYTES, COPY_DRAM_NBYTES
 from offload.planner.report import plan_lines
-from offload.planner.search import make_plan
 from offload.planner.workload import Workload
 from offload.profiling import compute_probe
 from offload.profiling.stored import profile_path, stored_hardware
@@ -32,6 +34,8 @@ from offload.profiling.workload import profile_model
 from offload.runtime import hooks
 from offload.runtime.assembly import Assembly
 from offload.runtime.planning import RunPlan, fixed_choices
+from offload.schedule.fastest import fastest
+from offload.stores.activations import ActivationStore
 
 logger = logging.getLogger("offload")
 
@@ -39,7 +43,7 @@ STEP_FLOPS_MIN = 1e12
 """Steps of less arithmetic (6 FLOPs a parameter and token) are not planned for."""
 _PROBE_S = 0.25
 _DRIVE_BYTES_PER_S = 1e9
-"""Of a drive that was never measured. Nothing that is open depends on it; the predicted seconds do."""
+"""Of a drive that was never measured. It decides little of what is open; the predicted seconds depend on it."""
 PCIE_BYTES_PER_S = 24.8e9
 """PCIe 4 x16, page-locked. Measuring it would take memory that the budgets have given away."""
 _SUM_NBYTES = 32 << 20
@@ -65,10 +69,11 @@ class LatePlan:
             largest = max(tensors, key=lambda tensor: tensor.numel())
             self._batch = (n_samples, int(largest.shape[1]) if largest.dim() == 3 else 0)
 
-    def make(self, modules: list[nn.Module]) -> RunPlan | None:
+    def make(self, modules: list[nn.Module], activations: ActivationStore) -> RunPlan | None:
         """The plan, told line by line; None where none is worth its making, or none can be made.
 
-        `modules` are the blocks, whose forward is the model's own while it is traced.
+        `modules` are the blocks, whose forward is the model's own while it is traced. `activations` holds what waits
+        for backward: nothing now.
         """
         samples, tokens = self._batch or (0, 0)
         numel = sum(parameter.numel() for parameter in self._model.parameters())
@@ -78,7 +83,7 @@ class LatePlan:
             with hooks.own_forward(modules):
                 workload = profile_model(self._model, tokens, blocks=self._blocks)
             workload = replace(workload, whole_logits=not has_chunked_loss(base_of(self._model)))
-            plan = self._plan(workload, samples)
+            plan = self._plan(workload, samples, activations)
         except Exception as error:  # a model that we do not know may raise anything while it is traced
             level = logging.INFO if isinstance(error, OffloadError) else logging.WARNING
             logger.log(level, "what backward needs is recomputed, without a plan: %s", error)
@@ -87,50 +92,66 @@ class LatePlan:
             logger.info("%s", line)
         return RunPlan(plan, workload)
 
-    def _plan(self, workload: Workload, samples: int) -> Plan:
-        config, parts, placement = self._config, self._parts, self._parts.placement
-        n_blocks = len(parts.blocks)
-        budgets = Budgets(
-            device_memory_nbytes=parts.device_nbytes,
-            host_memory_nbytes=parts.host_nbytes,
-            storage_nbytes=None if config.storage else 0,
-            staging_nbytes=parts.resources.staging.numel(),
-            clips_gradients=config.max_grad_norm is not None,
-            durable_steps=config.durability == "step",
-        )
-        held, states = self._states_in_host()
-        fixed = {
-            **fixed_choices(config),
-            "micro_batches": min(config.micro_batches, samples),
-            "update": "deferred" if config.deferred else "backward",
-            "prefetch_blocks": max(1, placement.n_slots - 1),
-            "grad_buffers": max(1, placement.n_grad_buffers),
-            "params_host_fraction": sum(placement.params_in_host) / n_blocks,
-            "states_host_fraction": held,
-            "activations_host_fraction": 1.0,
-        }
-        if config.deferred:
-            fixed["grads_host_fraction"] = sum(placement.grads_in_host) / n_blocks
+    def _plan(self, workload: Workload, samples: int, activations: ActivationStore) -> Plan:
         hardware = self._hardware(workload)
-        plan = make_plan(workload, hardware, budgets, fixed, batch_samples=samples)
-        return plan.model_copy(
-            update={
-                "chunk_elements": config.chunk_elements,
-                "params_in_host": tuple(placement.params_in_host),
-                "grads_in_host": tuple(placement.grads_in_host),
-                "states_in_host": states,
-                "params_on_device": placement.params_on_device,
-            }
+        placed, room = self._placed(workload, hardware, samples), self._room(workload, samples, activations)
+        inputs: Outcome | None = fixed_choices(self._config).get("inputs")
+        plans = plans_in_room(placed, workload, hardware, room, inputs)
+        staging_nbytes = self._parts.resources.staging.numel()
+        return fastest(plans, workload, hardware, staging_nbytes=staging_nbytes)
+
+    def _placed(self, workload: Workload, hardware: Hardware, samples: int) -> Plan:
+        """The run as it is; of activations nothing is said."""
+        config, parts, placement = self._config, self._parts, self._parts.placement
+        numbers = range(len(parts.blocks))
+        deferred = tuple(numbers) if config.deferred else ()
+        plan = Plan(
+            model=workload.name,
+            hardware=hardware.name,
+            batch_samples=samples,
+            tokens_per_sample=workload.tokens_per_sample,
+            state_format=state_format_of(workload),
+            micro_batches=min(config.micro_batches, samples),
+            n_slots=max(1, placement.n_slots),
+            n_grad_buffers=max(1, placement.n_grad_buffers),
+            params_on_device=placement.params_on_device,
+            grads_once=parts.one_gradient_each,
+            durable_steps=config.durability == "step",
+            boundary_on_device=True,
+            deferred_blocks=deferred,
+            params_in_host=tuple(placement.params_in_host),
+            grads_in_host=tuple(placement.grads_in_host),
+            states_in_host=self._states_in_host(),
+            activations=tuple({} for _ in numbers),
+            activation_staging_nbytes=placement.activation_staging_nbytes,
+            chunk_elements=config.chunk_elements,
+        )
+        return plan.model_copy(update={"held_block": held_block(plan, has_storage=bool(config.storage))})
+
+    def _room(self, workload: Workload, samples: int, activations: ActivationStore) -> Room:
+        """What the placement has left, and what the first step has had of it."""
+        parts, placement = self._parts, self._parts.placement
+        sizes = {samples * block.input_nbytes_per_sample for block in workload.blocks}
+        return Room(
+            device_nbytes=parts.device_nbytes - placement.device_nbytes,
+            device_unplanned_nbytes=activations.left_nbytes("device"),
+            host_nbytes=activations.left_nbytes("host"),
+            host_inputs_nbytes=sum(map(activations.again_nbytes, sizes)),
+            has_storage=bool(self._config.storage),
+            held_nbytes={
+                "device": placement.device_nbytes,
+                "host": placement.host_nbytes,
+                "storage": placement.storage_nbytes,
+            },
         )
 
-    def _states_in_host(self) -> tuple[float, tuple[float, ...]]:
-        """The share of all optimizer state in host memory, and that of every block and the root."""
-        held, whole = [], []
+    def _states_in_host(self) -> tuple[float, ...]:
+        """The share of every block's optimizer state, and of the root's, that is in host memory."""
+        shares = []
         for record in [*self._parts.blocks, self._parts.root]:
-            whole.append(record.layout.state_nbytes)
-            held.append(sum(e.host.numel() for e in record.states.values() if e.host is not None))
-        shares = tuple(n / w if w else 1.0 for n, w in zip(held, whole, strict=True))
-        return sum(held) / max(1, sum(whole)), shares
+            held = sum(e.host.numel() for e in record.states.values() if e.host is not None)
+            shares.append(held / record.layout.state_nbytes if record.layout.state_nbytes else 1.0)
+        return tuple(shares)
 
     def _hardware(self, workload: Workload) -> Hardware:
         """The machine that was named or probed; else a quick look at this one."""

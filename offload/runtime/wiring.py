@@ -86,14 +86,22 @@ def make_durable_steps(
     return DurableSteps(commits, parts.root, parts.blocks, scheduler, stalls, limit)
 
 
+def left_to_compute_nbytes(parts: Assembly) -> int:
+    """Of what is free on the device, what no activation gets where no plan has counted what computes: half, on a device
+    with memory of its own."""
+    if parts.resources.device.shares_host:
+        return 0
+    return -(-(parts.device_nbytes - parts.placement.device_nbytes) // 2)
+
+
 def make_activations(
     parts: Assembly, config: Config, stalls: Stalls, spans: SpanLog, planned: bool
 ) -> ActivationStore:
-    """A device of its own leaves half of what is free to the block that is running, unless a plan has counted that."""
+    """Without a plan a part of what is free on the device is left to the block that is running."""
     if config.activations == "storage" and parts.resources.store is None:
         raise ConfigError("activations='storage' needs storage=[directory]")
     fixed: dict[str, Tier] = {"device": "device", "host": "host", "storage": "storage"}
-    spare_nbytes = parts.device_nbytes - parts.placement.device_nbytes
+    left_nbytes = 0 if planned else left_to_compute_nbytes(parts)
     return ActivationStore(
         parts.resources.device,
         parts.resources.copies,
@@ -101,7 +109,7 @@ def make_activations(
         stalls,
         spans,
         tier=fixed.get(config.activations),
-        device_nbytes=spare_nbytes if planned or parts.resources.device.shares_host else spare_nbytes // 2,
+        device_nbytes=parts.device_nbytes - parts.placement.device_nbytes - left_nbytes,
         spare_host=parts.spare_host,
         staging=parts.activation_staging,
         pin=config.pin,

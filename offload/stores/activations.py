@@ -170,6 +170,19 @@ class ActivationStore:
             return fits or bool(self._free_planes.get(nbytes))
         return self._left[tier].nbytes >= nbytes
 
+    def left_nbytes(self, tier: Literal["device", "host"]) -> int:
+        """What may still go to `tier`, of any kind; see `again_nbytes`."""
+        self._reap()
+        return self._left[tier].nbytes
+
+    def again_nbytes(self, nbytes: int) -> int:
+        """Host memory that tensors of `nbytes` have had and only such can have again."""
+        return len(self._free_planes.get(nbytes, ())) * round_up(nbytes, PAGE_NBYTES)
+
+    def allow_on_device(self, nbytes: int) -> None:
+        """So many bytes more: a plan has counted what computes beside them."""
+        self._left["device"].nbytes += nbytes
+
     def _tier_for(self, nbytes: int, fixed: Tier | None) -> Tier:
         wanted: list[Tier] = [fixed] if fixed else ["device", "host", "storage"]
         for tier in wanted:

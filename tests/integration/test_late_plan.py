@@ -1,4 +1,5 @@
-"""Without `batch=`, what backward needs is planned when the first step has shown its batch: same bits, more kept."""
+"""Without `batch=`, what backward needs is planned when the first step has shown its batch: same bits, more kept, and
+never more on storage."""
 
 import logging
 
@@ -23,16 +24,16 @@ def worth_it(monkeypatch, tmp_path):
     monkeypatch.setenv("OFFLOAD_PROFILE", str(tmp_path / "none.json"))
 
 
-def trained(tmp_path, n_steps=4, dtype=torch.bfloat16, dropout=0.0, **settings):
+def trained(tmp_path, n_steps=4, dtype=torch.bfloat16, dropout=0.0, shape=None, batch=None, **settings):
     """(parameters by name, engine)."""
-    model = build("llama", dtype, layers=4, dropout=dropout)
+    model = build("llama", dtype, **{"layers": 4, "dropout": dropout, **(shape or {})})
     model, optimizer = offload.wrap(
         model, two_groups(model), chunk_elements=4096, storage=[str(tmp_path)], step_aside="never",
         **{"device": "cpu", **ROOMY, **settings},
     )  # fmt: skip
-    for batch in batches(n_steps):
-        batch = batch.to(model.offload.device)
-        model(input_ids=batch, labels=batch).loss.backward()
+    for tokens in batches(n_steps, **(batch or {})):
+        tokens = tokens.to(model.offload.device)
+        model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     found = {name: p.cpu().clone() for block in model.offload.iter_blocks() for name, p in block}
@@ -110,6 +111,60 @@ def test_without_room_for_what_computes_training_goes_on_as_it_was_placed(tmp_pa
         _, engine = trained(tmp_path, n_steps=2, device_memory="600KB")
     assert engine.plan is None
     assert any("without a plan" in record.message for record in caplog.records)
+
+
+LARGE = {"batch": {"batch": 16, "length": 64, "vocab": 16}, "micro_batches": 16, "prefetch_blocks": 1}
+"""Steps whose activations are many times larger than the blocks."""
+
+
+def nbytes_of_a_step(engine, n_steps, first=None):
+    """Bytes of activations that a step has put into each tier, by the counters of the whole run; `first` are those of
+    a first step that was another."""
+    total = engine.activations.nbytes_by_tier
+    if first is None:
+        return {tier: total[tier] // n_steps for tier in total}
+    return {tier: (total[tier] - first[tier]) // (n_steps - 1) for tier in total}
+
+
+def planned_nbytes(engine, tier):
+    blocks = zip(engine._planned.workload.blocks, engine.plan.activations, strict=True)
+    return engine.plan.batch_samples * sum(
+        block.nbytes_by_tensor()[name]
+        for block, outcomes in blocks
+        for name, outcome in outcomes.items()
+        if outcome == tier
+    )
+
+
+def test_inputs_that_memory_does_not_hold_are_planned_for_and_no_more_of_them_go_to_storage(
+    tmp_path, worth_it
+):
+    more = {
+        **LARGE, "shape": {"layers": 12, "vocab": 16}, "device": "emulated", "device_memory": "2.4MB",
+        "host_memory": "900KB",
+    }  # fmt: skip
+    plain, before = trained(tmp_path, n_steps=3, plan="none", **more)
+    found, after = trained(tmp_path, n_steps=3, **more)
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    unplanned = nbytes_of_a_step(before, 3)
+    kept = nbytes_of_a_step(after, 3, first=unplanned)
+    assert unplanned["storage"] > 0
+    assert kept["storage"] == planned_nbytes(after, "storage") <= unplanned["storage"]
+    assert kept["device"] == planned_nbytes(after, "device") >= unplanned["device"]
+
+
+def test_a_device_with_memory_of_its_own_gives_activations_all_that_the_plan_has_counted(tmp_path, worth_it):
+    """Without a plan they have half of what is free."""
+    more = {
+        **LARGE, "shape": {"layers": 4, "vocab": 16}, "device": "emulated", "device_memory": "7MB",
+        "host_memory": "900KB",
+    }  # fmt: skip
+    _, before = trained(tmp_path, n_steps=1, plan="none", **more)
+    _, engine = trained(tmp_path, n_steps=2, **more)
+    kept = nbytes_of_a_step(engine, 2, first=nbytes_of_a_step(before, 1))
+    half_nbytes = (7_000_000 - engine.placement.device_nbytes) // 2
+    assert half_nbytes < 0.95 * planned_nbytes(engine, "device") <= kept["device"]
+    assert kept["storage"] == 0
 
 
 class Stack(nn.Module):
