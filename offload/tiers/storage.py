@@ -49,10 +49,11 @@ def _leftovers_hint(directory: str) -> str:
     )
 
 
-def _preallocate(path: str, descriptor: int, file_nbytes: int) -> None:
-    """Reserve the whole file, so that a full disk shows before training. Raises StoreError."""
+def _preallocate(path: str, descriptor: int, file_nbytes: int, reserved_nbytes: int = 0) -> None:
+    """Reserve the whole file, of which the first bytes may be so already, so that a full disk shows before training.
+    Raises StoreError."""
     try:
-        os.posix_fallocate(descriptor, 0, file_nbytes)
+        os.posix_fallocate(descriptor, reserved_nbytes, file_nbytes - reserved_nbytes)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise StoreError(
@@ -221,12 +222,15 @@ class Store:
     def grow(self, nbytes: int) -> None:
         """Add `nbytes` of capacity to the files (activation checkpoints, once their size is known).
 
-        Raises StoreError, the capacity unchanged, when a drive has no room.
+        Raises StoreError, the capacity unchanged, when a drive has no room or a file has been cut short, which growing
+        it would hide.
         """
+        self.check_intact()
         capacity_nbytes = self.capacity_nbytes + round_up(nbytes, PAGE_NBYTES)
         file_nbytes = self._file_nbytes_for(capacity_nbytes, len(self.paths))
         for path, descriptor in zip(self.paths, self._descriptors, strict=True):
-            _preallocate(path, descriptor, file_nbytes)
+            if file_nbytes > self._file_nbytes:
+                _preallocate(path, descriptor, file_nbytes, self._file_nbytes)
         self.capacity_nbytes, self._file_nbytes = capacity_nbytes, file_nbytes
 
     def counters(self) -> dict[str, int]:

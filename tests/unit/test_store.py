@@ -189,6 +189,34 @@ def test_a_file_cut_short_is_noticed_even_when_our_writes_made_it_grow_again(tmp
     store.close()
 
 
+@pytest.mark.fault
+@pytest.mark.parametrize("n_drives", [1, 2])
+def test_a_file_cut_short_is_noticed_before_the_store_grows_over_it(tmp_path, n_drives):
+    store = make_store(*[tmp_path / str(i) for i in range(n_drives)], nbytes=MIB)
+    os.truncate(store.paths[-1], 4096)
+    with pytest.raises(StoreError, match=f"{store.paths[-1]}: has been truncated"):
+        store.grow(MIB)
+    with pytest.raises(StoreError, match="has been truncated"):
+        store.check_intact()
+    store.close()
+
+
+def test_growing_reserves_only_what_is_new(tmp_path, monkeypatch):
+    store = make_store(tmp_path, nbytes=MIB)
+    reserved, reserve = [], os.posix_fallocate
+
+    def reserve_and_tell(descriptor, offset, nbytes):
+        reserved.append((offset, nbytes))
+        reserve(descriptor, offset, nbytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", reserve_and_tell)
+    before = store.file_nbytes
+    store.grow(MIB)
+    assert reserved == [(before, store.file_nbytes - before)]
+    assert os.path.getsize(store.paths[0]) == store.file_nbytes
+    store.close()
+
+
 def test_a_file_system_without_reservation_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(95, os.strerror(95))
