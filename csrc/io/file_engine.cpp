@@ -1,7 +1,10 @@
 #include "io/file_engine.h"
 
 #include <fcntl.h>
+#include <linux/fs.h>
 #include <linux/stat.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -34,6 +37,19 @@ std::size_t direct_alignment(int descriptor) {
   return kPageNbytes;
 }
 
+// What direct transfers are cut at. See [Note: any alignment].
+std::size_t direct_step(Op op, const File& file) {
+  if (op == Op::read) return file.alignment;
+  constexpr std::size_t most = 65536;  // of a network file system it is what one request carries
+  struct stat about {};
+  const std::size_t block = ::fstat(file.descriptor, &about) == 0 ? static_cast<std::size_t>(about.st_blksize) : 0;
+  return std::max({file.alignment, kPageNbytes, std::min(block, most)});
+}
+
+bool on_boundaries(const File& file, std::size_t step, const void* address, std::uint64_t offset) {
+  return offset % step == 0 && reinterpret_cast<std::uintptr_t>(address) % file.alignment == 0;
+}
+
 int open_file(Op op, const char* path, bool direct) {
   const int flags = (op == Op::read ? O_RDONLY : O_RDWR | O_CREAT) | O_CLOEXEC | (direct ? O_DIRECT : 0);
   return ::open(path, flags, 0644);
@@ -48,9 +64,16 @@ std::shared_ptr<const File> opened(Op op, const char* open_as, const std::string
 }
 
 void check_length(int descriptor, const std::string& path, std::size_t nbytes, std::uint64_t offset) {
-  const off_t end = ::lseek(descriptor, 0, SEEK_END);
-  if (end < 0) raise_errno(errno, "cannot find the end of " + path);
-  if (static_cast<std::uint64_t>(end) < offset + nbytes)
+  struct stat about {};  // lseek would move the descriptor's position, which may be the caller's too
+  std::uint64_t end = 0;
+  if (::fstat(descriptor, &about) != 0) raise_errno(errno, "cannot find the end of " + path);
+  if (S_ISREG(about.st_mode))
+    end = static_cast<std::uint64_t>(about.st_size);
+  else if (!S_ISBLK(about.st_mode))
+    raise_errno(ESPIPE, "cannot find the end of " + path);
+  else if (::ioctl(descriptor, BLKGETSIZE64, &end) != 0)
+    raise_errno(errno, "cannot find the end of " + path);
+  if (end < offset || end - offset < nbytes)
     raise_errno(EIO, path + " has " + std::to_string(end) + " bytes, " + std::to_string(offset + nbytes) +
                          " are to be read: it is not complete");
 }
@@ -79,8 +102,8 @@ FileEngine::~FileEngine() { close(); }
 std::shared_ptr<Ticket> FileEngine::submit(Op op, const std::string& path, void* address, std::size_t nbytes,
                                            std::uint64_t offset) {
   FilePtr direct = opened(op, path.c_str(), path, true);
-  const bool whole = direct && offset % direct->alignment == 0 && nbytes % direct->alignment == 0 &&
-                     reinterpret_cast<std::uintptr_t>(address) % direct->alignment == 0;
+  const std::size_t step = direct ? direct_step(op, *direct) : 1;
+  const bool whole = direct && on_boundaries(*direct, step, address, offset) && nbytes % step == 0;
   const FilePtr cached = whole ? nullptr : opened(op, path.c_str(), path, false);
   if (op == Op::read) check_length((whole ? direct : cached)->descriptor, path, nbytes, offset);
   return start(op, direct, cached, static_cast<char*>(address), nbytes, offset);
@@ -105,8 +128,8 @@ std::shared_ptr<Ticket> FileEngine::start(Op op, const FilePtr& direct, const Fi
                                           std::size_t nbytes, std::uint64_t offset) {
   OFFLOAD_CHECK(nbytes == 0 || address != nullptr, "a transfer needs an address");
   std::size_t head = 0;
-  if (direct && offset % direct->alignment == 0 && reinterpret_cast<std::uintptr_t>(address) % direct->alignment == 0)
-    head = nbytes / direct->alignment * direct->alignment;
+  const std::size_t step = direct ? direct_step(op, *direct) : 1;
+  if (direct && on_boundaries(*direct, step, address, offset)) head = nbytes / step * step;
   std::vector<Piece> pieces;
   cut(op, direct, address, head, offset, pieces);
   cut(op, cached, address + head, nbytes - head, offset + head, pieces);

@@ -21,7 +21,8 @@ struct FileEngineOptions {
 
 // [Note: any alignment] What lies on the boundaries that the file system asks for goes with O_DIRECT. The rest (a
 // ragged end, or everything where memory or offset are off) goes through the page cache of the same file, which the
-// kernel keeps coherent with direct transfers.
+// kernel keeps coherent with direct transfers that have ended. Both at once in one block of the file system it does
+// not: it fails the next fsync. So a direct write is made of whole blocks, as they are cached.
 class FileEngine {
  public:
   explicit FileEngine(FileEngineOptions options);
@@ -30,7 +31,8 @@ class FileEngine {
   FileEngine& operator=(const FileEngine&) = delete;
 
   // Starts one transfer; never blocks on the device. A file to be written is made if it is not there, and keeps what it
-  // has outside the range. Throws std::system_error when it cannot be opened, or ends before the range to be read.
+  // has outside the range. Throws std::system_error when it cannot be opened, or ends before the range to be read, and
+  // in a forked process.
   std::shared_ptr<Ticket> submit(Op op, const std::string& path, void* address, std::size_t nbytes,
                                  std::uint64_t offset);
   // The same on a descriptor of the caller's, who may close it at once.
