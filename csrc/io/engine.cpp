@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <system_error>
-#include <thread>
 #include <utility>
 
 #include "common/aligned_buffer.h"
@@ -32,6 +31,7 @@ Engine::Engine(EngineOptions options) : options_(std::move(options)), direct_(op
     close_files();
     throw;
   }
+  door_->engine = this;
 }
 
 void Engine::make_backends() {
@@ -53,7 +53,13 @@ void Engine::make_backends() {
   }
 }
 
-Engine::~Engine() { close(); }
+Engine::~Engine() {
+  {
+    std::lock_guard<std::mutex> lock(door_->mutex);
+    door_->engine = nullptr;
+  }
+  close();
+}
 
 void Engine::open_files() {
   for (const std::string& path : options_.paths) {
@@ -86,22 +92,24 @@ std::shared_ptr<Ticket> Engine::submit_after(const std::shared_ptr<Ticket>& gate
                                              std::size_t nbytes, std::uint64_t offset, bool urgent) {
   check_transfer(address, nbytes, offset);
   auto ticket = std::make_shared<Ticket>(1);
-  const std::weak_ptr<Engine> weak = weak_from_this();
-  gate->on_complete([weak, ticket, op, address, nbytes, offset, urgent](const Error& error) {
-    auto engine = weak.lock();
-    if (error.code != 0 || engine == nullptr) {
-      ticket->settle_piece(error.code != 0 ? error : Error{ECANCELED, "the engine is closed"});
-      return;
+  gate->on_complete([door = door_, ticket, op, address, nbytes, offset, urgent](const Error& error) {
+    std::shared_ptr<Ticket> started;
+    Error refused = error;
+    if (refused.code == 0) {
+      std::lock_guard<std::mutex> lock(door->mutex);
+      try {
+        if (door->engine == nullptr)
+          refused = {ECANCELED, "the engine is closed"};
+        else
+          started = door->engine->submit(op, address, nbytes, offset, urgent);
+      } catch (const std::exception& thrown) {  // out of memory: nobody may be left waiting
+        refused = {ENOMEM, thrown.what()};
+      }
     }
-    try {
-      engine->submit(op, address, nbytes, offset, urgent)->on_complete([ticket](const Error& late) {
-        ticket->settle_piece(late);
-      });
-    } catch (const std::exception& thrown) {  // out of memory: nobody may be left waiting
-      ticket->settle_piece({ENOMEM, thrown.what()});
-    }
-    // The last reference must not go here: the engine would wait for this very thread.
-    if (engine.use_count() == 1) std::thread([last = std::move(engine)]() mutable { last.reset(); }).detach();
+    if (started)
+      started->on_complete([ticket](const Error& late) { ticket->settle_piece(late); });
+    else
+      ticket->settle_piece(refused);
   });
   return ticket;
 }

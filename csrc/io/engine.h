@@ -22,7 +22,7 @@ struct EngineOptions {
   std::shared_ptr<Faults> faults;
 };
 
-class Engine : public std::enable_shared_from_this<Engine> {
+class Engine {
  public:
   explicit Engine(EngineOptions options);
   ~Engine();
@@ -31,8 +31,8 @@ class Engine : public std::enable_shared_from_this<Engine> {
 
   // Starts one transfer; never blocks on the device. With O_DIRECT all three numbers are multiples of 4096.
   std::shared_ptr<Ticket> submit(Op op, void* address, std::size_t nbytes, std::uint64_t offset, bool urgent = false);
-  // The same, started when `gate` has completed; its error becomes this ticket's. Never starts after the engine is
-  // gone.
+  // The same, started when `gate` has completed; its error becomes this ticket's. Fails when the engine is gone by
+  // then; one that has started holds the engine's destructor up, as every transfer does.
   std::shared_ptr<Ticket> submit_after(const std::shared_ptr<Ticket>& gate, Op op, void* address, std::size_t nbytes,
                                        std::uint64_t offset, bool urgent = false);
   // False when the kernel refuses; transfers then go unregistered. The memory must stay mapped until close(): the
@@ -61,6 +61,12 @@ class Engine : public std::enable_shared_from_this<Engine> {
   const Counters& counters(std::size_t drive) const { return backends_[drive]->counters(); }
 
  private:
+  // Through which what waits for a gate finds the engine, or that there is none any more. Nothing but the engine's
+  // owners keeps it alive: it must not go on one of its own threads.
+  struct Door {
+    std::mutex mutex;
+    Engine* engine;  // null: gone
+  };
   static void check_transfer(const void* address, std::size_t nbytes, std::uint64_t offset);
   void open_files();
   void make_backends();
@@ -70,6 +76,7 @@ class Engine : public std::enable_shared_from_this<Engine> {
   std::string backend_name_, backend_reason_;
   bool direct_ = true;
   const int owner_pid_;
+  const std::shared_ptr<Door> door_ = std::make_shared<Door>();
   std::mutex close_mutex_;
   bool closed_ = false;
   struct File {

@@ -2,10 +2,13 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <cerrno>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -138,6 +141,43 @@ void errors(const std::string& backend) {
   ::unlink(options.paths[0].c_str());
 }
 
+// A transfer that a gate has let through is the engine's like any other: whoever gives the engine up waits for it. Were
+// the engine kept alive for it instead, it might go on its own thread, which cannot wait for itself.
+void an_engine_that_is_gone_has_no_transfers(const std::string& backend) {
+  EngineOptions options;
+  options.paths = {make_file("drive-e")};
+  options.backend = backend;
+  options.faults = std::make_shared<Faults>();
+  options.faults->power_loss_nth = ~std::uint64_t{0};  // never; but the lock is taken on the way to a transfer
+  {
+    AlignedBuffer buffer(kMib);
+    auto engine = std::make_shared<Engine>(options);
+    const auto gate = std::make_shared<Ticket>(1);
+    const auto gated = engine->submit_after(gate, Op::write, buffer.address(), kMib, 0);
+    std::unique_lock<std::mutex> held(options.faults->mutex);
+    std::thread opener([&] { gate->settle_piece({}); });
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));  // it is on its way now, and stopped there
+    std::atomic<bool> gone{false};
+    std::thread owner([&] {
+      engine.reset();
+      gone = true;
+    });
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    expect(!gone, "an engine that is gone has no transfers");
+    held.unlock();
+    opener.join();
+    owner.join();
+    expect(wait(gated) && gated->error().code == 0, "a transfer on its way is made before the engine goes");
+    const auto other = std::make_shared<Ticket>(1);
+    engine = std::make_shared<Engine>(options);
+    const auto late = engine->submit_after(other, Op::write, buffer.address(), kMib, 0);
+    engine.reset();
+    other->settle_piece({});
+    expect(late->done() && late->error().code == ECANCELED, "a gate that opens later starts nothing");
+  }
+  ::unlink(options.paths[0].c_str());
+}
+
 }  // namespace
 
 int main() {
@@ -158,6 +198,7 @@ int main() {
     registers_beside_transfers(backend);
     errors(backend);
     cancelling(backend);
+    an_engine_that_is_gone_has_no_transfers(backend);
   }
   return failures == 0 ? 0 : 1;
 }
