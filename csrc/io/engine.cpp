@@ -172,10 +172,10 @@ void Engine::reopen(std::vector<std::string> paths) {
     throw;
   }
   for (std::size_t drive = 0; drive < backends_.size(); ++drive) {
+    old_backends[drive]->close();  // first: both at once would lock twice the memory, which a limit may not allow
+    ::close(old_files[drive].descriptor);
     for (const auto& [address, nbytes] : registered_) backends_[drive]->register_buffer(address, nbytes);
     backends_[drive]->go_on_counting(*old_backends[drive]);
-    old_backends[drive]->close();
-    ::close(old_files[drive].descriptor);
   }
   if (!options_.faults) return;
   std::lock_guard<std::mutex> faults_lock(options_.faults->mutex);

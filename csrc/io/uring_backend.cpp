@@ -62,7 +62,10 @@ class UringBackend final : public Backend {
     thread_ = std::thread([this, set_up] {
       const int result = set_up_ring();
       set_up->set_value(result);
-      if (result == 0) loop();
+      if (result != 0) return;
+      loop();
+      // The ring's end would do so too, but some time after it: until then the memory stays locked.
+      if (!registered_.empty() && free_.size() == in_flight_.size()) io_uring_unregister_buffers(&ring_);
     });
     const int result = set_up->get_future().get();
     usable_ = result == 0;
