@@ -17,7 +17,12 @@ class PosixBackend final : public Backend {
  public:
   explicit PosixBackend(const BackendOptions& options) : Backend(options) {
     const unsigned n_threads = options.queue_depth < 4 ? options.queue_depth : 4;
-    for (unsigned i = 0; i < n_threads; ++i) threads_.emplace_back([this] { work(); });
+    try {
+      for (unsigned i = 0; i < n_threads; ++i) threads_.emplace_back([this] { work(); });
+    } catch (...) {  // the system has no room for more threads: those there are must end before their object does
+      close();
+      throw;
+    }
   }
   ~PosixBackend() override { close(); }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 
 import pytest
 
@@ -57,3 +59,22 @@ def test_buffers_stay_registered_with_other_files_where_they_can_be_locked_only_
         pytest.skip("the kernel refuses to register buffers here")
     assert status == 0, err
     assert int(out) >= 4096
+
+
+CROWDED = f"""{ALONE}
+used_nbytes = 4096 * int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (used_nbytes + int(sys.argv[3]), resource.RLIM_INFINITY))
+try:
+    C.Engine([sys.argv[2]], backend="posix")
+except OSError as error:
+    print(error.errno)
+"""
+
+
+def test_an_engine_that_gets_only_some_of_its_threads_is_an_error(tmp_path):
+    (path,) = make_files(tmp_path, 1, MIB)
+    stack_nbytes = resource.getrlimit(resource.RLIMIT_STACK)[0]
+    if stack_nbytes == resource.RLIM_INFINITY:
+        pytest.skip("the stack of a thread has no known size here")
+    status, out, err = run(CROWDED, _C.__file__, path, 5 * stack_nbytes // 2)
+    assert (status, out.strip()) == (0, str(errno.EAGAIN)), err
