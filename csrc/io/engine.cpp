@@ -10,6 +10,7 @@
 
 #include "common/aligned_buffer.h"
 #include "common/check.h"
+#include "common/forked.h"
 
 namespace offload::io {
 
@@ -91,6 +92,7 @@ void Engine::check_transfer(const void* address, std::size_t nbytes, std::uint64
 std::shared_ptr<Ticket> Engine::submit_after(const std::shared_ptr<Ticket>& gate, Op op, void* address,
                                              std::size_t nbytes, std::uint64_t offset, bool urgent) {
   check_transfer(address, nbytes, offset);
+  refuse_forked(owner_pid_);
   auto ticket = std::make_shared<Ticket>(1);
   gate->on_complete([door = door_, ticket, op, address, nbytes, offset, urgent](const Error& error) {
     std::shared_ptr<Ticket> started;
@@ -116,6 +118,7 @@ std::shared_ptr<Ticket> Engine::submit_after(const std::shared_ptr<Ticket>& gate
 
 std::shared_ptr<Ticket> Engine::submit(Op op, void* address, std::size_t nbytes, std::uint64_t offset, bool urgent) {
   check_transfer(address, nbytes, offset);
+  refuse_forked(owner_pid_);
   const std::size_t n_drives = backends_.size();
   std::vector<std::vector<Piece>> pieces(n_drives);
   std::size_t n_pieces = 0;
@@ -147,6 +150,7 @@ std::shared_ptr<Ticket> Engine::submit(Op op, void* address, std::size_t nbytes,
 }
 
 bool Engine::register_buffer(void* address, std::size_t nbytes) {
+  refuse_forked(owner_pid_);
   std::lock_guard<std::mutex> lock(close_mutex_);  // reopen() goes through what is registered, with other backends
   bool all = true;
   registered_.emplace_back(static_cast<char*>(address), nbytes);
@@ -155,6 +159,7 @@ bool Engine::register_buffer(void* address, std::size_t nbytes) {
 }
 
 void Engine::reopen(std::vector<std::string> paths) {
+  refuse_forked(owner_pid_);
   std::lock_guard<std::mutex> lock(close_mutex_);
   OFFLOAD_CHECK(!closed_, "the engine is closed");
   OFFLOAD_CHECK(paths.size() == files_.size(), "an engine goes on with as many files as it has");
@@ -183,6 +188,7 @@ void Engine::reopen(std::vector<std::string> paths) {
 }
 
 void Engine::sync() {
+  refuse_forked(owner_pid_);
   std::lock_guard<std::mutex> lock(close_mutex_);
   if (closed_) throw std::system_error(ECANCELED, std::generic_category(), "the engine is closed");
   for (std::size_t drive = 0; drive < files_.size(); ++drive) {

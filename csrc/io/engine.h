@@ -29,7 +29,8 @@ class Engine {
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
 
-  // Starts one transfer; never blocks on the device. With O_DIRECT all three numbers are multiples of 4096.
+  // Starts one transfer; never blocks on the device. With O_DIRECT all three numbers are multiples of 4096. Throws
+  // std::system_error in a forked process, where nobody would ever complete it; so do the others that wait.
   std::shared_ptr<Ticket> submit(Op op, void* address, std::size_t nbytes, std::uint64_t offset, bool urgent = false);
   // The same, started when `gate` has completed; its error becomes this ticket's. Fails when the engine is gone by
   // then; one that has started holds the engine's destructor up, as every transfer does.

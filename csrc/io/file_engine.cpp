@@ -14,6 +14,7 @@
 
 #include "common/aligned_buffer.h"
 #include "common/check.h"
+#include "common/forked.h"
 
 namespace offload::io {
 
@@ -101,6 +102,7 @@ FileEngine::~FileEngine() { close(); }
 
 std::shared_ptr<Ticket> FileEngine::submit(Op op, const std::string& path, void* address, std::size_t nbytes,
                                            std::uint64_t offset) {
+  refuse_forked(owner_pid_);
   FilePtr direct = opened(op, path.c_str(), path, true);
   const std::size_t step = direct ? direct_step(op, *direct) : 1;
   const bool whole = direct && on_boundaries(*direct, step, address, offset) && nbytes % step == 0;
@@ -111,6 +113,7 @@ std::shared_ptr<Ticket> FileEngine::submit(Op op, const std::string& path, void*
 
 std::shared_ptr<Ticket> FileEngine::submit(Op op, int descriptor, void* address, std::size_t nbytes,
                                            std::uint64_t offset) {
+  refuse_forked(owner_pid_);
   const std::string path = "file descriptor " + std::to_string(descriptor);
   const int flags = ::fcntl(descriptor, F_GETFL);
   const int own = flags < 0 ? -1 : ::fcntl(descriptor, F_DUPFD_CLOEXEC, 0);

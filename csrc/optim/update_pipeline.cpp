@@ -11,6 +11,7 @@
 #include "common/aligned_buffer.h"
 #include "common/check.h"
 #include "common/crc32c.h"
+#include "common/forked.h"
 #include "optim/chunk_sums.h"
 
 namespace offload::optim {
@@ -84,6 +85,7 @@ std::vector<UpdatePipeline::Part> UpdatePipeline::chunks_of(const UpdateJob& job
 }
 
 std::shared_ptr<io::Ticket> UpdatePipeline::submit(UpdateJob job) {
+  refuse_forked(owner_pid_);
   check(job, chunk_elements_, record_nbytes_per_element_, engine_ != nullptr);
   auto state = std::make_shared<JobState>();
   state->chunks = chunks_of(job);

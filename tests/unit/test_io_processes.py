@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import signal
 
 import pytest
 
 from offload import _C
-from offload._C import Arena
+from offload._C import Arena, FileEngine, Hyper, UpdateJob, UpdatePipeline
 from tests.child import run
-from tests.unit.test_io_engine import MIB, make_engine, make_files
+from tests.unit.test_io_engine import BACKENDS, MIB, make_engine, make_files
 
 # The extension alone: a child then starts in a moment.
 ALONE = """
@@ -78,3 +79,47 @@ def test_an_engine_that_gets_only_some_of_its_threads_is_an_error(tmp_path):
         pytest.skip("the stack of a thread has no known size here")
     status, out, err = run(CROWDED, _C.__file__, path, 5 * stack_nbytes // 2)
     assert (status, out.strip()) == (0, str(errno.EAGAIN)), err
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_forked_process_is_refused_what_nobody_would_complete(tmp_path, backend):
+    (path,) = make_files(tmp_path, 1, MIB)
+    engine, files = make_engine([path], backend), FileEngine(backend=backend)
+    arena, params, grads = Arena(MIB), Arena(8192), Arena(8192)
+    pipeline = UpdatePipeline(None, 2048, 1, 1, arena.address, arena.nbytes)
+    job = UpdateJob(
+        rule="sgd",
+        state_planes=[],
+        param_codec="fp32",
+        n_elements=2048,
+        param_address=params.address,
+        grad_address=grads.address,
+        segments=[(0, 2048, Hyper(0.1))],
+    )
+    asked = [
+        lambda: engine.read(arena.address, 4096, 0),
+        lambda: engine.write(arena.address, 4096, 0),
+        lambda: engine.register_buffer(arena.address, 4096),
+        lambda: engine.sync(),
+        lambda: engine.reopen([path]),
+        lambda: files.read(path, arena.address, 4096, 0),
+        lambda: files.write(path, arena.address, 4096, 0),
+        lambda: pipeline.submit(job),
+    ]
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(5)  # ends one that waits for ever
+        n_refused = 0
+        for ask in asked:
+            try:
+                ask()
+            except OSError as error:
+                n_refused += f"process {parent}, which this one was forked from" in str(error)
+        os._exit(n_refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == len(asked)
+    engine.write(arena.address, 4096, 0).wait(timeout_s=20)
+    pipeline.submit(job).wait(timeout_s=20)
+    pipeline.close()
+    engine.close()
