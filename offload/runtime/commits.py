@@ -5,6 +5,7 @@ been written: fdatasync; then the record of step n (which sides, their checksums
 the one of two slots that does not hold the record of step n - 1; fdatasync. Only then may an update of step n + 1
 write. A thread does this beside the forward pass of step n + 1. Updates that are due before it has ended are read and
 computed meanwhile, in as many chunks as there are chunk buffers: what they have made waits at `gate`, nobody else does.
+A run that goes on with the store of another flushes first: the other may have been killed before the second fdatasync.
 
 [Note: when state is read] What forward draws from or changes (random states, data positions, buffers) is read when
 `optimizer.step()` ends, before the next batch is drawn. What follows the step in the user's loop (learning rates and
@@ -29,6 +30,7 @@ from offload.runtime.verification import Verification
 from offload.stores.block_store import BlockRecord
 from offload.stores.sides import Sides, record_nbytes
 from offload.stores.state_image import chunks_of, param_piece, state_piece
+from offload.tiers.durable_files import naming
 from offload.tiers.encoding import dtype_name, encode
 from offload.tiers.host import HostArena
 from offload.tiers.manifest import Rule, fingerprint, frame, pack_checksums
@@ -106,6 +108,8 @@ class StepCommits:
         `checksums`: of each block's buffers, uint32 of shape (chunks, 2) of the side that the record names.
         """
         self.wait()
+        with naming(self._store.paths[0]):  # see [Note: commit order]
+            self._sync()
         for block, side, generation, of_buffers in zip(
             self._blocks, sides, generations, checksums, strict=True
         ):

@@ -99,3 +99,26 @@ def test_a_commit_is_flushed_before_its_record_and_after_it(tmp_path, monkeypatc
     assert done == ["flush", "record", "flush", *["current"] * n_sides]
     monkeypatch.undo()
     run.model.offload.close(remove=True)
+
+
+def test_a_record_that_a_killed_run_left_is_on_the_drives_before_its_store_goes_on(tmp_path, monkeypatch):
+    """The run may have been killed between its last record and the flush; then the next update overwrites the step
+    before, and a power loss would take both."""
+    first = durable(tmp_path / "d")
+    first.steps(3)
+    first.close()
+    second = durable(tmp_path / "d")
+    written, flushed, flush = second.model.offload.counters()["written_bytes"], [], StepCommits._sync
+
+    def noted(self):
+        flush(self)
+        flushed.append((list(self._store.paths), second.model.offload.counters()["written_bytes"]))
+
+    monkeypatch.setattr(StepCommits, "_sync", noted)
+    kept = [str(path) for path in (tmp_path / "d").glob("*.store")]
+    assert second.resume(tmp_path / "d").step == 3
+    ((paths, written_before),) = flushed
+    assert set(paths) < set(kept)  # the other one was the new run's own
+    assert written_before == written
+    monkeypatch.undo()
+    second.model.offload.close(remove=True)
