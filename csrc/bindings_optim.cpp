@@ -164,7 +164,7 @@ void bind_optim(py::module_& module) {
   module.def(
       "canonicalize_nan",
       [](std::uintptr_t values, std::size_t n) { optim::kernels().back().canonicalize_nan(at<float>(values), n); },
-      py::arg("values"), py::arg("n"));
+      py::arg("values"), py::arg("n"), py::call_guard<py::gil_scoped_release>());
 
   py::class_<Hyper>(module, "Hyper")
       .def(py::init([](double lr, double beta1, double beta2, double eps, double weight_decay, std::int64_t step,

@@ -1,5 +1,8 @@
 """The split-master codec is a bijection on all 2^32 patterns. See docs/adr/0003-split-master.md."""
 
+import threading
+import time
+
 import numpy as np
 import pytest
 
@@ -91,3 +94,24 @@ def test_a_canonical_nan_master_is_served_as_a_nan_where_a_raw_one_may_not_be():
 def test_an_unknown_instruction_set_is_refused_by_name():
     with pytest.raises(ValueError, match="sse9"):
         _C.split_master(0, 0, 0, 0, "sse9")
+
+
+def test_another_thread_goes_on_while_nans_are_made_canonical():
+    values = np.zeros(1 << 24, np.float32)
+    begun_s, ended_s = [], []
+
+    def work():
+        begun_s.append(time.perf_counter())
+        for _ in range(4):
+            _C.canonicalize_nan(values.ctypes.data, values.size)
+        ended_s.append(time.perf_counter())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    turns_s = []
+    while not ended_s:
+        turns_s.append(time.perf_counter())
+        time.sleep(0)
+    thread.join()
+    took_s = ended_s[0] - begun_s[0]
+    assert sum(begun_s[0] < turn_s < ended_s[0] for turn_s in turns_s) > 20, took_s
