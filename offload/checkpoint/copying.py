@@ -7,6 +7,7 @@ memory. (`copy_file_range` would do no more there, and on ext4 it copies through
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import struct
 from collections import deque
@@ -101,9 +102,10 @@ class StreamingCopy:
             self._hand_on()
 
     def _hand_on(self) -> None:
-        ticket, staging, item = self._reading.popleft()
+        ticket, staging, item = self._reading[0]
         if ticket is not None:
             ticket.wait()
+        self._reading.popleft()
         nbytes = item.piece.nbytes
         item.checksums[item.index] = crc32c(staging.data_ptr(), nbytes)
         if item.shared:
@@ -114,9 +116,18 @@ class StreamingCopy:
         self._writing.append((self._target.write(staging.data_ptr(), whole_nbytes, item.offset), staging))
 
     def _end_write(self) -> None:
-        ticket, staging = self._writing.popleft()
+        ticket, staging = self._writing[0]
         ticket.wait()
+        self._writing.popleft()
         self._free.append(staging)
+
+    def abandon(self) -> None:
+        """Wait for what is in flight, whatever becomes of it: the staging is others' afterwards."""
+        tickets = [*(ticket for ticket, _, _ in self._reading), *(ticket for ticket, _ in self._writing)]
+        for ticket in tickets:
+            with contextlib.suppress(OSError):
+                if ticket is not None:
+                    ticket.wait()
 
     def finish_reads(self) -> None:
         """Wait until everything that was added has left the place where it was."""

@@ -107,8 +107,7 @@ class ChunkReader:
 
     def _issue(self, buffer: Buffer, index: int) -> int:
         slot, self._next = self._next, 1 - self._next
-        for ticket in self._tickets[slot]:
-            ticket.wait()
+        self._end_reads(slot)  # a failure was of what nobody wants any more
         self._held[slot] = (id(buffer), index)
         address = self._arenas[slot].address
         self._tickets[slot] = [
@@ -146,15 +145,22 @@ class ChunkReader:
                 for index in range(-(-buffer.n_elements // self.manifest.chunk_elements)):
                     self.chunk(buffer, index)
 
-    def _verify(self, buffer: Buffer, index: int, slot: int) -> None:
-        try:
-            for ticket in self._tickets[slot]:
+    def _end_reads(self, slot: int) -> OSError | None:
+        """Wait for all reads into a piece, so that it may be read into again. The first failure."""
+        tickets, self._tickets[slot] = self._tickets[slot], []
+        failure: OSError | None = None
+        for ticket in tickets:
+            try:
                 ticket.wait()
-        except OSError as error:
+            except OSError as error:
+                failure = failure or error
+        return failure
+
+    def _verify(self, buffer: Buffer, index: int, slot: int) -> None:
+        failure = self._end_reads(slot)
+        if failure is not None:
             self._held[slot] = None
-            raise CorruptError(f"{self._paths[0]}: cannot be read: {error}") from error
-        finally:
-            self._tickets[slot] = []
+            raise CorruptError(f"{self._paths[0]}: cannot be read: {failure}") from failure
         for extent, offset, nbytes, place in self._ranges(buffer, index):
             expected = int(extent.checksums()[index])
             found = crc32c(self._arenas[slot].address + place, nbytes)

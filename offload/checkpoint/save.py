@@ -335,6 +335,7 @@ def _copy_now(engine: OffloadEngine, save: _Save) -> None:
         copy.finish()
     except BaseException:
         save.abandon()
+        copy.abandon()
         raise
     save.complete()
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import pathlib
 import stat
+import sys
+import threading
 import time
 
 import pytest
 import torch
 
 import offload
+from offload._C import Ticket
 from offload.checkpoint.copying import StreamingCopy
 from offload.checkpoint.read import ChunkReader, read_manifest
 from offload.errors import CheckpointError, ConfigError, CorruptError, StoreError, UsageError
@@ -213,6 +216,69 @@ with locked(sys.argv[1], exclusive=True):
     print("held", flush=True)
     time.sleep(60)
 """
+
+
+class OneReadFails:
+    """An engine whose first read fails at once; the others come late."""
+
+    def __init__(self, engine):
+        self._engine, self._gate, self.tickets = engine, Ticket(), []
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+    def read(self, address, nbytes, offset):
+        if not self.tickets:
+            threading.Timer(0.2, self._gate.complete).start()
+            self.tickets.append(Ticket())
+            self.tickets[0].complete("this read fails")
+        else:
+            self.tickets.append(self._engine.read(address, nbytes, offset, after=self._gate))
+        return self.tickets[-1]
+
+
+def test_nothing_is_read_into_staging_any_more_when_a_save_has_failed(tmp_path, monkeypatch):
+    """It is the update pipeline's, and training goes on."""
+    run = Run(storage=[str(tmp_path / "s")], chunk_buffers=4)
+    run.steps(1)
+    held = []
+
+    def made(source, target, ring):
+        held.append(OneReadFails(source))
+        return StreamingCopy(held[0], target, ring)
+
+    # The package has the function under the module's name.
+    monkeypatch.setattr(sys.modules["offload.checkpoint.save"], "StreamingCopy", made)
+    with pytest.raises(OSError, match="this read fails"):
+        run.save(tmp_path / "c")
+    assert len(held[0].tickets) > 1
+    assert all(ticket.done() for ticket in held[0].tickets)
+    monkeypatch.undo()
+    run.close()
+
+
+def test_a_piece_is_read_into_again_only_when_all_reads_into_it_have_ended(tmp_path, uninterrupted):
+    """One has failed while the other goes on: `inspect` reads the next chunk all the same."""
+    manifest = read_manifest(uninterrupted[2])
+    path = pathlib.Path(uninterrupted[2]) / manifest.files[0]
+    buffer = next(b for x in manifest.blocks for b in x.buffers if b.trainable)
+    waited = []
+
+    class Fails:
+        def wait(self):
+            raise OSError(5, "this read fails")
+
+    class GoesOn:
+        def wait(self):
+            waited.append(self)
+
+    with ChunkReader(manifest, [str(path)]) as reader:
+        reader.chunk(buffer, 0)
+        slot = reader._held.index((id(buffer), 0))
+        reader._tickets[slot] = [Fails(), GoesOn()]
+        with pytest.raises(CorruptError, match="this read fails"):
+            reader.chunk(buffer, 0)
+        assert len(waited) == 1
 
 
 def test_a_living_owner_is_named_and_a_dead_ones_lock_and_rest_are_taken_over(tmp_path):
