@@ -27,6 +27,7 @@ class PosixBackend final : public Backend {
   ~PosixBackend() override { close(); }
 
   void submit(std::vector<Piece> pieces) override {
+    const bool is_one = pieces.size() == 1;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       if (!closing_) {
@@ -34,7 +35,10 @@ class PosixBackend final : public Backend {
         pieces.clear();
       }
     }
-    changed_.notify_all();
+    if (is_one)
+      changed_.notify_one();  // the other threads would find nothing
+    else
+      changed_.notify_all();
     for (Piece& piece : pieces) fail(piece, ECANCELED, "the engine is closed");
   }
 
