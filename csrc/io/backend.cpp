@@ -1,6 +1,9 @@
 // What every backend does with a result: error, short, or done.
 #include "io/backend.h"
 
+#include <fcntl.h>
+#include <linux/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -18,6 +21,18 @@ namespace {
 constexpr unsigned kAttemptsMax = 64;
 constexpr int kPowerLossStatus = 137;
 }  // namespace
+
+std::size_t direct_alignment(int descriptor) {
+#ifdef STATX_DIOALIGN
+  struct statx about {};
+  if (::syscall(SYS_statx, descriptor, "", AT_EMPTY_PATH, STATX_DIOALIGN, &about) == 0 &&
+      (about.stx_mask & STATX_DIOALIGN) != 0 && about.stx_dio_offset_align != 0)
+    return std::max<std::size_t>(about.stx_dio_mem_align, about.stx_dio_offset_align);
+#else
+  (void)descriptor;
+#endif
+  return kPageNbytes;
+}
 
 void Backend::fail(Piece& piece, int code, const std::string& what) const {
   const std::string verb = piece.op == Op::read ? "read" : "write";

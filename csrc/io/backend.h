@@ -30,6 +30,10 @@ struct File {
   const std::size_t alignment;
 };
 
+// What direct transfers on the file need of memory, offset and length; a page where the kernel does not say (before
+// Linux 6.1).
+std::size_t direct_alignment(int descriptor);
+
 struct Piece {
   Op op;
   char* address;

@@ -69,6 +69,11 @@ void Engine::open_files() {
     if (direct) {
       descriptor = ::open(path.c_str(), O_RDWR | O_DIRECT | O_CLOEXEC);
       if (descriptor < 0 && errno == EINVAL) direct = false;  // tmpfs and some network file systems
+      // Sectors larger than what transfers are aligned to: each would be refused.
+      if (descriptor >= 0 && direct_alignment(descriptor) > kPageNbytes) {
+        ::close(descriptor);
+        direct = false;
+      }
     }
     if (!direct) descriptor = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
     if (descriptor < 0) throw std::system_error(errno, std::generic_category(), "cannot open " + path);

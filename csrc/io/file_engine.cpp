@@ -2,10 +2,8 @@
 
 #include <fcntl.h>
 #include <linux/fs.h>
-#include <linux/stat.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -22,20 +20,6 @@ namespace {
 
 [[noreturn]] void raise_errno(int code, const std::string& message) {
   throw std::system_error(code, std::generic_category(), message);
-}
-
-// What direct transfers on the file need of memory, offset and length; a page where the kernel does not say (before
-// Linux 6.1).
-std::size_t direct_alignment(int descriptor) {
-#ifdef STATX_DIOALIGN
-  struct statx about {};
-  if (::syscall(SYS_statx, descriptor, "", AT_EMPTY_PATH, STATX_DIOALIGN, &about) == 0 &&
-      (about.stx_mask & STATX_DIOALIGN) != 0 && about.stx_dio_offset_align != 0)
-    return std::max<std::size_t>(about.stx_dio_mem_align, about.stx_dio_offset_align);
-#else
-  (void)descriptor;
-#endif
-  return kPageNbytes;
 }
 
 // What direct transfers are cut at. See [Note: any alignment].

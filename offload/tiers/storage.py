@@ -146,9 +146,23 @@ class Store:
                 stripe_nbytes=stripe_nbytes,
             )
             engines.append(self.engine)
+            self._warn_unless_direct(direct)
         except BaseException:
             self._finalizer()
             raise
+
+    def _warn_unless_direct(self, asked: bool) -> None:
+        directories = dict.fromkeys(map(os.path.dirname, self.paths))
+        if (
+            asked
+            and not self.engine.direct
+            and not any(mount_of(directory).get("file_system") in IN_MEMORY for directory in directories)
+        ):
+            logger.warning(
+                "%s: a file system here, or its drive, has no direct I/O of 4096 bytes: transfers go through the page "
+                "cache, which takes time and memory",
+                ", ".join(directories),
+            )
 
     def _file_nbytes_for(self, capacity_nbytes: int, n_drives: int) -> int:
         """Bytes of each file: its stripes, and a page that stays unwritten (see `check_intact`)."""

@@ -45,3 +45,29 @@ def on_a_file(
         pytest.skip(f"mkfs.{kind}: {made.stderr.strip()}")
     with mounted(place, "-o", "loop", str(image)):
         yield place
+
+
+@contextlib.contextmanager
+def of_sectors(
+    place: pathlib.Path, image: pathlib.Path, nbytes: int, sector_nbytes: int
+) -> Iterator[pathlib.Path]:
+    """An XFS of so many bytes on a loop device with sectors of so many."""
+    program = shutil.which("mkfs.xfs")
+    if program is None or os.geteuid() != 0:
+        pytest.skip("needs root and mkfs.xfs")
+    with open(image, "wb") as file:
+        file.truncate(nbytes)
+    arguments = ["losetup", "--find", "--show", "--sector-size", str(sector_nbytes), str(image)]
+    attached = subprocess.run(arguments, capture_output=True, text=True)
+    if attached.returncode != 0:
+        pytest.skip(f"no such loop device here: {attached.stderr.strip()}")
+    device = attached.stdout.strip()
+    try:
+        sizes = ["-b", f"size={sector_nbytes}", "-s", f"size={sector_nbytes}"]
+        made = subprocess.run([program, "-q", *sizes, device], capture_output=True, text=True)
+        if made.returncode != 0:
+            pytest.skip(f"mkfs.xfs: {made.stderr.strip()}")
+        with mounted(place, device):
+            yield place
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)

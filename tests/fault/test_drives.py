@@ -38,6 +38,23 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(small_di
     assert files_in(small_disk) == []
 
 
+@pytest.mark.parametrize(("sector_nbytes", "direct"), [(4096, True), (16384, False)])
+def test_a_drive_of_any_sector_size_keeps_what_is_written(tmp_path, caplog, sector_nbytes, direct):
+    with disks.of_sectors(tmp_path / "disk", tmp_path / "image", 320 * MIB, sector_nbytes) as place:
+        store = make_store(place / "s", nbytes=4 * MIB)
+        arena = HostArena(2 * MIB)
+        arena.bytes_tensor.random_(0, 256)
+        before = arena.bytes_tensor[:MIB].clone()
+        offset = store.allocate(4096) + 4096
+        store.engine.write(arena.address, MIB, offset).wait(20)
+        store.engine.sync()
+        store.engine.read(arena.address + MIB, MIB, offset).wait(20)
+        assert arena.bytes_tensor[MIB:].equal(before)
+        assert store.engine.direct is direct
+        assert ("no direct I/O of 4096 bytes" in caplog.text) is not direct
+        store.close()
+
+
 def test_a_disk_that_fills_in_the_middle_of_preallocation_is_named_and_left_empty(small_disk, monkeypatch):
     """Another program takes the space between our look at it and our preallocation."""
     look = shutil.disk_usage
