@@ -103,7 +103,7 @@ optim::UpdateJob make_job(const std::string& rule, const std::vector<std::string
                           std::uintptr_t param_address, std::int64_t param_offset, bool read_param,
                           std::int64_t state_offset, std::uintptr_t state_host_address, std::size_t host_chunks,
                           std::uintptr_t grad_address, const std::string& grad_dtype, std::int64_t grad_offset,
-                          std::shared_ptr<io::Ticket> grad_gate, std::int64_t tag, bool reorders,
+                          std::shared_ptr<io::Ticket> grad_gate, std::int64_t tag, bool reorders, bool held,
                           std::int64_t param_out_offset, std::int64_t state_out_offset,
                           std::uintptr_t checksums_address, std::uintptr_t expected_address,
                           const std::vector<std::tuple<std::size_t, std::size_t, Hyper>>& segments,
@@ -127,6 +127,7 @@ optim::UpdateJob make_job(const std::string& rule, const std::vector<std::string
   job.grad_gate = std::move(grad_gate);
   job.tag = tag;
   job.reorders = reorders;
+  job.held = held;
   job.param_out_offset = param_out_offset;
   job.state_out_offset = state_out_offset;
   job.checksums = at<std::uint32_t>(checksums_address);
@@ -262,9 +263,10 @@ void bind_optim(py::module_& module) {
            py::arg("read_param") = false, py::arg("state_offset") = -1, py::arg("state_host_address") = 0,
            py::arg("host_chunks") = 0, py::arg("grad_address") = 0, py::arg("grad_dtype") = "float32",
            py::arg("grad_offset") = -1, py::arg("grad_gate") = py::none(), py::arg("tag") = -1,
-           py::arg("reorders") = false, py::arg("param_out_offset") = -1, py::arg("state_out_offset") = -1,
-           py::arg("checksums_address") = 0, py::arg("expected_address") = 0, py::arg("segments"),
-           py::arg("only") = std::vector<std::pair<std::size_t, std::size_t>>{}, py::arg("write_gate") = py::none());
+           py::arg("reorders") = false, py::arg("held") = false, py::arg("param_out_offset") = -1,
+           py::arg("state_out_offset") = -1, py::arg("checksums_address") = 0, py::arg("expected_address") = 0,
+           py::arg("segments"), py::arg("only") = std::vector<std::pair<std::size_t, std::size_t>>{},
+           py::arg("write_gate") = py::none());
 
   py::class_<optim::UpdatePipeline, PipelineHolder>(module, "UpdatePipeline")
       .def(py::init([](std::shared_ptr<io::Engine> engine, std::size_t chunk_elements, std::size_t n_buffers,

@@ -109,6 +109,7 @@ class UpdateJob:
         grad_gate: Ticket | None = None,
         tag: int = -1,
         reorders: bool = False,
+        held: bool = False,
         param_out_offset: int = -1,
         state_out_offset: int = -1,
         checksums_address: int = 0,

@@ -62,6 +62,8 @@ struct UpdateJob {
   std::int64_t tag = -1;  // comes back in the spans of its chunks
   // The turn to the next forward: jobs that have not begun are put in the order of their tags, which is that of use.
   bool reorders = false;
+  // Its result is needed late: until the turn its chunks are taken only where no other job's can be worked on.
+  bool held = false;
 
   std::size_t param_nbytes_per_element() const { return codec == Codec::split_bf16 ? 2 : 4; }
   std::size_t grad_nbytes_per_element() const { return grad_dtype == GradDtype::float32 ? 4 : 2; }

@@ -101,9 +101,12 @@ std::shared_ptr<io::Ticket> UpdatePipeline::submit(UpdateJob job) {
     std::lock_guard<std::mutex> lock(mutex_);
     OFFLOAD_CHECK(!closing_, "the update pipeline is closed");
     jobs_.push_back(state);
-    if (state->job.reorders)
-      std::stable_sort(jobs_.begin() + (next_index_ > 0 ? 1 : 0), jobs_.end(),
+    if (state->job.reorders) {
+      const bool has_begun = jobs_.front()->next > 0 && !jobs_.front()->job.held;
+      for (const auto& waiting : jobs_) waiting->job.held = false;
+      std::stable_sort(jobs_.begin() + (has_begun ? 1 : 0), jobs_.end(),
                        [](const auto& one, const auto& other) { return one->job.tag < other->job.tag; });
+    }
     if (next_ == nullptr) take_next_chunk();
   }
   changed_.notify_one();
@@ -155,22 +158,34 @@ bool UpdatePipeline::Chunk::overlaps(const Chunk& other) const {
   return false;
 }
 
-// Makes `next_` of the first job that has chunks left, with the bytes the chunk will touch. Called with the lock.
+// The first job that is not held; while its gradients are on their way, of the held ones whose gradients are there the
+// one that is needed first.
+std::deque<std::shared_ptr<UpdatePipeline::JobState>>::iterator UpdatePipeline::choose_job() {
+  const auto arrived = [](const JobState& state) { return !state.job.grad_gate || state.job.grad_gate->done(); };
+  const auto first = std::find_if(jobs_.begin(), jobs_.end(), [](const auto& state) { return !state->job.held; });
+  if (first != jobs_.end() && arrived(**first)) return first;
+  auto chosen = jobs_.end();
+  for (auto each = jobs_.begin(); each != jobs_.end(); ++each)
+    if ((*each)->job.held && arrived(**each) && (chosen == jobs_.end() || (*each)->job.tag < (*chosen)->job.tag))
+      chosen = each;
+  if (chosen != jobs_.end()) return chosen;
+  return first != jobs_.end() ? first : jobs_.begin();
+}
+
+// Makes `next_` of a job that has chunks left, with the bytes the chunk will touch. Called with the lock.
 void UpdatePipeline::take_next_chunk() {
   next_ = nullptr;
   if (jobs_.empty()) return;
+  const auto chosen = choose_job();
   auto chunk = std::make_shared<Chunk>();
-  chunk->job = jobs_.front();
-  const Part& part = chunk->job->chunks[next_index_];
+  chunk->job = *chosen;
+  const Part& part = chunk->job->chunks[chunk->job->next];
   chunk->index = part.index;
   chunk->idle = part.idle;
   const UpdateJob& job = chunk->job->job;
   const std::size_t start = chunk->index * chunk_elements_;
   chunk->n = std::min(chunk_elements_, job.n_elements - start);
-  if (++next_index_ == chunk->job->chunks.size()) {
-    jobs_.pop_front();
-    next_index_ = 0;
-  }
+  if (++chunk->job->next == chunk->job->chunks.size()) jobs_.erase(chosen);
   const auto range = [](std::uint64_t begin, std::uint64_t nbytes) { return Range{begin, begin + nbytes}; };
   const auto extent = [&](std::int64_t offset, std::size_t nbytes_per_element) {
     if (offset < 0) return Range{};

@@ -67,6 +67,7 @@ class UpdatePipeline {
   struct JobState {
     UpdateJob job;
     std::vector<Part> chunks;
+    std::size_t next = 0;  // of the chunks, to take
     std::size_t unfinished = 0;
     std::vector<Scalars> scalars;  // of each segment
     io::Error error;               // guarded by the pipeline's mutex
@@ -92,6 +93,7 @@ class UpdatePipeline {
   using ChunkPtr = std::shared_ptr<Chunk>;
 
   std::vector<Part> chunks_of(const UpdateJob& job) const;
+  std::deque<std::shared_ptr<JobState>>::iterator choose_job();
   void take_next_chunk();
   bool can_issue() const;
   bool drained() const { return next_ == nullptr && in_flight_.empty(); }
@@ -122,7 +124,6 @@ class UpdatePipeline {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::deque<std::shared_ptr<JobState>> jobs_;  // jobs that still have chunks to take
-  std::size_t next_index_ = 0;                  // in the chunks of jobs_.front()
   ChunkPtr next_;                               // the next chunk to read; null when every job is taken
   std::vector<ChunkPtr> in_flight_;             // chunks that own a buffer
   std::vector<char*> free_buffers_;
