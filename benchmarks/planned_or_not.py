@@ -126,7 +126,7 @@ def row_of(
         "n_slots": plan.n_slots,
         "n_grad_buffers": plan.n_grad_buffers,
         "params_on_device": plan.params_on_device,
-        "held_block": plan.held_block,
+        "held_blocks": plan.held_blocks,
         "unplanned_n_slots": unplanned.model.offload.placement.n_slots,
         "unplanned_params_on_device": unplanned.model.offload.placement.params_on_device,
         "same_losses": True,

@@ -6,7 +6,7 @@ resource, or a little longer where a second one is nearly as busy. Placement cou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -63,7 +63,7 @@ class Load:
     params_stay: Any = 0.0
     """1: parameters that are not in host memory stay in device memory, and are never on storage."""
     held: Any = 0.0
-    """1: the update of one block is made in the next forward (`Plan.held_block`)."""
+    """How many updates may be made in the next forward (`Plan.held_blocks`)."""
     serial_update: bool = False
     """The update's read, arithmetic and write follow each other instead of overlapping."""
 
@@ -276,8 +276,8 @@ class CostModel:
         held_back = states
         if self.durable_steps:
             written_back = held_back = trainable_params + sum(self.state_nbytes)
-        held = early * load.held / n_blocks
-        """The share of the state that the held update moves in the next forward."""
+        held = early * load.held / n_blocks if self.rates.shares_host else 0.0
+        """The share of the state that the held update moves in the next forward. Over a bus: see `_spread`."""
         root = self.workload.root_stored_numel
         root_states = f.state_of(root) - load.root_states_host_nbytes
         root_back = f.stored_of(root) if self.durable_steps else root_states
@@ -350,6 +350,11 @@ class CostModel:
         """Seconds of a step under `load`."""
         forward_traffic, backward_traffic, tail_traffic = self.traffic(load)
         forward, backward = self.seconds(forward_traffic), self.seconds(backward_traffic)
+        if not self.rates.shares_host:
+            forward_traffic, backward_traffic = self._spread(
+                load, forward_traffic, backward_traffic, backward
+            )
+            forward, backward = self.seconds(forward_traffic), self.seconds(backward_traffic)
         tail = self.seconds(tail_traffic)
         n_blocks = max(1, len(self.workload.blocks))
         one_update_s = self._one_update_s(load) if self.workload.blocks else 0.0
@@ -390,6 +395,28 @@ class CostModel:
             backward=backward,
             exposed={"update": one_update_s, "gradient": gradient_s, "launch": 2 * launches_s},
             traffic=(forward_traffic, backward_traffic, tail_traffic),
+        )
+
+    def _spread(
+        self, load: Load, forward: Traffic, backward: Traffic, backward_s: dict[str, Any]
+    ) -> tuple[Traffic, Traffic]:
+        """Of updates that may give way, as much in the next forward as would make backward longer than its compute."""
+        early = 1 - load.deferred_fraction
+        states = sum(self.state_nbytes) - load.states_host_nbytes
+        back = states
+        if self.durable_steps:
+            back = self.format.param_nbytes * self.trainable + sum(self.state_nbytes)
+        none = Traffic(0.0, 0.0, 0.0, early * states, early * back, early * self.trainable)
+        updates_s = self.seconds(none)
+        share: Any = 0.0
+        for name in ("storage", "cpu", "dram"):
+            excess_s = np.maximum(0.0, backward_s[name] - backward_s["compute"])
+            share = np.maximum(share, excess_s / np.maximum(updates_s[name], 1e-12))
+        share = np.minimum(share, load.held / max(1, len(self.workload.blocks)))
+        moved = {name: share * getattr(none, name) for name in ("read", "written", "updated")}
+        return (
+            replace(forward, **{name: getattr(forward, name) + value for name, value in moved.items()}),
+            replace(backward, **{name: getattr(backward, name) - value for name, value in moved.items()}),
         )
 
     def _one_update_s(self, load: Load) -> Any:

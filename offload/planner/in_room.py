@@ -57,13 +57,14 @@ class _Filled:
     """On the device, for inputs that come back."""
 
 
-def held_block(placed: Plan, *, has_storage: bool) -> int | None:
-    """The block whose update such a run holds until backward has ended (`Plan.held_block`)."""
+def held_blocks(placed: Plan, *, has_storage: bool) -> tuple[int, ...]:
+    """The block whose update such a run holds until backward has ended, where the device shares the host's memory
+    (`Plan.held_blocks`)."""
     block, n_buffers = len(placed.params_in_host) - 2, placed.n_grad_buffers * placed.grads_per_buffer
     if not has_storage or placed.deferred_blocks or n_buffers <= 2 or block + 2 < HOLDS_FROM_BLOCKS:
-        return None
+        return ()
     at_home = placed.params_on_device or placed.params_in_host[block]
-    return block if at_home and (placed.durable_steps or placed.states_in_host[block] < 1) else None
+    return (block,) if at_home and (placed.durable_steps or placed.states_in_host[block] < 1) else ()
 
 
 def plans_in_room(
@@ -270,7 +271,7 @@ class _InRoom:
             n_grad_buffers=base.n_grad_buffers,
             boundary_on_device=base.boundary_on_device,
             params_stay=float(base.params_on_device),
-            held=float(base.held_block is not None),
+            held=float(len(base.held_blocks)),
         )
 
 

@@ -45,6 +45,7 @@ class Placement:
     n_host_slots: int
     """Slots in host memory that storage is read into; 0 where the device shares the host's memory."""
     n_host_grad_buffers: int
+    """For gradients that have left a device with memory of its own, fp32; those of held updates among them."""
     params_in_host: list[bool]
     grads_in_host: list[bool]
     host_chunks: list[int]
@@ -56,6 +57,16 @@ class Placement:
     params_on_device: bool = False
     """Parameters that are not in host memory stay in device memory that storage's data can be read into: they are never
     stored."""
+    n_held: int = 0
+    """The gradients of so many blocks, the last ones, can wait in host memory while the updates of others are made."""
+
+
+def held_updates(left_nbytes: int, grad_nbytes: int, per_buffer: int, n_blocks: int) -> tuple[int, int]:
+    """(updates that may give way to others, fp32 buffers for their gradients) that half of `left_nbytes` pays for; the
+    other half is for activations and for gradients that wait. A buffer of `grad_nbytes` takes those of `per_buffer`
+    blocks."""
+    n_buffers = min(max(0, left_nbytes) // 2 // grad_nbytes, -(-n_blocks // per_buffer)) if grad_nbytes else 0
+    return min(n_blocks, n_buffers * per_buffer), n_buffers
 
 
 def _run_ahead(
@@ -106,6 +117,7 @@ def place(
     shares_host: bool = True,
     grads_per_buffer: int = 1,
     device_own_nbytes: int = 0,
+    held_max: int | None = None,
 ) -> Placement:
     """Fill the tiers with what saves most traffic per byte of memory (DESIGN.md section 5).
 
@@ -114,7 +126,8 @@ def place(
     needs a mirror of the root, host slots and host gradient buffers besides, and half of its memory is for what it
     computes with, unless `prefetch_blocks` asks for more slots. `grads_per_buffer` is how many blocks' gradients a
     gradient buffer holds: 2 where they are not fp32. `device_own_nbytes` of the device's memory are beside
-    `device_nbytes`: what its libraries take. Raises BudgetError with the smallest budgets.
+    `device_nbytes`: what its libraries take. `held_max`: no more updates than these give way to others. Raises
+    BudgetError with the smallest budgets.
     """
     slot = max((b.slot_nbytes for b in blocks), default=0)
     grad = max((b.grad_nbytes for b in blocks), default=0)
@@ -164,8 +177,13 @@ def place(
     params_in_host, grads_in_host, host_chunks, left = fill_host(
         blocks, root, left, deferred, params_elsewhere=params_on_device
     )
+    n_held = 0
     if not shares_host and all(params_in_host):
         left, n_host_slots = left + n_host_slots * slot, 0
+        if not deferred:
+            to_hold = len(blocks) if held_max is None else min(held_max, len(blocks))
+            n_held, more = held_updates(left, grad, grads_per_buffer, to_hold)
+            n_host_grads, left = n_host_grads + more, left - more * grad
     storage = 0
     for i, block in enumerate([*blocks, root]):
         storage += sum(block.state_chunk_nbytes[host_chunks[i] :])
@@ -184,6 +202,7 @@ def place(
         storage_nbytes=storage,
         activation_staging_nbytes=activation_staging,
         params_on_device=params_on_device,
+        n_held=n_held,
     )
 
 

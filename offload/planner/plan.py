@@ -164,8 +164,10 @@ class Plan(BaseModel):
     """Gradients come once a step, in bf16, and are used at once (runtime/gradients.py)."""
     durable_steps: bool = False
     """Whether every step is kept on storage: twice the bytes there, and all state is written in each."""
-    held_block: int | None = None
-    """The block whose update is held until backward has ended; storage then has work in the next forward."""
+    held_blocks: tuple[int, ...] = ()
+    """The next forward needs them last, so their updates give way to all others, and go on into it. Over a bus: the
+    last blocks, whose gradients wait in host memory of their own. Else one, whose update is held until backward has
+    ended, in its gradient buffer."""
     boundary_on_device: bool
     """Whether what flows from block to block (all micro-batches of it) stays on the device between blocks."""
     deferred_blocks: tuple[int, ...]

@@ -37,7 +37,7 @@ def plan_of(search: Search, chosen: Chosen, budgets: Budgets) -> Plan:
         params_on_device=bool(load.params_stay),
         grads_once=bool(search.model.grads_once(chosen.shape.micro_batches, n_deferred)),
         durable_steps=search.model.durable_steps,
-        held_block=_held_block(search, load, states_in_host),
+        held_blocks=_held_blocks(search, load, states_in_host),
         boundary_on_device=chosen.shape.boundary_on_device,
         deferred_blocks=tuple(deferred),
         params_in_host=params_in_host,
@@ -50,11 +50,14 @@ def plan_of(search: Search, chosen: Chosen, budgets: Budgets) -> Plan:
     )
 
 
-def _held_block(search: Search, load: Load, states_in_host: tuple[float, ...]) -> int | None:
-    """The last block but one, where its update can be held and has something to move."""
-    block = len(search.workload.blocks) - 2
+def _held_blocks(search: Search, load: Load, states_in_host: tuple[float, ...]) -> tuple[int, ...]:
+    """The last ones, over a bus; else the last but one, where its update can be held and has something to move."""
+    n_blocks = len(search.workload.blocks)
+    if not search.model.rates.shares_host:
+        return tuple(range(n_blocks - int(load.held), n_blocks))
+    block = n_blocks - 2
     moves = load.held and (search.model.durable_steps or states_in_host[block] < 1)
-    return block if moves else None
+    return (block,) if moves else ()
 
 
 def _placed(search: Search, load: Load) -> tuple[tuple[bool, ...], tuple[float, ...]]:

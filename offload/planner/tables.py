@@ -196,6 +196,19 @@ class Tables:
         found: Floats = (((late == 0) & (buffers > 2))[:, None] & at_home[None, :]).astype(np.float64)
         return found
 
+    def _held_over_bus(self, shape: Shape, left: Floats) -> tuple[Floats, Floats]:
+        """How many updates may give way to others, and the host memory that their gradients wait in: of what is `left`
+        as `placement.held_updates` takes it, where all parameters have memory of their own and no update waits."""
+        n_blocks, grad = len(self.model.slot_nbytes), max(self.model.grad_nbytes, default=0)
+        if self.model.rates.shares_host or not grad:
+            return np.zeros_like(left), np.zeros_like(left)
+        late = np.array([count for count, _ in self.waiting])
+        per_buffer = np.where(self.model.grads_once(shape.micro_batches, late), 2, 1)[:, None, None, None]
+        may = (late == 0)[:, None, None, None] & (self.params_counts == n_blocks)[None, None, None, :]
+        most = -(-n_blocks // per_buffer)
+        n_buffers = np.where(may, np.minimum(np.maximum(left, 0) // 2 // grad, most), 0.0)
+        return np.minimum(n_blocks, n_buffers * per_buffer), n_buffers * grad
+
     def kept_positions(self, order: Order, spare_nbytes: float, shape: Shape) -> npt.NDArray[np.int64]:
         """[saved set]: how many units, in order, stay on the device: all, or what leaves room for those that come back
         before they are used."""
@@ -245,6 +258,7 @@ class Tables:
         least_host = fixed + grads_host[first] + swapped_host
         rest = budgets.host_memory_nbytes - least_host
         params, states, placed_fits = self._place(rest)
+        held, held_nbytes = self._held_over_bus(shape, rest - params - states)
         root_states = np.minimum(states, self.root_states)
         stay = self.params_stay(shape.n_slots, budgets)
         load = Load(
@@ -261,7 +275,7 @@ class Tables:
             n_grad_buffers=shape.n_grad_buffers,
             boundary_on_device=shape.boundary_on_device,
             params_stay=stay[None, None, None, :],
-            held=self.holds(shape, stay)[:, None, None, :],
+            held=held if not model.rates.shares_host else self.holds(shape, stay)[:, None, None, :],
         )
         storage = (1 - stay) * (self.params_cum[-1] - params) + (self.states_cum[-1] - states)
         if model.durable_steps:
@@ -275,7 +289,8 @@ class Tables:
         if budgets.written_nbytes_per_step is not None:
             written: Any = sum(t.written for t in model.traffic(load))
             fits = fits & (written <= budgets.written_nbytes_per_step)
-        return Needs(device, kept[:, None] + ahead, least_host, params + states, storage, fits, load)
+        placed = params + states + held_nbytes
+        return Needs(device, kept[:, None] + ahead, least_host, placed, storage, fits, load)
 
     def _page_padding(self, shape: Shape, swapped_storage: Floats) -> Floats:
         """At most so many bytes more, since every tensor of a micro-batch lies on storage in whole pages."""

@@ -93,7 +93,7 @@ class OffloadEngine(Uncopied):
         self._optimizer = weakref.ref(optimizer)
         self._whole_gradients = optimizer.rule.whole_gradients
         """Whether an update needs all gradients of the root at once."""
-        holds = self.plan is None or self.plan.held_block is not None
+        holds = self.plan is None or bool(self.plan.held_blocks)
         self._scheduler = wiring.make_scheduler(parts, self.stalls, self.spans, pin=config.pin, holds=holds)
         self._gradients = self._scheduler.gradients
         self.saves = SavesBeside(self._scheduler)

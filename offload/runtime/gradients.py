@@ -181,7 +181,11 @@ class Gradients:
 
     def can_hold(self) -> bool:
         """Whether a block may keep its gradient buffer until backward has ended: two others go on without it."""
-        return len(self._buffers) > 2
+        return self._device.shares_host and len(self._buffers) > 2
+
+    def n_that_wait(self) -> int:
+        """For how many updates gradients that have left the device can wait: two others go on without their buffers."""
+        return max(0, len(self._out_buffers) - (4 if self.one_each else 2))
 
     def drop(self, block: BlockRecord) -> None:
         """Free a gradient buffer that nothing was added to."""
@@ -251,7 +255,7 @@ class Gradients:
     def _take(self, buffers: list[GradBuffer]) -> GradBuffer:
         """A buffer without owner; waits for the first that an update or a write gives back."""
         self._n_taken += 1
-        for buffer in sorted(buffers, key=lambda b: (b.owner is not None, b.taken)):
+        for buffer in sorted(buffers, key=_comes_back):
             owner = buffer.owner
             if owner is not None and owner.in_use:
                 continue
@@ -273,6 +277,8 @@ class Gradients:
             self._store.grow(nbytes)
             block.grad_offset = self._store.allocate(nbytes)
             return
+        if nbytes > self._spare_host.nbytes and self._lend(block):
+            return
         if nbytes > self._spare_host.nbytes:
             raise UsageError(
                 f"block {block.name}: its gradients have to wait for more of them, which takes {nbytes} bytes, and "
@@ -282,6 +288,24 @@ class Gradients:
         arena = HostArena(nbytes)
         self._device.page_lock(arena.address, arena.nbytes, self._pin)
         block.grad_host = arena.take(block.layout.grad_elements * 4).view(torch.float32)
+
+    def _lend(self, block: BlockRecord) -> bool:
+        """Give the block a buffer in host memory for good, of those beyond the two that all need."""
+        free = [buffer for buffer in self._out_buffers if buffer.owner is None and buffer.free_after.done()]
+        if self.one_each or not free or len(self._out_buffers) <= 2:
+            return False
+        self._out_buffers.remove(free[0])
+        block.grad_host = free[0].plane[: block.layout.grad_elements]
+        return True
+
+
+def _comes_back(buffer: GradBuffer) -> tuple[bool, bool, int]:
+    """Order of gradient buffers by when they can be had: free ones, then as they were taken, at last those of updates
+    that give way to others, which are made in the other direction."""
+    owner = buffer.owner
+    if owner is None:
+        return False, False, buffer.taken
+    return True, owner.gives_way, -buffer.taken if owner.gives_way else buffer.taken
 
 
 def _halves(buffers: list[GradBuffer]) -> list[GradBuffer]:

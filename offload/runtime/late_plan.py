@@ -23,7 +23,7 @@ from offload.errors import OffloadError
 from offload.model.blocks import base_of
 from offload.model.causal_lm_loss import has_chunked_loss
 from offload.planner.hardware import Drive, Hardware, load_hardware
-from offload.planner.in_room import Room, held_block, plans_in_room
+from offload.planner.in_room import Room, held_blocks, plans_in_room
 from offload.planner.plan import Outcome, Plan, state_format_of
 from offload.planner.rates import ADAM_DRAM_NBYTES, COPY_DRAM_NBYTES
 from offload.planner.report import plan_lines
@@ -126,7 +126,11 @@ class LatePlan:
             activation_staging_nbytes=placement.activation_staging_nbytes,
             chunk_elements=config.chunk_elements,
         )
-        return plan.model_copy(update={"held_block": held_block(plan, has_storage=bool(config.storage))})
+        if parts.resources.device.shares_host:
+            held = held_blocks(plan, has_storage=bool(config.storage))
+        else:
+            held = tuple(numbers)[len(parts.blocks) - placement.n_held :]
+        return plan.model_copy(update={"held_blocks": held})
 
     def _room(self, workload: Workload, samples: int, activations: ActivationStore) -> Room:
         """What the placement has left, and what the first step has had of it."""

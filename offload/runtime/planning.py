@@ -22,6 +22,7 @@ from offload.planner.placement import (
     BlockBytes,
     Placement,
     first_chunks,
+    held_updates,
     place,
 )
 from offload.planner.plan import INPUT, Budgets, Plan, state_format_of
@@ -282,7 +283,9 @@ def placement_of(
         deferred=bool(plan.deferred_blocks),
         prefetch_blocks=1,
         shares_host=shares_host,
+        grads_per_buffer=plan.grads_per_buffer,
         device_own_nbytes=device_own_nbytes,
+        held_max=len(plan.held_blocks),
     )
     fixed = root.slot_nbytes + root.grad_nbytes
     n_slots, n_grads = max(2, plan.n_slots), plan.n_grad_buffers
@@ -313,6 +316,10 @@ def placement_of(
         host.take_first(b.state_chunk_nbytes, fraction)
         for b, fraction in zip([*blocks, root], plan.states_in_host, strict=True)
     ]
+    n_held, n_held_buffers = 0, 0
+    if not shares_host and all(params):
+        n_held, n_held_buffers = held_updates(host.left, grad, plan.grads_per_buffer, len(plan.held_blocks))
+        host.left -= n_held_buffers * grad
     stored = sum(sum(b.state_chunk_nbytes[n:]) for b, n in zip([*blocks, root], chunks, strict=True))
     stays = plan.params_on_device and 0 < params.count(False) <= n_slots
     if not stays:
@@ -321,7 +328,7 @@ def placement_of(
         n_slots=n_slots,
         n_grad_buffers=n_grads,
         n_host_slots=0 if all(params) else n_host_slots,
-        n_host_grad_buffers=0 if shares_host else 2,
+        n_host_grad_buffers=0 if shares_host else 2 + n_held_buffers,
         params_in_host=params,
         grads_in_host=grads,
         host_chunks=chunks,
@@ -330,6 +337,7 @@ def placement_of(
         storage_nbytes=stored,
         activation_staging_nbytes=staging,
         params_on_device=stays,
+        n_held=n_held,
     )
 
 

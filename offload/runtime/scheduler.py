@@ -350,6 +350,10 @@ class Scheduler:
         self._held = block
         return True
 
+    def _gives_way(self, block: BlockRecord) -> bool:
+        """Whether others are updated before the block, whose gradients wait in host memory meanwhile."""
+        return not block.is_root and block.index >= len(self.blocks) - self.gradients.n_that_wait()
+
     def update_held(self, hyper_of: HyperOf) -> None:
         """Start the update that was held. The root's, which comes next, puts those under way in the order of use."""
         held, self._held = self._held, None
@@ -391,6 +395,7 @@ class Scheduler:
             parts = parts_of(block, segments_of)
             for part in parts:
                 part.gate = block.grad_gate
+        block.gives_way = self._gives_way(block)
         without_job = set(range(len(block.layout.buffers)))
         for part in parts:
             chunks = self._chunks_to_move(block, part, only)

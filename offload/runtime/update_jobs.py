@@ -139,6 +139,7 @@ def make_job(
         grad_gate=part.gate,
         tag=-1 if block.is_root else block.index,
         reorders=block.is_root,
+        held=block.gives_way,
         segments=segments,
         only=only,
         write_gate=write_gate,
@@ -148,7 +149,8 @@ def make_job(
 
 # [Note: the turn] Backward ends at block 0, forward begins with the root and block 0: what was handed over last is
 # wanted first. The root's update comes last of a step, and (`reorders`) puts those that have not begun in the order of
-# use (`tag`), so that forward goes on while the updates of later blocks are still being made.
+# use (`tag`), so that forward goes on while the updates of later blocks are still being made. Those of the last blocks
+# can give way to others from the start (`held`), where their gradients have host memory of their own to wait in.
 
 
 def other_side(block: BlockRecord, position: int) -> dict[str, Any]:

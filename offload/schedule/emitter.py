@@ -38,6 +38,7 @@ class Emitter:
         """What is alive is known, and nothing of it waits for a bus."""
         self.samples = plan.batch_samples / plan.micro_batches
         self.deferred = set(plan.deferred_blocks)
+        self.held = set(plan.held_blocks)
         self.step = 0
         state = plan.state_format
         self.update_dram = (
@@ -51,7 +52,8 @@ class Emitter:
         self.grads_ready: dict[int, Index] = {}
         """Per deferred block: where its gradients have arrived."""
         self.grad_buffers: deque[Index] = deque([None] * plan.n_grad_buffers * plan.grads_per_buffer)
-        self.grad_landing: deque[Index] = deque([None] * 2 * plan.grads_per_buffer)
+        n_landing = 2 * plan.grads_per_buffer + (0 if shares_host else len(plan.held_blocks))
+        self.grad_landing: deque[Index] = deque([None] * n_landing)
         self.out_window: deque[Index] = deque([None] * 2)
         self.spill_window: deque[Index] = deque([None] * 2)
         self.in_window: deque[Index] = deque([None] * 2)

@@ -40,6 +40,9 @@ def held_nbytes(
     if has_storage is None:
         has_storage = stored > 0
     need = _host_nbytes(plan, workload, shape, staging_nbytes, shares_host, has_storage)
+    if not shares_host:  # gradients of updates that give way
+        grad = max((state.grad_nbytes * b.stored_numel for b in workload.blocks), default=0)
+        need += -(-len(plan.held_blocks) // plan.grads_per_buffer) * grad
     return {
         "device": _device_nbytes(plan, workload, shape, shares_host),
         "host": params_host + states_host + need + (grads_host if shares_host else 0),

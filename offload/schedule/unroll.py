@@ -5,7 +5,9 @@ the swaps of the one two before it are over, so two micro-batches of tensors are
 needs a gradient buffer, its gradients a place in host memory. An update piece needs one of `update_buffers` buffers.
 
 [Note: which update goes first] Those made during backward go in the order in which their gradients come. What is left
-when backward has ended goes in the order of the next forward: the root's, the first blocks', at last the held one.
+when backward has ended goes in the order of the next forward: the root's, the first blocks', at last the held ones.
+Over a bus the gradients of these wait in host memory of their own, and their updates are made in backward too where no
+other can be.
 """
 
 from __future__ import annotations
@@ -72,12 +74,15 @@ class Unroller(Emitter):
                     self.fetch(uses[fetched], None, stays=True)
                     fetched += 1
             self.swap_in_ahead(done=self.n_backwards)
-            if block != self.plan.held_block:
+            if not (self.shares_host and block in self.held):
                 self.grads_leave(block)
         if self.last_compute is not None:
             self.ends.append(self.last_compute)
-        if self.plan.held_block is not None:
-            self.grads_leave(self.plan.held_block)
+        for block in self.plan.held_blocks:
+            if self.shares_host:
+                self.grads_leave(block)
+            else:
+                self.grad_landing.append(self.updated[block])
         self.update_root(1 - head)
         self.step += 1
 
@@ -286,7 +291,7 @@ class Unroller(Emitter):
             self.grads_ready[block] = done
             self._leave_host_before_turn(block, self.last_compute)
         self.grad_buffers.append(done if self.shares_host else out)
-        if not self.shares_host and not waits_in_host:
+        if not (self.shares_host or waits_in_host or block in self.held):
             self.grad_landing.append(done)
         if self.shares_host and block not in self.resident:
             self.free_slots.append(done)
@@ -322,11 +327,11 @@ class Unroller(Emitter):
         n, first = self.n_blocks, 1 + self.step * (2 * self.n_blocks + 4)
         if block is None:
             return first + n + 1
-        if block == self.plan.held_block:
-            return first + 2 * n + 2
+        if block in self.held:
+            return first + n + 2 + block
         plan = self.plan
         n_left = plan.grads_per_buffer * (plan.n_grad_buffers if self.shares_host else 2)
-        n_left -= plan.held_block is not None
+        n_left -= self.shares_host and bool(plan.held_blocks)
         if not plan.params_on_device:
             n_left = min(n_left, plan.n_slots)
         return first + (n + 2 + block if block < n_left else n - block)

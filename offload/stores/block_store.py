@@ -108,6 +108,8 @@ class BlockRecord:
     """The root's own `grad_out`, on a device of its own."""
     grad_gate: Ticket | None = None
     """Completes when the gradients have arrived where the update will look for them."""
+    gives_way: bool = False
+    """Its update in flight is made when no other block's can be: the next forward needs it late."""
     parking: GradBuffer | None = None
     """Still being written to `grad_offset`, until `grad_gate` completes."""
     touched: set[int] = field(default_factory=set)

@@ -400,3 +400,14 @@ def test_the_benchmark_of_the_roots_tail_compares_parts_with_one_after_the_other
     stages = found["whole"]["alone_s"]
     assert found["whole"]["tail_s"] > 0.9 * sum(stages.values())
     assert found["parts"]["of_whole"] < 0.9
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_order_of_updates_compares_one_loop_with_itself(tmp_path):
+    found = rows(
+        "update_order.py", tmp_path, "--blocks", "6", "--width", "256", "--rows", "4", "--rounds", "2"
+    )
+    assert list(found) == ["arrival", "giving_way"]
+    assert [row["n_held"] for row in found.values()] == [0, 6]
+    assert all(row["same_losses"] and row["step_s"] > 0 for row in found.values())
+    assert found["arrival"]["of_arrival"] == 1.0

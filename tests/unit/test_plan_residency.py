@@ -107,7 +107,7 @@ def held_plan(**more):
 
 def test_the_update_of_the_last_block_but_one_is_held_until_backward_has_ended() -> None:
     plan = held_plan()
-    assert plan.held_block == LAYERS - 2
+    assert plan.held_blocks == (LAYERS - 2,)
     operations, ends = unroll(plan, WORK, shares_host=True)
     for step in (0, 1):
         last_backward = ends[step]
@@ -130,7 +130,7 @@ def test_the_update_of_the_last_block_but_one_is_held_until_backward_has_ended()
     ids=str,
 )
 def test_without_memory_of_its_own_or_bytes_to_move_none_is_held(fixed) -> None:
-    assert held_plan(**fixed).held_block is None
+    assert held_plan(**fixed).held_blocks == ()
 
 
 def test_holding_shortens_a_step_that_storage_limits() -> None:
@@ -142,8 +142,8 @@ def test_holding_shortens_a_step_that_storage_limits() -> None:
         {**ALL_ON_STORAGE, "prefetch_blocks": LAYERS - 1, "grad_buffers": 2},
         batch_samples=8,
     )
-    assert plan.held_block == LAYERS - 2
-    at_once = simulate_plan(plan.model_copy(update={"held_block": None}), WORK, here)
+    assert plan.held_blocks == (LAYERS - 2,)
+    at_once = simulate_plan(plan.model_copy(update={"held_blocks": ()}), WORK, here)
     held = simulate_plan(plan, WORK, here)
     assert held.step_s < at_once.step_s
     assert held.written_nbytes == pytest.approx(at_once.written_nbytes)
