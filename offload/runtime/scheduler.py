@@ -250,17 +250,22 @@ class Scheduler:
         self.prefetch()
 
     def prefetch(self) -> None:
-        """Start fetches, then loads, in the order of next use, for as long as slots can be had."""
+        """Start fetches, then loads, in the order of next use, for as long as slots can be had.
+
+        Loads start one after the other. While a block is in use that is needed again before another, the other's does
+        not begin to wait for an update: that of the first, whose update comes first, would wait behind it.
+        """
         for block in self._to_fetch():
             if not self.fetch(block, must=False):
                 break
-        order = self._cursor.ranks()
+        order, comes_back = self._cursor.ranks(), False
         for index in self._cursor.upcoming():
             block = self.blocks[index]
+            comes_back = comes_back or block.in_use > 0
             if block.in_use or self._residency.holds(block):
                 continue
             self.settle(block)
-            if block.slot is None or block.pending_update:
+            if block.slot is None or block.pending_update or (comes_back and block.tickets):
                 return
             if not self._residency.load(block, order, must=False):
                 return

@@ -6,6 +6,7 @@ import torch
 from offload.planner.plan import Budgets
 from offload.planner.search import make_plan
 from offload.runtime import scheduler
+from offload.runtime.device_residency import CopiedResidency
 from offload.runtime.gradients import Gradients
 from offload.schedule.held import held_nbytes
 from offload.schedule.run import simulate_plan
@@ -46,6 +47,30 @@ def test_those_of_the_last_blocks_do_and_the_numbers_are_those_of_deferred_ones(
     deferred, _ = trained(tmp_path, "deferred", step_of, device=device, **IN_HOST, host_memory="8MB")
     assert not any(gives_way for _, gives_way in updates)
     assert same(found, deferred)
+
+
+def test_no_load_that_waits_for_an_update_goes_before_that_of_a_block_needed_earlier(tmp_path, monkeypatch):
+    """Loads start one after the other; the block in backward is the first of the next forward, and comes back then."""
+    early, calls, backward = [], [], []
+    load, begin = CopiedResidency.load, scheduler.Scheduler.begin
+
+    def noted(self, block, order, *, must):
+        if not must and block.tickets:
+            calls.append(block.index)
+            early.extend(block.index for index in backward if index < block.index)
+        return load(self, block, order, must=must)
+
+    def begins(self, block, phase):
+        backward[:] = [block.index] if phase == "backward" else []
+        begin(self, block, phase)
+        backward.clear()
+
+    monkeypatch.setattr(scheduler.Scheduler, "begin", begins)
+    monkeypatch.setattr(scheduler.Scheduler, "settle", lambda self, block: None)
+    monkeypatch.setattr(CopiedResidency, "load", noted)
+    trained(tmp_path, "backward", once, device="emulated", **IN_HOST, host_memory="8MB")
+    assert calls
+    assert early == []
 
 
 def test_without_host_memory_to_spare_none_does(updates):
