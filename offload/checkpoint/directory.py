@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 
 from offload.errors import CheckpointError, StoreError
 from offload.tiers.durable_files import naming, rename, sync_directory
+
+logger = logging.getLogger("offload")
 
 MANIFEST_FILE = "manifest.jsonl"
 EXTENTS_FILE = "extents.bin"
@@ -73,10 +76,13 @@ def locked(directory: str, *, exclusive: bool) -> Iterator[None]:
 
 
 class NewCheckpoint:
-    """A checkpoint being written: in `path` (hidden) until `commit` renames it. Leaving without removes it."""
+    """A checkpoint being written: in `path` (hidden) until `commit` renames it. Leaving without removes it.
 
-    def __init__(self, directory: str, step: int) -> None:
-        self._directory, self._step = directory, step
+    `keep_last`: how many the directory has afterwards at most; None: no limit.
+    """
+
+    def __init__(self, directory: str, step: int, keep_last: int | None = None) -> None:
+        self._directory, self._step, self._keep_last = directory, step, keep_last
         self.path = os.path.join(directory, f"{_PARTIAL}{os.getpid()}-{step}")
         self.final = ""
         """The path it will have; known once it has been entered, for the lock is held."""
@@ -92,20 +98,37 @@ class NewCheckpoint:
         self.final = os.path.join(self._directory, f"step-{self._step:09d}{again}")
         return self
 
-    def commit(self) -> str:
-        """Everything in `path` has been synced: give it its name, durably. Returns the checkpoint's path."""
+    def commit(self) -> None:
+        """Everything in `path` has been synced: give it its name, durably; then all go but it and the latest others.
+
+        What an earlier run, or another try, left of later steps is what a resume from the directory takes: said in the
+        log where it stays.
+        """
         sync_directory(self.path)
         rename(self.path, self.final)
         sync_directory(self._directory)
-        return self.final
+        if self._keep_last is not None:
+            keep_only(self._directory, self._keep_last, self.final)
+        last = newest(self._directory)
+        if last != self.final:
+            logger.warning(
+                "%s is saved, but a resume from %s would take %s, which is of a later step: resume from the checkpoint "
+                "itself, or give every run a directory of its own",
+                *(self.final, self._directory, os.path.basename(last)),
+            )
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-def keep_only(directory: str, n_last: int) -> list[str]:
-    """Remove all checkpoints but the last `n_last`; none is ever seen half removed. Returns the paths that went."""
-    going = checkpoints_in(directory)[:-n_last]
+def keep_only(directory: str, n_last: int, saved: str) -> list[str]:
+    """Remove all checkpoints but `saved`, just written, and the `n_last` - 1 latest steps beside it.
+
+    One of an earlier run may be of a later step than `saved`. None is ever seen half removed. Returns the paths that
+    went.
+    """
+    others = [path for path in checkpoints_in(directory) if path != saved]
+    going = others[: max(0, len(others) - (n_last - 1))]
     for path in going:
         hidden = os.path.join(directory, _GOING + os.path.basename(path))
         rename(path, hidden)

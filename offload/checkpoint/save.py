@@ -17,7 +17,7 @@ from torch import nn
 
 from offload.checkpoint.beside import SaveBeside
 from offload.checkpoint.copying import Item, StreamingCopy, share
-from offload.checkpoint.directory import EXTENTS_FILE, MANIFEST_FILE, NewCheckpoint, keep_only, locked
+from offload.checkpoint.directory import EXTENTS_FILE, MANIFEST_FILE, NewCheckpoint, locked
 from offload.errors import ConfigError, StoreError, UsageError
 from offload.model.flat import FlatBuffer
 from offload.runtime.engine import OffloadEngine
@@ -250,11 +250,11 @@ class _Save:
         directory: str,
         keep_last: int | None,
     ) -> None:
-        self._engine, self._directory, self._keep_last = engine, directory, keep_last
+        self._engine = engine
         self._stack = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(directory, exclusive=True))
-            self._new = stack.enter_context(NewCheckpoint(directory, optimizer.steps_made))
+            self._new = stack.enter_context(NewCheckpoint(directory, optimizer.steps_made, keep_last))
             self._training = encode(training_state(engine.model, optimizer, dict(tracked)))
             self._step, self._rule = optimizer.steps_made, Rule.of(optimizer.rule)
             self._saved, self._nbytes = _to_save(engine, optimizer)
@@ -309,8 +309,6 @@ class _Save:
             content = frame(KIND, manifest.model_dump_json())
             write_file(os.path.join(self._new.path, MANIFEST_FILE), content)
             self._new.commit()
-            if self._keep_last is not None:
-                keep_only(self._directory, self._keep_last)
         finally:
             self._stack.close()
 
@@ -378,7 +376,8 @@ def save(
     states of torch (CPU and GPU), numpy and Python, and the `state_dict()` of everything in `state` (LR schedulers, the
     position in the data). It takes 12 bytes a trainable parameter with AdamW (others: docs/optimizers.md); memory used
     is the update pipeline's own.
-    It appears at once, by a rename, as `directory/step-<n>`; then all but the last `keep_last` (None: no limit) go.
+    It appears at once, by a rename, as `directory/step-<n>`; then all go but it and the latest others,
+    `keep_last` in all (None: no limit).
     Where the file system can share extents between files (XFS, Btrfs) and the store is one file there, nothing is
     copied. With `wait=False` training may go on at once, and the checkpoint, which is of this step boundary all the
     same, appears later: after `model.offload.wait_saved()`, the next save or resume, or `close()`, which raise

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
+from offload.checkpoint.directory import checkpoints_in
 from offload.cli.optimizers import rule_of
 from offload.config import host_total_nbytes, parse_budget
 from offload.errors import ConfigError
@@ -93,6 +94,13 @@ def check(settings: Settings) -> None:
         raise ConfigError(
             f"--checkpoints {settings.checkpoints} cannot be written by this user: choose another directory"
         )
+    if settings.checkpoints is not None and settings.resume is None:
+        earlier = checkpoints_in(settings.checkpoints)
+        if earlier:
+            raise ConfigError(
+                f"--checkpoints {settings.checkpoints} holds those of an earlier run, {os.path.basename(earlier[-1])} "
+                f"among them: go on from it with --resume {settings.checkpoints}, or choose another directory"
+            )
     if settings.resume is not None and not os.path.isdir(settings.resume):
         raise ConfigError(f"--resume {settings.resume}: no such directory")
     for option in ("trace", "plot", "save_plan"):

@@ -38,8 +38,8 @@ def write_model(model: nn.Module, directory: str, processing: Any) -> None:
 
 
 def save_state(model: nn.Module, directory: str, beside: dict[str, Any]) -> None:
-    """The complete training state, with that of what is `beside` it (a scheduler), under `directory`."""
-    save(model, os.path.join(directory, STATE_DIRECTORY), state=beside)
+    """The complete training state, with that of what is `beside` it (a scheduler), in place of what is there."""
+    save(model, os.path.join(directory, STATE_DIRECTORY), state=beside, keep_last=1)
 
 
 def check_has_state(directory: str) -> None:

@@ -173,6 +173,26 @@ def test_keep_last_keeps_the_newest_and_a_step_saved_again_is_newer(tmp_path):
         offload.save(run.model, str(tmp_path), keep_last=0)
 
 
+def test_a_save_stays_where_an_earlier_run_left_later_steps_and_says_what_resume_would_take(tmp_path, caplog):
+    earlier = Run(storage=[str(tmp_path / "a")])
+    earlier.steps(3)
+    later = earlier.save(tmp_path / "saved")
+    earlier.close()
+    run = Run(storage=[str(tmp_path / "a")])
+    run.steps(1)
+    first = run.save(tmp_path / "saved", keep_last=2)
+    assert "step-000000003, which is of a later step" in caplog.text
+    assert os.path.isdir(first)
+    assert os.path.isdir(later)
+    caplog.clear()
+    run.steps(1)
+    second = run.save(tmp_path / "saved", keep_last=1)
+    assert run.resume(tmp_path / "saved").path == second
+    assert sorted(os.listdir(tmp_path / "saved")) == [".lock", os.path.basename(second)]
+    assert caplog.text == ""
+    run.close()
+
+
 def test_a_failed_save_leaves_what_was_there_and_training_goes_on(tmp_path, uninterrupted, monkeypatch):
     _, losses, _ = uninterrupted
     run = Run(storage=[str(tmp_path / "a")])

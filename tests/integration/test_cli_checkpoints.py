@@ -41,6 +41,15 @@ def test_a_resumed_run_repeats_the_uninterrupted_ones_losses(workplace, capsys):
     assert sorted(os.listdir(saved)) == [".lock", "step-000000005-1"]
 
 
+def test_a_fresh_run_refuses_a_directory_with_the_checkpoints_of_an_earlier_one(workplace, capsys):
+    saved = f"{workplace}/saved"
+    assert finetune(workplace, "--checkpoints", saved, "--steps", "2") == 0
+    assert finetune(workplace, "--checkpoints", saved, "--steps", "1", "--keep-last", "1") == 2
+    assert f"step-000000002 among them: go on from it with --resume {saved}" in capsys.readouterr().err
+    assert sorted(os.listdir(saved)) == [".lock", "step-000000002"]
+    assert finetune(workplace, "--checkpoints", saved, "--steps", "3", "--resume", saved) == 0
+
+
 def test_resuming_with_other_data_is_refused(workplace, capsys):
     saved = f"{workplace}/saved"
     assert finetune(workplace, "--checkpoints", saved, "--steps", "1") == 0

@@ -173,3 +173,18 @@ def test_misuse_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match="another model"):
         other.load_checkpoint(tmp_path / "out")
     other.destroy()
+
+
+def test_a_tag_saved_again_after_fewer_steps_replaces_what_an_earlier_run_left_there(tmp_path):
+    earlier = start(tmp_path)
+    take_steps(earlier, 2)
+    earlier.save_checkpoint(tmp_path / "out", tag="best", client_state={"run": 1})
+    earlier.destroy()
+    engine = start(tmp_path)
+    take_steps(engine, 1)
+    assert engine.save_checkpoint(tmp_path / "out", tag="best", client_state={"run": 2})
+    engine.destroy()
+    engine = start(tmp_path)
+    _, client_state = engine.load_checkpoint(tmp_path / "out")
+    assert (client_state["run"], engine.global_steps) == (2, 1)
+    engine.destroy()

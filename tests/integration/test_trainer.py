@@ -307,3 +307,14 @@ def test_a_loop_over_accelerate_accumulates_and_follows_its_scheduler(tmp_path):
         return losses
 
     assert_close(run(True), run(False))
+
+
+def test_a_checkpoint_of_the_same_name_holds_the_training_state_of_the_last_run_alone(tmp_path):
+    """The Trainer writes over the other files of a checkpoint as well."""
+    for learning_rate in (1e-2, 1e-3):
+        changes = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "learning_rate": learning_rate}
+        trainer = make(OffloadTrainer, tmp_path, **changes)
+        trainer.train()
+        trainer.close()
+    state = tmp_path / "checkpoint-1" / "offload_state"
+    assert len([path for path in state.iterdir() if path.name.startswith("step-")]) == 1
