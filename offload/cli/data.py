@@ -43,8 +43,10 @@ def _parts_of(record: Any, where: str, tokenizer: Any) -> list[tuple[str, bool]]
             if getattr(tokenizer, "chat_template", None) is None:
                 raise ConfigError(f"{where}: has messages, but the tokenizer has no chat template")
             return [(tokenizer.apply_chat_template(record["messages"], tokenize=False), True)]
+    found = f"an object with {', '.join(record) or 'nothing'}" if isinstance(record, dict) else "no object"
     raise ConfigError(
-        f'{where}: expected {{"text": ...}}, {{"prompt": ..., "completion": ...}} or {{"messages": [...]}}'
+        f'{where}: expected {{"text": ...}}, {{"prompt": ..., "completion": ...}} (all of them strings) or '
+        f'{{"messages": [...]}}, found {found}'
     )
 
 
@@ -65,11 +67,20 @@ class TokenStream:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise ConfigError(f"{path}: is not UTF-8 text: {error}") from error
-        self.n_sequences = len(self._ids) // sequence_length
-        if self.n_sequences == 0:
+        n_whole = len(self._ids) // sequence_length
+        if n_whole == 0:
             raise ConfigError(
                 f"{path}: has {len(self._ids)} tokens, fewer than one sequence of {sequence_length}: give more text, "
                 "or lower --sequence-length"
+            )
+        self._starts = [n * sequence_length for n in range(n_whole) if self._is_learned(n * sequence_length)]
+        self.n_sequences = len(self._starts)
+        self.n_left_out = n_whole - self.n_sequences
+        """Sequences of which nothing is learned, as in the middle of a long prompt: a mean loss has no value there."""
+        if self.n_sequences == 0:
+            raise ConfigError(
+                f"{path}: none of its {n_whole} sequences of {sequence_length} tokens has anything to learn: the "
+                "completions are empty, or raise --sequence-length"
             )
 
     def _read_json_lines(self, path: str) -> None:
@@ -80,9 +91,11 @@ class TokenStream:
                     continue
                 where = f"{path}, line {number}"
                 try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise ConfigError(f"{where}: is not JSON: {error}") from error
+                    record = json.loads(line.rstrip())
+                except json.JSONDecodeError as error:
+                    raise ConfigError(
+                        f"{where}: is not JSON: {error.msg} at column {error.colno}; write one whole object a line"
+                    ) from error
                 for text, learned in _parts_of(record, where, self._tokenizer):
                     self._add(text, learned)
                 if end is not None:
@@ -94,14 +107,18 @@ class TokenStream:
         self._ids.extend(ids)
         self._labels.extend(ids if learned else [IGNORED] * len(ids))
 
+    def _is_learned(self, start: int) -> bool:
+        """Whether any token of the sequence at `start` is predicted; its first one is not, nothing being before it."""
+        return any(label != IGNORED for label in self._labels[start + 1 : start + self.sequence_length])
+
     @property
     def n_tokens(self) -> int:
         """Tokens in the file."""
         return len(self._ids)
 
     def _rows(self, tokens: array[int], order: list[int]) -> torch.Tensor:
-        length = self.sequence_length
-        return torch.tensor([tokens[i * length : (i + 1) * length] for i in order], dtype=torch.long)
+        starts = [self._starts[i] for i in order]
+        return torch.tensor([tokens[s : s + self.sequence_length] for s in starts], dtype=torch.long)
 
     def batches(self, batch_size: int, seed: int) -> Batches:
         """Endless batches of (batch_size, sequence_length) `input_ids` and `labels`, shuffled anew each epoch."""

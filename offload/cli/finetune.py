@@ -284,6 +284,11 @@ def _run(settings: Settings, output: Output, totals: Totals, signals: StopSignal
             f"{engine.trainable_numel / 1e6:.1f} M trainable parameters; {stream.n_tokens:,} tokens in "
             f"{settings.data}, {settings.steps * settings.batch_size / stream.n_sequences:.2f} epochs"
         )
+        if stream.n_left_out:
+            output.note(
+                f"{stream.n_left_out} of {stream.n_left_out + stream.n_sequences} sequences are left out: they lie "
+                "within a prompt, and nothing of them is learned"
+            )
         try:
             _train(model, optimizer, stream, settings, output, totals, FloorMeter(rates), signals)
         except _BudgetUsed:

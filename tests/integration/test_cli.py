@@ -119,6 +119,41 @@ def test_a_bad_line_is_named(tmp_path, line):
         TokenStream(str(tmp_path / "data.jsonl"), make_tokenizer(), 2)
 
 
+def test_sequences_inside_a_prompt_are_left_out_for_their_loss_has_no_value(workplace, capsys):
+    records = [{"prompt": "to be or not " * 12, "completion": "that is the question"} for _ in range(3)]
+    path = workplace / "data.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    stream = TokenStream(str(path), make_tokenizer(), 16)
+    assert (stream.n_sequences, stream.n_left_out) == (2, 7)
+    batches = stream.batches(1, seed=0)
+    assert all((next(batches)["labels"][:, 1:] != IGNORED).any() for _ in range(6))
+    arguments = ["--data", path, "--batch-size", 1, "--host-memory", "100MB", "--device-memory", "100MB"]
+    assert finetune(workplace, *map(str, arguments)) == 0
+    assert "7 of 9 sequences are left out" in capsys.readouterr().err
+    path.write_text("".join(json.dumps(record | {"completion": ""}) + "\n" for record in records))
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="none of its 9 sequences of 16 tokens has anything to learn"):
+        TokenStream(str(path), tokenizer, 16)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            '[\n {"text": "to be"}\n]\n',
+            "line 1: is not JSON: Expecting value at column 2; write one whole object a",
+        ),
+        ('{"instruction": "to", "output": "be"}\n', "found an object with instruction, output"),
+        ('[{"text": "to be"}]\n', "found no object"),
+    ],
+)
+def test_a_line_that_cannot_be_learned_is_told_by_what_it_has(tmp_path, content, said):
+    (tmp_path / "data.json").write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        TokenStream(str(tmp_path / "data.json"), make_tokenizer(), 2)
+
+
 def test_every_epoch_sees_every_sequence_once(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     stream = TokenStream(str(tmp_path / "text.txt"), make_tokenizer(), 100)
