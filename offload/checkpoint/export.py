@@ -25,6 +25,7 @@ from offload.runtime.engine import OffloadEngine
 from offload.runtime.training_state import persistent_buffers
 from offload.stores.block_store import BlockRecord
 from offload.tiers.durable_files import replacing, sync_files
+from offload.tiers.storage import free_nbytes
 
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
@@ -190,6 +191,12 @@ def _write_config(model: nn.Module, out_dir: str, dtype: torch.dtype | None) -> 
         generation_config.save_pretrained(out_dir)
 
 
+def export_nbytes(model: nn.Module) -> int:
+    """Bytes of weights that `export` writes in the dtype computed in; known before the model is trained."""
+    engine: OffloadEngine = model.offload  # type: ignore[assignment]  # set by offload.wrap
+    return sum(item.nbytes for item in _items(model, engine, None))
+
+
 def export(
     model: nn.Module,
     out_dir: str,
@@ -225,10 +232,11 @@ def export(
         return [os.path.join(out_dir, "adapter_model.safetensors")]
     items = _items(model, engine, dtype)
     needed_nbytes = sum(item.nbytes for item in items)
-    free_nbytes = shutil.disk_usage(out_dir).free
-    if free_nbytes < needed_nbytes:
+    free = free_nbytes([out_dir])
+    if free < needed_nbytes:
         raise StoreError(
-            f"{out_dir}: the model takes {needed_nbytes / 1e9:.2f} GB and {free_nbytes / 1e9:.2f} GB are free"
+            f"{out_dir}: the model takes {needed_nbytes:,} bytes and {free:,} are free: free some space, or export to "
+            "another directory"
         )
     shards = plan_shards(items, max_shard_nbytes)
     names = [SINGLE_FILE]

@@ -17,6 +17,7 @@ from offload.cli.checkpoints import Checkpoints, WriteBudget
 from offload.cli.data import TokenStream
 from offload.cli.output import Output, StepReport
 from offload.cli.planned import Planning, Request, planning_of, say_late_plan
+from offload.cli.room import check_room
 from offload.cli.settings import Settings, check
 from offload.cli.stop import StopSignals
 from offload.cli.totals import Totals, summary_of
@@ -222,6 +223,7 @@ def _train(
     tracked = {"scheduler": scheduler, "data": batches}
     model.offload.track(**tracked)
     checkpoints = Checkpoints(model, tracked, settings, output)
+    check_room(model, settings, checkpoints)
     start = checkpoints.resume()
     budget = WriteBudget(settings.write_budget, checkpoints, model.offload)
     if settings.checkpoints is not None:

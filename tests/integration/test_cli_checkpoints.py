@@ -11,6 +11,7 @@ import pytest
 
 from offload.cli import main
 from tests.child import end
+from tests.fault import disks
 from tests.integration.command_line import finetune, make_workplace, start_finetune
 
 transformers = pytest.importorskip("transformers")
@@ -174,3 +175,14 @@ def test_a_write_budget_stops_the_run_before_it_is_exceeded_where_it_can_go_on(w
     assert losses | rest == expected
     assert finetune(workplace, "--write-budget", "1GB") == 2
     assert "--checkpoints DIR or --durability step" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--output", "--checkpoints"])
+def test_what_will_not_fit_after_training_is_refused_before_the_first_step(workplace, option, capsys):
+    with disks.in_memory(workplace / "disk", 64 << 10) as disk:
+        assert finetune(workplace, "--json", option, f"{disk}/out") == 1
+        printed = capsys.readouterr()
+        assert f"{option} {disk}/out" in printed.err
+        assert "nothing has been trained yet" in printed.err
+        assert printed.out == ""
+        assert os.listdir(disk) == os.listdir(workplace / "store") == []
