@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from torch import nn
 from offload.checkpoint.directory import checkpoints_in
 from offload.checkpoint.resume import resume
 from offload.checkpoint.save import engine_of, save
-from offload.errors import UsageError
+from offload.errors import CheckpointError, UsageError
 from offload.runtime.engine import OffloadEngine
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.training_state import random_states, set_random_states
@@ -64,7 +65,8 @@ def read(
     """Go on from `directory`/`tag` (default: what `latest` names). Returns its path and the states that were saved.
 
     None, with a warning, where there is no such checkpoint. Without `with_optimizer` only the weights are taken:
-    moments and step counts are fresh, hyperparameters and random states stay.
+    moments and step counts are fresh, hyperparameters and random states stay. Raises CheckpointError for files of
+    DeepSpeed's own: to go on without them would be to start again.
     """
     if tag is None:
         latest = os.path.join(directory, LATEST_FILE)
@@ -75,6 +77,12 @@ def read(
             tag = file.read().strip()
     path = os.path.join(directory, tag)
     if not checkpoints_in(path):
+        if glob.glob(os.path.join(glob.escape(path), "*_states.pt")):
+            raise CheckpointError(
+                f"{path}: was written by DeepSpeed itself: offload.from_deepspeed({path!r}, OUT_DIR, "
+                "config_from=HF_DIR) makes a model directory of its fp32 weights; initialize a model loaded from that, "
+                "without load_checkpoint (moments and the schedule start afresh)"
+            )
         logger.warning("%s holds no checkpoint: nothing is loaded", path)
         return None
     held = {name: _Held() for name in ("engine", "lr_scheduler", "client_state")}

@@ -156,8 +156,8 @@ class DeepSpeedEngine(nn.Module):
         self._report()
 
     def _report(self) -> None:
-        every = get(self.config, "steps_per_print")
-        if every and self.global_steps % int(every) == 0:
+        every = float(get(self.config, "steps_per_print", 0))  # accelerate writes infinity for never
+        if every and self.global_steps % every == 0:
             logger.info(
                 "step=%d, skipped=%d, lr=%s, mom=%s",
                 self.global_steps,
@@ -471,4 +471,10 @@ class DeepSpeedEngine(nn.Module):
             module = self.__dict__.get("_modules", {}).get("module")
             if module is None or name.startswith("__"):
                 raise
-            return getattr(module, name)
+            try:
+                return getattr(module, name)
+            except AttributeError:
+                raise AttributeError(
+                    f"neither this library's DeepSpeedEngine nor {type(module).__name__} has {name!r}: "
+                    "docs/deepspeed.md says what there is instead"
+                ) from None

@@ -188,3 +188,17 @@ def test_a_tag_saved_again_after_fewer_steps_replaces_what_an_earlier_run_left_t
     _, client_state = engine.load_checkpoint(tmp_path / "out")
     assert (client_state["run"], engine.global_steps) == (2, 1)
     engine.destroy()
+
+
+def test_files_of_deepspeeds_own_are_refused_instead_of_training_from_the_start(tmp_path):
+    folder = tmp_path / "out" / "global_step5"
+    folder.mkdir(parents=True)
+    (tmp_path / "out" / "latest").write_text("global_step5")
+    for kind in ("model", "optim"):
+        (folder / f"zero_pp_rank_0_mp_rank_00_{kind}_states.pt").write_bytes(b"")
+    engine = start(tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"global_step5: was written by DeepSpeed itself.*from_deepspeed"
+    ):
+        engine.load_checkpoint(tmp_path / "out")
+    engine.destroy()

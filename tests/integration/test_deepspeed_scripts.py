@@ -252,3 +252,45 @@ def test_what_has_no_counterpart_says_what_to_do(tmp_path):
         deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, fp32_optimizer_states=False)
     assert type(deepspeed.ops.adam.DeepSpeedCPUAdam(parameters, adamw_mode=False)) is torch.optim.Adam
     assert type(deepspeed.ops.adam.FusedAdam(parameters)) is torch.optim.AdamW
+
+
+def test_collectives_of_one_process_leave_what_a_script_logs_as_it_is():
+    comm = deepspeed.comm
+    loss = torch.tensor([1.5, 2.0])
+    comm.all_reduce(loss, op=comm.ReduceOp.SUM)
+    comm.reduce(loss, dst=0)
+    gathered = [torch.zeros(2) for _ in range(comm.get_world_size())]
+    comm.all_gather(gathered, loss)
+    assert torch.equal(gathered[0], torch.tensor([1.5, 2.0]))
+    whole = torch.zeros(1, 2)
+    comm.all_gather_into_tensor(whole, loss)
+    assert torch.equal(whole[0], loss)
+    objects = [None]
+    comm.all_gather_object(objects, {"seen": 3})
+    comm.broadcast_object_list(objects, src=0)
+    assert objects == [{"seen": 3}]
+    with pytest.raises(
+        AttributeError, match="comm has no all_to_all_single: in one process every tensor is whole"
+    ):
+        comm.all_to_all_single  # noqa: B018
+
+
+def test_what_neither_engine_nor_module_has_is_said_of_both(tmp_path):
+    engine, *_ = deepspeed.initialize(model=build("llama"), config=configuration(tmp_path))
+    assert engine.num_parameters() == engine.module.num_parameters()
+    with pytest.raises(
+        AttributeError, match="neither this library's DeepSpeedEngine nor LlamaForCausalLM has 'monitor'"
+    ):
+        engine.monitor  # noqa: B018
+    assert not hasattr(engine, "monitor")
+    engine.destroy()
+
+
+def test_steps_per_print_may_be_the_infinity_that_accelerate_writes_for_never(tmp_path):
+    config = configuration(tmp_path, steps_per_print=float("inf"))
+    engine, *_ = deepspeed.initialize(model=build("llama"), config=config)
+    for batch in batches(2):
+        engine.backward(engine(input_ids=batch, labels=batch).loss)
+        engine.step()
+    assert engine.global_steps == 2
+    engine.destroy()
