@@ -65,6 +65,7 @@ def initialize(
         [p for p in model.parameters() if p.requires_grad] if model_parameters is None else model_parameters
     )
     source = _optimizer(optimizer, read, parameters)
+    _refuse_left_out(model, source)
     settings |= mapping.host_nbytes(model, read, settings)
     module, wrapped = wrap(model, source, compute_dtype=compute_dtype, **settings)
     source.param_groups[:] = (
@@ -91,6 +92,17 @@ def _optimizer(given: Any, read: Mapping[str, Any], parameters: Any) -> torch.op
         return mapping.make_optimizer(read, parameters)
     made = given if isinstance(given, torch.optim.Optimizer) else given(parameters)
     return mapping.as_torch_adam(made)
+
+
+def _refuse_left_out(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ConfigError for trainable parameters that no group has, by name and before anything moves."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if left_out:
+        raise ConfigError(
+            f"{len(left_out)} trainable parameters are in no group of the optimizer, {left_out[0]} first: give all of "
+            "them as model_parameters, or freeze what is not to be trained with requires_grad_(False)"
+        )
 
 
 def _scheduler(given: Any, read: Mapping[str, Any], optimizer: OffloadOptimizer) -> Any:

@@ -294,3 +294,15 @@ def test_steps_per_print_may_be_the_infinity_that_accelerate_writes_for_never(tm
         engine.step()
     assert engine.global_steps == 2
     engine.destroy()
+
+
+def test_parameters_that_no_group_has_are_named_before_anything_moves(tmp_path):
+    model = build("llama")
+    some = [p for name, p in model.named_parameters() if "layers.0" not in name]
+    with pytest.raises(
+        ConfigError, match=r"9 trainable parameters are in no group.*layers\.0\.self_attn\.q_proj.* first"
+    ):
+        deepspeed.initialize(model=model, model_parameters=some, config=configuration(tmp_path))
+    model.model.layers[0].requires_grad_(False)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=some, config=configuration(tmp_path))
+    engine.destroy()
