@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from offload.checkpoint.adapters import Merge, write_adapter
+from offload.checkpoint.masters import masters_of
 from offload.errors import ConfigError, StoreError, UsageError
 from offload.model import disk_names
 from offload.model.blocks import base_of
@@ -146,12 +147,17 @@ def _items(model: nn.Module, engine: OffloadEngine, dtype: torch.dtype | None) -
     return items + [Item(name, tuple(t.shape), t.dtype) for name, t in buffers.items()]
 
 
-def _tensors(model: nn.Module, engine: OffloadEngine) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(
+    model: nn.Module, engine: OffloadEngine, with_masters: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Block by block; `with_masters`: the exact fp32 value of what is computed with in bf16."""
     base = base_of(model)
     merge: Merge | None = None
     quantized = quantized_weights(model)
-    for block in engine.iter_blocks():
+    for record, block in zip([engine.root, *engine.blocks], engine.iter_blocks(), strict=True):
         held = {n: quantized[n].dequantize(t) if n in quantized else t for n, t in block}
+        if with_masters:
+            held.update(masters_of(engine, record))
         merge = merge or Merge(model, held)  # the root comes first, and stays
         yield from disk_names.to_directory(base, merge(held)).items()
     yield from disk_names.to_directory(base, persistent_buffers(base)).items()
@@ -210,11 +216,12 @@ def export(
 
     Memory used is one block; all files are on the drive when it returns. `tokenizer`: an object with
     `save_pretrained`, or a directory to copy the tokenizer's files from; a model made by `offload.load` brings its
-    own. `dtype`: of all parameters, without it the one computed in. Tied tensors are written once. Adapters of `peft`
+    own. `dtype`: of all parameters, without it the one computed in; torch.float32 writes the exact masters of what is
+    computed with in bf16 (with adapters, the rounded values). Tied tensors are written once. Adapters of `peft`
     are merged into the base weights, layer by layer, and weights in 8 or 4 bits are written dense; with `adapter_only`
     a directory that peft reads is written instead, without the base.
-    Raises UsageError for a model that is not wrapped, ConfigError when `out_dir` has weights already, StoreError when
-    they would not fit there.
+    Raises UsageError for a model that is not wrapped, and for masters inside a step, ConfigError when `out_dir` has
+    weights already, StoreError when they would not fit there.
     """
     engine = getattr(model, "offload", None)
     if not isinstance(engine, OffloadEngine):
@@ -230,6 +237,9 @@ def export(
         _write_tokenizer(tokenizer, out_dir)
         sync_files(out_dir)
         return [os.path.join(out_dir, "adapter_model.safetensors")]
+    with_masters = dtype == torch.float32 and base_of(model) is model
+    if with_masters:
+        engine.at_step_boundary("export with dtype=torch.float32")
     items = _items(model, engine, dtype)
     needed_nbytes = sum(item.nbytes for item in items)
     free = free_nbytes([out_dir])
@@ -242,7 +252,7 @@ def export(
     names = [SINGLE_FILE]
     if len(shards) > 1:
         names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-    tensors = _tensors(model, engine)
+    tensors = _tensors(model, engine, with_masters)
     for file_name, shard in zip(names, shards, strict=True):
         with ShardWriter(os.path.join(out_dir, file_name), shard) as writer:
             for item in shard:

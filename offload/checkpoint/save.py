@@ -18,13 +18,14 @@ from torch import nn
 from offload.checkpoint.beside import SaveBeside
 from offload.checkpoint.copying import Item, StreamingCopy, share
 from offload.checkpoint.directory import EXTENTS_FILE, MANIFEST_FILE, NewCheckpoint, locked
+from offload.checkpoint.pieces import is_made, on_sides, pieces_of
 from offload.errors import ConfigError, StoreError, UsageError
 from offload.model.flat import FlatBuffer
 from offload.runtime.engine import OffloadEngine
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.training_state import checked_stateful, training_state
 from offload.stores.block_store import BlockRecord
-from offload.stores.state_image import Chunk, Piece, chunks_of, param_piece, side_pieces, state_piece
+from offload.stores.state_image import chunks_of
 from offload.tiers.durable_files import naming, sync_file, write_file
 from offload.tiers.encoding import dtype_name, encode
 from offload.tiers.host import HostArena
@@ -130,33 +131,11 @@ def _to_save(engine: OffloadEngine, optimizer: OffloadOptimizer) -> tuple[list[_
     return found, room.end_nbytes
 
 
-def _on_sides(engine: OffloadEngine) -> bool:
-    """Whether all of the state is on storage twice, what is used from host memory too."""
-    return engine.commits is not None and engine.commits.started
-
-
-def _is_made(engine: OffloadEngine, saved: _Saved) -> bool:
-    """Whether its chunks have to be made first, from what a device keeps in its own form."""
-    return engine.parts.in_device is not None and saved.buffer.trainable
-
-
-def _pieces(engine: OffloadEngine, saved: _Saved, chunk: Chunk) -> tuple[Piece, Piece | None]:
-    """Where the chunk's parameters and (of trainable ones) its record are; in memory, where they must be made first."""
-    block, position, buffer = saved.block, saved.position, saved.buffer
-    if engine.parts.in_device is not None and _is_made(engine, saved):
-        param, record = engine.parts.in_device.chunk_of(position, chunk.start, chunk.n)
-        return Piece(param.numel(), memory=param), Piece(record.numel(), memory=record)
-    if block.sides is not None and _on_sides(engine):
-        return side_pieces(block, block.sides, position, chunk)
-    state = state_piece(block, position, chunk) if buffer.trainable else None
-    return param_piece(block, buffer, chunk), state
-
-
 def _items(engine: OffloadEngine, saved: _Saved) -> Iterator[Item]:
     """Its chunks, each's parameters and then its record."""
     at_param, at_state = saved.param_at, saved.state_at
     for chunk in chunks_of(saved.buffer, engine.config.chunk_elements):
-        param, state = _pieces(engine, saved, chunk)
+        param, state = pieces_of(engine, saved.block, saved.position, chunk)
         yield Item(saved.block, param, at_param, saved.of_param, chunk.index)
         at_param += param.nbytes
         if state is not None and state.nbytes:  # some update rules keep nothing
@@ -264,7 +243,12 @@ class _Save:
         try:
             store = engine.parts.resources.store
             self._source = None if store is None else store.engine
-            items = [i for saved in self._saved if not _is_made(engine, saved) for i in _items(engine, saved)]
+            items = [
+                i
+                for saved in self._saved
+                if not is_made(engine, saved.block, saved.position)
+                for i in _items(engine, saved)
+            ]
             self.items = self._file.share(items, [] if store is None else store.paths)
         except BaseException:
             self.abandon()
@@ -273,7 +257,7 @@ class _Save:
     def made(self) -> Iterator[Item]:
         """What is in the device's own form, and made into chunks one at a time."""
         for saved in self._saved:
-            if _is_made(self._engine, saved):
+            if is_made(self._engine, saved.block, saved.position):
                 yield from _items(self._engine, saved)
 
     @property
@@ -359,7 +343,7 @@ def _copy_beside(engine: OffloadEngine, save: _Save) -> None:
     order = (
         [engine.root, *engine.blocks] if engine.config.deferred else [*reversed(engine.blocks), engine.root]
     )
-    engine.saves.begin(SaveBeside(save.items, order, _on_sides(engine), copy, save.complete, save.abandon))
+    engine.saves.begin(SaveBeside(save.items, order, on_sides(engine), copy, save.complete, save.abandon))
 
 
 def save(

@@ -34,7 +34,8 @@ _ELSEWHERE = {
     "PipelineModule": "give the plain module to initialize: its blocks are streamed one by one",
     "init_inference": "this library trains; generate with the module under torch.no_grad()",
     "tp_model_init": "one process: leave it out",
-    "utils": "engine.module_state_dict() and deepspeed.zero.GatheredParameters give whole parameters",
+    "utils": "engine.module_state_dict() and deepspeed.zero.GatheredParameters give whole parameters; in place of "
+    "zero_to_fp32, offload.export(engine.module, DIR, dtype=torch.float32) writes the masters",
 }
 
 

@@ -169,6 +169,53 @@ def test_training_a_loaded_model_equals_training_a_wrapped_one(tmp_path):
         assert torch.equal(tensor, results[1][1][name]), name
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"host_memory": "4MB"},
+        {"host_memory": "100MB"},
+        {"host_memory": "4MB", "durability": "step"},
+        {"host_memory": "100MB", "max_grad_norm": 1.0},
+        {"step_aside": "always", "device_memory": "100MB"},
+        {"device": "emulated", "host_memory": "100MB"},
+    ],
+    ids=str,
+)
+def test_an_export_in_fp32_has_the_masters_and_not_what_bf16_left_of_them(tmp_path, place):
+    """The same values as from a checkpoint that goes on in fp32, bit for bit."""
+    import offload
+
+    def wrapped(name, **settings):
+        model = build("llama")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        storage = [str(tmp_path / name)]
+        return wrap(model, optimizer, storage=storage, **{**BUDGET, **settings})
+
+    trained, optimizer = wrapped("store", compute_dtype=torch.bfloat16, **place)
+    for ids in batches(3):
+        trained(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    export(trained, str(tmp_path / "fp32"), dtype=torch.float32)
+    export(trained, str(tmp_path / "bf16"))
+    offload.save(trained, str(tmp_path / "saved"))
+    trained(ids, labels=ids).loss.backward()
+    with pytest.raises(UsageError, match=r"export with dtype=torch\.float32: block .* has gradients"):
+        export(trained, str(tmp_path / "inside"), dtype=torch.float32)
+    trained.offload.close()
+    again, _ = wrapped("again")
+    offload.resume(again, str(tmp_path / "saved"))
+    export(again, str(tmp_path / "resumed"))
+    again.offload.close()
+    masters, rounded, expected = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("fp32", "bf16", "resumed")
+    )
+    assert masters.keys() == expected.keys()
+    for name, tensor in masters.items():
+        assert torch.equal(tensor, expected[name]), name
+        assert (tensor - rounded[name].float()).abs().max() > 0, name
+
+
 def test_a_checkpoint_of_the_base_model_loads_under_its_head(tmp_path):
     model = build("gpt2")
     model.transformer.save_pretrained(tmp_path / "in")
