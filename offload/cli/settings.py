@@ -73,7 +73,10 @@ def check(settings: Settings) -> None:
         if os.path.exists(directory) and not os.path.isdir(directory):
             raise ConfigError(f"--storage {directory} is a file: name a directory")
     if not os.path.exists(settings.model):
-        raise ConfigError(f"--model {settings.model}: no such directory or file")
+        raise ConfigError(
+            f"--model {settings.model}: no such directory or file; a model of the Hugging Face hub is fetched first: "
+            "hf download NAME --local-dir DIR"
+        )
     if settings.output is not None and os.path.isdir(settings.output) and os.listdir(settings.output):
         raise ConfigError(f"--output {settings.output} is not empty: choose another directory")
     if settings.output is not None and not _can_be_made(settings.output):

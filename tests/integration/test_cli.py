@@ -7,6 +7,8 @@ import functools
 import json
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -263,3 +265,14 @@ def test_a_signal_that_python_dropped_still_stops_the_run(workplace, capsys, mon
     monkeypatch.setattr(OffloadOptimizer, "step", swallowing)
     assert finetune(workplace) == 130
     assert "after step 1" in capsys.readouterr().err
+
+
+def test_the_package_itself_is_the_command_line():
+    ran = subprocess.run([sys.executable, "-m", "offload", "--help"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "finetune" in ran.stdout
+
+
+def test_the_name_of_a_hub_model_is_refused_with_how_to_fetch_it(workplace, capsys):
+    assert finetune(workplace, "--model", "HuggingFaceTB/SmolLM2-135M") == 2
+    assert "hf download NAME --local-dir DIR" in capsys.readouterr().err
