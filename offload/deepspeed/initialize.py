@@ -66,6 +66,10 @@ def initialize(
     )
     source = _optimizer(optimizer, read, parameters)
     _refuse_left_out(model, source)
+    if lr_scheduler is None:
+        _scheduler(
+            None, read, _stand_in(source)
+        )  # what it refuses is refused while the model is still the caller's
     settings |= mapping.host_nbytes(model, read, settings)
     module, wrapped = wrap(model, source, compute_dtype=compute_dtype, **settings)
     source.param_groups[:] = (
@@ -105,7 +109,13 @@ def _refuse_left_out(model: nn.Module, optimizer: torch.optim.Optimizer) -> None
         )
 
 
-def _scheduler(given: Any, read: Mapping[str, Any], optimizer: OffloadOptimizer) -> Any:
+def _stand_in(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """An optimizer with the same hyperparameters over parameters that nobody trains."""
+    groups = [{**group, "params": [nn.Parameter(torch.zeros(1))]} for group in optimizer.param_groups]
+    return torch.optim.AdamW(groups)
+
+
+def _scheduler(given: Any, read: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Any:
     if given is not None:
         return given if hasattr(given, "step") else given(optimizer)
     name = get(read, "scheduler.type")

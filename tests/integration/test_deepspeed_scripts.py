@@ -306,3 +306,12 @@ def test_parameters_that_no_group_has_are_named_before_anything_moves(tmp_path):
     model.model.layers[0].requires_grad_(False)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=some, config=configuration(tmp_path))
     engine.destroy()
+
+
+def test_a_schedule_that_is_refused_leaves_the_model_to_try_again_with(tmp_path):
+    model, scheduler = build("llama"), {"type": "WarmupLR", "params": {"warmup_num_steps": 0}}
+    with pytest.raises(ConfigError, match="warmup_num_steps=0: must be a whole number of at least 1"):
+        deepspeed.initialize(model=model, config=configuration(tmp_path, scheduler=scheduler))
+    scheduler["params"]["warmup_num_steps"] = 2
+    engine, *_ = deepspeed.initialize(model=model, config=configuration(tmp_path, scheduler=scheduler))
+    engine.destroy()
