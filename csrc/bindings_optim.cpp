@@ -282,6 +282,7 @@ void bind_optim(py::module_& module) {
       .def_static("buffer_nbytes_required", &optim::UpdatePipeline::buffer_nbytes_required, py::arg("chunk_elements"),
                   py::arg("n_buffers"), py::arg("record_nbytes_per_element") = optim::kRecordNbytesPerElement)
       .def("submit", &optim::UpdatePipeline::submit, py::arg("job"), py::call_guard<py::gil_scoped_release>())
+      .def("turn", &optim::UpdatePipeline::turn, py::call_guard<py::gil_scoped_release>())
       .def("stats",
            [](const optim::UpdatePipeline& pipeline) {
              return py::dict(

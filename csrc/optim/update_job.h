@@ -60,7 +60,7 @@ struct UpdateJob {
   std::uint32_t* checksums = nullptr;
   const std::uint32_t* expected = nullptr;
   std::int64_t tag = -1;  // comes back in the spans of its chunks
-  // The turn to the next forward: jobs that have not begun are put in the order of their tags, which is that of use.
+  // As UpdatePipeline::turn, for this job too: the root's, which comes last of a step and is needed first.
   bool reorders = false;
   // Its result is needed late: until the turn its chunks are taken only where no other job's can be worked on.
   bool held = false;

@@ -101,16 +101,23 @@ std::shared_ptr<io::Ticket> UpdatePipeline::submit(UpdateJob job) {
     std::lock_guard<std::mutex> lock(mutex_);
     OFFLOAD_CHECK(!closing_, "the update pipeline is closed");
     jobs_.push_back(state);
-    if (state->job.reorders) {
-      const bool has_begun = jobs_.front()->next > 0 && !jobs_.front()->job.held;
-      for (const auto& waiting : jobs_) waiting->job.held = false;
-      std::stable_sort(jobs_.begin() + (has_begun ? 1 : 0), jobs_.end(),
-                       [](const auto& one, const auto& other) { return one->job.tag < other->job.tag; });
-    }
+    if (state->job.reorders) reorder();
     if (next_ == nullptr) take_next_chunk();
   }
   changed_.notify_one();
   return state->ticket;
+}
+
+void UpdatePipeline::reorder() {
+  const bool has_begun = !jobs_.empty() && jobs_.front()->next > 0 && !jobs_.front()->job.held;
+  for (const auto& waiting : jobs_) waiting->job.held = false;
+  std::stable_sort(jobs_.begin() + (has_begun ? 1 : 0), jobs_.end(),
+                   [](const auto& one, const auto& other) { return one->job.tag < other->job.tag; });
+}
+
+void UpdatePipeline::turn() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  reorder();
 }
 
 bool UpdatePipeline::inherited() const { return ::getpid() != owner_pid_; }

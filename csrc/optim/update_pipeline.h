@@ -44,6 +44,9 @@ class UpdatePipeline {
   // write: the later chunk waits. Chunks that no segment touches are neither read nor written, unless read_param is
   // set or there is a state_out_offset. Throws std::invalid_argument for a job that cannot run as described.
   std::shared_ptr<io::Ticket> submit(UpdateJob job);
+  // The turn to the next forward: jobs that have not begun are put in the order of their tags, and none is held any
+  // more, so that none of a later step goes before them.
+  void turn();
   // Finishes what is queued and stops the threads.
   void close();
   // True in a process that was forked from the pipeline's: the threads are the parent's.
@@ -93,6 +96,7 @@ class UpdatePipeline {
   using ChunkPtr = std::shared_ptr<Chunk>;
 
   std::vector<Part> chunks_of(const UpdateJob& job) const;
+  void reorder();
   std::deque<std::shared_ptr<JobState>>::iterator choose_job();
   void take_next_chunk();
   bool can_issue() const;

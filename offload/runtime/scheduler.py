@@ -360,10 +360,11 @@ class Scheduler:
         return not block.is_root and block.index >= len(self.blocks) - self.gradients.n_that_wait()
 
     def update_held(self, hyper_of: HyperOf) -> None:
-        """Start the update that was held. The root's, which comes next, puts those under way in the order of use."""
+        """At the end of backward: start the update that was held, and put those under way in the order of use."""
         held, self._held = self._held, None
         if held is not None:
             self.update_now(held, hyper_of)
+        self._pipeline.turn()
 
     def drop_undone(self) -> None:
         """Forget the gradients of updates that a failed backward has left undone."""

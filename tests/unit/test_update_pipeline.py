@@ -529,3 +529,17 @@ def test_at_the_turn_held_updates_are_put_in_the_order_of_use_with_all_others(tm
         queue.add(tag, held=True)
     queue.add(-1, n_chunks=1, reorders=True)
     assert queue.go() in ([9, 9, -1, 2, 2, 3, 3, 7, 7], [-1, 2, 2, 3, 3, 7, 7, 9, 9])
+
+
+def test_after_the_turn_no_update_of_a_later_step_goes_before_one_that_was_held(tmp_path):
+    """A later one may wait for a commit that waits for all of the step before."""
+    queue, commit = Queue(tmp_path), _C.Ticket()
+    for tag in (7, 6):
+        queue.add(tag, held=True)
+    queue.harness.pipeline.turn()
+    queue.add(8, write_gate=commit)
+    queue.gate.complete()
+    for ticket in queue.tickets[1:3]:
+        ticket.wait(timeout_s=10)
+    commit.complete()
+    assert sorted(queue.go()) == [6, 6, 7, 7, 8, 8]
