@@ -406,14 +406,14 @@ class CostModel:
         back = states
         if self.durable_steps:
             back = self.format.param_nbytes * self.trainable + sum(self.state_nbytes)
-        none = Traffic(0.0, 0.0, 0.0, early * states, early * back, early * self.trainable)
-        updates_s = self.seconds(none)
+        updates = Traffic(0.0, 0.0, 0.0, early * states, early * back, early * self.trainable)
+        updates_s = self.seconds(updates)
         share: Any = 0.0
         for name in ("storage", "cpu", "dram"):
             excess_s = np.maximum(0.0, backward_s[name] - backward_s["compute"])
             share = np.maximum(share, excess_s / np.maximum(updates_s[name], 1e-12))
         share = np.minimum(share, load.held / max(1, len(self.workload.blocks)))
-        moved = {name: share * getattr(none, name) for name in ("read", "written", "updated")}
+        moved = {name: share * getattr(updates, name) for name in ("read", "written", "updated")}
         return (
             replace(forward, **{name: getattr(forward, name) + value for name, value in moved.items()}),
             replace(backward, **{name: getattr(backward, name) - value for name, value in moved.items()}),

@@ -81,7 +81,7 @@ class Unroller(Emitter):
         for block in self.plan.held_blocks:
             if self.shares_host:
                 self.grads_leave(block)
-            else:
+            elif self.workload.blocks[block].trainable_numel:
                 self.grad_landing.append(self.updated[block])
         self.update_root(1 - head)
         self.step += 1

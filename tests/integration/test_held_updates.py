@@ -1,5 +1,7 @@
 """Over a bus the updates of the last blocks give way to others where their gradients have host memory to wait in."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -202,6 +204,13 @@ def test_their_gradients_are_counted_within_host_memory(host_nbytes) -> None:
     width = 2 if plan.grads_once else 4
     assert held - without == len(plan.held_blocks) * width * WORK.blocks[0].stored_numel
     assert simulate_plan(plan, WORK, here, staging_nbytes=100_000).peak_nbytes["host"] <= host_nbytes
+
+
+def test_a_frozen_block_among_the_last_has_nothing_to_give_way() -> None:
+    plan, here = planned()
+    frozen = [replace(b, trainable_numel=0, frozen_numel=b.trainable_numel) for b in WORK.blocks[:4]]
+    step = simulate_plan(plan, replace(WORK, blocks=(*frozen, *WORK.blocks[4:])), here)
+    assert step.step_s < simulate_plan(plan, WORK, here).step_s
 
 
 def test_deferred_updates_hold_none() -> None:
