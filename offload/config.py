@@ -113,7 +113,9 @@ class Config(BaseModel):
     stream. `durability`: what survives a kill or a power loss: nothing, the last `offload.save`, or the last step
     (docs/durability.md has what each costs); with the last, `verify_reads` compares what is read with its checksums:
     "auto" stops when that takes more than 3 % of a step. `adapters`: whether small trainable parameters of frozen
-    blocks stay in device memory. `optimizer_state`: what the optimizer's moments are kept in between steps, "fp32",
+    blocks stay in device memory. `states_on_device`: on a device with memory of its own, how much of `device_memory`
+    is for optimizer state that stays there, with its blocks' parameters, and is updated there: a size, 0 for none;
+    "auto" decides. `optimizer_state`: what the optimizer's moments are kept in between steps, "fp32",
     "bf16" or "8bit" (docs/optimizers.md). `compile_blocks`: compile each block's training forward with torch.compile
     (True, or the name of a backend). `pin`: page-lock host memory for a CUDA device.
     """
@@ -131,6 +133,7 @@ class Config(BaseModel):
     activations: Literal["auto", "device", "host", "storage", "keep"] = "auto"
     saved_activations: Literal["recompute", "device", "host", "storage"] = "recompute"
     adapters: Literal["auto", "resident", "streamed"] = "auto"
+    states_on_device: str | int | float = "auto"
     compile_blocks: bool | str = False
     prefetch_blocks: int | None = Field(default=None, ge=0)
     backend: Literal["auto", "uring", "posix"] = "auto"
@@ -159,6 +162,12 @@ class Config(BaseModel):
         if isinstance(value, (str, int, float)):
             parse_budget(value, 1 << 62)
         return value
+
+    @field_validator("states_on_device", mode="before")
+    @classmethod
+    def _budget_or_auto(cls, value: Any) -> Any:
+        """As `_budget`; "auto" is none."""
+        return value if value == "auto" else cls._budget(value)
 
     @field_validator("storage", mode="before")
     @classmethod

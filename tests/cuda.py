@@ -39,11 +39,12 @@ def deterministic_cuda(monkeypatch, attention=SDPBackend.MATH):
 
 
 def small_budgets(monkeypatch):
-    """Skips without a CUDA device. Budgets of a few MB place state as small models need it, and torch's allocator is
-    not held to them: it takes 20 MiB at once."""
+    """Skips without a CUDA device. Budgets of a few MB place state as small models need it (none of it stays on the
+    device unasked), and torch's allocator is not held to them: it takes 20 MiB at once."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     monkeypatch.setattr(CudaDevice, "own_nbytes", 0)
+    monkeypatch.setattr(CudaDevice, "updates_faster", False)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda fraction, device=None: None)
 
 

@@ -75,6 +75,7 @@ class OrderedDevice:
 
     shares_host = False
     own_nbytes = 0
+    updates_faster = False
     timing = False
     made = None
     """The last one made."""

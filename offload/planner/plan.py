@@ -168,6 +168,10 @@ class Plan(BaseModel):
     """The next forward needs them last, so their updates give way to all others, and go on into it. Over a bus: the
     last blocks, whose gradients wait in host memory of their own. Else one, whose update is held until backward has
     ended, in its gradient buffer."""
+    on_device_root: bool = False
+    on_device_blocks: int = Field(default=0, ge=0)
+    """Whether the root's optimizer state, and that of how many first blocks, stays in device memory with their
+    parameters and is updated there (planner/on_device.py)."""
     boundary_on_device: bool
     """Whether what flows from block to block (all micro-batches of it) stays on the device between blocks."""
     deferred_blocks: tuple[int, ...]

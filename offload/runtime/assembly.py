@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,12 +13,12 @@ from offload.config import Config, host_total_nbytes, parse_budget
 from offload.errors import ConfigError
 from offload.model.blocks import Cut
 from offload.model.flat import BlockLayout, lay_out
-from offload.planner.placement import BlockBytes, Placement, place
+from offload.planner.placement import BlockBytes, Placement
 from offload.planner.plan import Plan
 from offload.runtime import in_device
 from offload.runtime.first_content import import_into
 from offload.runtime.in_device import InDeviceState
-from offload.runtime.planning import placement_of
+from offload.runtime.placing import place_run
 from offload.stores.block_store import BlockRecord, DeviceSlot, GradBuffer, Slot, StateExtents
 from offload.stores.sides import Sides, checksum_tables, durable_nbytes
 from offload.telemetry import SpanLog
@@ -200,7 +199,19 @@ class _Builder:
         if not self.streams:  # all state is in device memory: host memory is not what limits it
             self.host_nbytes = 2 * self.staging_nbytes + root_bytes.slot_nbytes + root_bytes.grad_nbytes
             self.host_nbytes += root_bytes.state_nbytes
-        self.placement = self._place(root_bytes, plan)
+        self.placement = place_run(
+            self.bytes_of,
+            root_bytes,
+            config,
+            device,
+            rule,
+            plan if self.streams else None,
+            device_nbytes=self.device_nbytes,
+            host_nbytes=self.host_nbytes,
+            staging_nbytes=self.staging_nbytes,
+            has_storage=self.has_storage,
+            grads_per_buffer=2 if self.one_gradient_each else 1,
+        )
         n_pieces = 4 * len(self.layouts) + 16
         on_device = self.placement.device_nbytes if device.shares_host else 0
         self.device_arena = HostArena(on_device + PAGE_NBYTES * n_pieces)
@@ -212,24 +223,6 @@ class _Builder:
     def page_lock(self) -> None:
         """Lock the host arena, whose pages become present by it."""
         self.device.page_lock(self.host_arena.address, self.host_arena.nbytes, self.config.pin)
-
-    def _place(self, root: BlockBytes, plan: Plan | None) -> Placement:
-        budgets: dict[str, Any] = {
-            "device_nbytes": self.device_nbytes,
-            "host_nbytes": self.host_nbytes,
-            "staging_nbytes": self.staging_nbytes,
-            "has_storage": self.has_storage,
-            "shares_host": self.device.shares_host,
-            "device_own_nbytes": self.device.own_nbytes,
-        }
-        if plan is not None and self.streams:
-            return placement_of(plan, self.bytes_of, root, **budgets)
-        choices: dict[str, Any] = {
-            "deferred": self.config.deferred,
-            "prefetch_blocks": self.config.prefetch_blocks,
-            "grads_per_buffer": 2 if self.one_gradient_each else 1,
-        }
-        return place(self.bytes_of, root, **budgets, **choices)
 
     @property
     def has_storage(self) -> bool:
@@ -357,11 +350,32 @@ class _Builder:
         import_into(record, store, scratch, self.config.chunk_elements, self.device)
         return record
 
+    def make_block_on_device(self, index: int) -> BlockRecord:
+        """One that is not streamed, whose gradients stay too where its update waits for the end of a step."""
+        layout = self.layouts[index]
+        record = BlockRecord(index, layout, False, -1, {})
+        if self.gradients_wait(index):
+            grad = self.on_device(layout.grad_elements * 4).view(torch.float32)
+            record.grad_buffer = GradBuffer(grad, record, permanent=True)
+        self._put_on_device(record)
+        return record
+
+    def _put_on_device(self, record: BlockRecord) -> None:
+        """Parameters and optimizer state, for good."""
+        record.on_device = True
+        record.slot = Slot(self.on_device(record.layout.slot_nbytes), record)
+        for position, buffer in enumerate(record.layout.buffers):
+            if buffer.trainable:
+                n_chunks = -(-buffer.n_elements // self.config.chunk_elements)
+                records = self.on_device(buffer.state_nbytes).zero_()
+                record.states[position] = StateExtents(records, n_chunks, -1)
+        import_into(record, None, None, self.config.chunk_elements, self.device)
+
     def make_root(self, store: Store | None) -> BlockRecord:
         """What of it is in host memory; `place_root` has to follow."""
         layout, index = self.root_layout, len(self.layouts)
         root = BlockRecord(index, layout, True, -1, {})
-        if self.all_in_device:
+        if self.all_in_device or self.placement.on_device_root:
             return root
         root.sides = self._sides(layout, store)
         root.states = self._states(index, layout, store, root.sides)
@@ -382,6 +396,8 @@ class _Builder:
         if self.all_in_device:
             root.slot = Slot(self.on_device(root.layout.slot_nbytes), root)
             root.state = BlockState.RESIDENT
+        elif self.placement.on_device_root:
+            self._put_on_device(root)
         elif not self.device.shares_host:
             root.device_slot = DeviceSlot(self.on_device(root.layout.slot_nbytes), root, self.device.mark())
             root.device_stale = True
@@ -456,9 +472,11 @@ def _fill(builder: _Builder, resources: Resources) -> Assembly:
     slots = builder.make_slots()
     activation_staging = builder.host_arena.take(builder.placement.activation_staging_nbytes)
     scratch = slots[0] if slots else None
-    blocks = [builder.make_block(index, store, scratch) for index in range(len(builder.layouts))]
+    n_on_device = builder.placement.on_device_blocks
+    streamed = [builder.make_block(i, store, scratch) for i in range(n_on_device, len(builder.layouts))]
     root = builder.make_root(store)
     device.trim()
+    blocks = [*map(builder.make_block_on_device, range(n_on_device)), *streamed]
     device_slots = builder.make_device_slots()
     grad_buffers, out_buffers = builder.make_grad_buffers()
     builder.place_root(root)

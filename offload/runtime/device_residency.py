@@ -75,8 +75,8 @@ class CopiedResidency:
         self._copies = copies
 
     def holds(self, block: BlockRecord) -> bool:
-        """Whether a current copy is on the device, or on its way."""
-        return block.device_slot is not None and not block.device_stale
+        """Whether a current copy is on the device, or on its way; or the parameters themselves are there."""
+        return block.on_device or (block.device_slot is not None and not block.device_stale)
 
     def needs_host_slot(self, phase: Phase) -> bool:
         """After backward the update runs in it; forward needs no more than the copy."""

@@ -245,9 +245,9 @@ class OffloadEngine(Uncopied):
 
     def _update_root_early(self) -> None:
         """Update what the blocks' backward does not use or change; see runtime/early_root.py."""
-        if not self._sync or self._defers(self.root) or self._assembly.in_device is not None:
+        if not self._sync or self._defers(self.root) or self._whole_gradients:
             return
-        if self._whole_gradients:
+        if self.root.on_device or self._assembly.in_device is not None:
             return
         final, chunks = self._early_root.take()
         if not final:
@@ -389,7 +389,7 @@ class OffloadEngine(Uncopied):
 
     def computing(self, kind: str, block: BlockRecord) -> contextlib.AbstractContextManager[object]:
         """Record what the device computes inside."""
-        return computing(self._assembly, self.spans, kind, block)
+        return computing(self._assembly.resources.device, self.spans, kind, block)
 
     def record(self) -> contextlib.AbstractContextManager[list[Span]]:
         """Record the steps made inside; the list that is given holds their spans afterwards.

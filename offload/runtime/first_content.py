@@ -29,13 +29,12 @@ def import_into(
             source = segment.parameter.data
             if lo is not None and source.dtype == torch.float32:
                 flat = source.contiguous().view(-1).cpu()
-                end = segment.start + segment.numel
-                split_master(
-                    flat.data_ptr(),
-                    plane[segment.start : end].data_ptr(),
-                    lo[segment.start : end].data_ptr(),
-                    segment.numel,
+                part = slice(segment.start, segment.start + segment.numel)
+                hi = (
+                    plane[part] if plane.device.type == "cpu" else torch.empty_like(plane[part], device="cpu")
                 )
+                split_master(flat.data_ptr(), hi.data_ptr(), lo[part].data_ptr(), segment.numel)
+                plane[part].copy_(hi)
             else:
                 segment.view(plane).copy_(source)
             segment.parameter.data = torch.empty(0, dtype=buffer.dtype, device="cpu")
@@ -46,7 +45,7 @@ def import_into(
         store.engine.write(address, nbytes, record.param_offset).wait()
     else:
         record.state = BlockState.RESIDENT
-    if record.slot is not None and device.shares_host:
+    if record.on_device or (record.slot is not None and device.shares_host):
         record.bind()
     else:
         record.unbind(device.torch_device)

@@ -151,9 +151,9 @@ class Gradients:
         return parts
 
     def park(self, block: BlockRecord) -> None:
-        """Put unapplied gradients where they wait, and free the gradient buffer. The root's stay where they are."""
+        """Put unapplied gradients where they wait, and free the gradient buffer. In one of its own they stay."""
         buffer = block.grad_buffer
-        if buffer is None or block.is_root:
+        if buffer is None or buffer.permanent:
             return
         if block.grad_host is None and block.grad_offset < 0:
             self._take_place(block)
@@ -188,8 +188,8 @@ class Gradients:
         return max(0, len(self._out_buffers) - (4 if self.one_each else 2))
 
     def drop(self, block: BlockRecord) -> None:
-        """Free a gradient buffer that nothing was added to."""
-        if block.grad_buffer is not None and not block.is_root:
+        """Free a gradient buffer that nothing was added to, or whose gradients compute has used."""
+        if block.grad_buffer is not None and not block.grad_buffer.permanent:
             block.grad_buffer.release()
             block.grad_buffer = None
 

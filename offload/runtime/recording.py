@@ -11,6 +11,7 @@ import torch
 from offload.runtime.assembly import Assembly
 from offload.stores.block_store import BlockRecord
 from offload.telemetry import Span, SpanLog
+from offload.tiers.device import DeviceTier
 
 _LANES = {"r": ("read", "state_in"), "u": ("cpu", "update"), "w": ("write", "state_out")}
 
@@ -24,16 +25,15 @@ def named(*words: str) -> contextlib.AbstractContextManager[object]:
 
 
 def computing(
-    parts: Assembly, spans: SpanLog, kind: str, block: BlockRecord
+    device: DeviceTier, spans: SpanLog, kind: str, block: BlockRecord
 ) -> contextlib.AbstractContextManager[object]:
     """Record what the device computes inside: for torch's profiler, and as a span while spans are recorded."""
-    return _span(parts, spans, kind, block) if spans.recording else named(kind, block.name)
+    return _span(device, spans, kind, block) if spans.recording else named(kind, block.name)
 
 
 @contextlib.contextmanager
-def _span(parts: Assembly, spans: SpanLog, kind: str, block: BlockRecord) -> Iterator[None]:
+def _span(device: DeviceTier, spans: SpanLog, kind: str, block: BlockRecord) -> Iterator[None]:
     with named(kind, block.name):
-        device = parts.resources.device
         start = device.stamp()
         yield
         end = device.stamp()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 
 from offload.errors import BudgetError, CorruptError
 from offload.runtime.device_residency import Residency
+from offload.runtime.device_updates import DeviceUpdates
 from offload.runtime.early_root import Range
 from offload.runtime.gradients import Gradients
 from offload.runtime.in_device import InDeviceState
@@ -60,6 +61,7 @@ class Scheduler:
         stalls: Stalls,
         spans: SpanLog,
         in_device: InDeviceState | None,
+        device_updates: DeviceUpdates | None,
         make_gradients: Callable[[Callable[[BlockRecord, str], None]], Gradients],
         *,
         holds: bool,
@@ -74,6 +76,7 @@ class Scheduler:
         self._stalls = stalls
         self._spans = spans
         self._in_device = in_device
+        self._device_updates = device_updates
         self.gradients = make_gradients(self._complete)
         self._cursor = UseCursor(len(blocks))
         self._to_hold = _to_hold(blocks) if holds else None
@@ -307,12 +310,24 @@ class Scheduler:
 
     def update_now(self, block: BlockRecord, hyper_of: HyperOf) -> None:
         """Start the update of a block whose gradients are in its gradient buffer."""
+        if block.on_device and self._device_updates is not None:
+            self._update_on_device(block, hyper_of, self._device_updates)
+            return
         segments_of = self._segments(block, hyper_of)
         if self._in_device is not None and block.is_root:
             self._in_device.update(segments_of)
             block.touched.clear()
             return
         self._update_segments(block, segments_of)
+
+    def _update_on_device(self, block: BlockRecord, hyper_of: HyperOf, updates: DeviceUpdates) -> None:
+        if block.grads_waiting:  # a step without a backward that ends the accumulation
+            self.gradients.begin(block)
+        with self._stalls.waiting("save"):
+            self.before_update(block)
+        updates.update(block, touched_segments(block, hyper_of))
+        self.gradients.drop(block)
+        block.touched.clear()
 
     def _update_segments(
         self, block: BlockRecord, segments_of: list[Segments], only: list[list[Range]] | None = None
@@ -378,7 +393,10 @@ class Scheduler:
             self._update_segments(self.root, [[] for _ in self.root.layout.buffers])
 
     def update_later(self, block: BlockRecord, hyper_of: HyperOf) -> None:
-        """Decide the update now; it runs with the block's next fetch."""
+        """Decide the update now; it runs with the block's next fetch, or at once where nothing is fetched."""
+        if block.on_device:
+            self.update_now(block, hyper_of)
+            return
         self._pending_segments[block.index] = self._segments(block, hyper_of)
         self._residency.outdated(block)
         block.pending_update = True
@@ -444,6 +462,8 @@ class Scheduler:
                 self.wait_resident(block)
         for block in [*self.blocks, self.root]:
             self.wait_resident(block)
+        if self._device_updates is not None:
+            self._device_updates.finish()
 
     def drop_copies(self, block: BlockRecord) -> None:
         """The block's bytes in the store, or in the host slot that is its home, are about to be replaced."""

@@ -13,6 +13,7 @@ from offload.planner.report import plan_lines
 from offload.runtime.assembly import Assembly, budgets, staging_nbytes
 from offload.runtime.commits import StepCommits
 from offload.runtime.device_residency import CopiedResidency, Residency, SharedResidency
+from offload.runtime.device_updates import DeviceUpdates
 from offload.runtime.durable_steps import DurableSteps
 from offload.runtime.gradients import Gradients
 from offload.runtime.planning import RunPlan, plan_run
@@ -32,6 +33,7 @@ def make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog, *, pin: Pin,
     residency: Residency = SharedResidency(parts.resources.device.torch_device)
     if not parts.resources.device.shares_host:
         residency = CopiedResidency(parts.device_slots, parts.resources.device, parts.resources.copies)
+    on_device = [block for block in [*parts.blocks, parts.root] if block.on_device]
     return Scheduler(
         parts.blocks,
         parts.root,
@@ -43,6 +45,7 @@ def make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog, *, pin: Pin,
         stalls,
         spans,
         parts.in_device,
+        DeviceUpdates(on_device, parts.resources.device, spans) if on_device else None,
         lambda complete: Gradients(
             parts.grad_buffers,
             parts.out_buffers,

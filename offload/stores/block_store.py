@@ -67,7 +67,10 @@ class GradBuffer:
 
 @dataclass
 class StateExtents:
-    """Optimizer state of one flat buffer: first `host_chunks` chunk records in `host`, the rest at `offset`."""
+    """Optimizer state of one flat buffer: first `host_chunks` chunk records in `host`, the rest at `offset`.
+
+    Of a block that is updated on the device (`BlockRecord.on_device`) `host` is device memory, and has all of them.
+    """
 
     host: torch.Tensor | None
     host_chunks: int
@@ -132,6 +135,8 @@ class BlockRecord:
     host_in_use: int = 0
     """Of these, and of readers, those that need the host slot to stay."""
     grad_norms: list[torch.Tensor] = field(default_factory=list)
+    on_device: bool = False
+    """Parameters (`slot`) and optimizer state are in the memory of a device of its own for good, and updated there."""
     sides: Sides | None = None
     """Both sets of extents, where every step is durable (stores/sides.py)."""
     recipes: dict[Any, Any] = field(default_factory=dict)

@@ -97,6 +97,8 @@ class DeviceTier(Protocol):
     """The device computes on host memory itself: slots and gradients are never copied over."""
     own_nbytes: int
     """Of its memory, what its libraries take for themselves."""
+    updates_faster: bool
+    """Whether its memory is so much faster than the host's that what is updated there should be."""
     timing: bool
     """Whether copies and stamps are to be timed."""
 
@@ -146,6 +148,7 @@ class SharedDevice:
 
     shares_host = True
     own_nbytes = 0
+    updates_faster = False
     timing = False
 
     def __init__(self) -> None:
@@ -203,6 +206,7 @@ class CudaDevice:
 
     shares_host = False
     own_nbytes = CUDA_OWN_NBYTES
+    updates_faster = True
 
     def __init__(self, torch_device: torch.device, memory_nbytes: int) -> None:
         index = torch.cuda.current_device() if torch_device.index is None else torch_device.index

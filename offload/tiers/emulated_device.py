@@ -91,6 +91,7 @@ class EmulatedDevice:
 
     shares_host = False
     own_nbytes = 0
+    updates_faster = False
     timing = False
 
     def __init__(self, bus_bytes_per_s: float | None = None) -> None:

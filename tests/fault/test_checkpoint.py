@@ -33,6 +33,7 @@ PLACEMENTS = {
     "deferred": {"storage": ["a"], "max_grad_norm": 1e9},
     "emulated": {"storage": ["a"], "device": "emulated", "host_memory": "100MB", "device_memory": "100MB"},
     "posix": {"storage": ["a"], "backend": "posix", "direct_io": False},
+    "on the device": {"device": "emulated", "device_memory": "100MB", "states_on_device": "1MB"},
 }
 
 

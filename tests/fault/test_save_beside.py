@@ -26,13 +26,14 @@ PLACEMENTS = {
     "deferred": {"max_grad_norm": 1e9},
     "emulated": {"device": "emulated", "host_memory": 10**8, "device_memory": 10**8},
     "aside": {"step_aside": "always", "host_memory": 10**8, "device_memory": 10**8},
+    "on the device": {"device": "emulated", "device_memory": 10**8, "states_on_device": 10**6},
 }
 LEVELS = ["checkpoint", "step"]
 FAST = [("storage", "checkpoint"), ("storage", "step"), ("host", "checkpoint")]
 CASES = [
     pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
     for case in itertools.product(PLACEMENTS, LEVELS)
-    if case != ("aside", "step")
+    if case not in (("aside", "step"), ("on the device", "step"))
 ]
 
 

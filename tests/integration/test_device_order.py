@@ -100,6 +100,12 @@ PLACEMENTS = {
     "saved in host memory": {"saved_activations": "host", "micro_batches": 2, "host_memory": "20MB"},
     "saved on storage": {"saved_activations": "storage", "micro_batches": 2},
     "graphs kept": {"activations": "keep", "device_memory": "4MB"},
+    "state on the device": {"device_memory": "1300KB", "states_on_device": "800KB"},
+    "deferred, state on the device": {
+        "update": "deferred",
+        "device_memory": "1500KB",
+        "states_on_device": "1MB",
+    },
 }
 
 

@@ -58,6 +58,7 @@ PLACEMENTS = {
     "graphs kept": {"activations": "keep"},
     "posix backend": {"backend": "posix"},
     "pageable copies": {"pin": "never"},
+    "state on the device": {"states_on_device": "4MB"},
 }
 
 

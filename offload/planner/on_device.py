@@ -1,0 +1,88 @@
+"""What of the training state stays in the memory of a device of its own, where it is updated. Pure arithmetic on bytes.
+
+[Note: which state stays on the device] The next forward waits for the root's update and for the first block's, whose
+gradients come last: nothing hides their way over the bus and back. So it is the root's state first, then that of the
+first blocks. They move nothing and ask nothing of the CPU. At least two blocks are streamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from offload.planner.placement import BlockBytes, Placement
+
+PIECE_ELEMENTS = 1 << 20
+"""Elements that are updated at once, at most: few enough for the device's cache."""
+SCRATCH_PLANES = 3
+"""Of fp32, for what is in between."""
+STREAMED_BLOCKS_MIN = 2
+
+
+@dataclass(frozen=True)
+class OnDevice:
+    """The root's parameters, gradients and optimizer state, and those of the first `n_blocks` blocks."""
+
+    root: bool = False
+    n_blocks: int = 0
+
+    def __bool__(self) -> bool:
+        return self.root or self.n_blocks > 0
+
+    def nbytes(self, blocks: Sequence[BlockBytes], root: BlockBytes, *, keeps_gradients: bool) -> int:
+        """Device memory for all of it. `keeps_gradients`: those of blocks stay there too, since updates wait."""
+        if not self:
+            return 0
+        found = sum(b.slot_nbytes + b.state_nbytes for b in blocks[: self.n_blocks])
+        if keeps_gradients:
+            found += sum(b.grad_nbytes for b in blocks[: self.n_blocks])
+        if self.root:
+            found += root.slot_nbytes + root.grad_nbytes + root.state_nbytes
+        staying = [*blocks[: self.n_blocks], *([root] if self.root else [])]
+        return found + scratch_nbytes(max(b.grad_nbytes for b in staying))
+
+
+def scratch_nbytes(grad_nbytes: int) -> int:
+    """What updates need for themselves, where the largest plane of fp32 gradients has so many bytes."""
+    return SCRATCH_PLANES * min(4 * PIECE_ELEMENTS, grad_nbytes)
+
+
+def fill_device(
+    blocks: Sequence[BlockBytes], root: BlockBytes, more_nbytes: int, *, keeps_gradients: bool
+) -> OnDevice:
+    """What `more_nbytes` hold beside the root's parameters and gradients, which are on the device anyway.
+
+    See [Note: which state stays on the device]. A root without state, or too large, leaves all to the blocks.
+    """
+    n_blocks, grad = 0, max((b.grad_nbytes for b in blocks), default=0)
+    left = more_nbytes - scratch_nbytes(max(grad, root.grad_nbytes))
+    with_root = 0 < root.state_nbytes <= left
+    left -= root.state_nbytes if with_root else 0
+    for number, block in enumerate(blocks[: max(0, len(blocks) - STREAMED_BLOCKS_MIN)]):
+        nbytes = block.slot_nbytes + block.state_nbytes + (block.grad_nbytes if keeps_gradients else 0)
+        rest = max(b.grad_nbytes for b in blocks[number + 1 :])
+        if nbytes > left or rest < grad:  # gradient buffers are for what is streamed
+            break
+        n_blocks, left = n_blocks + 1, left - nbytes
+    return OnDevice(with_root, n_blocks)
+
+
+def streamed(
+    blocks: Sequence[BlockBytes], root: BlockBytes, stays: OnDevice
+) -> tuple[list[BlockBytes], BlockBytes]:
+    """What is left to be placed."""
+    return list(blocks[stays.n_blocks :]), BlockBytes(0, (), 0) if stays.root else root
+
+
+def with_device_states(placed: Placement, stays: OnDevice, nbytes: int) -> Placement:
+    """The placement of what is streamed as one of everything: what stays on the device takes `nbytes` there."""
+    n = stays.n_blocks
+    return replace(
+        placed,
+        params_in_host=[False] * n + placed.params_in_host,
+        grads_in_host=[False] * n + placed.grads_in_host,
+        host_chunks=[0] * n + placed.host_chunks,
+        device_nbytes=placed.device_nbytes + nbytes,
+        on_device_root=stays.root,
+        on_device_blocks=n,
+    )

@@ -1,0 +1,137 @@
+"""Where the training state of a run goes: first what stays on the device, then the rest by budget or as a plan says."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from offload.config import Config, parse_budget
+from offload.errors import BudgetError, ConfigError
+from offload.planner.on_device import OnDevice, fill_device, streamed, with_device_states
+from offload.planner.placement import BlockBytes, Placement, place
+from offload.planner.plan import Plan
+from offload.runtime.device_rules import makes
+from offload.runtime.planning import placement_of
+from offload.tiers.device import DeviceTier
+from offload.update_rules import UpdateRule
+
+logger = logging.getLogger("offload")
+
+
+def may_stay(config: Config, device: DeviceTier, rule: UpdateRule) -> bool:
+    """Whether optimizer state may stay on the device. Raises ConfigError where it cannot though it is asked for."""
+    reason = None
+    if device.shares_host:
+        reason = "this run computes in host memory, where all state can be"
+    elif config.durability == "step":
+        reason = "durability='step' keeps every step on storage"
+    elif not makes(rule):
+        reason = f"a device updates with AdamW, Adam, SGD and Lion on fp32 moments, this optimizer is {rule.described}"
+    if reason is None:
+        return config.states_on_device == "auto" or parse_budget(config.states_on_device, 1 << 62) > 0
+    if config.states_on_device != "auto" and parse_budget(config.states_on_device, 1 << 62) > 0:
+        raise ConfigError(f"states_on_device={config.states_on_device!r}: {reason}; leave it at 'auto'")
+    return False
+
+
+def asked_nbytes(config: Config, device_nbytes: int) -> int | None:
+    """Device memory that the user wants to be for such state; None: "auto"."""
+    asked = config.states_on_device
+    return None if asked == "auto" else parse_budget(asked, device_nbytes)
+
+
+def _by_budget(
+    config: Config, device: DeviceTier, blocks: Sequence[BlockBytes], root: BlockBytes, device_nbytes: int
+) -> OnDevice:
+    """As asked; else, where the device's memory is the faster one, of what a run without a plan has for parameters and
+    gradients all but some slots."""
+    more_nbytes = asked_nbytes(config, device_nbytes)
+    if more_nbytes is None:
+        if not device.updates_faster or config.prefetch_blocks is not None:
+            return OnDevice()
+        slot, grad = max(b.slot_nbytes for b in blocks), max(b.grad_nbytes for b in blocks)
+        fixed = root.slot_nbytes + root.grad_nbytes
+        more_nbytes = device_nbytes // 2 - fixed - 4 * slot - 2 * grad
+    return fill_device(blocks, root, more_nbytes, keeps_gradients=config.deferred)
+
+
+def place_run(
+    blocks: list[BlockBytes],
+    root: BlockBytes,
+    config: Config,
+    device: DeviceTier,
+    rule: UpdateRule,
+    plan: Plan | None,
+    *,
+    device_nbytes: int,
+    grads_per_buffer: int,
+    **budgets: Any,
+) -> Placement:
+    """The placement of a run that streams `blocks`; `budgets` as `place` has them.
+
+    Raises BudgetError, before anything has moved, where it cannot fit, and ConfigError where `states_on_device` or the
+    plan asks for what cannot be done.
+    """
+    stays = OnDevice()
+    if blocks and may_stay(config, device, rule):
+        if plan is None:
+            stays = _by_budget(config, device, blocks, root, device_nbytes)
+        else:
+            stays = OnDevice(plan.on_device_root, plan.on_device_blocks)
+    elif plan is not None and (plan.on_device_root or plan.on_device_blocks):
+        raise ConfigError(
+            "the plan keeps optimizer state in device memory, which this run's device, optimizer, durability or "
+            "states_on_device does not allow: plan again"
+        )
+    nbytes = stays.nbytes(blocks, root, keeps_gradients=config.deferred)
+    rest, rest_root = streamed(blocks, root, stays)
+    budgets |= {
+        "device_nbytes": device_nbytes - nbytes,
+        "shares_host": device.shares_host,
+        "device_own_nbytes": device.own_nbytes,
+    }
+    try:
+        if plan is not None and blocks:
+            placed = placement_of(_of_streamed(plan), rest, rest_root, **budgets)
+        else:
+            placed = place(
+                rest,
+                rest_root,
+                **budgets,
+                deferred=config.deferred,
+                prefetch_blocks=config.prefetch_blocks,
+                grads_per_buffer=grads_per_buffer,
+            )
+    except BudgetError as error:
+        if not stays:
+            raise
+        raise BudgetError(
+            f"{error}. Not counted there are {nbytes} bytes of device_memory for state that stays in it: lower "
+            "states_on_device, or raise device_memory"
+        ) from error
+    if stays:
+        logger.info(
+            "in device memory for good, and updated there: %s (%.2f GB)",
+            " and ".join(
+                ["the root's state"] * stays.root
+                + [f"that of the first {stays.n_blocks} blocks"] * bool(stays.n_blocks)
+            ),
+            nbytes / 1e9,
+        )
+    return with_device_states(placed, stays, nbytes)
+
+
+def _of_streamed(plan: Plan) -> Plan:
+    """The plan's placement of the blocks that are streamed, numbered from 0."""
+    n = plan.on_device_blocks
+    if not n:
+        return plan
+    return plan.model_copy(
+        update={
+            "params_in_host": plan.params_in_host[n:],
+            "grads_in_host": plan.grads_in_host[n:],
+            "states_in_host": plan.states_in_host[n:],
+            "deferred_blocks": tuple(i - n for i in plan.deferred_blocks if i >= n),
+        }
+    )

@@ -1,0 +1,247 @@
+"""State that stays on a device with memory of its own: updated there, with the same bits, and nothing of it moves."""
+
+import logging
+
+import pytest
+import torch
+
+import offload
+from offload.errors import BudgetError, ConfigError
+from offload.planner.on_device import OnDevice, fill_device, scratch_nbytes
+from offload.planner.placement import BlockBytes
+from offload.tiers.emulated_device import EmulatedDevice
+from offload.transfer.copies import Copies
+from tests.conftest import batches, build, slow_but, two_groups
+from tests.cuda import CUDA, ready
+from tests.integration.test_exactness import assert_same_bits, in_memory_on, stored, train, train_in_memory
+from tests.integration.test_run_ahead import (
+    accumulating_from_third,
+    failing_midway,
+    once,
+    same,
+    trained,
+    two_forwards_from_third,
+)
+
+ROOMY = {"device_memory": "30MB", "host_memory": "4MB"}
+MORE_HOST = {"device_memory": "30MB", "host_memory": "30MB"}
+ALL_BUT_TWO = {**ROOMY, "states_on_device": "20MB"}
+
+
+@pytest.fixture(params=["emulated", CUDA])
+def device(request, monkeypatch):
+    with ready(request.param, monkeypatch) as name:
+        yield name
+
+
+# ---- the same bits -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("states", slow_but(["20MB"], ["1200KB", "20MB"]))
+@pytest.mark.parametrize("update", ["backward", "deferred"])
+@pytest.mark.parametrize("step_of", [once, accumulating_from_third, failing_midway])
+def test_a_step_that_is_made_on_the_device_has_the_bits_of_one_that_is_streamed(
+    tmp_path, device, step_of, update, states
+):
+    if (step_of, update) == (failing_midway, "backward"):
+        step_of = two_forwards_from_third  # a failed backward has updated blocks already
+    streamed, _ = trained(tmp_path, update, step_of, device=device, **ROOMY, states_on_device=0)
+    stays, _ = trained(tmp_path, update, step_of, device=device, **ROOMY, states_on_device=states)
+    assert same(stays, streamed)
+
+
+LOOPS = {
+    "clipping": ({}, {"max_grad_norm": 0.5}),
+    "accumulating and clipping": ({"accumulate": 2}, {"max_grad_norm": 0.5}),
+    "frozen": ({"freeze": "layers.1."}, {}),
+    "frozen root": ({"freeze": "embed"}, {"update": "deferred"}),
+    "tied": ({"tie": True}, {}),
+    "micro-batches": ({}, {"micro_batches": 4, "activations": "storage"}),
+}
+
+
+@pytest.mark.parametrize("loop", slow_but(["clipping", "tied", "micro-batches"], list(LOOPS)))
+@pytest.mark.parametrize("dtype", slow_but([torch.bfloat16], [torch.bfloat16, torch.float32]))
+def test_every_loop_has_the_bits_of_training_in_memory(tmp_path, device, loop, dtype):
+    options, settings = LOOPS[loop]
+    alike = {key: settings[key] for key in ("micro_batches", "max_grad_norm", "update") if key in settings}
+    expected = train_in_memory(
+        "llama", {**in_memory_on(device, step_aside="never"), **alike}, dtype, n_steps=5, **options
+    )
+    found = train(
+        "llama", stored(tmp_path, device=device, **ALL_BUT_TWO, **settings), dtype, n_steps=5, **options
+    )
+    assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize(
+    "make",
+    slow_but(
+        [torch.optim.SGD],
+        [torch.optim.SGD, torch.optim.Adam],
+    ),
+)
+def test_every_optimizer_has_the_same_bits(device, make):
+    found = []
+    for states in (0, "20MB"):
+        model = build("gpt2", torch.bfloat16)
+        more = {"momentum": 0.9} if make is torch.optim.SGD else {"weight_decay": 0.1}
+        optimizer = make(model.parameters(), lr=1e-2, **more)
+        model, optimizer = offload.wrap(
+            model, optimizer, device=device, step_aside="never", states_on_device=states, **MORE_HOST
+        )
+        for batch in batches(4):
+            batch = batch.to(model.offload.device)
+            model(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append({n: p.cpu().clone() for block in model.offload.iter_blocks() for n, p in block})
+        model.offload.close()
+    assert same(*found)
+
+
+def test_a_step_without_a_last_backward_uses_what_was_accumulated(device):
+    found = []
+    for states in (0, "20MB"):
+        model = build("llama", torch.bfloat16)
+        model, optimizer = offload.wrap(
+            model, two_groups(model), device=device, step_aside="never", states_on_device=states, **MORE_HOST
+        )
+        for batch in batches(2):
+            batch = batch.to(model.offload.device)
+            with model.offload.no_sync():
+                model(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+        found.append({n: p.cpu().clone() for block in model.offload.iter_blocks() for n, p in block})
+        model.offload.close()
+    assert same(*found)
+
+
+# ---- nothing moves, within the budget ------------------------------------------------------------------------
+
+
+def test_nothing_of_it_crosses_the_bus(tmp_path, monkeypatch):
+    names = set()
+
+    def noting(way):
+        copy = getattr(Copies, way)
+
+        def noted(self, *args, **kwargs):
+            names.add(next(arg for arg in args if isinstance(arg, str)))
+            return copy(self, *args, **kwargs)
+
+        monkeypatch.setattr(Copies, way, noted)
+
+    for way in ("h2d", "d2h", "h2d_when", "h2d_in_parts"):
+        noting(way)
+    trained(tmp_path, "backward", once, device="emulated", **ALL_BUT_TWO)
+    moved = {name for name in names if name.startswith(("load", "grad_out"))}
+    assert moved == {f"{what} {block}" for what in ("load", "grad_out") for block in (4, 5)}
+
+
+@pytest.mark.parametrize("update", ["backward", "deferred"])
+@pytest.mark.parametrize("states", ["1200KB", "20MB"])
+def test_device_memory_taken_is_what_the_placement_says_and_the_budget_allows(monkeypatch, update, states):
+    taken, allocate = [], EmulatedDevice.allocate
+
+    def noted(self, nbytes):
+        taken.append(nbytes)
+        return allocate(self, nbytes)
+
+    monkeypatch.setattr(EmulatedDevice, "allocate", noted)
+    model = build("llama", torch.bfloat16, layers=6)
+    model, _ = offload.wrap(
+        model, two_groups(model), device="emulated", update=update, step_aside="never", chunk_elements=4096,
+        states_on_device=states, **MORE_HOST,
+    )  # fmt: skip
+    placed = model.offload.placement
+    model.offload.close()
+    assert placed.on_device_root
+    assert sum(taken) <= placed.device_nbytes <= 30_000_000
+    assert placed.device_nbytes - sum(taken) <= 8 * 4096  # planes in whole pages
+
+
+def test_host_memory_has_no_copy_of_it():
+    taken = {}
+    for states in (0, "20MB"):
+        model = build("llama", torch.bfloat16, layers=6)
+        model, _ = offload.wrap(
+            model, two_groups(model), device="emulated", step_aside="never", states_on_device=states,
+            **MORE_HOST,
+        )  # fmt: skip
+        parts = model.offload.parts
+        stays = [block for block in [*parts.blocks, parts.root] if block.on_device]
+        taken[states] = parts.placement.host_nbytes - 4 * sum(b.plane.numel() for b in parts.out_buffers)
+        saved = sum(b.layout.slot_nbytes + b.layout.state_nbytes for b in stays)
+        saved += 4 * parts.root.layout.grad_elements * parts.root.on_device
+        model.offload.close()
+    assert taken[0] - taken["20MB"] == saved > 0
+
+
+@pytest.mark.parametrize("room", range(0, 4000, 250))
+@pytest.mark.parametrize("keeps_gradients", [False, True])
+def test_the_roots_state_comes_first_then_that_of_the_first_blocks(room, keeps_gradients):
+    blocks, root = [BlockBytes(20, (100,), 40)] * 6, BlockBytes(50, (300, 200), 100)
+    stays = fill_device(blocks, root, room, keeps_gradients=keeps_gradients)
+    left = room - scratch_nbytes(100)
+    assert stays.root == (left >= 500)
+    left -= 500 * stays.root
+    each = 120 + 40 * keeps_gradients
+    assert stays.n_blocks == max(0, min(4, left // each))
+    if stays:
+        nbytes = stays.nbytes(blocks, root, keeps_gradients=keeps_gradients)
+        assert nbytes <= room + (150 if stays.root else 0)
+
+
+def test_blocks_whose_gradients_need_the_largest_buffers_are_streamed():
+    blocks = [BlockBytes(20, (100,), 40), BlockBytes(20, (100,), 80)] + [BlockBytes(20, (100,), 40)] * 4
+    assert fill_device(blocks, BlockBytes(0, (), 0), 10**6, keeps_gradients=False) == OnDevice(False, 1)
+
+
+# ---- what is asked for ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"device": "cpu"}, "computes in host memory"),
+        ({"optimizer_state": "bf16"}, "bfloat16"),
+        ({"durability": "step"}, "durability='step'"),
+    ],
+)
+def test_what_cannot_stay_is_refused_where_it_is_asked_for_and_streamed_where_not(tmp_path, settings, why):
+    alike = {"device": "emulated", "step_aside": "never", "storage": [str(tmp_path)], **MORE_HOST, **settings}
+    model = build("llama", torch.bfloat16)
+    with pytest.raises(ConfigError, match=why):
+        offload.wrap(model, two_groups(model), states_on_device="1MB", **alike)
+    model, _ = offload.wrap(model, two_groups(model), **alike)
+    assert not model.offload.placement.on_device_root
+    model.offload.close()
+
+
+def test_more_than_the_device_holds_is_refused_by_name():
+    model = build("llama", torch.bfloat16)
+    with pytest.raises(BudgetError, match="states_on_device"):
+        offload.wrap(
+            model, two_groups(model), device="emulated", step_aside="never", device_memory="2MB",
+            states_on_device="1800KB",
+        )  # fmt: skip
+
+
+def test_by_itself_a_device_of_fast_memory_keeps_what_half_of_it_holds_beside_four_slots(monkeypatch, caplog):
+    monkeypatch.setattr(EmulatedDevice, "updates_faster", True)
+    caplog.set_level(logging.INFO, logger="offload")
+    model = build("llama", torch.bfloat16, layers=6)
+    settings = {"device": "emulated", "step_aside": "never", "device_memory": "12MB", "host_memory": "30MB"}
+    model, _ = offload.wrap(model, two_groups(model), **settings)
+    placed, root = model.offload.placement, model.offload.root.layout
+    slot, state, grad = (
+        max(getattr(block.layout, name) for block in model.offload.blocks)
+        for name in ("slot_nbytes", "state_nbytes", "grad_elements")
+    )
+    model.offload.close()
+    room = 6_000_000 - root.slot_nbytes - 4 * root.grad_elements - 4 * slot - 2 * 4 * grad
+    room -= scratch_nbytes(4 * max(grad, root.grad_elements)) + root.state_nbytes
+    assert placed.on_device_root
+    assert placed.on_device_blocks == min(4, room // (slot + state)) > 0
+    assert "updated there: the root's state and that of the first" in caplog.text

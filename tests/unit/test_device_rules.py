@@ -1,0 +1,82 @@
+"""The update rules in torch's operations have the bits of the extension's kernels."""
+
+import itertools
+
+import pytest
+import torch
+
+from offload import _C
+from offload.runtime.device_rules import UPDATES, Views
+from tests.unit.test_adamw_kernel import start_state, with_specials
+
+ALIKE = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "step": 1}
+SETTINGS = {
+    "adamw": [
+        {"weight_decay": 0.1},
+        {"weight_decay": 0.1, "decoupled": False},
+        {"beta1": 0.4, "step": 3},
+        {"step": 70, "maximize": True, "grad_scale": 0.3},
+    ],
+    "sgd": [
+        {"weight_decay": 0.01},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "step": 2, "dampening": 0.3, "weight_decay": 0.01},
+        {"momentum": 0.9, "step": 5, "nesterov": True, "grad_scale": 0.3},
+    ],
+    "lion": [{"weight_decay": 0.1}, {"beta1": 0.95, "step": 4, "maximize": True}],
+}
+CASES = [(rule, settings) for rule, several in SETTINGS.items() for settings in several]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def by_kernel(rule, planes, grad, hyper, codec):
+    param, lo, *moments = planes
+    _C.rule_update(
+        rule,
+        ["float32"] * len(moments),
+        codec,
+        param.data_ptr(),
+        lo.data_ptr(),
+        [m.data_ptr() for m in moments],
+        [0] * len(moments),
+        grad.data_ptr(),
+        str(grad.dtype).removeprefix("torch."),
+        param.numel(),
+        hyper,
+    )
+
+
+def by_torch(rule, planes, grad, hyper, codec, device):
+    param, lo, *moments = (plane.to(device, copy=True) for plane in planes)
+    views = Views(
+        param,
+        lo if codec == "split_bf16" else None,
+        grad.to(device),
+        tuple(moments),
+        tuple(torch.full((3, param.numel()), float("nan"), device=device)),
+        torch.empty((), device=device),
+    )
+    UPDATES[rule](views, hyper)
+    return [plane.cpu() for plane in (param, lo, *moments)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("special", [False, True], ids=["random", "special values"])
+@pytest.mark.parametrize(("rule", "settings"), CASES, ids=str)
+def test_torchs_operations_give_the_kernels_bits(rule, settings, special, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    hyper = _C.Hyper(**{**ALIKE, **settings})
+    for codec, grad_dtype in itertools.product(["split_bf16", "fp32"], [torch.float32, torch.bfloat16]):
+        state = start_state(9**4, grad_dtype)
+        master, *moments, grad = with_specials(state) if special else state
+        moments = moments[: {"adamw": 2, "sgd": "momentum" in settings, "lion": 1}[rule]]
+        param, lo = master, torch.zeros(master.numel(), dtype=torch.int16)
+        if codec == "split_bf16":
+            param = torch.empty(master.numel(), dtype=torch.bfloat16)
+            _C.split_master(master.data_ptr(), param.data_ptr(), lo.data_ptr(), master.numel())
+        expected = [plane.clone() for plane in (param, lo, *moments)]
+        by_kernel(rule, expected, grad, hyper, codec)
+        found = by_torch(rule, (param, lo, *moments), grad, hyper, codec, device)
+        for got, wanted in zip(found, expected, strict=True):
+            assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
