@@ -160,6 +160,7 @@ def measured(
         host_memory=int(options.host_memory_gb * 1e9),
         storage=[] if options.in_host >= 1 else [storage],
         step_aside="never",
+        states_on_device=0,  # of a whole giant next to nothing could stay
         plan=plan.to_json(),
     )
     engine = model.offload

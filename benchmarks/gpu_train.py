@@ -239,7 +239,11 @@ def ours(
         "micro_tokens": case.micro_tokens, "micro_batches": engine.micro_batches, "host_budget_bytes": host_nbytes,
         "state_on_storage_bytes": engine.placement.storage_nbytes,
     }  # fmt: skip
-    return Run(plain_step(case, model, optimizer, case.batch), engine, True, case.numel, engine.close, facts)
+    on_cpu = [block for block in [*engine.blocks, engine.root] if not block.on_device]
+    facts["updated_on_device"] = case.numel - (
+        numel := sum(s.numel for b in on_cpu for s in b.layout.trainable_segments)
+    )
+    return Run(plain_step(case, model, optimizer, case.batch), engine, True, numel, engine.close, facts)
 
 
 def deepspeed(case: Case, placement: str) -> Run:

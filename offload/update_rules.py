@@ -88,6 +88,11 @@ class UpdateRule:
         return self.name == "callback"
 
     @property
+    def made_on_device(self) -> bool:
+        """Whether a device with memory of its own can make the update, where the state is in its memory."""
+        return self.name in RULES and self.in_fp32
+
+    @property
     def in_fp32(self) -> bool:
         """Whether every plane is fp32."""
         return all(plane.kind == "float32" for plane in self.planes)

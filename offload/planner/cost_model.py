@@ -19,6 +19,8 @@ from offload.planner.rates import Rates, rates_of
 from offload.planner.workload import Workload
 from offload.types import ROOT_PARTS
 
+DEVICE_UPDATE_NBYTES = 216
+"""Of device memory, read and written for a parameter's AdamW update in torch's operations (runtime/device_rules.py)."""
 OVERLAP_ORDER = 8.0
 """Found by simulating: how much longer a phase is than its busiest resource. docs/planner.md, what was tried."""
 RESOURCES = ("compute", "bus", "storage", "dram", "cpu")
@@ -90,7 +92,7 @@ class Cost:
     backward: dict[str, Any]
     exposed: dict[str, Any]
     """Seconds that the device waits or works beside its FLOPs: `update` (one block's, at the turn to forward),
-    `gradient` (on their way out of the only buffer), `launch`."""
+    `gradient` (on their way out of the only buffer), `launch`, `device_update` (of state that stays on the device)."""
     traffic: tuple[Traffic, Traffic, Traffic]
     """Of forward, backward and tail."""
 
@@ -124,6 +126,12 @@ def _root(base: Any, order: float) -> Any:
     return base if order == 1 else base ** (1 / order)
 
 
+def device_update_s(workload: Workload, hardware: Hardware) -> float:
+    """Updates of what stays on the device, all of them; 0 where it is not known how fast its memory is."""
+    rate = hardware.device_bytes_per_s
+    return workload.on_device_numel * DEVICE_UPDATE_NBYTES / rate if rate else 0.0
+
+
 class CostModel:
     """One workload and batch on one machine with one format of state."""
 
@@ -143,6 +151,7 @@ class CostModel:
         self.format = state_format
         self.batch = batch_samples
         self.rates: Rates = rates_of(hardware, workload.param_nbytes, workload.rule)
+        self._device_update_s = device_update_s(workload, hardware)
 
     # ---- totals of the workload ------------------------------------------------------------------------------
 
@@ -155,6 +164,11 @@ class CostModel:
     def frozen(self) -> int:
         """Frozen parameters in blocks."""
         return sum(b.frozen_numel for b in self.workload.blocks)
+
+    @cached_property
+    def n_streamed(self) -> int:
+        """Blocks whose parameters do not stay on the device for good; 1 at least."""
+        return max(1, sum(nbytes > 0 for nbytes in self.slot_nbytes))
 
     @cached_property
     def slot_nbytes(self) -> tuple[int, ...]:
@@ -246,7 +260,7 @@ class CostModel:
 
     def traffic(self, load: Load) -> tuple[Traffic, Traffic, Traffic]:
         """Forward, backward and tail of a step."""
-        f, n_blocks = self.format, max(1, len(self.workload.blocks))
+        f, n_blocks = self.format, self.n_streamed
         late, early = load.deferred_fraction, 1 - load.deferred_fraction
         on_bus = 0 if self.rates.shares_host else 1
         params = sum(self.slot_nbytes)
@@ -357,19 +371,22 @@ class CostModel:
             forward, backward = self.seconds(forward_traffic), self.seconds(backward_traffic)
         tail = self.seconds(tail_traffic)
         n_blocks = max(1, len(self.workload.blocks))
-        one_update_s = self._one_update_s(load) if self.workload.blocks else 0.0
+        one_update_s: Any = self._one_update_s(load) if self.workload.blocks else 0.0
+        n_first = n_blocks - self.n_streamed  # their backward comes after it, and asks for nothing else
+        one_update_s = np.maximum(0.0, one_update_s - backward["compute"] * n_first / n_blocks)
         once = self.grads_once(load.micro_batches, load.deferred_fraction)
         gradient_s: Any = np.where(
             load.n_grad_buffers * np.where(once, 2, 1) < 2,
             np.maximum(backward["storage"], backward["cpu"])
             if self.rates.shares_host
-            else self.grads_nbytes(load) / self.rates.bus.d2h * (1 - 1 / n_blocks),
+            else self.grads_nbytes(load) / self.rates.bus.d2h * (1 - 1 / self.n_streamed),
             0.0,
         )
         launches_s = n_blocks * load.micro_batches * self.hardware.launch_overhead_s
         forward_s = self._phase(forward, load, launches_s + load.deferred_fraction * one_update_s)
         early_update_s = (1 - load.deferred_fraction) * one_update_s
-        backward_s = self._phase(backward, load, early_update_s + gradient_s + launches_s)
+        beside_s = early_update_s + gradient_s + launches_s + self._device_update_s
+        backward_s = self._phase(backward, load, beside_s)
         stages = (
             tail_traffic.d2h / self.rates.bus.d2h,
             np.maximum(tail["storage"], tail["cpu"]),
@@ -393,7 +410,12 @@ class CostModel:
             lower_bound_s=lower_bound,
             forward=forward,
             backward=backward,
-            exposed={"update": one_update_s, "gradient": gradient_s, "launch": 2 * launches_s},
+            exposed={
+                "update": one_update_s,
+                "gradient": gradient_s,
+                "launch": 2 * launches_s,
+                "device_update": self._device_update_s,
+            },
             traffic=(forward_traffic, backward_traffic, tail_traffic),
         )
 
@@ -412,7 +434,7 @@ class CostModel:
         for name in ("storage", "cpu", "dram"):
             excess_s = np.maximum(0.0, backward_s[name] - backward_s["compute"])
             share = np.maximum(share, excess_s / np.maximum(updates_s[name], 1e-12))
-        share = np.minimum(share, load.held / max(1, len(self.workload.blocks)))
+        share = np.minimum(share, load.held / self.n_streamed)
         moved = {name: share * getattr(updates, name) for name in ("read", "written", "updated")}
         return (
             replace(forward, **{name: getattr(forward, name) + value for name, value in moved.items()}),
@@ -422,7 +444,7 @@ class CostModel:
     def _one_update_s(self, load: Load) -> Any:
         """One block's update from its gradients to its new parameters. The next forward waits for that of the block
         which backward leaves last; with deferred updates the first block waits for its own."""
-        n_blocks = len(self.workload.blocks)
+        n_blocks = self.n_streamed
         states = (sum(self.state_nbytes) - load.states_host_nbytes) / n_blocks
         read_s: Any = 0.0
         if self.rates.storage is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from offload.errors import ConfigError
+from offload.planner.choice import choose
 from offload.planner.hardware import Hardware
 from offload.planner.memory import Shape, host_need
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
@@ -81,20 +83,20 @@ def explain(
     """Plan again with one more GB of each memory and one more drive. `fixed` as it was given to `make_plan`."""
     fixed = fixed or {}
 
-    def search_on(machine: Hardware) -> Search:
-        return Search(workload, machine, budgets, fixed, plan.batch_samples)
+    def step_s(allowed: Budgets, machine: Hardware) -> float:
+        found = choose(workload, machine, allowed, fixed, plan.batch_samples)
+        return math.inf if found is None else found.chosen.step_s
 
-    search = search_on(hardware)
-    now = search.best(budgets)
+    now_s = step_s(budgets, hardware)
 
-    def gain(allowed: Budgets, on: Search = search) -> float:
-        chosen = on.best(allowed)
-        return 0.0 if chosen is None or now is None else max(0.0, now.step_s - chosen.step_s)
+    def gain(allowed: Budgets, machine: Hardware = hardware) -> float:
+        then_s = step_s(allowed, machine)
+        return max(0.0, now_s - then_s) if math.isfinite(now_s) else 0.0
 
     drive_s = None
     if hardware.drives:
         wider = hardware.model_copy(update={"drives": (*hardware.drives, hardware.drives[0])})
-        drive_s = gain(budgets, search_on(wider))
+        drive_s = gain(budgets, wider)
     written = plan.predicted.bytes["written"] if plan.predicted else 0.0
     known = [d.endurance_nbytes for d in hardware.drives if d.endurance_nbytes is not None]
     return Explanation(
@@ -103,7 +105,7 @@ def explain(
         one_more_gb_host_s=gain(replace(budgets, host_memory_nbytes=budgets.host_memory_nbytes + GB)),
         one_more_drive_s=drive_s,
         endurance_steps=min(known) * len(hardware.drives) / written if known and written else None,
-        second_grad_buffer_nbytes=max(search.model.grad_nbytes),
+        second_grad_buffer_nbytes=plan.grad_nbytes * max(b.stored_numel for b in workload.blocks),
     )
 
 

@@ -31,6 +31,7 @@ class DeviceNeed:
     """Device memory by use, in bytes."""
 
     root: int
+    """With all whose optimizer state stays on the device."""
     slots: int
     grad_buffers: int
     working: int
@@ -80,7 +81,9 @@ def device_need(
     else:
         logits = max(logits, _own_device_root_nbytes(workload, batch_samples) - working - boundary)
     return DeviceNeed(
-        root=state.param_nbytes * root_numel + state.grad_nbytes * workload.root_stored_numel,
+        root=state.param_nbytes * root_numel
+        + state.grad_nbytes * workload.root_stored_numel
+        + workload.on_device_nbytes,
         slots=shape.n_slots * slot,
         grad_buffers=shape.n_grad_buffers * grad,
         working=working,

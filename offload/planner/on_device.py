@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from offload.planner.placement import BlockBytes, Placement
+from offload.planner.plan import Plan, StateFormat
+from offload.planner.workload import Workload
 
 PIECE_ELEMENTS = 1 << 20
 """Elements that are updated at once, at most: few enough for the device's cache."""
@@ -79,10 +81,58 @@ def with_device_states(placed: Placement, stays: OnDevice, nbytes: int) -> Place
     n = stays.n_blocks
     return replace(
         placed,
-        params_in_host=[False] * n + placed.params_in_host,
+        params_in_host=[True] * n + placed.params_in_host,  # in memory, at least: no fetch brings them
         grads_in_host=[False] * n + placed.grads_in_host,
         host_chunks=[0] * n + placed.host_chunks,
         device_nbytes=placed.device_nbytes + nbytes,
         on_device_root=stays.root,
         on_device_blocks=n,
     )
+
+
+def of_plan(plan: Plan) -> OnDevice:
+    """What a plan keeps on the device."""
+    return OnDevice(plan.on_device_root, plan.on_device_blocks)
+
+
+def blocks_of(workload: Workload, state: StateFormat) -> tuple[list[BlockBytes], BlockBytes]:
+    """The blocks and the root in bytes, without the padding of whole pages."""
+
+    def bytes_of(stored_numel: int, frozen_numel: int) -> BlockBytes:
+        slot_nbytes = state.param_nbytes * (stored_numel + frozen_numel)
+        return BlockBytes(slot_nbytes, (state.state_of(stored_numel),), 4 * stored_numel)
+
+    blocks = [bytes_of(b.stored_numel, b.frozen_numel) for b in workload.blocks]
+    return blocks, bytes_of(workload.root_stored_numel, workload.root_frozen_numel)
+
+
+def streamed_workload(
+    workload: Workload, state: StateFormat, stays: OnDevice, *, keeps_gradients: bool
+) -> Workload:
+    """The workload without the parameters and states that stay, whose arithmetic is left. Twice is as good as once."""
+    n = stays.n_blocks
+    blocks, root = blocks_of(workload, state)
+    numel = sum(b.stored_numel for b in workload.blocks[:n]) + workload.root_stored_numel * stays.root
+    if not numel:
+        return workload
+    found = replace(
+        workload,
+        blocks=(
+            *(replace(b, trainable_numel=0, frozen_numel=0, padding_numel=0) for b in workload.blocks[:n]),
+            *workload.blocks[n:],
+        ),
+        on_device_numel=workload.on_device_numel + numel,
+        on_device_nbytes=workload.on_device_nbytes
+        + stays.nbytes(blocks, root, keeps_gradients=keeps_gradients),
+    )
+    if stays.root:
+        found = replace(
+            found, root_trainable_numel=0, root_frozen_numel=0, root_padding_numel=0, root_early_numel=0
+        )
+    return found
+
+
+def streamed_by(plan: Plan, workload: Workload) -> Workload:
+    """What is left of `workload` for `plan` to stream."""
+    keeps = bool(plan.deferred_blocks)
+    return streamed_workload(workload, plan.state_format, of_plan(plan), keeps_gradients=keeps)

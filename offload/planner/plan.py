@@ -230,7 +230,8 @@ class Plan(BaseModel):
         that wait there, and what is swapped out to it, in whole pages."""
         state, blocks = self.state_format, workload.blocks
         samples = -(-self.batch_samples // self.micro_batches)
-        numels = [b.stored_numel for b in blocks] + [workload.root_stored_numel]
+        numels = [b.stored_numel * (i >= self.on_device_blocks) for i, b in enumerate(blocks)]
+        numels.append(workload.root_stored_numel * (not self.on_device_root))
         if self.durable_steps:
             written = sum(state.stored_of(n) for n in numels)
         else:
@@ -239,7 +240,7 @@ class Plan(BaseModel):
             if self.param_on_storage(i) and not self.durable_steps:
                 written += state.param_nbytes * block.stored_numel
             if i in self.deferred_blocks and not self.grads_in_host[i]:
-                written += state.grad_nbytes * block.stored_numel
+                written += state.grad_nbytes * numels[i]
             sizes = block.nbytes_by_tensor()
             stored = [sizes[name] for name, outcome in self.activations[i].items() if outcome == "storage"]
             written += self.micro_batches * sum(round_up(samples * nbytes, PAGE_NBYTES) for nbytes in stored)

@@ -54,7 +54,8 @@ def _held_blocks(search: Search, load: Load, states_in_host: tuple[float, ...]) 
     """The last ones, over a bus; else the last but one, where its update can be held and has something to move."""
     n_blocks = len(search.workload.blocks)
     if not search.model.rates.shares_host:
-        return tuple(range(n_blocks - int(load.held), n_blocks))
+        first = n_blocks - search.model.n_streamed
+        return tuple(range(max(first, n_blocks - int(load.held)), n_blocks))
     block = n_blocks - 2
     moves = load.held and (search.model.durable_steps or states_in_host[block] < 1)
     return (block,) if moves else ()

@@ -39,6 +39,16 @@ def _count(n: int, what: str) -> str:
     return f"{n} {what}" + ("" if n == 1 else "es" if what.endswith("h") else "s")
 
 
+def _staying_rows(plan: Plan) -> list[tuple[str, str]]:
+    """What is updated on the device, if anything."""
+    staying = ["the root"] * plan.on_device_root
+    if plan.on_device_blocks:
+        staying.append(f"the first {_count(plan.on_device_blocks, 'block')}")
+    return (
+        [("on the device", f"optimizer state of {' and '.join(staying)}, updated there")] if staying else []
+    )
+
+
 def rows(plan: Plan) -> list[tuple[str, str]]:
     """Name and value of everything worth a line."""
     n_blocks = len(plan.activations)
@@ -69,6 +79,7 @@ def rows(plan: Plan) -> list[tuple[str, str]]:
             ("every step is kept: all state twice" if plan.durable_steps else "what memory does not hold")
             + (", no parameters: all fit the device" if plan.params_on_device else ""),
         ),
+        *_staying_rows(plan),
         ("between blocks", "on the device" if plan.boundary_on_device else "through host memory"),
     ]
     found += [("activations" if i == 0 else "", line) for i, line in enumerate(activation_lines(plan))]

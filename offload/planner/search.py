@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from offload.errors import BudgetError
+from offload.planner.choice import choose
 from offload.planner.explain import why_not
 from offload.planner.hardware import Hardware
 from offload.planner.plan import Budgets, Plan
@@ -29,8 +30,9 @@ def make_plan(
     fits. Deterministic.
     """
     fixed = fixed or {}
-    search = Search(workload, hardware, budgets, fixed, batch_samples)
-    chosen = search.best(budgets)
-    if chosen is None:
-        raise BudgetError(why_not(search, budgets))
-    return plan_of(search, chosen, budgets)
+    choice = choose(workload, hardware, budgets, fixed, batch_samples)
+    if choice is None:
+        raise BudgetError(why_not(Search(workload, hardware, budgets, fixed, batch_samples), budgets))
+    stays = choice.stays
+    plan = plan_of(choice.search, choice.chosen, budgets)
+    return plan.model_copy(update={"on_device_root": stays.root, "on_device_blocks": stays.n_blocks})

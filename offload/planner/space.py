@@ -40,6 +40,7 @@ FIXABLE = {
     "grads_host_fraction": "share of the deferred blocks whose gradients wait in host memory, 0 to 1",
     "params_host_fraction": "share of the blocks whose parameters live in host memory, 0 to 1",
     "states_host_fraction": "share of all optimizer state in host memory, 0 to 1",
+    "states_on_device": "bytes of device memory for optimizer state that stays there, 0 for none",
 }
 
 
@@ -144,13 +145,14 @@ def space_of(
     if micro is not None and micro > batch_samples:
         raise ConfigError(f"micro_batches={micro} but the batch has {batch_samples} samples")
     windows = SLOTS_WHERE_SHARED if shares_host else SLOTS
-    slots = tuple(sorted({min(n, n_blocks) for n in (*windows, n_blocks)}))
+    n_streamed = max(1, sum(block.stored_numel + block.frozen_numel > 0 for block in workload.blocks))
+    slots = tuple(sorted({min(n, n_streamed) for n in (*windows, n_streamed)}))
     host_fraction = _fraction(fixed, "activations_host_fraction")
     grads_fraction = _fraction(fixed, "grads_host_fraction")
     params_fraction = _fraction(fixed, "params_host_fraction")
     return Space(
         micro_batches=_micro_batches(batch_samples) if micro is None else (micro,),
-        n_slots=slots if prefetch is None else (min(max(2, prefetch + 1), n_blocks),),
+        n_slots=slots if prefetch is None else (min(max(2, prefetch + 1), n_streamed),),
         n_grad_buffers=_grad_buffers(shares_host) if grad_buffers is None else (grad_buffers,),
         boundary_on_device=(True,)
         if shares_host or inputs == "device"

@@ -200,14 +200,15 @@ class Tables:
         """How many updates may give way to others, and the host memory that their gradients wait in: of what is `left`
         as `placement.held_updates` takes it, where all parameters have memory of their own and no update waits."""
         n_blocks, grad = len(self.model.slot_nbytes), max(self.model.grad_nbytes, default=0)
+        n_streamed = self.model.n_streamed
         if self.model.rates.shares_host or not grad:
             return np.zeros_like(left), np.zeros_like(left)
         late = np.array([count for count, _ in self.waiting])
         per_buffer = np.where(self.model.grads_once(shape.micro_batches, late), 2, 1)[:, None, None, None]
         may = (late == 0)[:, None, None, None] & (self.params_counts == n_blocks)[None, None, None, :]
-        most = -(-n_blocks // per_buffer)
+        most = -(-n_streamed // per_buffer)
         n_buffers = np.where(may, np.minimum(np.maximum(left, 0) // 2 // grad, most), 0.0)
-        return np.minimum(n_blocks, n_buffers * per_buffer), n_buffers * grad
+        return np.minimum(n_streamed, n_buffers * per_buffer), n_buffers * grad
 
     def kept_positions(self, order: Order, spare_nbytes: float, shape: Shape) -> npt.NDArray[np.int64]:
         """[saved set]: how many units, in order, stay on the device: all, or what leaves room for those that come back

@@ -97,6 +97,11 @@ class Workload:
     whole_logits: bool = False
     """The model computes head and loss by its own code; otherwise in chunks of tokens (model/causal_lm_loss.py)."""
 
+    on_device_numel: int = 0
+    on_device_nbytes: int = 0
+    """What has been taken out of it (`on_device.streamed_workload`): parameters whose optimizer state stays in device
+    memory, and what that takes there."""
+
     root_early_numel: int = 0
     """Root parameters whose gradients are complete before backward comes to the blocks: those of an untied head."""
 

@@ -66,6 +66,14 @@ def dram_bytes_per_s(seconds: float, nbytes: int = _SUM_NBYTES) -> float:
     return 3 * 4 * n / statistics.median(_repeat(lambda: target.add_(source), seconds))
 
 
+def elementwise_bytes_per_s(device: torch.device, seconds: float, nbytes: int = _SUM_NBYTES) -> float:
+    """Bytes a second of a CUDA device's own memory, read and written by a sum of two tensors in place."""
+    n = nbytes // 4
+    source, target = torch.ones(n, device=device), torch.zeros(n, device=device)
+    times = _repeat(lambda: target.add_(source), seconds, lambda: torch.cuda.synchronize(device))
+    return 3 * 4 * n / statistics.median(times)
+
+
 def matmul_flops_per_s(
     shapes: Sequence[tuple[int, int]], n_tokens: int, dtype: torch.dtype, device: torch.device, seconds: float
 ) -> float:

@@ -124,7 +124,7 @@ def steps_aside(
 
     A device of its own makes updates of fp32 moments only; with others, or with a rule in Python, everything streams.
     """
-    if not device.shares_host and not in_device.makes(rule):
+    if not device.shares_host and not rule.made_on_device:
         if config.step_aside == "always":
             raise ConfigError(
                 f"step_aside='always' on a {device.torch_device.type} device updates with AdamW, Adam, SGD and Lion on "
@@ -453,7 +453,7 @@ def assemble(
     Raises BudgetError before anything is written when it cannot fit.
     """
     builder = _Builder(cut, config, compute_dtype, device, plan, rule)
-    if builder.all_in_device and not in_device.makes(rule):
+    if builder.all_in_device and not rule.made_on_device:
         raise ConfigError(
             f"this model has no blocks to stream, and a {device.torch_device.type} device updates with AdamW, Adam, "
             f"SGD and Lion on fp32 moments only; this optimizer is {rule.described}: use one of them, or device='cpu'"

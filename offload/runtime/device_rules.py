@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from offload.transfer.io_engine import Hyper
-from offload.update_rules import UpdateRule
 
 HALF = 0x8000
 """Of the last bit of a bf16 value, in those of fp32."""
@@ -144,9 +143,4 @@ def _lion(views: Views, hyper: Hyper) -> None:
 
 
 UPDATES: dict[str, Callable[[Views, Hyper], None]] = {"adamw": _adamw, "sgd": _sgd, "lion": _lion}
-"""By rule, for fp32 moments: one step of the elements in the views."""
-
-
-def makes(rule: UpdateRule) -> bool:
-    """Whether the rule's update is one of `UPDATES`."""
-    return rule.name in UPDATES and rule.in_fp32
+"""By rule, for fp32 moments (`UpdateRule.made_on_device`): one step of the elements in the views."""

@@ -89,11 +89,7 @@ _STEPS: dict[str, Callable[[Tensors, Tensors, list[Tensors], Hyper], None]] = {
     "sgd": _sgd,
     "lion": _lion,
 }
-
-
-def makes(rule: UpdateRule) -> bool:
-    """Whether this room can make the rule's update."""
-    return rule.name in _STEPS and rule.in_fp32
+"""By rule (`UpdateRule.made_on_device`)."""
 
 
 class _BufferState:

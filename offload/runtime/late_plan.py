@@ -24,6 +24,7 @@ from offload.model.blocks import base_of
 from offload.model.causal_lm_loss import has_chunked_loss
 from offload.planner.hardware import Drive, Hardware, load_hardware
 from offload.planner.in_room import Room, held_blocks, plans_in_room
+from offload.planner.on_device import streamed_by
 from offload.planner.plan import Outcome, Plan, state_format_of
 from offload.planner.rates import ADAM_DRAM_NBYTES, COPY_DRAM_NBYTES
 from offload.planner.report import plan_lines
@@ -95,6 +96,7 @@ class LatePlan:
     def _plan(self, workload: Workload, samples: int, activations: ActivationStore) -> Plan:
         hardware = self._hardware(workload)
         placed, room = self._placed(workload, hardware, samples), self._room(workload, samples, activations)
+        workload = streamed_by(placed, workload)
         inputs: Outcome | None = fixed_choices(self._config).get("inputs")
         plans = plans_in_room(placed, workload, hardware, room, inputs)
         staging_nbytes = self._parts.resources.staging.numel()
@@ -117,6 +119,8 @@ class LatePlan:
             params_on_device=placement.params_on_device,
             grads_once=parts.one_gradient_each,
             durable_steps=config.durability == "step",
+            on_device_root=placement.on_device_root,
+            on_device_blocks=placement.on_device_blocks,
             boundary_on_device=True,
             deferred_blocks=deferred,
             params_in_host=tuple(placement.params_in_host),
@@ -184,6 +188,9 @@ def quick_look(model: nn.Module, workload: Workload, config: Config, parts: Asse
     on_bus = PCIE_BYTES_PER_S if device.torch_device.type == "cuda" else dram / COPY_DRAM_NBYTES
     bus = None if device.shares_host else config.bus_bytes_per_s or on_bus
     drive = Drive(read_bytes_per_s=_DRIVE_BYTES_PER_S, write_bytes_per_s=_DRIVE_BYTES_PER_S)
+    own_rate = None
+    if device.torch_device.type == "cuda":
+        own_rate = compute_probe.elementwise_bytes_per_s(device.torch_device, _PROBE_S / 4, _SUM_NBYTES)
     return Hardware(
         name="this machine, at a quick look",
         source="a quick look",
@@ -193,6 +200,7 @@ def quick_look(model: nn.Module, workload: Workload, config: Config, parts: Asse
         matmul_flops_per_s={str(dtype).removeprefix("torch."): rate},
         h2d_bytes_per_s=bus,
         d2h_bytes_per_s=bus,
+        device_bytes_per_s=own_rate,
         dram_bytes_per_s=dram,
         adam_params_per_s=dram / ADAM_DRAM_NBYTES,
         drives=(drive,) * len(config.storage),

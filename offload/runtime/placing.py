@@ -11,12 +11,14 @@ from offload.errors import BudgetError, ConfigError
 from offload.planner.on_device import OnDevice, fill_device, streamed, with_device_states
 from offload.planner.placement import BlockBytes, Placement, place
 from offload.planner.plan import Plan
-from offload.runtime.device_rules import makes
 from offload.runtime.planning import placement_of
 from offload.tiers.device import DeviceTier
 from offload.update_rules import UpdateRule
 
 logger = logging.getLogger("offload")
+
+SLOTS = 4
+"""Of device memory, what a run without a plan has before optimizer state stays there."""
 
 
 def may_stay(config: Config, device: DeviceTier, rule: UpdateRule) -> bool:
@@ -26,7 +28,7 @@ def may_stay(config: Config, device: DeviceTier, rule: UpdateRule) -> bool:
         reason = "this run computes in host memory, where all state can be"
     elif config.durability == "step":
         reason = "durability='step' keeps every step on storage"
-    elif not makes(rule):
+    elif not rule.made_on_device:
         reason = f"a device updates with AdamW, Adam, SGD and Lion on fp32 moments, this optimizer is {rule.described}"
     if reason is None:
         return config.states_on_device == "auto" or parse_budget(config.states_on_device, 1 << 62) > 0
@@ -48,11 +50,12 @@ def _by_budget(
     gradients all but some slots."""
     more_nbytes = asked_nbytes(config, device_nbytes)
     if more_nbytes is None:
-        if not device.updates_faster or config.prefetch_blocks is not None:
+        if not device.updates_faster:
             return OnDevice()
+        n_slots = SLOTS if config.prefetch_blocks is None else min(config.prefetch_blocks + 1, len(blocks))
         slot, grad = max(b.slot_nbytes for b in blocks), max(b.grad_nbytes for b in blocks)
         fixed = root.slot_nbytes + root.grad_nbytes
-        more_nbytes = device_nbytes // 2 - fixed - 4 * slot - 2 * grad
+        more_nbytes = device_nbytes // 2 - fixed - n_slots * slot - 2 * grad
     return fill_device(blocks, root, more_nbytes, keeps_gradients=config.deferred)
 
 
@@ -124,11 +127,12 @@ def place_run(
 
 def _of_streamed(plan: Plan) -> Plan:
     """The plan's placement of the blocks that are streamed, numbered from 0."""
-    n = plan.on_device_blocks
+    n, n_blocks = plan.on_device_blocks, len(plan.params_in_host)
     if not n:
         return plan
     return plan.model_copy(
         update={
+            "n_slots": min(plan.n_slots, n_blocks - n),
             "params_in_host": plan.params_in_host[n:],
             "grads_in_host": plan.grads_in_host[n:],
             "states_in_host": plan.states_in_host[n:],

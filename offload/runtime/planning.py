@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from offload.config import NO_PLAN, Config
+from offload.config import NO_PLAN, Config, parse_budget
 from offload.errors import BudgetError, ConfigError
 from offload.model.blocks import base_of
 from offload.model.causal_lm_loss import has_chunked_loss
@@ -48,7 +48,14 @@ _SAVED_IN: dict[str, dict[str, Any]] = {
 }
 """What `saved_activations` fixes. What finds no room on the device is swapped out."""
 
-_PLANS_OWN = ("micro_batches", "prefetch_blocks", "update", "activations", "saved_activations")
+_PLANS_OWN = (
+    "micro_batches",
+    "prefetch_blocks",
+    "update",
+    "activations",
+    "saved_activations",
+    "states_on_device",
+)
 """Settings that a saved plan has its own choice of."""
 
 
@@ -230,6 +237,8 @@ def plan_run(
     )
     samples = (config.batch or (1, 1))[0]
     hardware, fixed = hardware_for(config, shares_host), fixed_choices(config)
+    if config.states_on_device != "auto" and not shares_host:
+        fixed["states_on_device"] = parse_budget(config.states_on_device, device_nbytes)
 
     def planned(allowed: Budgets) -> Plan:
         plan = make_plan(workload, hardware, allowed, fixed, batch_samples=samples)

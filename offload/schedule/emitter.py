@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from offload.planner.memory import is_traced
+from offload.planner.on_device import streamed_by
 from offload.planner.placement import HOST_SLOTS
 from offload.planner.plan import INPUT, Plan
 from offload.planner.workload import Workload
@@ -26,15 +27,23 @@ class Emitter:
     """The operations so far, and what those that use the same slots, buffers and staging have to wait for."""
 
     def __init__(
-        self, plan: Plan, workload: Workload, *, shares_host: bool, launch_overhead_s: float
+        self,
+        plan: Plan,
+        workload: Workload,
+        *,
+        shares_host: bool,
+        launch_overhead_s: float,
+        device_update_s: float = 0.0,
     ) -> None:
         self.plan = plan
-        self.workload = workload
+        self.workload = streamed_by(plan, workload)
+        self.device_update_s = device_update_s
+        """All updates of what stays on the device."""
         self.shares_host = shares_host
         self.launch_overhead_s = launch_overhead_s
         self.operations: list[Operation] = []
         self.n_blocks = len(workload.blocks)
-        self.traced = shares_host and is_traced(workload)
+        self.traced = shares_host and is_traced(self.workload)
         """What is alive is known, and nothing of it waits for a bus."""
         self.samples = plan.batch_samples / plan.micro_batches
         self.deferred = set(plan.deferred_blocks)
@@ -88,6 +97,7 @@ class Emitter:
         acquires: tuple[tuple[str, int], ...] = (),
         releases: tuple[tuple[str, int], ...] = (),
         whole_flops: float = 0.0,
+        fixed_s: float = 0.0,
         rank: int = 0,
     ) -> int:
         """Append one operation; None among `after` waits for nothing."""
@@ -108,7 +118,7 @@ class Emitter:
                 tuple(sorted({a for a in after if a is not None})),
                 dram,
                 whole_flops,
-                self.launch_overhead_s if kind in ("forward", "backward") and block is not None else 0.0,
+                self.launch_overhead_s if kind in ("forward", "backward") and block is not None else fixed_s,
                 tuple(a for a in acquires if a[1]),
                 tuple(r for r in releases if r[1]),
                 self.step,
@@ -158,6 +168,9 @@ class Emitter:
         For a device with memory of its own. `returned`: it got them back from the last update. `stays`: they stay in
         the host slot until `leave_host` is called; else it is free when they are loaded.
         """
+        if block < self.plan.on_device_blocks:
+            self.loaded[block] = self.fetched[block] = ()
+            return
         slot: Index = None
         if block not in self.resident and self.takes_slot(block):
             slot = self.free_slots.popleft()
@@ -193,6 +206,8 @@ class Emitter:
 
     def can_fetch(self, block: int) -> bool:
         """Whether there is a place for its parameters."""
+        if block < self.plan.on_device_blocks:
+            return True
         return bool(self.free_slots) and (
             not self.stages(block) or block in self.in_host or bool(self.host_slots)
         )
@@ -204,7 +219,9 @@ class Emitter:
             self.host_slots.append(when)
 
     def takes_slot(self, block: int) -> bool:
-        """Where the device computes in host memory, a block with memory of its own needs no other place."""
+        """Not a block that stays on the device; and where the device computes in host memory, none that is there."""
+        if block < self.plan.on_device_blocks:
+            return False
         return not self.shares_host or self.plan.param_on_storage(block)
 
     def late_update(self, block: int, wait: tuple[Index, ...], held: bool) -> tuple[Index, ...]:
@@ -225,6 +242,10 @@ class Emitter:
             releases=(("host", waiting),),
         )
         return (self.updated[block],) if mixed and self.plan.param_on_storage(block) else made
+
+    def update_on_device(self, n_parts: int) -> None:
+        """One of `n_parts` equal parts of the updates of what stays there: no kernel of the model's runs meanwhile."""
+        self.compute("update", 0.0, fixed_s=self.device_update_s / n_parts)
 
     def grad_nbytes(self, block: int) -> int:
         """The block's gradients."""

@@ -10,6 +10,7 @@ from offload.planner.memory import (
     host_need,
     is_traced,
 )
+from offload.planner.on_device import streamed_by
 from offload.planner.plan import Plan
 from offload.planner.workload import Workload
 
@@ -21,6 +22,7 @@ def held_nbytes(
 
     `has_storage` says that the run has storage even where the plan puts no state there.
     """
+    workload = streamed_by(plan, workload)
     n_slots = plan.n_slots
     if plan.params_on_device:  # a slot of its own for each block that needs one
         n_slots = min(n_slots, plan.params_in_host.count(False))

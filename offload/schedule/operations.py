@@ -26,7 +26,7 @@ Kind = Literal[
     "swap_in",  # h2d: activations return
     "grad_out",  # d2h: a block's gradients
     "state_in",  # read: optimizer state
-    "update",  # cpu: AdamW
+    "update",  # cpu: AdamW; compute: of what stays on the device
     "state_out",  # write: optimizer state and parameters
 ]
 

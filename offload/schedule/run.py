@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from offload.planner.cost_model import device_update_s
 from offload.planner.hardware import Hardware
+from offload.planner.on_device import streamed_by
 from offload.planner.plan import Budgets, Plan
 from offload.planner.rates import rates_of
 from offload.planner.workload import Workload
@@ -89,8 +91,13 @@ def simulate_plan(
     plan: Plan, workload: Workload, hardware: Hardware, *, staging_nbytes: int = STAGING_NBYTES
 ) -> SimulatedStep:
     """Unroll `plan` into three steps, run them in simulated time and report the third, which is steady."""
+    workload = streamed_by(plan, workload)
     operations, ends = unroll(
-        plan, workload, shares_host=hardware.shares_host, launch_overhead_s=hardware.launch_overhead_s
+        plan,
+        workload,
+        shares_host=hardware.shares_host,
+        launch_overhead_s=hardware.launch_overhead_s,
+        device_update_s=device_update_s(workload, hardware),
     )
     held = held_nbytes(
         plan,

@@ -37,7 +37,7 @@ class Unroller(Emitter):
         self.at_start = set(streamed[: self.plan.n_slots])
         staged = [block for block in range(self.n_blocks) if self.stages(block)]
         self.host_start, host_turn = set(staged[:HOST_SLOTS]), set(staged[-HOST_SLOTS:])
-        returned = not (self.shares_host or self.deferred) and self.plan.n_slots >= self.n_blocks
+        returned = not (self.shares_host or self.deferred) and self.plan.n_slots >= len(streamed)
         if returned:
             self.host_start, host_turn = set(), set()
         for block in range(self.n_blocks):
@@ -64,6 +64,7 @@ class Unroller(Emitter):
         uses = list(reversed(range(self.n_blocks)))
         self.to_swap_in = deque((block, micro) for block in uses for micro in micros)
         self.n_backwards = self.n_swapped_in = fetched = 0
+        n_updated = self.plan.on_device_blocks + self.plan.on_device_root
         for position, block in enumerate(uses):
             while fetched < min(len(uses), position + 1):
                 self.fetch(uses[fetched], None, stays=True)
@@ -76,6 +77,10 @@ class Unroller(Emitter):
             self.swap_in_ahead(done=self.n_backwards)
             if not (self.shares_host and block in self.held):
                 self.grads_leave(block)
+            if block < self.plan.on_device_blocks:
+                self.update_on_device(n_updated)
+        if self.plan.on_device_root:
+            self.update_on_device(n_updated)
         if self.last_compute is not None:
             self.ends.append(self.last_compute)
         for block in self.plan.held_blocks:
@@ -147,7 +152,7 @@ class Unroller(Emitter):
         stays = self.shares_host and (block in self.at_start or not self.takes_slot(block))
         if not stays:
             self.resident.discard(block)
-            if not self.shares_host:
+            if not self.shares_host and self.takes_slot(block):
                 self.free_slots.append(last)
 
     def backward(self, block: int, micro: int, buffer: Index) -> int:
@@ -356,11 +361,23 @@ class Unroller(Emitter):
 
 
 def unroll(
-    plan: Plan, workload: Workload, *, shares_host: bool, launch_overhead_s: float = 0.0, n_steps: int = 3
+    plan: Plan,
+    workload: Workload,
+    *,
+    shares_host: bool,
+    launch_overhead_s: float = 0.0,
+    device_update_s: float = 0.0,
+    n_steps: int = 3,
 ) -> tuple[list[Operation], list[int]]:
     """The operations of `n_steps` steps, and the index of the last computing operation of each. Deferred updates of a
-    step run in the next one, so only steps after the first are steady."""
-    unroller = Unroller(plan, workload, shares_host=shares_host, launch_overhead_s=launch_overhead_s)
+    step run in the next one, so only steps after the first are steady. `device_update_s`: see `Emitter`."""
+    unroller = Unroller(
+        plan,
+        workload,
+        shares_host=shares_host,
+        launch_overhead_s=launch_overhead_s,
+        device_update_s=device_update_s,
+    )
     for _ in range(n_steps):
         unroller.run_step()
     return unroller.operations, unroller.ends

@@ -245,3 +245,86 @@ def test_by_itself_a_device_of_fast_memory_keeps_what_half_of_it_holds_beside_fo
     assert placed.on_device_root
     assert placed.on_device_blocks == min(4, room // (slot + state)) > 0
     assert "updated there: the root's state and that of the first" in caplog.text
+
+
+# ---- planned -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("update", ["backward", "deferred"])
+def test_a_planned_run_keeps_and_moves_what_its_plan_says(tmp_path, monkeypatch, traced_once, update):
+    taken, allocate = [], EmulatedDevice.allocate
+    monkeypatch.setattr(
+        EmulatedDevice, "allocate", lambda self, nbytes: (taken.append(nbytes), allocate(self, nbytes))[1]
+    )
+    model = build("llama", layers=6)
+    model, optimizer = offload.wrap(
+        model, two_groups(model), chunk_elements=2048, device="emulated", step_aside="never", update=update,
+        device_memory="6MB", host_memory="8MB", storage=[str(tmp_path)], batch=(4, 16), hardware="laptop-8gb",
+        states_on_device="3MB",
+    )  # fmt: skip
+    engine = model.offload
+    plan, placed = engine.plan, engine.placement
+    assert plan.on_device_root or plan.on_device_blocks
+    assert (placed.on_device_root, placed.on_device_blocks) == (plan.on_device_root, plan.on_device_blocks)
+    assert [block.on_device for block in engine.blocks] == [i < plan.on_device_blocks for i in range(6)]
+    assert sum(taken) <= 6_000_000
+    counted = []
+    for batch in batches(6):
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        for block in [*engine.blocks, engine.root]:
+            engine._scheduler.wait_resident(block)
+        copies = engine.parts.resources.copies
+        counted.append([*engine.counters().values(), copies.h2d_bytes, copies.d2h_bytes])
+    read, written, h2d, d2h = (
+        (now - before) / 3 for now, before in zip(counted[-1], counted[-4], strict=True)
+    )
+    predicted = plan.predicted.bytes
+    one_block = max(block.layout.slot_nbytes for block in engine.blocks)
+    engine.close()
+    assert predicted["written"] == pytest.approx(written, rel=0.02)
+    assert predicted["read"] == pytest.approx(read, rel=0.02, abs=one_block)
+    assert predicted["h2d"] == pytest.approx(h2d, rel=0.02, abs=one_block)
+    assert predicted["d2h"] == pytest.approx(d2h, rel=0.02, abs=one_block)
+
+
+def test_a_plan_for_such_state_is_refused_where_it_cannot_stay(tmp_path, traced_once):
+    model = build("llama", layers=6)
+    settings = {
+        "chunk_elements": 2048, "device": "emulated", "step_aside": "never", "device_memory": "6MB",
+        "host_memory": "8MB", "storage": [str(tmp_path)],
+    }  # fmt: skip
+    wrapped, _ = offload.wrap(
+        model, two_groups(model), **settings, batch=(4, 16), hardware="laptop-8gb", states_on_device="3MB"
+    )
+    plan = wrapped.offload.plan.to_json()
+    wrapped.offload.close()
+    model = build("llama", layers=6)
+    with pytest.raises(ConfigError, match="states_on_device=0 and plan="):
+        offload.wrap(model, two_groups(model), **settings, plan=plan, states_on_device=0)
+    with pytest.raises(ConfigError, match="keeps optimizer state in device memory"):
+        offload.wrap(model, two_groups(model), **{**settings, "device": "cpu"}, plan=plan)
+
+
+def test_a_plan_after_the_first_step_counts_it(monkeypatch, caplog):
+    """What stays takes nothing of what backward keeps, and the plan's step is that of what is streamed."""
+    caplog.set_level(logging.INFO, logger="offload")
+    monkeypatch.setattr("offload.runtime.late_plan.STEP_FLOPS_MIN", 0.0)
+    model = build("llama", torch.bfloat16, layers=6)
+    model, optimizer = offload.wrap(
+        model, two_groups(model), device="emulated", step_aside="never", states_on_device="3MB", **MORE_HOST
+    )
+    for batch in batches(2):
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+    plan, placed = model.offload.plan, model.offload.placement
+    model.offload.close()
+    assert plan is not None
+    assert (plan.on_device_root, plan.on_device_blocks) == (placed.on_device_root, placed.on_device_blocks)
+    streamed = 6 - plan.on_device_blocks
+    numel = sum(
+        s.numel for b in model.offload.blocks[plan.on_device_blocks :] for s in b.layout.trainable_segments
+    )
+    assert streamed > 0
+    assert plan.predicted.bytes["d2h"] >= 2 * numel
+    assert plan.predicted.peak_nbytes["device"] <= 30_000_000

@@ -1,0 +1,111 @@
+"""The fastest point of the space, with as much optimizer state in device memory as makes steps shorter.
+
+[Note: how much stays on the device] Where it is known how fast the device's memory is, the space is searched again with
+the root's state in it, and with that of more and more first blocks, until they do not fit. How many are tried depends
+on the model alone, so that more memory never makes the chosen step longer. Updates of state that stays are made during
+backward, or wait where the user wants all of them to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from offload.errors import ConfigError
+from offload.planner.hardware import Hardware
+from offload.planner.on_device import (
+    STREAMED_BLOCKS_MIN,
+    OnDevice,
+    blocks_of,
+    fill_device,
+    streamed_workload,
+)
+from offload.planner.plan import Budgets, state_format_of
+from offload.planner.points import TIE, Chosen, Search
+from offload.planner.space import FIXABLE
+from offload.planner.workload import Workload
+
+STATES_ON_DEVICE = "states_on_device"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A point, the search it is of, and what that search has left on the device."""
+
+    search: Search
+    chosen: Chosen
+    stays: OnDevice
+
+
+def choose(
+    workload: Workload, hardware: Hardware, budgets: Budgets, fixed: Mapping[str, Any], batch_samples: int
+) -> Choice | None:
+    """The fastest of all that fits, or None. Raises ConfigError for a fixed choice that is not to be had."""
+    others = {name: value for name, value in fixed.items() if name != STATES_ON_DEVICE}
+    asked = _asked(workload, hardware, budgets, fixed)
+
+    def of(stays: OnDevice) -> Choice | None:
+        more = {"update": "backward"} if stays and not _waits(budgets, others) else {}
+        rest = streamed_workload(
+            workload, state_format_of(workload), stays, keeps_gradients=_waits(budgets, others)
+        )
+        search = Search(rest, hardware, budgets, {**others, **more}, batch_samples)
+        chosen = search.best(budgets)
+        return None if chosen is None else Choice(search, chosen, stays)
+
+    if asked is not None:
+        return of(asked)
+    best = of(OnDevice())
+    if not _may(workload, hardware, budgets, others) or hardware.device_bytes_per_s is None:
+        return best
+    for root in (False, True) if workload.root_stored_numel else (False,):
+        for n_blocks in _numbers(len(workload.blocks), root):
+            found = of(OnDevice(root, n_blocks))
+            if found is None:
+                break
+            if best is None or found.chosen.step_s < best.chosen.step_s * (1 - TIE):
+                best = found
+    return best
+
+
+def _numbers(n_blocks: int, root: bool) -> Iterator[int]:
+    """Blocks whose state stays: few at first, then half as many more each time."""
+    most, n = n_blocks - STREAMED_BLOCKS_MIN, 0 if root else 1
+    while n < most:
+        yield n
+        n = max(n + 1, n * 3 // 2)
+    if most >= (0 if root else 1):
+        yield most
+
+
+def _waits(budgets: Budgets, fixed: Mapping[str, Any]) -> bool:
+    """Whether all updates wait for the end of the step."""
+    return budgets.clips_gradients or fixed.get("update") == "deferred"
+
+
+def _may(workload: Workload, hardware: Hardware, budgets: Budgets, fixed: Mapping[str, Any]) -> bool:
+    """Whether state can stay on the device at all."""
+    if hardware.shares_host or budgets.durable_steps or not workload.rule.made_on_device:
+        return False
+    return fixed.get("update", "auto") != "mixed" and "deferred_fraction" not in fixed
+
+
+def _asked(
+    workload: Workload, hardware: Hardware, budgets: Budgets, fixed: Mapping[str, Any]
+) -> OnDevice | None:
+    """What the user wants to stay; None: nothing was said."""
+    wanted = fixed.get(STATES_ON_DEVICE)
+    if wanted is None:
+        return None
+    if not isinstance(wanted, int) or isinstance(wanted, bool) or wanted < 0:
+        raise ConfigError(f"{STATES_ON_DEVICE}={wanted!r}: it must be {FIXABLE[STATES_ON_DEVICE]}")
+    if wanted == 0:
+        return OnDevice()
+    if not _may(workload, hardware, budgets, fixed):
+        raise ConfigError(
+            f"{STATES_ON_DEVICE}={wanted}: state stays on a device with memory of its own, for AdamW, Adam, SGD and "
+            "Lion on fp32 moments, where no step is kept on storage and not only some updates wait"
+        )
+    blocks, root = blocks_of(workload, state_format_of(workload))
+    return fill_device(blocks, root, wanted, keeps_gradients=_waits(budgets, fixed))

@@ -1,0 +1,137 @@
+"""Plans keep optimizer state in device memory where that makes steps shorter, and count what it takes and saves."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from offload.errors import ConfigError
+from offload.planner.explain import explain
+from offload.planner.on_device import OnDevice, streamed_by, streamed_workload
+from offload.planner.plan import SPLIT_MASTER, Budgets, Plan
+from offload.planner.report import plan_lines
+from offload.planner.search import make_plan
+from offload.schedule.run import simulate_plan
+from offload.schedule.unroll import unroll
+from offload.update_rules import kernel_rule
+from tests.planning import STAGING, gpt, small_machine
+
+WORK = gpt("small", 8, 128, tokens=64, vocab=1000)
+ROOM = 14 * WORK.numel
+"""Of the whole training state, bytes."""
+QUICK = {"micro_batches": 2}
+
+
+def machine(rate=1e12, n_drives=0):
+    return small_machine(n_drives, False).model_copy(update={"device_bytes_per_s": rate})
+
+
+def budgets(share_of_state, **more):
+    return Budgets(int(share_of_state * ROOM), 4 * ROOM, staging_nbytes=STAGING, **more)
+
+
+def planned(share_of_state=0.6, on=None, fixed=None, batch=8, work=WORK, **more):
+    fixed = {**QUICK, **(fixed or {})}
+    return make_plan(work, on or machine(), budgets(share_of_state, **more), fixed, batch_samples=batch)
+
+
+def staying(plan):
+    return plan.on_device_root, plan.on_device_blocks
+
+
+def test_more_device_memory_keeps_more_and_makes_steps_shorter():
+    plans = [planned(share) for share in (0.4, 0.5, 0.6, 0.9)]
+    assert all(a.predicted.step_s >= b.predicted.step_s for a, b in itertools.pairwise(plans))
+    numels = [streamed_by(plan, WORK).on_device_numel for plan in plans]
+    assert numels == sorted(numels)
+    assert numels[-1] > numels[0]
+    without = planned(0.9, fixed={"states_on_device": 0})
+    assert staying(without) == (False, 0)
+    assert plans[-1].predicted.step_s < without.predicted.step_s
+
+
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("n_drives", [0, 2])
+@pytest.mark.parametrize("share", [0.6, 0.75, 0.9])
+def test_the_simulator_moves_and_holds_what_the_plan_says(share, n_drives, clips):
+    allowed = budgets(share, clips_gradients=clips)
+    plan = make_plan(WORK, machine(n_drives=n_drives), allowed, QUICK, batch_samples=8)
+    assert plan.on_device_root or plan.on_device_blocks
+    step = simulate_plan(plan, WORK, machine(n_drives=n_drives), staging_nbytes=STAGING)
+    predicted = plan.predicted
+    assert step.h2d_nbytes == pytest.approx(predicted.bytes["h2d"], rel=1e-6)
+    assert step.d2h_nbytes == pytest.approx(predicted.bytes["d2h"], rel=1e-6)
+    assert step.peak_nbytes["device"] <= predicted.peak_nbytes["device"] <= allowed.device_nbytes
+    assert step.step_s == pytest.approx(predicted.step_s, rel=0.15)
+
+
+def test_what_stays_is_neither_loaded_nor_updated_by_the_cpu():
+    plan = planned(0.9)
+    operations, _ = unroll(plan, WORK, shares_host=False, device_update_s=1.0, n_steps=1)
+    moved = {(o.kind, o.lane, o.block) for o in operations if o.amount or o.fixed_s}
+    for block in range(plan.on_device_blocks):
+        assert not moved & {("load", "h2d", block), ("grad_out", "d2h", block), ("update", "cpu", block)}
+    streamed = range(plan.on_device_blocks, len(WORK.blocks))
+    assert {block for kind, lane, block in moved if (kind, lane) == ("update", "cpu")} >= set(streamed)
+    assert (("load", "h2d", None) in moved) == (not plan.on_device_root)
+    made = [o.fixed_s for o in operations if (o.kind, o.lane) == ("update", "compute")]
+    assert sum(made) == pytest.approx(1.0)
+    assert len(made) == plan.on_device_blocks + plan.on_device_root
+
+
+def test_memory_of_unknown_speed_is_not_planned_with_and_slow_memory_has_less():
+    assert staying(planned(0.9, machine(None))) == (False, 0)
+    fast, slow = planned(0.9, machine(1e12)), planned(0.9, machine(2e9))
+    assert streamed_by(slow, WORK).on_device_numel < streamed_by(fast, WORK).on_device_numel
+    assert fast.predicted.exposed_seconds["device_update"] == pytest.approx(
+        216 * streamed_by(fast, WORK).on_device_numel / 1e12
+    )
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {"on": small_machine(0, True)},
+        {"durable_steps": True, "on": machine(n_drives=2)},
+        {"work": replace(WORK, rule=kernel_rule("adamw", "bf16"))},
+    ],
+    ids=["shared memory", "durable", "bf16 moments"],
+)
+def test_where_no_state_can_stay_none_is_planned_and_asking_for_it_is_refused(nothing):
+    assert staying(planned(0.9, **nothing)) == (False, 0)
+    with pytest.raises(ConfigError, match="states_on_device"):
+        planned(0.9, **nothing, fixed={"states_on_device": 10**6})
+
+
+def test_what_is_asked_for_is_what_stays():
+    scratch = 12 * max(WORK.root_stored_numel, WORK.blocks[0].stored_numel)
+    plan = planned(0.9, fixed={"states_on_device": 10 * WORK.root_stored_numel + scratch})
+    assert staying(plan) == (True, 0)
+    with pytest.raises(ConfigError, match="bytes of device memory"):
+        planned(0.9, fixed={"states_on_device": 0.5})
+
+
+def test_taking_out_what_stays_leaves_the_arithmetic_and_twice_is_as_good_as_once():
+    stays = OnDevice(True, 3)
+    once = streamed_workload(WORK, SPLIT_MASTER, stays, keeps_gradients=False)
+    assert streamed_workload(once, SPLIT_MASTER, stays, keeps_gradients=False) == once
+    assert once.numel == WORK.numel - once.on_device_numel == 5 * WORK.blocks[0].trainable_numel
+    assert [b.flops_per_sample for b in once.blocks] == [b.flops_per_sample for b in WORK.blocks]
+    kept = 3 * WORK.blocks[0].stored_numel
+    gradients, largest = 4 * WORK.root_stored_numel, max(WORK.root_stored_numel, WORK.blocks[0].stored_numel)
+    assert once.on_device_nbytes == 12 * once.on_device_numel + gradients + 3 * 4 * largest
+    waiting = streamed_workload(WORK, SPLIT_MASTER, stays, keeps_gradients=True)
+    assert waiting.on_device_nbytes == once.on_device_nbytes + 4 * kept
+
+
+def test_a_plan_says_so_survives_its_file_and_explains_itself():
+    plan = planned(0.9, n := machine())
+    assert Plan.from_json(plan.to_json()) == plan
+    line = next(line for line in plan_lines(plan) if line.startswith("on the device"))
+    assert "updated there" in line
+    assert f"first {plan.on_device_blocks} block" in line
+    why = explain(plan, WORK, n, budgets(0.9), QUICK)
+    more = budgets(0.9)
+    more = replace(more, device_memory_nbytes=more.device_memory_nbytes + 10**9)
+    then = make_plan(WORK, n, more, QUICK, batch_samples=8)
+    assert why.one_more_gb_device_s == pytest.approx(plan.predicted.step_s - then.predicted.step_s)
