@@ -40,10 +40,10 @@ from offload.errors import BudgetError
 from offload.model.presets import Decoder, shape_of
 from offload.planner.hardware import Hardware, load_hardware
 from offload.planner.plan import Budgets, Plan
-from offload.planner.search import make_plan
 from offload.planner.workload import Workload
 from offload.profiling.block_probe import BlockProbe
 from offload.profiling.workload import profile_model
+from offload.schedule.fastest import make_simulated_plan
 from offload.schedule.run import SimulatedStep, simulate_plan
 from offload.telemetry import Span
 from offload.tiers.device import CUDA_OWN_NBYTES
@@ -138,7 +138,7 @@ def fixed_plan(
         storage_nbytes=None if in_host < 1 else 0, staging_nbytes=staging_nbytes,
         device_own_nbytes=CUDA_OWN_NBYTES if options.device.startswith("cuda") else 0,
     )  # fmt: skip
-    plan = make_plan(workload, hardware, budgets, fixed, batch_samples=options.batch)
+    plan = make_simulated_plan(workload, hardware, budgets, fixed, batch_samples=options.batch)
     return plan.model_copy(update={"chunk_elements": Config().chunk_elements})
 
 
@@ -236,7 +236,7 @@ def whole_model(name: str, hardware: Hardware, options: argparse.Namespace, n_dr
     )
     row: dict[str, Any] = {"name": f"gpu_giant_{name}_whole_simulated_{n_drives}_drives", "drives": n_drives}
     try:
-        plan = make_plan(workload, machine, budgets, batch_samples=options.whole_batch)
+        plan = make_simulated_plan(workload, machine, budgets, batch_samples=options.whole_batch)
     except BudgetError as error:
         return {**row, "error": gpu_common.failure(error)}
     step = simulate_plan(plan, workload, machine)

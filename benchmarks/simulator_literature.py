@@ -18,15 +18,15 @@ sys.path.insert(0, str(ROOT))
 from offload.planner.hardware import Hardware
 from offload.planner.peers import lohan_plan, lohan_workload
 from offload.planner.plan import Budgets
-from offload.planner.search import make_plan
 from offload.planner.workload import Workload
+from offload.schedule.fastest import make_simulated_plan
 from offload.schedule.run import SimulatedStep, simulate_plan
 from tests.planning import PUBLISHED_ROWS, gpt, lohan_machine
 
 DATA_SHEET_ADAM_PARAMS_PER_S = 300.3392e9 / 28
 """DRAM bandwidth over the bytes of an update: what 52 cores would do if only memory limited them."""
-DATA_SHEET_DEVICE_BYTES_PER_S = 0.8 * 1008e9
-"""Of the RTX 4090's memory; LoHan's policy makes no update there."""
+DATA_SHEET_DEVICE_ADAM_PARAMS_PER_S = 0.8 * 1008e9 / 28
+"""The RTX 4090's memory bandwidth over the bytes of an update; LoHan's policy makes none there."""
 
 
 def lohan(work: Workload, machine: Hardware, batch: int, host_gb: int | None = None) -> SimulatedStep:
@@ -39,9 +39,9 @@ def lohan(work: Workload, machine: Hardware, batch: int, host_gb: int | None = N
 
 def ours(work: Workload, machine: Hardware, batch: int) -> tuple[SimulatedStep, float]:
     """This library's plan within 95 % of the device's memory and 90 % of the host's; the step that was predicted."""
-    machine = machine.model_copy(update={"device_bytes_per_s": DATA_SHEET_DEVICE_BYTES_PER_S})
+    machine = machine.model_copy(update={"device_adam_params_per_s": DATA_SHEET_DEVICE_ADAM_PARAMS_PER_S})
     budgets = Budgets(int(0.95 * machine.device_memory_nbytes), int(0.9 * machine.host_memory_nbytes))
-    plan = make_plan(work, machine, budgets, batch_samples=batch)
+    plan = make_simulated_plan(work, machine, budgets, batch_samples=batch)
     if plan.predicted is None:
         raise SystemExit("the planner gave no prediction")
     return simulate_plan(plan, work, machine), plan.predicted.step_s

@@ -11,7 +11,7 @@ from offload.cli import sources
 from offload.planner.explain import explain
 from offload.planner.plan import Plan
 from offload.planner.report import plan_lines
-from offload.planner.search import make_plan
+from offload.schedule.fastest import make_simulated_plan
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def run_plan(settings: PlanSettings, out: TextIO) -> Plan:
     machine = sources.worn(machine, settings.budgets.directories)
     work = sources.workload(settings.model, settings.tokens, settings.optimizer, settings.optimizer_state)
     budgets, fixed = settings.budgets.of(machine), sources.fixed_choices(settings.fixed)
-    plan = make_plan(work, machine, budgets, fixed, batch_samples=settings.batch)
+    plan = make_simulated_plan(work, machine, budgets, fixed, batch_samples=settings.batch)
     why = explain(plan, work, machine, budgets, fixed)
     if settings.save:
         pathlib.Path(settings.save).write_text(plan.to_json() + "\n")

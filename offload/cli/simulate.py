@@ -12,8 +12,8 @@ from offload.errors import ConfigError
 from offload.planner.hardware import Hardware
 from offload.planner.peers import lohan_plan, lohan_workload
 from offload.planner.plan import Budgets, Plan
-from offload.planner.search import make_plan
 from offload.planner.workload import Workload
+from offload.schedule.fastest import make_simulated_plan
 from offload.schedule.run import SimulatedStep, simulate_plan
 from offload.schedule.trace import LANE_TITLES, draw_timeline, write_trace
 
@@ -55,7 +55,7 @@ def _plan(settings: SimulateSettings, work: Workload, machine: Hardware, budgets
     if settings.policy != "offload":
         raise ConfigError(f"policy {settings.policy!r} is not known; there are offload and lohan")
     fixed = sources.fixed_choices(settings.fixed)
-    return make_plan(work, machine, budgets, fixed, batch_samples=settings.batch)
+    return make_simulated_plan(work, machine, budgets, fixed, batch_samples=settings.batch)
 
 
 def summary(plan: Plan, step: SimulatedStep) -> dict[str, Any]:

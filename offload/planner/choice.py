@@ -1,9 +1,9 @@
 """The fastest point of the space, with as much optimizer state in device memory as makes steps shorter.
 
-[Note: how much stays on the device] Where it is known how fast the device's memory is, the space is searched again with
-the root's state in it, and with that of more and more first blocks, until they do not fit. How many are tried depends
-on the model alone, so that more memory never makes the chosen step longer. Updates of state that stays are made during
-backward, or wait where the user wants all of them to.
+[Note: how much stays on the device] Where it is known how fast the device makes updates, the space is searched again
+with the root's state in it, and with that of more and more first blocks, until they do not fit. How many are tried
+depends on the model alone, so that more memory never makes the chosen step longer. Updates of state that stays are made
+during backward, or wait where the user wants all of them to.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from offload.planner.on_device import (
     streamed_workload,
 )
 from offload.planner.plan import Budgets, state_format_of
-from offload.planner.points import TIE, Chosen, Search
+from offload.planner.points import Chosen, Search
 from offload.planner.space import FIXABLE
 from offload.planner.workload import Workload
 
@@ -42,6 +42,13 @@ def choose(
     workload: Workload, hardware: Hardware, budgets: Budgets, fixed: Mapping[str, Any], batch_samples: int
 ) -> Choice | None:
     """The fastest of all that fits, or None. Raises ConfigError for a fixed choice that is not to be had."""
+    return next(iter(choices(workload, hardware, budgets, fixed, batch_samples)), None)
+
+
+def choices(
+    workload: Workload, hardware: Hardware, budgets: Budgets, fixed: Mapping[str, Any], batch_samples: int
+) -> list[Choice]:
+    """The fastest that fits for each amount of state on the device, the fastest of all first."""
     others = {name: value for name, value in fixed.items() if name != STATES_ON_DEVICE}
     asked = _asked(workload, hardware, budgets, fixed)
 
@@ -54,19 +61,17 @@ def choose(
         chosen = search.best(budgets)
         return None if chosen is None else Choice(search, chosen, stays)
 
-    if asked is not None:
-        return of(asked)
-    best = of(OnDevice())
-    if not _may(workload, hardware, budgets, others) or hardware.device_bytes_per_s is None:
-        return best
-    for root in (False, True) if workload.root_stored_numel else (False,):
-        for n_blocks in _numbers(len(workload.blocks), root):
-            found = of(OnDevice(root, n_blocks))
-            if found is None:
-                break
-            if best is None or found.chosen.step_s < best.chosen.step_s * (1 - TIE):
-                best = found
-    return best
+    found = of(OnDevice() if asked is None else asked)
+    every = [] if found is None else [found]
+    may = _may(workload, hardware, budgets, others) and hardware.device_adam_params_per_s is not None
+    if asked is None and may:
+        for root in (False, True) if workload.root_stored_numel else (False,):
+            for n_blocks in _numbers(len(workload.blocks), root):
+                found = of(OnDevice(root, n_blocks))
+                if found is None:
+                    break
+                every.append(found)
+    return sorted(every, key=lambda choice: choice.chosen.step_s)  # of equals that with less on the device
 
 
 def _numbers(n_blocks: int, root: bool) -> Iterator[int]:

@@ -18,9 +18,10 @@ from offload.planner.plan import GRAD_ONCE_NBYTES, StateFormat
 from offload.planner.rates import Rates, rates_of
 from offload.planner.workload import Workload
 from offload.types import ROOT_PARTS
+from offload.update_rules import ADAMW
 
-DEVICE_UPDATE_NBYTES = 216
-"""Of device memory, read and written for a parameter's AdamW update in torch's operations (runtime/device_rules.py)."""
+UNFUSED = 8
+"""Times the fused AdamW's seconds: a device's update in torch's operations (optim/torch_rules.py)."""
 OVERLAP_ORDER = 8.0
 """Found by simulating: how much longer a phase is than its busiest resource. docs/planner.md, what was tried."""
 RESOURCES = ("compute", "bus", "storage", "dram", "cpu")
@@ -128,8 +129,10 @@ def _root(base: Any, order: float) -> Any:
 
 def device_update_s(workload: Workload, hardware: Hardware) -> float:
     """Updates of what stays on the device, all of them; 0 where it is not known how fast its memory is."""
-    rate = hardware.device_bytes_per_s
-    return workload.on_device_numel * DEVICE_UPDATE_NBYTES / rate if rate else 0.0
+    rate = hardware.device_adam_params_per_s
+    if not rate:
+        return 0.0
+    return workload.on_device_numel / rate * (1 if workload.rule == ADAMW else UNFUSED)
 
 
 class CostModel:

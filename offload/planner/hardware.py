@@ -63,9 +63,8 @@ class Hardware(BaseModel):
     h2d_duplex_bytes_per_s: float | None = Field(default=None, gt=0)
     """While the other direction is busy too; None means as fast as alone."""
     d2h_duplex_bytes_per_s: float | None = Field(default=None, gt=0)
-    device_bytes_per_s: float | None = Field(default=None, gt=0)
-    """Of a device with memory of its own: read and written by elementwise work. Without it no update is planned to be
-    made there."""
+    device_adam_params_per_s: float | None = Field(default=None, gt=0)
+    """AdamW on state in the memory of a device of its own. Without it no update is planned to be made there."""
     dram_bytes_per_s: float = Field(gt=0)
     """Read and written, the lines too that are read because they are written."""
     adam_params_per_s: float = Field(gt=0)

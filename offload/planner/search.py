@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from offload.errors import BudgetError
-from offload.planner.choice import choose
+from offload.planner.choice import choices
 from offload.planner.explain import why_not
 from offload.planner.hardware import Hardware
 from offload.planner.plan import Budgets, Plan
@@ -29,10 +29,29 @@ def make_plan(
     for a fixed choice that cannot be understood and BudgetError, with the nearest changes that would do, when nothing
     fits. Deterministic.
     """
+    return make_plans(workload, hardware, budgets, fixed, batch_samples=batch_samples)[0]
+
+
+def make_plans(
+    workload: Workload,
+    hardware: Hardware,
+    budgets: Budgets,
+    fixed: Mapping[str, Any] | None = None,
+    *,
+    batch_samples: int,
+    within: float = 0.0,
+) -> list[Plan]:
+    """The plan of `make_plan`, and after it those with another amount of optimizer state on the device whose predicted
+    step is longer by no more than the fraction `within`: see schedule/fastest.py."""
     fixed = fixed or {}
-    choice = choose(workload, hardware, budgets, fixed, batch_samples)
-    if choice is None:
+    found = choices(workload, hardware, budgets, fixed, batch_samples)
+    if not found:
         raise BudgetError(why_not(Search(workload, hardware, budgets, fixed, batch_samples), budgets))
-    stays = choice.stays
-    plan = plan_of(choice.search, choice.chosen, budgets)
-    return plan.model_copy(update={"on_device_root": stays.root, "on_device_blocks": stays.n_blocks})
+    limit_s = found[0].chosen.step_s * (1 + within)
+    return [
+        plan_of(choice.search, choice.chosen, budgets).model_copy(
+            update={"on_device_root": choice.stays.root, "on_device_blocks": choice.stays.n_blocks}
+        )
+        for number, choice in enumerate(found)
+        if number == 0 or (within and choice.chosen.step_s <= limit_s)
+    ]

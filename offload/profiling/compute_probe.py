@@ -16,6 +16,8 @@ from torch import nn
 
 from offload.config import Config
 from offload.model.blocks import cut
+from offload.model.flat import FlatBuffer
+from offload.optim.updater import Updater, fused_for
 from offload.tiers.device import DeviceTier, Event
 from offload.tiers.host import HostArena
 from offload.tiers.storage import Store
@@ -66,12 +68,19 @@ def dram_bytes_per_s(seconds: float, nbytes: int = _SUM_NBYTES) -> float:
     return 3 * 4 * n / statistics.median(_repeat(lambda: target.add_(source), seconds))
 
 
-def elementwise_bytes_per_s(device: torch.device, seconds: float, nbytes: int = _SUM_NBYTES) -> float:
-    """Bytes a second of a CUDA device's own memory, read and written by a sum of two tensors in place."""
-    n = nbytes // 4
-    source, target = torch.ones(n, device=device), torch.zeros(n, device=device)
-    times = _repeat(lambda: target.add_(source), seconds, lambda: torch.cuda.synchronize(device))
-    return 3 * 4 * n / statistics.median(times)
+def device_adam_params_per_s(device: DeviceTier, seconds: float, numel: int = _UPDATE_NUMEL) -> float:
+    """Parameters a second that AdamW updates in the memory of a CUDA device, as runs do whose state stays there."""
+    where = device.torch_device
+    buffer = FlatBuffer(torch.bfloat16, True, (), numel, 0, 0)
+    plane, grads = (torch.ones(numel, dtype=torch.bfloat16, device=where) for _ in range(2))
+    records = torch.zeros(buffer.state_nbytes, dtype=torch.uint8, device=where)
+    updater, segments = Updater(numel, device, fused_for(device)), [(0, numel, Hyper(lr=1e-3, step=1))]
+    times = _repeat(
+        lambda: updater.update(buffer, plane, records, grads, segments),
+        seconds,
+        lambda: torch.cuda.synchronize(where),
+    )
+    return numel / statistics.median(times)
 
 
 def matmul_flops_per_s(

@@ -118,11 +118,11 @@ def _compute_rates(
         rates[dtype_name] = compute_probe.matmul_flops_per_s(shapes, n_tokens, dtype, device, phase_s)
     found["matmul_flops_per_s"] = rates
     if device.type == "cuda":
-        note("the device's memory")
-        found["device_bytes_per_s"] = compute_probe.elementwise_bytes_per_s(device, phase_s / 8)
-        note("bus: to the device, to the host, both")
         tier = CudaDevice(device, torch.cuda.get_device_properties(device).total_memory)
         try:
+            note("AdamW on the device")
+            found["device_adam_params_per_s"] = compute_probe.device_adam_params_per_s(tier, phase_s / 8)
+            note("bus: to the device, to the host, both")
             found.update(compute_probe.bus_bytes_per_s(tier, phase_s))
         finally:
             tier.close()

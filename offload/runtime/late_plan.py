@@ -48,6 +48,7 @@ _DRIVE_BYTES_PER_S = 1e9
 PCIE_BYTES_PER_S = 24.8e9
 """PCIe 4 x16, page-locked. Measuring it would take memory that the budgets have given away."""
 _SUM_NBYTES = 32 << 20
+_UPDATE_NUMEL = 1 << 20
 
 
 def is_open(config: Config) -> bool:
@@ -190,7 +191,7 @@ def quick_look(model: nn.Module, workload: Workload, config: Config, parts: Asse
     drive = Drive(read_bytes_per_s=_DRIVE_BYTES_PER_S, write_bytes_per_s=_DRIVE_BYTES_PER_S)
     own_rate = None
     if device.torch_device.type == "cuda":
-        own_rate = compute_probe.elementwise_bytes_per_s(device.torch_device, _PROBE_S / 4, _SUM_NBYTES)
+        own_rate = compute_probe.device_adam_params_per_s(device, _PROBE_S / 4, _UPDATE_NUMEL)
     return Hardware(
         name="this machine, at a quick look",
         source="a quick look",
@@ -200,7 +201,7 @@ def quick_look(model: nn.Module, workload: Workload, config: Config, parts: Asse
         matmul_flops_per_s={str(dtype).removeprefix("torch."): rate},
         h2d_bytes_per_s=bus,
         d2h_bytes_per_s=bus,
-        device_bytes_per_s=own_rate,
+        device_adam_params_per_s=own_rate,
         dram_bytes_per_s=dram,
         adam_params_per_s=dram / ADAM_DRAM_NBYTES,
         drives=(drive,) * len(config.storage),

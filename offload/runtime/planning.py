@@ -26,11 +26,11 @@ from offload.planner.placement import (
     place,
 )
 from offload.planner.plan import INPUT, Budgets, Plan, state_format_of
-from offload.planner.search import make_plan
 from offload.planner.workload import Workload
 from offload.profiling.stored import stored_hardware
 from offload.profiling.workload import profile_model
 from offload.runtime.recipe import Recipe
+from offload.schedule.fastest import make_simulated_plan
 from offload.stores.activations import Tier
 from offload.tiers.storage import free_nbytes
 from offload.types import PAGE_NBYTES
@@ -179,14 +179,16 @@ def plan_run(
     staging_nbytes: int,
     shares_host: bool,
     device_own_nbytes: int = 0,
+    updates_faster: bool = False,
     rule: UpdateRule = ADAMW,
     compute_dtype: Any = None,
     inputs: Callable[[int], Any] | None = None,
 ) -> RunPlan | None:
     """The plan for `config.batch`, made or as given; None where no batch is known and nothing is to be planned.
 
-    `compute_dtype` as in `offload.wrap`. Raises BudgetError when nothing fits, and ConfigError for a plan of another
-    model or dtype, for settings that contradict it, or for a machine without profile.
+    `compute_dtype` as in `offload.wrap`; `updates_faster` as `DeviceTier` has it. Raises BudgetError when nothing fits,
+    and ConfigError for a plan of another model or dtype, for settings that contradict it, or for a machine without
+    profile.
     """
     if config.plan == NO_PLAN or (config.plan is None and config.batch is None):
         return None
@@ -239,9 +241,11 @@ def plan_run(
     hardware, fixed = hardware_for(config, shares_host), fixed_choices(config)
     if config.states_on_device != "auto" and not shares_host:
         fixed["states_on_device"] = parse_budget(config.states_on_device, device_nbytes)
+    elif not updates_faster:
+        fixed["states_on_device"] = 0
 
     def planned(allowed: Budgets) -> Plan:
-        plan = make_plan(workload, hardware, allowed, fixed, batch_samples=samples)
+        plan = make_simulated_plan(workload, hardware, allowed, fixed, batch_samples=samples)
         return plan.model_copy(update={"chunk_elements": config.chunk_elements})
 
     plan = planned(budgets)

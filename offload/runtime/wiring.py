@@ -139,6 +139,7 @@ def make_run_plan(
         rule=rule,
         shares_host=device.shares_host,
         device_own_nbytes=device.own_nbytes,
+        updates_faster=device.updates_faster,
         compute_dtype=dtype,
     )
     if planned is not None:

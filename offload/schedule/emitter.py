@@ -168,7 +168,7 @@ class Emitter:
         For a device with memory of its own. `returned`: it got them back from the last update. `stays`: they stay in
         the host slot until `leave_host` is called; else it is free when they are loaded.
         """
-        if block < self.plan.on_device_blocks:
+        if self.stays(block):
             self.loaded[block] = self.fetched[block] = ()
             return
         slot: Index = None
@@ -200,13 +200,17 @@ class Emitter:
             self.leave_host(block, self.loaded[block][0])
         self.resident.add(block)
 
+    def stays(self, block: int) -> bool:
+        """Whether its parameters and state are on a device with memory of its own for good."""
+        return block < self.plan.on_device_blocks
+
     def stages(self, block: int) -> bool:
         """Whether its parameters pass through a host slot on their way to the device."""
         return self.plan.param_on_storage(block) and not self.shares_host
 
     def can_fetch(self, block: int) -> bool:
         """Whether there is a place for its parameters."""
-        if block < self.plan.on_device_blocks:
+        if self.stays(block):
             return True
         return bool(self.free_slots) and (
             not self.stages(block) or block in self.in_host or bool(self.host_slots)
@@ -220,7 +224,7 @@ class Emitter:
 
     def takes_slot(self, block: int) -> bool:
         """Not a block that stays on the device; and where the device computes in host memory, none that is there."""
-        if block < self.plan.on_device_blocks:
+        if self.stays(block):
             return False
         return not self.shares_host or self.plan.param_on_storage(block)
 
@@ -243,9 +247,10 @@ class Emitter:
         )
         return (self.updated[block],) if mixed and self.plan.param_on_storage(block) else made
 
-    def update_on_device(self, n_parts: int) -> None:
-        """One of `n_parts` equal parts of the updates of what stays there: no kernel of the model's runs meanwhile."""
-        self.compute("update", 0.0, fixed_s=self.device_update_s / n_parts)
+    def update_on_device(self, block: int | None) -> None:
+        """Of a block that stays there, or the root: no kernel of the model's runs meanwhile."""
+        n_staying = self.plan.on_device_blocks + self.plan.on_device_root
+        self.compute("update", 0.0, block=block, fixed_s=self.device_update_s / n_staying)
 
     def grad_nbytes(self, block: int) -> int:
         """The block's gradients."""

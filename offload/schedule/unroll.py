@@ -64,7 +64,6 @@ class Unroller(Emitter):
         uses = list(reversed(range(self.n_blocks)))
         self.to_swap_in = deque((block, micro) for block in uses for micro in micros)
         self.n_backwards = self.n_swapped_in = fetched = 0
-        n_updated = self.plan.on_device_blocks + self.plan.on_device_root
         for position, block in enumerate(uses):
             while fetched < min(len(uses), position + 1):
                 self.fetch(uses[fetched], None, stays=True)
@@ -77,10 +76,12 @@ class Unroller(Emitter):
             self.swap_in_ahead(done=self.n_backwards)
             if not (self.shares_host and block in self.held):
                 self.grads_leave(block)
-            if block < self.plan.on_device_blocks:
-                self.update_on_device(n_updated)
+            if self.stays(block) and not self.deferred:
+                self.update_on_device(block)
+        for block in range(self.plan.on_device_blocks if self.deferred else 0):
+            self.update_on_device(block)
         if self.plan.on_device_root:
-            self.update_on_device(n_updated)
+            self.update_on_device(None)
         if self.last_compute is not None:
             self.ends.append(self.last_compute)
         for block in self.plan.held_blocks:

@@ -176,9 +176,8 @@ def test_what_a_device_of_its_own_moves_is_what_the_plan_and_the_formula_say(
     where = {"params_host_fraction": 0.0, "states_host_fraction": 0.0, "grads_host_fraction": 1.0}
     monkeypatch.setattr(planning, "fixed_choices", lambda config: {**chosen(config), **where})
     model, optimizer = wrap(
-        tmp_path, device_memory="8MB", host_memory="8MB", prefetch_blocks=prefetch, update=update,
-        states_on_device=0,
-    )  # fmt: skip
+        tmp_path, device_memory="8MB", host_memory="8MB", prefetch_blocks=prefetch, update=update
+    )
     engine = model.offload
     assert engine.placement.n_host_slots == 3
     counted = []

@@ -23,7 +23,9 @@ PLANS = {
         "host_memory": "12MB",
     },
     "roomy": {"device_memory": "4MB", "host_memory": "9MB"},
+    "state on the device": {"device_memory": "6MB", "host_memory": "8MB", "states_on_device": "3MB"},
 }
+FAST = ["during backward", "micro-batches and clipping", "roomy", "state on the device"]
 IN_ORDER = ("forward", "recompute", "backward", "grad_out", "update")
 
 
@@ -63,7 +65,7 @@ def firsts(pairs, kind):
     return list(dict.fromkeys(block for k, block in pairs if k == kind and block != "root"))
 
 
-@pytest.mark.parametrize("name", slow_but(["during backward", "micro-batches and clipping", "roomy"], PLANS))
+@pytest.mark.parametrize("name", slow_but(FAST, PLANS))
 def test_operations_and_their_order_are_those_of_the_schedule(tmp_path, name):
     done, planned = real_step(PLANS[name], tmp_path)
     listed = steady(planned.plan, planned.workload)

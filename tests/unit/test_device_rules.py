@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offload import _C
-from offload.runtime.device_rules import UPDATES, Views
+from offload.optim.torch_rules import UPDATES, Views
 from tests.unit.test_adamw_kernel import start_state, with_specials
 
 ALIKE = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "step": 1}

@@ -33,7 +33,9 @@ def cases(draw):
     )
     machine = small_machine(draw(st.integers(0, 2)), draw(st.booleans()), draw(st.sampled_from([0.5, 50.0])))
     if not machine.shares_host:
-        machine = machine.model_copy(update={"device_bytes_per_s": draw(st.sampled_from([None, 1e9, 1e12]))})
+        machine = machine.model_copy(
+            update={"device_adam_params_per_s": draw(st.sampled_from([None, 1e7, 1e10]))}
+        )
     scale = 4 * 16 * work.numel
     budgets = Budgets(
         device_memory_nbytes=int(scale * draw(st.floats(0.02, 1.0))),

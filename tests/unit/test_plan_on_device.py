@@ -22,8 +22,8 @@ ROOM = 14 * WORK.numel
 QUICK = {"micro_batches": 2}
 
 
-def machine(rate=1e12, n_drives=0):
-    return small_machine(n_drives, False).model_copy(update={"device_bytes_per_s": rate})
+def machine(rate=5e9, n_drives=0):
+    return small_machine(n_drives, False).model_copy(update={"device_adam_params_per_s": rate})
 
 
 def budgets(share_of_state, **more):
@@ -81,10 +81,10 @@ def test_what_stays_is_neither_loaded_nor_updated_by_the_cpu():
 
 def test_memory_of_unknown_speed_is_not_planned_with_and_slow_memory_has_less():
     assert staying(planned(0.9, machine(None))) == (False, 0)
-    fast, slow = planned(0.9, machine(1e12)), planned(0.9, machine(2e9))
+    fast, slow = planned(0.9, machine(5e9)), planned(0.9, machine(1e7))
     assert streamed_by(slow, WORK).on_device_numel < streamed_by(fast, WORK).on_device_numel
     assert fast.predicted.exposed_seconds["device_update"] == pytest.approx(
-        216 * streamed_by(fast, WORK).on_device_numel / 1e12
+        streamed_by(fast, WORK).on_device_numel / 5e9
     )
 
 

@@ -65,37 +65,70 @@ def _store(views: Views, master: torch.Tensor) -> None:
     views.lo.copy_(bits)
 
 
-def _gradient(views: Views, hyper: Hyper) -> torch.Tensor:
+def _grad_scale(hyper: Hyper) -> float:
+    return _single(-hyper.grad_scale if hyper.maximize else hyper.grad_scale)
+
+
+def _gradient(views: Views, scale: float) -> torch.Tensor:
     """Scaled, in the second scratch."""
     grad = views.scratch[1].copy_(views.grad)
-    scale = _single(-hyper.grad_scale if hyper.maximize else hyper.grad_scale)
     return grad if scale == 1.0 else grad.mul_(scale)
 
 
-def _add_l2(views: Views, hyper: Hyper, grad: torch.Tensor, master: torch.Tensor) -> None:
-    l2 = _single(hyper.weight_decay)
+def _add_l2(views: Views, l2: float, grad: torch.Tensor, master: torch.Tensor) -> None:
     if l2:
         grad.add_(torch.mul(master, l2, out=views.scratch[2]))
 
 
-def _adamw(views: Views, hyper: Hyper) -> None:
-    master, grad, temporary = _master(views), _gradient(views, hyper), views.scratch[2]
-    exp_avg, exp_avg_sq = views.moments
-    if hyper.decoupled:
-        master.mul_(_single(1.0 - hyper.lr * hyper.weight_decay))
-    else:
-        _add_l2(views, hyper, grad, master)
+@dataclass(frozen=True)
+class AdamWScalars:
+    """What an AdamW or Adam step computes with besides the planes, rounded to fp32: `scalars_of` in csrc/optim."""
+
+    grad_scale: float
+    l2: float
+    decay: float
+    lerp_weight: float
+    lerp_from_grad: bool
+    beta2: float
+    one_minus_beta2: float
+    bias_correction2_sqrt: float
+    eps: float
+    negative_step_size: float
+
+
+def adamw_scalars(hyper: Hyper) -> AdamWScalars:
+    """Of a parameter's hyperparameters."""
     weight = _single(1.0 - hyper.beta1)
+    from_grad = weight >= 0.5
+    return AdamWScalars(
+        grad_scale=_grad_scale(hyper),
+        l2=0.0 if hyper.decoupled else _single(hyper.weight_decay),
+        decay=_single(1.0 - hyper.lr * hyper.weight_decay) if hyper.decoupled else 1.0,
+        lerp_weight=_single(weight - 1.0) if from_grad else weight,
+        lerp_from_grad=from_grad,
+        beta2=_single(hyper.beta2),
+        one_minus_beta2=_single(1.0 - hyper.beta2),
+        bias_correction2_sqrt=_single(math.sqrt(1.0 - hyper.beta2**hyper.step)),
+        eps=_single(hyper.eps),
+        negative_step_size=_single(-hyper.lr / (1.0 - hyper.beta1**hyper.step)),
+    )
+
+
+def _adamw(views: Views, hyper: Hyper) -> None:
+    scalars = adamw_scalars(hyper)
+    master, grad, temporary = _master(views), _gradient(views, scalars.grad_scale), views.scratch[2]
+    exp_avg, exp_avg_sq = views.moments
+    _add_l2(views, scalars.l2, grad, master)
+    master.mul_(scalars.decay)
     torch.sub(grad, exp_avg, out=temporary)
-    if weight >= 0.5:
-        exp_avg.copy_(grad).add_(temporary.mul_(_single(weight - 1.0)))
-    else:
-        exp_avg.add_(temporary.mul_(weight))
-    exp_avg_sq.mul_(_single(hyper.beta2))
-    exp_avg_sq.add_(torch.mul(grad, _single(1.0 - hyper.beta2), out=temporary).mul_(grad))
-    views.divisor.fill_(math.sqrt(1.0 - hyper.beta2**hyper.step))
-    _square_root(exp_avg_sq, temporary).div_(views.divisor).add_(_single(hyper.eps))
-    torch.mul(exp_avg, _single(-hyper.lr / (1.0 - hyper.beta1**hyper.step)), out=grad)
+    if scalars.lerp_from_grad:
+        exp_avg.copy_(grad)
+    exp_avg.add_(temporary.mul_(scalars.lerp_weight))
+    exp_avg_sq.mul_(scalars.beta2)
+    exp_avg_sq.add_(torch.mul(grad, scalars.one_minus_beta2, out=temporary).mul_(grad))
+    views.divisor.fill_(scalars.bias_correction2_sqrt)
+    _square_root(exp_avg_sq, temporary).div_(views.divisor).add_(scalars.eps)
+    torch.mul(exp_avg, scalars.negative_step_size, out=grad)
     master.add_(grad.div_(temporary))
     _canonical(exp_avg)
     _canonical(exp_avg_sq)
@@ -110,8 +143,8 @@ def _square_root(values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def _sgd(views: Views, hyper: Hyper) -> None:
-    master, grad, temporary = _master(views), _gradient(views, hyper), views.scratch[2]
-    _add_l2(views, hyper, grad, master)
+    master, grad, temporary = _master(views), _gradient(views, _grad_scale(hyper)), views.scratch[2]
+    _add_l2(views, _single(hyper.weight_decay), grad, master)
     if hyper.momentum:
         (buffer,), momentum = views.moments, _single(hyper.momentum)
         if hyper.step == 1:
@@ -129,7 +162,7 @@ def _sgd(views: Views, hyper: Hyper) -> None:
 
 
 def _lion(views: Views, hyper: Hyper) -> None:
-    master, grad, temporary = _master(views), _gradient(views, hyper), views.scratch[2]
+    master, grad, temporary = _master(views), _gradient(views, _grad_scale(hyper)), views.scratch[2]
     (exp_avg,) = views.moments
     torch.mul(exp_avg, _single(hyper.beta1), out=temporary)
     below = torch.mul(grad, _single(1.0 - hyper.beta1))
