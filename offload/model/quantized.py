@@ -102,20 +102,23 @@ def _to(reference: Any, *args: Any, **kwargs: Any) -> Any:
     return type(weight).to(weight, *args, **kwargs)
 
 
-def _move_scales(module: Any, device: torch.device) -> None:
-    """To where the bytes of its weight are computed with."""
-    weight: Any = getattr(module, "weight", None)
-    holders: list[Any] = [weight, getattr(module, "state", None)]
-    for holder in holders:
-        if getattr(holder, "SCB", None) is not None:
-            holder.SCB = holder.SCB.to(device)
-    if getattr(weight, "quant_state", None) is not None:
-        weight.quant_state.to(device)
+def scales_of(model: nn.Module) -> list[tuple[Any, str]]:
+    """(holder, attribute) of every tensor that a quantized weight needs beside its bytes; one may be in several."""
+    found: list[tuple[Any, str]] = []
+    for module in model.modules():
+        if not type(module).__module__.startswith("bitsandbytes."):
+            continue
+        weight: Any = getattr(module, "weight", None)
+        of_4_bits = getattr(weight, "quant_state", None)
+        attributes = [(weight, "SCB"), (getattr(module, "state", None), "SCB")]
+        for holder in (of_4_bits, getattr(of_4_bits, "state2", None)):
+            attributes += [(holder, name) for name in ("absmax", "code", "offset")]
+        found += [(h, name) for h, name in attributes if isinstance(getattr(h, name, None), torch.Tensor)]
+    return found
 
 
-def prepare_quantized(model: nn.Module, device: torch.device) -> list[Any]:
-    """Let quantized layers follow their parameters, which are computed with on `device`. Returns the handles of the
-    hooks that do it.
+def prepare_quantized(model: nn.Module) -> list[Any]:
+    """Let quantized layers follow their parameters. Returns the handles of the hooks that do it.
 
     Raises ConfigError for weights that have been repacked already.
     """
@@ -124,7 +127,6 @@ def prepare_quantized(model: nn.Module, device: torch.device) -> list[Any]:
         kind: Any = module
         if not type(module).__module__.startswith("bitsandbytes."):  # peft has classes of the same names
             continue
-        _move_scales(kind, device)
         if is_quantized(module):
             handles.append(_Staying(kind.weight))
         if type(module).__name__ == "Linear8bitLt" and not kind.state.has_fp16_weights:

@@ -130,8 +130,8 @@ def place(
     needs a mirror of the root, host slots and host gradient buffers besides, and half of its memory is for what it
     computes with, unless `prefetch_blocks` asks for more slots. `grads_per_buffer` is how many blocks' gradients a
     gradient buffer holds: 2 where they are not fp32. `device_own_nbytes` of the device's memory are beside
-    `device_nbytes`: what its libraries take. `held_max`: no more updates than these give way to others. Raises
-    BudgetError with the smallest budgets.
+    `device_nbytes`: what its libraries, buffers and scales of quantized weights take. `held_max`: no more updates than
+    these give way to others. Raises BudgetError with the smallest budgets.
     """
     slot = max((b.slot_nbytes for b in blocks), default=0)
     grad = max((b.grad_nbytes for b in blocks), default=0)
@@ -239,7 +239,11 @@ def _refuse_what_cannot_fit(
         problems.append(
             f"device_memory={_gb(device_nbytes + own)} but at least {_gb(least_device + own)} is needed: root "
             f"{_gb(fixed)} + {least_slots} block slots of {_gb(slot)} + one gradient buffer of {_gb(grad)}"
-            + (f" + {_gb(own)} for the libraries of the device" if own else "")
+            + (
+                f" + {_gb(own)} for the libraries of the device, buffers and scales of quantized weights"
+                if own
+                else ""
+            )
         )
     if host_nbytes < least_host:
         what = (

@@ -108,7 +108,7 @@ def choose_device(model: nn.Module, config: Config) -> DeviceTier:
 
 
 def budgets(device: DeviceTier, config: Config) -> tuple[int, int]:
-    """(device, host) memory allowed, in bytes, without what the device's libraries take."""
+    """(device, host) memory allowed, in bytes, without what stays on the device beside the slots (`own_nbytes`)."""
     host_total = host_total_nbytes()
     device_total = host_total
     if device.torch_device.type == "cuda":

@@ -19,9 +19,10 @@ from offload.errors import UsageError
 from offload.model.blocks import Cut
 from offload.model.blocks import cut as cut_model
 from offload.model.flat import FlatBuffer
+from offload.model.on_device import move_what_stays
 from offload.model.quantized import prepare_quantized
 from offload.runtime import hooks, taken_gradients, wiring
-from offload.runtime.assembly import Assembly, assemble, choose_device, steps_aside
+from offload.runtime.assembly import Assembly, assemble, steps_aside
 from offload.runtime.block_buffers import BlockBuffers
 from offload.runtime.block_function import run_block
 from offload.runtime.early_root import EarlyRoot
@@ -69,7 +70,7 @@ class OffloadEngine(Uncopied):
         self._undo: list[Callable[[], None]] = []
         self._modules: list[nn.Module] = []
         cut = cut_model(model, blocks)
-        device = choose_device(model, config)
+        device = wiring.make_device(model, config)
         self.device = device.torch_device
         self.config = config = config.beside(self.device.type)
         try:
@@ -133,10 +134,10 @@ class OffloadEngine(Uncopied):
         modules = dict(self.model.named_modules())
         self._owning = [self.model, *(modules[name] for name in owners)]
         self._handles += hooks.before_forward(self._owning, self._root_needed)
-        self._handles += prepare_quantized(self.model, self.device)
+        self._handles += prepare_quantized(self.model)
         states = StateDicts(self.model, self._scheduler, self.refuse_unless_open)
         self._state_handles = hooks.on_state_dict(self.model, states)
-        wiring.move_buffers(self.model, self.device)
+        move_what_stays(self.model, self.device)
         self._scheduler.hold_root()
 
     def _detach(self) -> None:

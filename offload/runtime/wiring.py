@@ -9,8 +9,9 @@ from torch import nn
 
 from offload.config import Config
 from offload.errors import ConfigError
+from offload.model.on_device import stays_nbytes
 from offload.planner.report import plan_lines
-from offload.runtime.assembly import Assembly, budgets, staging_nbytes
+from offload.runtime.assembly import Assembly, budgets, choose_device, staging_nbytes
 from offload.runtime.commits import StepCommits
 from offload.runtime.device_residency import CopiedResidency, Residency, SharedResidency
 from offload.runtime.device_updates import DeviceUpdates
@@ -26,6 +27,14 @@ from offload.tiers.device import DeviceTier, Pin
 from offload.update_rules import UpdateRule
 
 logger = logging.getLogger("offload")
+
+
+def make_device(model: nn.Module, config: Config) -> DeviceTier:
+    """The device tier of the run. What of the model stays in its memory beside the slots is among its `own_nbytes`."""
+    device = choose_device(model, config)
+    if not device.shares_host:
+        device.own_nbytes += stays_nbytes(model)
+    return device
 
 
 def make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog, *, pin: Pin, holds: bool) -> Scheduler:
@@ -146,11 +155,3 @@ def make_run_plan(
         for line in plan_lines(planned.plan):
             logger.info("%s", line)
     return planned
-
-
-def move_buffers(model: nn.Module, torch_device: torch.device) -> None:
-    """Buffers (masks, rotary frequencies) are computed with on the device all the time."""
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.device != torch_device:
-                module._buffers[name] = buffer.to(torch_device)

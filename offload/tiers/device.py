@@ -96,7 +96,7 @@ class DeviceTier(Protocol):
     shares_host: bool
     """The device computes on host memory itself: slots and gradients are never copied over."""
     own_nbytes: int
-    """Of its memory, what its libraries take for themselves."""
+    """Of its memory, what its libraries take for themselves, and what of the model stays there beside the slots."""
     updates_faster: bool
     """Whether its memory is so much faster than the host's that what is updated there should be."""
     timing: bool

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from offload.model.on_device import move_what_stays, stays_nbytes
 from offload.model.quantized import prepare_quantized, quantized_weights
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -41,7 +42,10 @@ def test_the_scales_of_a_model_loaded_on_the_cpu_go_to_the_device(kind, was_used
     if was_used:  # an 8-bit layer then keeps them elsewhere
         layer.train()(torch.zeros(2, 128))
     assert len(scales_of(layer)) == {"8 bits": 1, "4 bits": 2}.get(kind, 5)
-    handles = prepare_quantized(nn.Sequential(nn.Linear(4, 4), layer), ELSEWHERE)
+    model = nn.Sequential(nn.Linear(4, 4), layer)
+    handles = prepare_quantized(model)
+    assert stays_nbytes(model) == sum(t.nbytes for t in scales_of(layer))
+    move_what_stays(model, ELSEWHERE)
     assert {t.device for t in scales_of(layer)} == {ELSEWHERE}
     assert len(scales_of(layer)) == {"8 bits": 1, "4 bits": 2}.get(kind, 5)
     for handle in handles:
