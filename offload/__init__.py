@@ -1,6 +1,6 @@
 """Full fine-tuning of models far larger than the device, streamed between device, DRAM and NVMe."""
 
-from offload.checkpoint import Resumed, export, from_deepspeed, inspect, load, resume, save
+from offload.checkpoint import Resumed, change, export, from_deepspeed, inspect, load, resume, save
 from offload.elementwise import ElementwiseOptimizer
 from offload.errors import (
     BudgetError,
@@ -31,6 +31,7 @@ __all__ = [
     "Resumed",
     "StoreError",
     "UsageError",
+    "change",
     "export",
     "from_deepspeed",
     "inspect",

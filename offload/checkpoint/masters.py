@@ -27,7 +27,7 @@ def masters_of(engine: OffloadEngine, block: BlockRecord) -> Iterator[tuple[str,
         master = torch.empty(buffer.n_elements, dtype=torch.float32, device="cpu")
         for chunk in chunks_of(buffer, engine.config.chunk_elements):
             param, record = pieces_of(engine, block, position, chunk)
-            hi, whole = _read(engine, param), _read(engine, record)
+            hi, whole = read_piece(engine, param), read_piece(engine, record)
             lo = whole[: LO_NBYTES["split_bf16"] * chunk.n]
             part = master[chunk.start : chunk.start + chunk.n]
             merge_master(hi.data_ptr(), lo.data_ptr(), part.data_ptr(), chunk.n)
@@ -35,11 +35,11 @@ def masters_of(engine: OffloadEngine, block: BlockRecord) -> Iterator[tuple[str,
             yield segment.name, segment.view(master)
 
 
-def _read(engine: OffloadEngine, piece: Piece | None) -> torch.Tensor:
-    """The piece's bytes in memory."""
+def read_piece(engine: OffloadEngine, piece: Piece | None) -> torch.Tensor:
+    """The piece's bytes in host memory: its own, where that is where they are."""
     store = engine.parts.resources.store
     if piece is not None and piece.memory is not None:
-        return piece.memory.contiguous()
+        return piece.memory.to("cpu").contiguous()
     if piece is None or store is None:
         raise RuntimeError("a trained buffer has a record, in memory or in a store")
     held = HostArena(round_up(piece.nbytes, PAGE_NBYTES)).bytes_tensor
