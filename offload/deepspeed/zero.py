@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from offload.errors import UsageError
+from offload.model import guarded
 from offload.runtime.engine import OffloadEngine
 
 logger = logging.getLogger("offload")
@@ -70,7 +71,7 @@ class GatheredParameters:
         for parameter, value in _values(self._params):
             shown = value.clone()
             self._before.append((parameter, parameter.data, value, shown))
-            parameter.data = shown
+            guarded.put(parameter, shown)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -79,7 +80,7 @@ class GatheredParameters:
         changed = [tuple(shown.shape) for _, _, value, shown in before if not torch.equal(shown, value)]
         for parameter, data, _, shown in before:
             if parameter.data_ptr() == shown.data_ptr():  # else a forward inside has fetched it
-                parameter.data = data
+                guarded.put(parameter, data)
         if changed and kind is None:
             raise UsageError(
                 f"GatheredParameters: a parameter of shape {changed[0]} was changed after initialize, which is not "

@@ -82,6 +82,11 @@ class Assembly:
     spare_host: Spare
     """What is left of it, for activations and for gradients that have to wait."""
 
+    @property
+    def computed_in_place(self) -> bool:
+        """Whether updates change what the device computes with, and no copy of it."""
+        return self.resources.device.shares_host or self.in_device is not None
+
 
 def choose_device(model: nn.Module, config: Config) -> DeviceTier:
     """The device tier that `config.device` means for this model. Raises ConfigError when it is not there."""

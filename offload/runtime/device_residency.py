@@ -24,7 +24,7 @@ class Residency(Protocol):
     def load(self, block: BlockRecord, order: dict[int, int], *, must: bool) -> bool: ...
     def begin_use(self, block: BlockRecord) -> None: ...
     def end_use(self, block: BlockRecord) -> None: ...
-    def outdated(self, block: BlockRecord) -> None: ...
+    def outdated(self, block: BlockRecord, *, in_part: bool = False) -> None: ...
     def host_slot_leaves(self, block: BlockRecord) -> Event: ...
 
 
@@ -48,6 +48,7 @@ class SharedResidency:
         if must and block.index not in self._bound:
             block.bind()
             self._bound.add(block.index)
+            block.device_stale = False
         return must
 
     def begin_use(self, block: BlockRecord) -> None:
@@ -56,8 +57,13 @@ class SharedResidency:
     def end_use(self, block: BlockRecord) -> None:
         """Nothing to record."""
 
-    def outdated(self, block: BlockRecord) -> None:
-        """The update changes the device's copy in place."""
+    def outdated(self, block: BlockRecord, *, in_part: bool = False) -> None:
+        """An update changes the slot in place, and a parameter that is read meanwhile must not show half of it."""
+        if in_part:
+            return
+        self._bound.discard(block.index)
+        block.unbind(self._torch_device)
+        block.device_stale = block.is_root
 
     def host_slot_leaves(self, block: BlockRecord) -> Event:
         """What computes with it now would read another block."""
@@ -106,7 +112,6 @@ class CopiedResidency:
             block.loaded = self._copies.h2d_when(block.tickets, name, target, source, after)
         block.device_slot.free_after = block.loaded  # for when it is given up before it was used
         block.device_stale = False
-        block.bind()
         return True
 
     def _free_slot(self, wanted_by: BlockRecord, order: dict[int, int], must: bool) -> DeviceSlot | None:
@@ -127,21 +132,28 @@ class CopiedResidency:
         return chosen
 
     def begin_use(self, block: BlockRecord) -> None:
-        """Compute given from now on sees the loaded parameters."""
+        """Compute given from now on sees the loaded parameters; whoever reads one earlier sees none of them."""
         self._device.compute_waits(block.loaded)
+        if not block.is_bound:
+            block.bind()
 
     def end_use(self, block: BlockRecord) -> None:
         """The slot may be rewritten after the compute given so far."""
         if block.device_slot is not None:
             block.device_slot.free_after = self._device.mark()
 
-    def outdated(self, block: BlockRecord) -> None:
-        """The copy is of no more use: give the slot up; the root keeps its own and is loaded again."""
+    def outdated(self, block: BlockRecord, *, in_part: bool = False) -> None:
+        """The copy is of no more use: give the slot up; the root keeps its own and is loaded again.
+
+        `in_part`: the rest of it is still computed with.
+        """
         if block.device_slot is None:
             return
         if block.is_root:
             block.device_stale = True
             block.device_slot.free_after = self._device.mark()
+            if not in_part:
+                block.unbind(self._device.torch_device)
             return
         if block.in_use:
             block.device_slot.free_after = self._device.mark()

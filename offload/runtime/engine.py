@@ -37,6 +37,7 @@ from offload.runtime.saves import SavesBeside
 from offload.runtime.state_dicts import StateDicts, Uncopied
 from offload.runtime.trained_parameters import TrainedParameters
 from offload.runtime.training_state import Stateful, checked_stateful
+from offload.runtime.written_parameters import WrittenParameters, let_go
 from offload.stores.activations import Tier
 from offload.stores.block_store import BlockRecord
 from offload.telemetry import Span, SpanLog, Stalls
@@ -135,7 +136,12 @@ class OffloadEngine(Uncopied):
         self._owning = [self.model, *(modules[name] for name in owners)]
         self._handles += hooks.before_forward(self._owning, self._root_needed)
         self._handles += prepare_quantized(self.model)
-        states = StateDicts(self.model, self._scheduler, self.refuse_unless_open)
+        self._written = WrittenParameters(
+            self.model,
+            [*self.blocks, self.root],
+            computed_in_place=self._assembly.computed_in_place and not self._live_optimizer().adafactor,
+        )
+        states = StateDicts(self.model, self._scheduler, self.refuse_what_is_not_kept)
         self._state_handles = hooks.on_state_dict(self.model, states)
         move_what_stays(self.model, self.device)
         self._scheduler.hold_root()
@@ -147,10 +153,12 @@ class OffloadEngine(Uncopied):
             hooks.restore_forward(module)
         self.model.__dict__.pop("zero_grad", None)
         taken_gradients.give_back(self.model.parameters())
+        let_go(s.parameter for r in [*self.blocks, self.root] for b in r.layout.buffers for s in b.segments)
 
     # ---- called by blocks and hooks --------------------------------------------------------------------------
 
     def _root_needed(self) -> None:
+        self._written.refuse_of(self.root)
         self._measure_parameters()
         self._scheduler.hold_root()
 
@@ -177,6 +185,7 @@ class OffloadEngine(Uncopied):
     def begin_forward(self, block: BlockRecord) -> None:
         """Before the block's forward."""
         self.refuse_unless_open()
+        self._written.refuse_of(block)
         if block.awaiting_backward:
             self._gradients.will_accumulate()
         if self.commits is not None:
@@ -186,6 +195,7 @@ class OffloadEngine(Uncopied):
     def end_forward(self, block: BlockRecord) -> None:
         """After the block's forward."""
         self._scheduler.end(block, "forward")
+        self._written.refuse_of(block)
 
     def begin_backward(self, block: BlockRecord) -> None:
         """Before the block's backward."""
@@ -302,7 +312,7 @@ class OffloadEngine(Uncopied):
 
     def check_step(self) -> None:
         """Raise UsageError where a step cannot be made, or would leave out a parameter that has been unfrozen."""
-        self.refuse_unless_open()
+        self.refuse_what_is_not_kept()
         self._trained.refuse_unfrozen()
 
     def optimizer_step(self) -> None:
@@ -335,6 +345,7 @@ class OffloadEngine(Uncopied):
         self._scheduler.rewind()
         self._scheduler.prefetch()
         self._plan_late()
+        self._show_what_stays()
         now = time.perf_counter()
         self.last_step = {
             "step_s": now - self._step_start_s,
@@ -418,6 +429,11 @@ class OffloadEngine(Uncopied):
                 "compute there, or export the model and load it here"
             )
 
+    def refuse_what_is_not_kept(self) -> None:
+        """Raise UsageError after `close`, and where something was done to a parameter from outside that is lost."""
+        self.refuse_unless_open()
+        self._written.refuse()
+
     @property
     def parts(self) -> Assembly:
         """The tiers and everything in them, for who saves, restores or removes them."""
@@ -430,6 +446,7 @@ class OffloadEngine(Uncopied):
             raise UsageError(
                 f"{wish}: the offload engine is closed; load the model again and offload.wrap it"
             )
+        self._written.refuse()
         self.wait_saved()
         self._scheduler.flush()
         for block in [*self.blocks, self.root]:
@@ -470,6 +487,12 @@ class OffloadEngine(Uncopied):
         self.drop_copies()
         if self.commits is not None:
             self.commits.replaced(self._live_optimizer())
+        self._show_what_stays()
+
+    def _show_what_stays(self) -> None:
+        """Where nothing is streamed, parameters can be read and written to between steps, as in memory."""
+        if self.aside:
+            self._scheduler.hold_root()
 
     def flush(self) -> None:
         """Finish every decided update; afterwards the store holds the parameters of the last step."""
@@ -493,7 +516,7 @@ class OffloadEngine(Uncopied):
 
     def iter_blocks(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
         """The parameters as they are computed with, block by block, the root first; valid until the next one."""
-        self.refuse_unless_open()
+        self.refuse_what_is_not_kept()
         self.flush()
         for block in [self.root, *self.blocks]:
             with self._scheduler.reading(block):

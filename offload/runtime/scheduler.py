@@ -335,7 +335,7 @@ class Scheduler:
         self._pending_segments[block.index] = segments_of
         self.wait_resident(block)
         parts = self.gradients.hand_over(block, segments_of)
-        self._residency.outdated(block)
+        self._residency.outdated(block, in_part=only is not None)
         read_param = block.state is BlockState.STORED
         if read_param:
             self._take_slot(block, must=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from offload.model import guarded
 from offload.model.flat import BlockLayout, FlatBuffer, Segment
 from offload.stores.sides import Sides
 from offload.tiers.device import PAST, Event
@@ -143,6 +144,14 @@ class BlockRecord:
     """How to recompute it, by the shapes of its inputs (runtime/recompute.py)."""
     _holes: list[tuple[torch.nn.Parameter, torch.Tensor]] = field(default_factory=list)
     """What the parameters' data are while they are nowhere to be computed with."""
+    keeps_writes: bool = False
+    """What is computed with is the master, in memory of its own: what is written there while it is bound stays."""
+    written: str = ""
+    """Name of the first parameter that was written to from outside in vain."""
+    is_bound: bool = False
+    """Its parameters' data are views of the memory that compute reads."""
+    _writes: list[int] = field(default_factory=list)
+    """By parameter: how often it had been written to from outside when it was looked at last."""
 
     def turn(self, side: int) -> None:
         """Read from the other set of extents from now on."""
@@ -186,20 +195,49 @@ class BlockRecord:
 
     def bind(self) -> None:
         """Let every parameter's data be its view of the memory that compute reads."""
+        self.note_writes()
+        self.is_bound = True
         for buffer in self.layout.buffers:
             plane = self.plane(buffer, self.compute_bytes)
             for segment in buffer.segments:
-                segment.parameter.data = segment.view(plane)
+                guarded.put(segment.parameter, segment.view(plane))
 
     def unbind(self, torch_device: torch.device) -> None:
         """Replace every parameter's data by a one-element NaN seen at the parameter's shape: no memory, loud misuse."""
+        self.note_writes()
+        self.is_bound = False
         if not self._holes:  # made once: a steady step allocates nothing on the device
-            for buffer in self.layout.buffers:
-                hole = torch.full((1,), float("nan"), dtype=torch.float32, device=torch_device).to(
-                    buffer.dtype
-                )
-                for segment in buffer.segments:
-                    nothing = hole.as_strided(segment.shape, (0,) * len(segment.shape))
-                    self._holes.append((segment.parameter, nothing))
+            with torch.inference_mode(False):  # or the parameters would be inference tensors ever after
+                self._make_holes(torch_device)
         for parameter, nothing in self._holes:
-            parameter.data = nothing
+            guarded.put(parameter, nothing)
+
+    def _make_holes(self, torch_device: torch.device) -> None:
+        for buffer in self.layout.buffers:
+            hole = torch.full((1,), float("nan"), dtype=torch.float32, device=torch_device).to(buffer.dtype)
+            for segment in buffer.segments:
+                nothing = hole.as_strided(segment.shape, (0,) * len(segment.shape))
+                self._holes.append((segment.parameter, nothing))
+
+    def watch_writes(self) -> None:
+        """From now on parameters are the engine's: see [Note: guarded parameters] in model/guarded.py."""
+        for segment in self._segments():
+            guarded.guard(segment.parameter, segment.name)
+        self._writes = [guarded.writes(segment.parameter) for segment in self._segments()]
+
+    def note_writes(self) -> None:
+        """Look whether a parameter was written to from outside since this was called last, and was it in vain."""
+        if not self._writes:
+            return
+        found = [guarded.writes(segment.parameter) for segment in self._segments()]
+        if found == self._writes:
+            return
+        if not (self.keeps_writes and self.is_bound) and not self.written:
+            changed = (
+                s.name for s, a, b in zip(self._segments(), found, self._writes, strict=True) if a != b
+            )
+            self.written = next(changed)
+        self._writes = found
+
+    def _segments(self) -> list[Segment]:
+        return [segment for buffer in self.layout.buffers for segment in buffer.segments]
