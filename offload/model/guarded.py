@@ -47,11 +47,6 @@ def release(parameters: Iterable[torch.Tensor]) -> None:
             parameter.__class__ = type(parameter).__mro__[1]
 
 
-def writes(parameter: torch.Tensor) -> int:
-    """How often it has been written to in place so far; 0 of a tensor that torch does not count for."""
-    return 0 if parameter.is_inference() else parameter._version
-
-
 def _is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (
         isinstance(b, torch.Tensor)

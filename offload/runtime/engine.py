@@ -158,9 +158,10 @@ class OffloadEngine(Uncopied):
     # ---- called by blocks and hooks --------------------------------------------------------------------------
 
     def _root_needed(self) -> None:
-        self._written.refuse_of(self.root)
         self._measure_parameters()
         self._scheduler.hold_root()
+        if self.root.written:  # noted when it was bound; every module that owns a part of it comes by here
+            self._written.refuse_of(self.root)
 
     def _measure_parameters(self) -> None:
         """Before the first step with an optimizer that scales by the size of parameters."""

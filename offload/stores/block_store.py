@@ -150,8 +150,10 @@ class BlockRecord:
     """Name of the first parameter that was written to from outside in vain."""
     is_bound: bool = False
     """Its parameters' data are views of the memory that compute reads."""
+    _watched: list[torch.nn.Parameter] = field(default_factory=list)
+    _watched_names: list[str] = field(default_factory=list)
     _writes: list[int] = field(default_factory=list)
-    """By parameter: how often it had been written to from outside when it was looked at last."""
+    """Of each one watched: how often it had been written to from outside when it was looked at last."""
 
     def turn(self, side: int) -> None:
         """Read from the other set of extents from now on."""
@@ -221,23 +223,20 @@ class BlockRecord:
 
     def watch_writes(self) -> None:
         """From now on parameters are the engine's: see [Note: guarded parameters] in model/guarded.py."""
-        for segment in self._segments():
+        segments = [segment for buffer in self.layout.buffers for segment in buffer.segments]
+        for segment in segments:
             guarded.guard(segment.parameter, segment.name)
-        self._writes = [guarded.writes(segment.parameter) for segment in self._segments()]
+        counted = [segment for segment in segments if not segment.parameter.is_inference()]
+        self._watched = [segment.parameter for segment in counted]
+        self._watched_names = [segment.name for segment in counted]
+        self._writes = [parameter._version for parameter in self._watched]
 
     def note_writes(self) -> None:
         """Look whether a parameter was written to from outside since this was called last, and was it in vain."""
-        if not self._writes:
-            return
-        found = [guarded.writes(segment.parameter) for segment in self._segments()]
+        found = [parameter._version for parameter in self._watched]
         if found == self._writes:
             return
         if not (self.keeps_writes and self.is_bound) and not self.written:
-            changed = (
-                s.name for s, a, b in zip(self._segments(), found, self._writes, strict=True) if a != b
-            )
-            self.written = next(changed)
+            pairs = zip(self._watched_names, found, self._writes, strict=True)
+            self.written = next(name for name, now, before in pairs if now != before)
         self._writes = found
-
-    def _segments(self) -> list[Segment]:
-        return [segment for buffer in self.layout.buffers for segment in buffer.segments]
