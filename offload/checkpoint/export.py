@@ -23,6 +23,7 @@ from offload.model.blocks import base_of
 from offload.model.loading import INDEX_FILE, SINGLE_FILE
 from offload.model.quantized import quantized_weights
 from offload.runtime.engine import OffloadEngine
+from offload.runtime.hooks import cache_is_stopped
 from offload.runtime.training_state import persistent_buffers
 from offload.stores.block_store import BlockRecord
 from offload.tiers.durable_files import replacing, sync_files
@@ -189,8 +190,8 @@ def _write_config(model: nn.Module, out_dir: str, dtype: torch.dtype | None) -> 
         config.dtype = dtype or _computed_in(model)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config  # what is written is dense
-        if hasattr(config, "use_cache"):
-            config.use_cache = True  # `wrap` turns it off for training
+        if cache_is_stopped(model):
+            config.use_cache = True
         config.save_pretrained(out_dir)
     generation_config = getattr(model, "generation_config", None)
     if generation_config is not None:
@@ -226,6 +227,7 @@ def export(
     engine = getattr(model, "offload", None)
     if not isinstance(engine, OffloadEngine):
         raise UsageError(f"{type(model).__name__} is not wrapped: call offload.wrap or offload.load first")
+    engine.refuse_what_is_not_kept()
     os.makedirs(out_dir, exist_ok=True)
     present = sorted(name for name in os.listdir(out_dir) if name.endswith(".safetensors"))
     if present:

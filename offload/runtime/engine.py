@@ -42,6 +42,12 @@ from offload.stores.activations import Tier
 from offload.stores.block_store import BlockRecord
 from offload.telemetry import Span, SpanLog, Stalls
 
+_CLOSED = (
+    "the offload engine is closed, and the parameters went with it: load the model again and offload.wrap it; "
+    "offload.resume then goes on from a checkpoint, or from the storage directory of a run with durability='step'. "
+    "Call model.state_dict(), offload.export or offload.save before close()"
+)
+
 
 class OffloadEngine(Uncopied):
     """What `model.offload` is: counters, stalls, `no_sync()`, `flush()` and `close()`."""
@@ -420,10 +426,7 @@ class OffloadEngine(Uncopied):
     def refuse_unless_open(self) -> None:
         """Raise UsageError after `close`, and in a process that was forked from the run's."""
         if self._closed:
-            raise UsageError(
-                "the offload engine is closed, and the parameters went with it: load the model again and offload.wrap "
-                "it. Call model.state_dict(), offload.export or offload.save before close()"
-            )
+            raise UsageError(_CLOSED)
         if os.getpid() != self._pid:
             raise UsageError(
                 "this process was forked from the one that trains and has neither the model's memory nor its drives: "
@@ -444,9 +447,7 @@ class OffloadEngine(Uncopied):
         """Finish every decided update; the optimizer. Raises UsageError, naming `wish`, in a step or after close."""
         optimizer = self._optimizer()
         if self._closed or optimizer is None:
-            raise UsageError(
-                f"{wish}: the offload engine is closed; load the model again and offload.wrap it"
-            )
+            raise UsageError(f"{wish}: {_CLOSED}")
         self._written.refuse()
         self.wait_saved()
         self._scheduler.flush()

@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 
+from offload.model.blocks import base_of
 from offload.stores.block_store import BlockRecord
 
 logger = logging.getLogger("offload")
@@ -80,6 +81,10 @@ def on_gradient(
     return handles
 
 
+_CACHED = "_offload_used_cache"
+"""Attribute of a model whose cache is off meanwhile. Not of its configuration, which would write it to its file."""
+
+
 def stop_caching(model: nn.Module) -> Callable[[], None]:
     """Turn the cache of a Hugging Face model off, which would grow twice when a block recomputes; what is returned
     turns it on again if it was."""
@@ -87,12 +92,18 @@ def stop_caching(model: nn.Module) -> Callable[[], None]:
     was_on = bool(getattr(config, "use_cache", False))
     if was_on:
         config.use_cache = False
+        base_of(model).__dict__[_CACHED] = True
 
     def cache_again() -> None:
-        if was_on:
+        if base_of(model).__dict__.pop(_CACHED, False):
             config.use_cache = True
 
     return cache_again
+
+
+def cache_is_stopped(model: nn.Module) -> bool:
+    """Whether `stop_caching` has turned off the cache of `model`, or of what adapters were put into."""
+    return _CACHED in base_of(model).__dict__
 
 
 def stop_checkpointing(model: nn.Module) -> Callable[[], None]:

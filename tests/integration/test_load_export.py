@@ -226,6 +226,29 @@ def test_a_checkpoint_of_the_base_model_loads_under_its_head(tmp_path):
     assert torch.equal(built.transformer.wte.weight.data, model.transformer.wte.weight.data)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("changed_after_wrap", [False, True])
+def test_the_configuration_is_exported_as_it_was_before_wrap(tmp_path, use_cache, changed_after_wrap):
+    model = build("llama")
+    model.config.use_cache = use_cache
+    before = model.config.to_dict()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model, _ = wrap(model, optimizer, **{**BUDGET, "storage": []})
+    if changed_after_wrap:
+        model.config.use_cache = True
+    export(model, str(tmp_path / "out"))
+    written = type(model.config).from_pretrained(str(tmp_path / "out")).to_dict()
+    differing = {
+        k
+        for k in before
+        if before[k] != written.get(k) and k not in ("_name_or_path", "transformers_version")
+    }
+    assert differing <= {"architectures", "dtype", *(["use_cache"] if changed_after_wrap else [])}
+    assert written["use_cache"] == (use_cache or changed_after_wrap)
+    model.offload.close()
+    assert model.config.use_cache == (use_cache or changed_after_wrap)
+
+
 def test_export_copies_the_tokenizer_and_refuses_to_mix_with_old_weights(tmp_path):
     _, directory = saved(tmp_path, dtype=torch.bfloat16)
     (tmp_path / "in" / "tokenizer.json").write_text("{}")
