@@ -94,8 +94,28 @@ def _guarded(kind: type[torch.Tensor]) -> type[torch.Tensor]:
             )
         return kind.share_memory_(parameter)
 
-    members = {**_refusing_writes(kind), "data": property(read, write), "set_": set_}
-    members["share_memory_"] = share_memory_
+    def refuse_to_copy(parameter: torch.Tensor) -> None:
+        if _NAME in parameter.__dict__ and _is_away(parameter):
+            raise UsageError(
+                f"{parameter.__dict__[_NAME]} of a wrapped model cannot be copied or pickled: its values are in the "
+                "tiers, and here only while its block computes. Copy it before offload.wrap; afterwards "
+                "model.state_dict() has copies of the real ones, and offload.export and offload.save write them"
+            )
+
+    def __deepcopy__(parameter: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+        refuse_to_copy(parameter)
+        own: Any = kind
+        copied: torch.Tensor = own.__deepcopy__(parameter, memo)
+        if _NAME not in copied.__dict__ and issubclass(type(copied), kind):
+            copied.__class__ = kind
+        return copied
+
+    def __reduce_ex__(parameter: torch.Tensor, protocol: Any) -> Any:
+        refuse_to_copy(parameter)
+        return kind.__reduce_ex__(parameter, protocol)
+
+    members = {**_refusing_writes(kind), "__deepcopy__": __deepcopy__, "__reduce_ex__": __reduce_ex__}
+    members |= {"data": property(read, write), "set_": set_, "share_memory_": share_memory_}
     return _subclass(kind, members)
 
 

@@ -102,6 +102,14 @@ class OffloadOptimizer(torch.optim.Optimizer):
             )
         super().load_state_dict(state_dict)
 
+    def __reduce_ex__(self, protocol: object) -> Any:
+        """Raises UsageError: copy and pickle would give an optimizer without moments and step counts."""
+        raise UsageError(
+            "the optimizer of a wrapped model cannot be copied or pickled: its moments and step counts live in the "
+            "tiers. Save them with offload.save and go on with offload.resume; optimizer.state_dict() has the "
+            "hyperparameters, and offload.export writes the model"
+        )
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Torch puts new groups in place of the old ones when a state is loaded."""
         super().__setstate__(state)

@@ -264,11 +264,17 @@ def test_a_closed_model_says_so_wherever_its_parameters_were(tmp_path, place):
         lambda: model(x), lambda: model.eval()(x), lambda: model.head(wide), lambda: model.layers[2](wide),
         lambda: optimizer.step(), model.state_dict, model.layers[1].state_dict, lambda: model.load_state_dict(state),
         lambda: next(model.offload.iter_blocks()), lambda: offload.export(model, str(tmp_path / "out")),
-        lambda: offload.save(model, str(tmp_path / "saved")), lambda: offload.wrap(model, again, **IN_MEMORY),
+        lambda: offload.save(model, str(tmp_path / "saved")), lambda: offload.resume(model, str(tmp_path / "saved")),
+        lambda: offload.export(model, str(tmp_path / "out"), dtype=torch.float32),
+        lambda: offload.wrap(model, again, **IN_MEMORY),
     ]  # fmt: skip
     for use in uses:
-        with torch.no_grad(), pytest.raises(UsageError, match="closed"):
+        with (
+            torch.no_grad(),
+            pytest.raises(UsageError, match=r"closed.*load the model again.*before close\(\)"),
+        ):
             use()
+    assert not (tmp_path / "out").exists()
     if not model.offload.aside:
         with pytest.raises(UsageError, match="closed"):
             loss.backward()
@@ -291,6 +297,48 @@ def test_copying_and_pickling_name_what_to_do(tmp_path, place, closed):
     for attempt in attempts:
         with pytest.raises(UsageError, match=r"before offload\.wrap.*model\.state_dict\(\).*offload\.export"):
             attempt()
+    model.offload.close()
+
+
+@pytest.mark.parametrize("place", ["nothing streamed", "storage"])
+def test_copying_and_pickling_the_optimizer_names_what_to_do(tmp_path, place):
+    """A copy would have hyperparameters alone, and step a model that is trained already."""
+    model, optimizer = wrapped(place, tmp_path)
+    take_steps(model, optimizer, 1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    attempts = [
+        lambda: copy.copy(optimizer), lambda: copy.deepcopy(optimizer), lambda: pickle.dumps(optimizer),
+        lambda: torch.save(optimizer, io.BytesIO()), lambda: copy.deepcopy(schedule),
+    ]  # fmt: skip
+    for attempt in attempts:
+        with pytest.raises(
+            UsageError, match=r"offload\.save.*offload\.resume.*state_dict\(\).*offload\.export"
+        ):
+            attempt()
+    torch.save({"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}, io.BytesIO())
+    model.offload.close()
+
+
+@pytest.mark.parametrize("place", ["nothing streamed", "storage"])
+def test_a_copy_of_a_parameter_is_one_of_its_own_or_refused_never_nan(tmp_path, place):
+    model, optimizer = wrapped(place, tmp_path)
+    take_steps(model, optimizer, 1)
+    true = model.state_dict()
+    copies = [
+        lambda: copy.deepcopy(list(model.parameters())), lambda: copy.deepcopy(model.layers[2].linear.weight),
+        lambda: pickle.loads(pickle.dumps(list(model.parameters()))),
+    ]  # fmt: skip
+    for make in copies:
+        if place == "storage":
+            with pytest.raises(UsageError, match=r"weight of a wrapped model.*model\.state_dict\(\)"):
+                make()
+            continue
+        copied = make()
+        if isinstance(copied, list):
+            assert all(torch.equal(c, t) for c, t in zip(copied, true.values(), strict=True))
+            copied = copied[0]
+        assert type(copied) is nn.Parameter
+        copied.data = torch.zeros(3)  # it is nobody else's
     model.offload.close()
 
 
