@@ -199,17 +199,18 @@ class BlockRecord:
         """Let every parameter's data be its view of the memory that compute reads."""
         self.note_writes()
         self.is_bound = True
-        for buffer in self.layout.buffers:
-            plane = self.plane(buffer, self.compute_bytes)
-            for segment in buffer.segments:
-                guarded.put(segment.parameter, segment.view(plane))
+        with torch.inference_mode(False):  # or the parameters would be inference tensors ever after
+            for buffer in self.layout.buffers:
+                plane = self.plane(buffer, self.compute_bytes)
+                for segment in buffer.segments:
+                    guarded.put(segment.parameter, segment.view(plane))
 
     def unbind(self, torch_device: torch.device) -> None:
         """Replace every parameter's data by a one-element NaN seen at the parameter's shape: no memory, loud misuse."""
         self.note_writes()
         self.is_bound = False
         if not self._holes:  # made once: a steady step allocates nothing on the device
-            with torch.inference_mode(False):  # or the parameters would be inference tensors ever after
+            with torch.inference_mode(False):  # as in `bind`
                 self._make_holes(torch_device)
         for parameter, nothing in self._holes:
             guarded.put(parameter, nothing)
