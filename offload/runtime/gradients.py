@@ -106,6 +106,12 @@ class Gradients:
         grad = taken_gradients.grad_of(parameter)
         if grad is None:
             return
+        if not (block.in_use or block.is_root):
+            raise UsageError(
+                f"{buffer.segments[position].name} has received a gradient outside of the backward of its block: the "
+                "loss reads it by itself (a penalty on weights), and its values are here only while its block computes: "
+                "use the optimizer's weight_decay, or return the penalty from the block's forward"
+            )
         if block.grad_buffer is None:
             self.begin(block)
         if block.grad_buffer is None:
