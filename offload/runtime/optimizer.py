@@ -45,7 +45,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self.engine: Stepper | None = None
         self._steps: dict[torch.nn.Parameter, int] = {}
         self._used: dict[int, dict[str, Any]] = {}
-        self._has_warned = False
+        self._has_warned = self._has_told = self._has_left_gradients = False
         self.steps_made = 0
         """Calls of `step()` that ended, those before a resume included."""
         self.grad_scale = 1.0
@@ -206,14 +206,26 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if self.engine is None:
             raise UsageError("this optimizer is not attached to a model; get it from offload.wrap")
         self.engine.check_step()
+        self._tell_of_gradients_left()
         taken_gradients.refuse_by_hand(self._group_of)
         self.engine.optimizer_step()
         self.steps_made += 1
         self._used.clear()
         return loss
 
+    def _tell_of_gradients_left(self) -> None:
+        """Say once where torch would use the gradients of the step before again."""
+        left, self._has_left_gradients = self._has_left_gradients, True
+        if left and not self._has_told:
+            self._has_told = True
+            logger.warning(
+                "optimizer.step() again without optimizer.zero_grad(): torch would add the gradients of the step "
+                "before to those of this one, here a step uses each gradient once; call zero_grad() in every step"
+            )
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discard gradients that no step has consumed."""
+        self._has_left_gradients = False
         taken_gradients.give_back(self._group_of)
         super().zero_grad(set_to_none)
         if self.engine is not None:
