@@ -147,7 +147,7 @@ class OffloadEngine(Uncopied):
             [*self.blocks, self.root],
             computed_in_place=self._assembly.computed_in_place and not self._live_optimizer().adafactor,
         )
-        states = StateDicts(self.model, self._scheduler, self.refuse_what_is_not_kept)
+        states = StateDicts(self.model, self._scheduler, self.refuse_what_is_lost)
         self._state_handles = hooks.on_state_dict(self.model, states)
         move_what_stays(self.model, self.device)
         self._scheduler.hold_root()
@@ -319,7 +319,7 @@ class OffloadEngine(Uncopied):
 
     def check_step(self) -> None:
         """Raise UsageError where a step cannot be made, or would leave out a parameter that has been unfrozen."""
-        self.refuse_what_is_not_kept()
+        self.refuse_what_is_lost()
         self._trained.refuse_unfrozen()
 
     def optimizer_step(self) -> None:
@@ -433,10 +433,15 @@ class OffloadEngine(Uncopied):
                 "compute there, or export the model and load it here"
             )
 
-    def refuse_what_is_not_kept(self) -> None:
+    def refuse_what_is_lost(self) -> None:
         """Raise UsageError after `close`, and where something was done to a parameter from outside that is lost."""
         self.refuse_unless_open()
         self._written.refuse()
+
+    def refuse_what_is_not_kept(self) -> None:
+        """The same, and where the model has other parameters than those that are about to be written by their names."""
+        self.refuse_what_is_lost()
+        self._written.refuse_moved()
 
     @property
     def parts(self) -> Assembly:
@@ -448,7 +453,7 @@ class OffloadEngine(Uncopied):
         optimizer = self._optimizer()
         if self._closed or optimizer is None:
             raise UsageError(f"{wish}: {_CLOSED}")
-        self._written.refuse()
+        self.refuse_what_is_not_kept()
         self.wait_saved()
         self._scheduler.flush()
         for block in [*self.blocks, self.root]:

@@ -7,6 +7,7 @@ would. Elsewhere the next use of the block, the step, or whoever reads parameter
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
 
 import torch
@@ -22,7 +23,7 @@ class WrittenParameters:
     what is computed with."""
 
     def __init__(self, model: nn.Module, records: list[BlockRecord], *, computed_in_place: bool) -> None:
-        self._records = records
+        self._model, self._records = weakref.ref(model), records
         for record in records:
             trained = {b.dtype for b in record.layout.buffers if b.trainable}
             has_one_copy = record.param_offset < 0 and record.sides is None
@@ -52,10 +53,24 @@ class WrittenParameters:
             self.refuse_of(record)
         for held, key, parameter, name in self._places:
             if held.get(key) is not parameter:
-                raise UsageError(
-                    f"{name} was taken out of its module, or another one put in its place, after offload.wrap: this "
-                    "run trains, saves and exports the one that it was given. Change the model before offload.wrap"
-                )
+                raise UsageError(_moved(name))
+
+    def refuse_moved(self) -> None:
+        """Raise UsageError where the model has another parameter, or none, under a name that is about to be written."""
+        model = self._model()
+        if model is None:
+            return
+        present = dict(model.named_parameters(remove_duplicate=False))
+        for _, _, parameter, name in self._places:
+            if present.get(name) is not parameter:
+                raise UsageError(_moved(name))
+
+
+def _moved(name: str) -> str:
+    return (
+        f"{name} was taken out of the model, or another one put in its place, after offload.wrap: this run trains, "
+        "saves and exports the one that it was given. Change the model before offload.wrap"
+    )
 
 
 def let_go(parameters: Iterable[torch.Tensor]) -> None:

@@ -216,9 +216,9 @@ def test_a_parameter_that_leaves_its_module_after_wrap_is_refused(tmp_path, repl
         model.head.weight = nn.Parameter(torch.zeros(1, 64))
     else:
         nn.utils.parametrize.register_parametrization(model.layers[2].linear, "weight", Twice(), unsafe=True)
-    with pytest.raises(UsageError, match=r"weight was taken out of its module.*before offload\.wrap"):
+    with pytest.raises(UsageError, match=r"weight was taken out of the model.*before offload\.wrap"):
         model.state_dict()
-    with pytest.raises(UsageError, match="was taken out of its module"):
+    with pytest.raises(UsageError, match="was taken out of the model"):
         optimizer.step()
     model.offload.close()
 
