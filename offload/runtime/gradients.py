@@ -109,7 +109,7 @@ class Gradients:
         if not (block.in_use or block.is_root):
             raise UsageError(
                 f"{buffer.segments[position].name} has received a gradient outside of the backward of its block: the "
-                "loss reads it by itself (a penalty on weights), and its values are here only while its block computes: "
+                "loss reads it by itself (a penalty on weights), and has its values only while its block computes: "
                 "use the optimizer's weight_decay, or return the penalty from the block's forward"
             )
         if block.grad_buffer is None:

@@ -173,8 +173,8 @@ def a_part_of_the_model(model, optimizer, engine):
 EXACT = [
     plateau, one_cycle, learning_rate_in_a_tensor, evaluation_in_inference_mode, accumulation_of_unequal_micro_batches,
     a_penalty_on_weights_of_the_root, norms_in_a_log, freezing_after_wrap_and_training_again, a_module_added_after_wrap,
-    pytest.param(the_whole_model_compiled_after_wrap, marks=pytest.mark.slow), a_closure, a_functional_call_with_other_parameters,
-    groups_changed_between_steps, blocks_called_twice, a_part_of_the_model,
+    pytest.param(the_whole_model_compiled_after_wrap, marks=pytest.mark.slow), a_closure,
+    a_functional_call_with_other_parameters, groups_changed_between_steps, blocks_called_twice, a_part_of_the_model,
 ]  # fmt: skip
 
 
