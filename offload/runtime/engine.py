@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import os
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,13 +27,14 @@ from offload.runtime.block_function import run_block
 from offload.runtime.early_root import EarlyRoot
 from offload.runtime.gradient_norms import GradientNorms
 from offload.runtime.late_plan import LatePlan, is_open
+from offload.runtime.open_run import CLOSED, OpenRun
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.planning import NoPlan, RunPlan
 from offload.runtime.recipe import Recipe
 from offload.runtime.recording import computing, named, recording
 from offload.runtime.resident import place_adapters
 from offload.runtime.saves import SavesBeside
-from offload.runtime.state_dicts import StateDicts, Uncopied
+from offload.runtime.state_dicts import StateDicts
 from offload.runtime.trained_parameters import TrainedParameters
 from offload.runtime.training_state import Stateful, checked_stateful
 from offload.runtime.written_parameters import WrittenParameters, let_go
@@ -42,14 +42,8 @@ from offload.stores.activations import Tier
 from offload.stores.block_store import BlockRecord
 from offload.telemetry import Span, SpanLog, Stalls
 
-_CLOSED = (
-    "the offload engine is closed, and the parameters went with it: load the model again and offload.wrap it; "
-    "offload.resume then goes on from a checkpoint, or from the storage directory of a run with durability='step'. "
-    "Call model.state_dict(), offload.export or offload.save before close()"
-)
 
-
-class OffloadEngine(Uncopied):
+class OffloadEngine(OpenRun):
     """What `model.offload` is: counters, stalls, `no_sync()`, `flush()` and `close()`."""
 
     def __init__(
@@ -60,6 +54,7 @@ class OffloadEngine(Uncopied):
         blocks: object,
         dtype: torch.dtype | None,
     ) -> None:
+        super().__init__()
         self.model = model
         self.config = config
         self.keeps_graph = config.activations == "keep"
@@ -67,14 +62,11 @@ class OffloadEngine(Uncopied):
         self.uses_recipes = not config.compile_blocks
         self.spans = SpanLog()
         self.last_step: dict[str, Any] = {}
-        self._closed = False
-        self._pid = os.getpid()
         self._sync = True
         self._backward_open = False
         self._handles: list[Any] = []
         self._state_handles: list[Any] = []
         """These stay after `close`, to refuse."""
-        self._undo: list[Callable[[], None]] = []
         self._modules: list[nn.Module] = []
         cut = cut_model(model, blocks)
         device = wiring.make_device(model, config)
@@ -295,15 +287,6 @@ class OffloadEngine(Uncopied):
 
     # ---- called by the optimizer -----------------------------------------------------------------------------
 
-    def _hyper_of(self, parameter: nn.Parameter, start: int) -> Any:
-        return self._live_optimizer().hyper_of(parameter, start)
-
-    def _live_optimizer(self) -> OffloadOptimizer:
-        optimizer = self._optimizer()
-        if optimizer is None:
-            raise UsageError("the optimizer returned by offload.wrap has been deleted")
-        return optimizer
-
     def _previous_step_durable(self) -> None:
         if self._durable is not None:
             self._durable.before_update(self._live_optimizer())
@@ -312,10 +295,6 @@ class OffloadEngine(Uncopied):
         """With durability 'step': until the last step is on the drives. Raises StoreError."""
         if self._durable is not None:
             self._durable.wait(self._live_optimizer())
-
-    def trains(self, parameter: torch.Tensor) -> bool:
-        """Whether the parameter is the model's, and was trainable when it was wrapped."""
-        return parameter in self._trained
 
     def check_step(self) -> None:
         """Raise UsageError where a step cannot be made, or would leave out a parameter that has been unfrozen."""
@@ -419,31 +398,6 @@ class OffloadEngine(Uncopied):
         return recording(self._assembly, self.spans, self.flush)
 
     @property
-    def closed(self) -> bool:
-        """Whether `close` has been called."""
-        return self._closed
-
-    def refuse_unless_open(self) -> None:
-        """Raise UsageError after `close`, and in a process that was forked from the run's."""
-        if self._closed:
-            raise UsageError(_CLOSED)
-        if os.getpid() != self._pid:
-            raise UsageError(
-                "this process was forked from the one that trains and has neither the model's memory nor its drives: "
-                "compute there, or export the model and load it here"
-            )
-
-    def refuse_what_is_lost(self) -> None:
-        """Raise UsageError after `close`, and where something was done to a parameter from outside that is lost."""
-        self.refuse_unless_open()
-        self._written.refuse()
-
-    def refuse_what_is_not_kept(self) -> None:
-        """The same, and where the model has other parameters than those that are about to be written by their names."""
-        self.refuse_what_is_lost()
-        self._written.refuse_moved()
-
-    @property
     def parts(self) -> Assembly:
         """The tiers and everything in them, for who saves, restores or removes them."""
         return self._assembly
@@ -452,7 +406,7 @@ class OffloadEngine(Uncopied):
         """Finish every decided update; the optimizer. Raises UsageError, naming `wish`, in a step or after close."""
         optimizer = self._optimizer()
         if self._closed or optimizer is None:
-            raise UsageError(f"{wish}: {_CLOSED}")
+            raise UsageError(f"{wish}: {CLOSED}")
         self.refuse_what_is_not_kept()
         self.wait_saved()
         self._scheduler.flush()
@@ -505,22 +459,6 @@ class OffloadEngine(Uncopied):
         """Finish every decided update; afterwards the store holds the parameters of the last step."""
         self._scheduler.flush()
 
-    def counters(self) -> dict[str, int]:
-        """Bytes read from and written to storage so far."""
-        store = self._assembly.resources.store
-        return {"read_bytes": 0, "written_bytes": 0} if store is None else store.counters()
-
-    def written_by_drive(self) -> dict[str, int]:
-        """Bytes written to each storage directory so far."""
-        store = self._assembly.resources.store
-        return {} if store is None else store.written_by_directory()
-
-    @property
-    def trainable_numel(self) -> int:
-        """Trainable parameters."""
-        trainable = (s for block in [*self.blocks, self.root] for s in block.layout.trainable_segments)
-        return sum(segment.numel for segment in trainable)
-
     def iter_blocks(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
         """The parameters as they are computed with, block by block, the root first; valid until the next one."""
         self.refuse_what_is_not_kept()
@@ -532,10 +470,6 @@ class OffloadEngine(Uncopied):
                     for buffer in block.layout.buffers
                     for segment in buffer.segments
                 ]
-
-    def when_closed(self, undo: Callable[[], None]) -> None:
-        """Let `close` call `undo()`."""
-        self._undo.append(undo)
 
     def close(self, *, remove: bool = False) -> None:
         """Finish what is in flight, drop the hooks and remove the store. The parameters are gone then.
