@@ -206,12 +206,25 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if self.engine is None:
             raise UsageError("this optimizer is not attached to a model; get it from offload.wrap")
         self.engine.check_step()
+        self._refuse_regrouped()
         self._tell_of_gradients_left()
         taken_gradients.refuse_by_hand(self._group_of)
         self.engine.optimizer_step()
         self.steps_made += 1
         self._used.clear()
         return loss
+
+    def _refuse_regrouped(self) -> None:
+        """Raise UsageError where parameters are in other groups than updates know of."""
+        present = {parameter: group for group in self.param_groups for parameter in group["params"]}
+        if len(present) != len(self._group_of) or any(
+            present.get(parameter) is not group for parameter, group in self._group_of.items()
+        ):
+            raise UsageError(
+                "parameters were put into, taken out of or moved between groups by hand, and updates of this step "
+                "may have been made with the groups of before: add parameters with add_param_group, leave one out by "
+                "requires_grad_(False), and change hyperparameters in the groups that there are"
+            )
 
     def _tell_of_gradients_left(self) -> None:
         """Say once where torch would use the gradients of the step before again."""

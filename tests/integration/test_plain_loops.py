@@ -244,6 +244,24 @@ def test_a_step_without_zero_grad_says_once_that_gradients_do_not_add_up(tmp_pat
     model.offload.close()
 
 
+@pytest.mark.parametrize("change", ["taken out", "put in another group", "another list of groups"])
+def test_groups_that_are_changed_by_hand_are_refused_at_the_step(tmp_path, change):
+    """In torch, what is in no group is not trained, and what is in another has its hyperparameters."""
+    model, optimizer = wrapped("storage", tmp_path)
+    take_steps(model, optimizer, 1)
+    first = optimizer.param_groups[0]
+    if change == "another list of groups":
+        optimizer.param_groups = [{**first, "lr": 0.5}]
+    else:
+        last = first["params"].pop()
+        if change == "put in another group":
+            optimizer.param_groups.append({**first, "params": [last], "lr": 0.5})
+    model(rows(0)).square().mean().backward()
+    with pytest.raises(UsageError, match=r"by hand.*add_param_group.*requires_grad_\(False\)"):
+        optimizer.step()
+    model.offload.close()
+
+
 @pytest.mark.parametrize("change", ["replaced", "removed", "in another order"])
 def test_what_would_be_written_under_another_modules_name_is_refused(tmp_path, change):
     """A state_dict is that of the modules that are there; files are of the parameters that were given to wrap."""
