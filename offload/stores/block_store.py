@@ -144,6 +144,9 @@ class BlockRecord:
     """How to recompute it, by the shapes of its inputs (runtime/recompute.py)."""
     _holes: list[tuple[torch.nn.Parameter, torch.Tensor]] = field(default_factory=list)
     """What the parameters' data are while they are nowhere to be computed with."""
+    _views: list[tuple[torch.nn.Parameter, torch.Tensor]] = field(default_factory=list)
+    """What they are while they are at `_viewed`, the address of a slot."""
+    _viewed: int = 0
     keeps_writes: bool = False
     """What is computed with is the master, in memory of its own: what is written there while it is bound stays."""
     written: str = ""
@@ -199,11 +202,21 @@ class BlockRecord:
         """Let every parameter's data be its view of the memory that compute reads."""
         self.note_writes()
         self.is_bound = True
-        with torch.inference_mode(False):  # or the parameters would be inference tensors ever after
-            for buffer in self.layout.buffers:
-                plane = self.plane(buffer, self.compute_bytes)
-                for segment in buffer.segments:
-                    guarded.put(segment.parameter, segment.view(plane))
+        held = self.compute_bytes
+        address = 0 if held is None else held.data_ptr()
+        if address != self._viewed:
+            with torch.inference_mode(False):  # or the parameters would be inference tensors ever after
+                self._make_views(held)
+            self._viewed = address
+        for parameter, view in self._views:
+            guarded.put(parameter, view)
+
+    def _make_views(self, held: torch.Tensor | None) -> None:
+        """A block that stays where it is, as the root does, needs them once."""
+        self._views = []
+        for buffer in self.layout.buffers:
+            plane = self.plane(buffer, held)
+            self._views += [(segment.parameter, segment.view(plane)) for segment in buffer.segments]
 
     def unbind(self, torch_device: torch.device) -> None:
         """Replace every parameter's data by a one-element NaN seen at the parameter's shape: no memory, loud misuse."""
