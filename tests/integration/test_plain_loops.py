@@ -15,11 +15,8 @@ from tests.fault.training import IN_MEMORY, Block, Model
 from tests.integration.test_state_dicts import same, take_steps, wrapped
 
 BOUNDS = {"rtol": 1e-4, "atol": 1e-5}
-PLACES = [
-    "storage",
-    "a device of its own",
-    *(pytest.param(p, marks=pytest.mark.slow) for p in ("nothing streamed", "slots for all", "clipped")),
-]
+OTHERS = ("storage", "nothing streamed", "slots for all", "clipped")
+PLACES = ["a device of its own", *(pytest.param(place, marks=pytest.mark.slow) for place in OTHERS)]
 WAITING = "clipped"
 """Where updates wait for `step()`."""
 
@@ -196,7 +193,7 @@ def test_a_loop_has_the_parameters_of_training_in_memory(tmp_path, place, loop):
     model.offload.close()
 
 
-@pytest.mark.parametrize("place", [*PLACES, "a device of its own"])
+@pytest.mark.parametrize("place", PLACES)
 def test_a_schedule_that_steps_before_the_optimizer_has_its_numbers_or_is_refused(tmp_path, place):
     def loop(model, optimizer, engine):
         schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)

@@ -38,6 +38,9 @@ def average_in(parameter):
         parameter.lerp_(torch.ones_like(parameter), 0.5)
 
 
+WRITES = [clamp, halve, *(pytest.param(write, marks=pytest.mark.slow) for write in (fill, average_in))]
+
+
 def plain_run(write):
     """Parameters of training in memory that writes between its second and its third step."""
     torch.manual_seed(0)
@@ -49,7 +52,7 @@ def plain_run(write):
     return model.state_dict()
 
 
-@pytest.mark.parametrize("write", [clamp, halve, fill, average_in])
+@pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("name", NAMES)
 def test_where_nothing_is_streamed_a_write_between_steps_counts_as_in_memory(tmp_path, write, name):
     model, optimizer = wrapped("nothing streamed", tmp_path)
@@ -60,7 +63,7 @@ def test_where_nothing_is_streamed_a_write_between_steps_counts_as_in_memory(tmp
     model.offload.close()
 
 
-@pytest.mark.parametrize("write", [clamp, halve, fill, average_in])
+@pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("place", STREAMED)
 def test_where_blocks_move_a_write_between_steps_is_refused_by_name(tmp_path, place, name, write):
