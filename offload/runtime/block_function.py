@@ -1,7 +1,8 @@
 """A block as one autograd node: forward and backward run micro-batch by micro-batch inside it.
 
 [Note: what is saved] By default only the block's inputs are kept (device, host or storage) and forward runs again in
-backward, with the random state, buffers and autocast settings of the first run. With the policy `keep`, the graph of
+backward, with the generators, the state and the settings of the first run (generators.py, block_state.py,
+surroundings.py), all of which are then as they were before it. With the policy `keep`, the graph of
 the first run is kept instead, and parameters in it are saved by reference: a saved-tensor hook notes which part of the
 block's slot a saved tensor is, so the block may be evicted and fetched again before backward.
 """
@@ -9,7 +10,7 @@ block's slot a saved tensor is, so the block may be evicted and fetched again be
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,11 +20,19 @@ from torch.utils import _pytree as pytree
 
 from offload.errors import UsageError
 from offload.model import captured, microbatch, opaque
-from offload.runtime.block_buffers import BlockBuffers, Buffer
+from offload.runtime import block_inputs, surroundings
+from offload.runtime.block_inputs import Versions
+from offload.runtime.block_state import BlockState, Now, Seen
+from offload.runtime.first_results import Samples
+from offload.runtime.generators import global_states, put_global_states
+from offload.runtime.kept_graph import saved_by_reference
 from offload.runtime.recipe import SMALL_NBYTES, Recipe, Recorder
 from offload.runtime.recompute import Departed, Keeper, Replayer, following, recording
 from offload.stores.activations import Activation, ActivationStore, Tier
 from offload.stores.block_store import BlockRecord
+
+_COPY = "let it work on a copy (clone(), or inplace=False)"
+_NOT_IN_PLACE = "give what changes a new tensor (x = x + 1), or give the block a copy (clone())"
 
 
 class Runner(Protocol):
@@ -57,15 +66,17 @@ class Call:
 
     forward: Callable[..., Any]
     block: BlockRecord
-    buffers: BlockBuffers
+    state: BlockState
     runner: Runner
     leaves: list[Any]
     spec: pytree.TreeSpec
     tensor_positions: list[int]
     n_samples: int
     ranges: list[tuple[int, int]]
-    contexts: list[AbstractContextManager[Any]] = field(default_factory=list)
+    surroundings: surroundings.Surroundings
     random_states: list[Any] = field(default_factory=list)
+    """Per micro-batch, as the next one."""
+    seen: list[Seen] = field(default_factory=list)
     out_spec: pytree.TreeSpec | None = None
     constants: list[Any] = field(default_factory=list)
     captured_keys: tuple[str, ...] = ()
@@ -75,32 +86,10 @@ class Call:
     """Per micro-batch: inputs and outputs of a graph that was kept whole."""
     saved: list[dict[int, list[Activation | torch.Tensor]]] = field(default_factory=list)
     """Per micro-batch: results of operations that were kept, by operation of the recipe; small ones as they are."""
-    changed: list[list[Buffer]] = field(default_factory=list)
-    """Per micro-batch: the buffers that forward has changed, as it found them."""
-
-
-def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), cuda
-
-
-def _set_random_state(state: tuple[torch.Tensor, torch.Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)
-
-
-def _autocast_contexts(device: torch.device) -> list[AbstractContextManager[Any]]:
-    """The settings of `device`, and those of the CPU, where a block may do a part of its work."""
-    return [
-        torch.autocast(
-            device_type,
-            enabled=torch.is_autocast_enabled(device_type),
-            dtype=torch.get_autocast_dtype(device_type),
-            cache_enabled=False,
-        )
-        for device_type in dict.fromkeys(("cpu", device.type))
-    ]
+    kept_versions: list[Versions] = field(default_factory=list)
+    """Per micro-batch: of those results."""
+    first_results: list[Samples] = field(default_factory=list)
+    """Per micro-batch, where the block has not run again yet."""
 
 
 @contextmanager
@@ -113,35 +102,6 @@ def _without_autocast_cache() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(before)
-
-
-def saved_by_reference(block: BlockRecord) -> torch.autograd.graph.saved_tensors_hooks:
-    """Hooks that save tensors lying in the block's slot as (dtype, shape, strides, byte offset), others as they are."""
-
-    def pack(tensor: torch.Tensor) -> Any:
-        held = block.compute_bytes
-        if held is None or tensor.untyped_storage().data_ptr() != held.untyped_storage().data_ptr():
-            return tensor
-        first = held.data_ptr()
-        if not first <= tensor.data_ptr() < first + held.numel():
-            return tensor
-        offset_nbytes = tensor.data_ptr() - first
-        return (tensor.dtype, tensor.shape, tensor.stride(), offset_nbytes)
-
-    def unpack(saved: Any) -> torch.Tensor:
-        if isinstance(saved, torch.Tensor):
-            return saved
-        dtype, shape, stride, offset_nbytes = saved
-        held = block.compute_bytes
-        if held is None:
-            raise UsageError(
-                f"block {block.name} is needed for backward but has been evicted; please report this"
-            )
-        plane = held[offset_nbytes:]
-        whole = plane[: plane.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
-        return whole.as_strided(shape, stride, whole.storage_offset())
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 def _is_differentiable(tensor: torch.Tensor) -> bool:
@@ -183,11 +143,11 @@ class _BlockFunction(torch.autograd.Function):
         leaves = list(call.leaves)
         for position, tensor in zip(call.tensor_positions, tensors, strict=True):
             leaves[position] = tensor
-        call.contexts = _autocast_contexts(runner.device)
         objects = opaque.opaque(leaves)
         before = [*tensors, *opaque.given_in(block.name, objects, call.n_samples, len(call.ranges))]
         runner.begin_forward(block)
         outputs: list[list[Any]] = []
+        given = Versions([] if runner.keeps_graph else tensors)
         try:
             for start, stop in call.ranges:
                 micro = microbatch.slice_leaves(leaves, call.n_samples, start, stop)
@@ -195,16 +155,19 @@ class _BlockFunction(torch.autograd.Function):
                     if runner.keeps_graph:
                         outputs.append(_forward_keeping(call, micro))
                     else:
-                        call.random_states.append(_random_state(runner.device))
-                        seen = call.buffers.look()
+                        call.random_states.append(global_states(runner.device))
+                        call.seen.append(call.state.look(objects))
                         outputs.append(_forward_saving(call, micro))
-                        call.changed.append(call.buffers.changed_since(seen))
+                        call.state.ran(call.seen[-1])
+                        call.first_results.append(Samples([] if block.recomputed else outputs[-1]))
+                given.check(block.name, "by the block itself", _COPY)
                 opaque.refuse_new_in(block.name, "returns", opaque.opaque(outputs[-1]), [*before, *micro])
                 opaque.refuse_new_in(block.name, "writes to", objects, before)
             block.checked = True
         finally:
             runner.end_forward(block)
         block.awaiting_backward.add(call)
+        ctx.given = given
         _save_inputs(ctx, call, tensors)
         call.leaves = [None if isinstance(x, torch.Tensor) else x for x in call.leaves]
         ctx.call, ctx.name, ctx.trains = call, block.name, block.trains
@@ -221,33 +184,24 @@ class _BlockFunction(torch.autograd.Function):
         _refuse_other_backwards(ctx)
         runner, block = call.runner, call.block
         runner.refuse_unless_open()
-        tensors = _restore_inputs(ctx)
+        ctx.given.check(block.name, "between its forward and backward", _NOT_IN_PLACE)
+        tensors = ctx.shapes if call.kept else block_inputs.restore(ctx)
         leaves = list(call.leaves)
         for position, tensor in zip(call.tensor_positions, tensors, strict=True):
             leaves[position] = tensor
         grads: list[torch.Tensor | None] = [None] * len(tensors)
         runner.begin_backward(block)
         try:
-            outside = _random_state(runner.device)
-            for number, (start, stop) in reversed(
-                list(enumerate(call.ranges))
-            ):  # the last is still the nearest
-                changed = [] if call.kept else call.changed[number]
-                now = call.buffers.now(changed)
-                try:
+            for number in reversed(range(len(call.ranges))):  # the last is still the nearest
+                with _as_it_was(call, number) as now:
                     if call.kept:
                         inputs, outputs = call.kept[number]
                     else:
-                        micro = microbatch.slice_leaves(leaves, call.n_samples, start, stop)
+                        micro = microbatch.slice_leaves(leaves, call.n_samples, *call.ranges[number])
                         with runner.computing("recompute", block):
-                            inputs, outputs = _recompute(call, micro, number)
-                        if not block.recomputed and (module := _module(call)) is not None:
-                            opaque.tell_of_left_behind(module.modules())
-                        block.recomputed = True
+                            inputs, outputs = _run_again(call, micro, number, now)
                     with runner.computing("backward", block):
                         _backward_micro(call, inputs, outputs, grad_outputs, number)
-                finally:
-                    call.buffers.put(now)
                 if call.kept:
                     call.kept[number] = ([], [])
                 for i, tensor in enumerate(inputs):
@@ -255,13 +209,45 @@ class _BlockFunction(torch.autograd.Function):
                         continue
                     grads[i] = _place(grads[i], tensor.grad, tensors[i], call, number)
                     tensor.grad = None
-            _set_random_state(outside, runner.device)
             runner.activations.left_block()
         finally:
             block.awaiting_backward.discard(call)
             runner.end_backward(block)
         ctx.call = None
         return (None, None, *grads)
+
+
+@contextmanager
+def _as_it_was(call: Call, number: int) -> Iterator[Now | None]:
+    """Afterwards, whatever came in between, the block's state is as it was `now`."""
+    if call.kept:
+        yield None
+        return
+    now = call.state.now(call.seen[number])
+    try:
+        yield now
+    finally:
+        call.state.left(call.seen[number], now)
+
+
+def _run_again(
+    call: Call, micro: list[Any], number: int, now: Now | None
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The block's graph, as its first run would have made it, and nothing else that has changed by it: what hooks draw
+    and change during backward comes after what there is `now`."""
+    device = call.runner.device
+    outside = global_states(device)
+    try:
+        with surroundings.again(call.surroundings, call.state.modules):
+            inputs, outputs = _recompute(call, micro, number)
+        if not call.block.recomputed:
+            opaque.tell_of_left_behind(call.state.modules)
+    finally:
+        put_global_states(outside, device)
+    if now is not None:
+        call.state.ran_again(call.seen[number], now)
+    call.block.recomputed = True
+    return inputs, outputs
 
 
 def _refuse_other_backwards(ctx: Any) -> None:
@@ -316,14 +302,13 @@ def _signature(call: Call, micro: list[Any]) -> tuple[Any, ...]:
     shapes = tuple(
         (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in micro
     )
-    module = _module(call)
-    autocast = tuple((c.device, c.fast_dtype, c._enabled) for c in call.contexts)  # type: ignore[attr-defined]
-    return shapes, getattr(module, "training", None), autocast
+    return shapes, call.surroundings.key
 
 
 def _forward_saving(call: Call, micro: list[Any]) -> list[Any]:
     """Forward without a graph; results of operations that the policy names are put away for recomputation."""
     call.saved.append({})
+    call.kept_versions.append(Versions([]))
     recipe = call.block.recipes.get(_signature(call, micro))
     if recipe is None or recipe.why_not or not call.runner.uses_recipes:
         return _run_micro(call, micro)
@@ -334,6 +319,7 @@ def _forward_saving(call: Call, micro: list[Any]) -> list[Any]:
     with following(keeper, _module(call)):
         out_leaves = _run_micro(call, micro)
     if keeper.matches:
+        call.kept_versions[-1] = Versions([t for tensors in keeper.kept.values() for t in tensors])
         call.runner.activations.order_after_left()
         for op, tensors in keeper.kept.items():
             held = _put_away(call, tensors, tiers[op])
@@ -362,6 +348,7 @@ def _recompute(call: Call, micro: list[Any], number: int) -> tuple[list[torch.Te
     recipe = call.block.recipes.get(signature)
     store = call.runner.activations
     held = call.saved[number]
+    call.kept_versions[number].check(call.block.name, "though it is one of its results", _NOT_IN_PLACE)
     away = [a for results in held.values() for a in results if isinstance(a, Activation)]
     tensors = iter(store.swap_in(away) if away else [])
     saved = {
@@ -369,21 +356,22 @@ def _recompute(call: Call, micro: list[Any], number: int) -> tuple[list[torch.Te
         for op, results in held.items()
     }
     call.saved[number] = {}
-    with torch.enable_grad(), ExitStack() as stack:
-        for context in call.contexts:
-            stack.enter_context(context)
-        _set_random_state(call.random_states[number], call.runner.device)
-        call.buffers.put(call.changed[number])
+    is_whole = True
+    with torch.enable_grad():
+        put_global_states(call.random_states[number], call.runner.device)
+        call.state.put(call.seen[number])
         inputs = _detach_inputs(call, micro)
         if not call.runner.uses_recipes:
             out_leaves = _run_micro(call, micro)
         elif recipe is None:
-            recorder = Recorder([*inputs, *call.runner.given_tensors(call.block)])
+            found = [named.tensor for named in call.seen[number].tensors]
+            recorder = Recorder([*inputs, *found, *call.runner.given_tensors(call.block)])
             with recording(recorder, _module(call)):
                 out_leaves = _run_micro(call, micro)
             call.block.recipes[signature] = recorder.recipe()
         elif not recipe.why_not and recipe.first_changed(frozenset(saved)) is not None:
             try:
+                is_whole = False
                 with following(Replayer(recipe, saved), _module(call)):
                     out_leaves = _run_micro(call, micro)
             except Departed:
@@ -391,7 +379,10 @@ def _recompute(call: Call, micro: list[Any], number: int) -> tuple[list[torch.Te
                 return _recompute(call, micro, number)
         else:
             out_leaves = _run_micro(call, micro)
-    return inputs, [x for x in out_leaves if isinstance(x, torch.Tensor)]
+    outputs = [x for x in out_leaves if isinstance(x, torch.Tensor)]
+    if is_whole and call.first_results[number]:
+        call.first_results[number].check(call.block.name, outputs)
+    return inputs, outputs
 
 
 def _backward_micro(
@@ -422,43 +413,23 @@ def _place(
     start, stop = call.ranges[number]
     if microbatch.is_batched(tensor, call.n_samples):
         if total is None:
-            total = torch.empty_like(tensor)
+            total = grad.new_empty(tensor.shape)
         total[start:stop].copy_(grad)
         return total
     return grad if total is None else total.add_(grad)
 
 
 def _save_inputs(ctx: Any, call: Call, tensors: tuple[torch.Tensor, ...]) -> None:
-    """Keep the inputs; the largest (the hidden states) in the tier that has room for it."""
-    ctx.swapped = None
-    kept = list(tensors)
-    if tensors and not call.kept:
-        largest = max(range(len(tensors)), key=lambda i: tensors[i].numel() * tensors[i].element_size())
-        store = call.runner.activations
-        tensor = tensors[largest].detach().contiguous()
-        tier = call.runner.input_tier(call.block)
-        if tier is not None and not store.has_room(tensor.numel() * tensor.element_size(), tier):
-            tier = None
-        store.order_after_left(but_of=call.block.label)
-        ctx.swapped = (largest, store, store.swap_out(tensor, tier, call.block.label))
-        kept[largest] = tensors[largest].new_empty(0)
-    elif call.kept:
-        kept = [t.new_empty(0) if not microbatch.is_batched(t, call.n_samples) else t for t in tensors]
-    ctx.save_for_backward(*kept)
-    ctx.requires = [t.requires_grad for t in tensors]
-
-
-def _restore_inputs(ctx: Any) -> list[torch.Tensor]:
-    tensors = list(ctx.saved_tensors)
-    if ctx.swapped is not None:
-        largest, store, activation = ctx.swapped
-        (tensors[largest],) = store.swap_in([activation])
-    return [t.detach().requires_grad_(r) for t, r in zip(tensors, ctx.requires, strict=True)]
+    if call.kept:  # the graph has them
+        ctx.shapes = [torch.empty(t.shape, device="meta") for t in tensors]
+        return
+    runner, block = call.runner, call.block
+    block_inputs.save(ctx, tensors, runner.activations, runner.input_tier(block), block.label)
 
 
 def run_block(
     block: BlockRecord,
-    buffers: BlockBuffers,
+    state: BlockState,
     runner: Runner,
     forward: Callable[..., Any],
     args: tuple[Any, ...],
@@ -480,7 +451,8 @@ def run_block(
     ranges = microbatch.cut_points(n_samples, runner.micro_batches)
     if len(ranges) > 1:
         microbatch.check_unambiguous(leaves, n_samples)
-    call = Call(forward, block, buffers, runner, leaves, spec, positions, n_samples, ranges)
+    around = surroundings.now(state.modules, runner.device)
+    call = Call(forward, block, state, runner, leaves, spec, positions, n_samples, ranges, around)
     call.captured_keys = captured.wanted_keys()
     tensors = [leaves[i] for i in positions]
     # Blocks are trained even when their input needs no gradient (a frozen embedding): the anchor keeps the node.

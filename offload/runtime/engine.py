@@ -22,8 +22,8 @@ from offload.model.on_device import move_what_stays
 from offload.model.quantized import prepare_quantized
 from offload.runtime import hooks, taken_gradients, wiring
 from offload.runtime.assembly import Assembly, assemble, steps_aside
-from offload.runtime.block_buffers import BlockBuffers
 from offload.runtime.block_function import run_block
+from offload.runtime.block_state import states_of
 from offload.runtime.early_root import EarlyRoot
 from offload.runtime.gradient_norms import GradientNorms
 from offload.runtime.late_plan import LatePlan, is_open
@@ -123,9 +123,10 @@ class OffloadEngine(OpenRun):
         """Take over the model: its blocks' forward, its gradients, its buffers."""
         self._modules = [module for _, module in cut.blocks]
         self._trained = TrainedParameters([*self.blocks, self.root])
-        for block, module in zip(self.blocks, self._modules, strict=True):
+        states = states_of(self.model, [block.name for block in self.blocks], self._modules)
+        for block, module, state in zip(self.blocks, self._modules, states, strict=True):
             block.trains = any(parameter.requires_grad for parameter in module.parameters())
-            run = functools.partial(run_block, block, BlockBuffers(block.name, module), self)
+            run = functools.partial(run_block, block, state, self)
             hooks.replace_forward(module, run, self.config.compile_blocks)
             self._handles += hooks.on_gradient(block, self._gradients.accumulate)
         self._handles += hooks.on_gradient(self.root, self._receive_root_gradient)
@@ -139,8 +140,8 @@ class OffloadEngine(OpenRun):
             [*self.blocks, self.root],
             computed_in_place=self._assembly.computed_in_place and not self._live_optimizer().adafactor,
         )
-        states = StateDicts(self.model, self._scheduler, self.refuse_what_is_lost)
-        self._state_handles = hooks.on_state_dict(self.model, states)
+        owner = StateDicts(self.model, self._scheduler, self.refuse_what_is_lost)
+        self._state_handles = hooks.on_state_dict(self.model, owner)
         move_what_stays(self.model, self.device)
         self._scheduler.hold_root()
 

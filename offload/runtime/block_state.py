@@ -1,0 +1,249 @@
+"""What a block's forward leaves behind (running statistics, counters, lists, power iterations), as if it ran once.
+
+[Note: what forward changes] A block runs again in backward. What its forward changes would be changed twice a step,
+and what runs again would start from values that the first run has changed. So recomputation finds everything that the
+block can reach (reachable.py) as this very call (and micro-batch) of forward found it, and leaves it as it is by then:
+attributes that were replaced, numbers, items of lists, and tensors that were changed in place. Of those, copies are
+needed. The first forward in a mode of training tells which they are: all are copied before it, and before later ones
+those that it has changed, as their version or their values show. A block that changes nothing pays a look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from offload.errors import UsageError
+from offload.runtime.generators import put_state, state_of
+from offload.runtime.reachable import Content, Named, Walk, is_leaf, look
+
+LARGE_NBYTES = 64 << 20
+"""Larger tensors are copied only where they are registered as buffers."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a block can reach, before its forward; `values` are copies of the tensors that it changes, by position."""
+
+    mode: tuple[bool, ...]
+    contents: tuple[Content, ...]
+    tensors: tuple[Named, ...]
+    versions: tuple[int, ...]
+    values: dict[int, torch.Tensor]
+    generators: tuple[tuple[Any, Any], ...]
+    first: bool
+    """Whether the block runs in this mode for the first time."""
+
+
+@dataclass
+class Now:
+    """The same as it is when the block is about to run again, as far as it has not been put back."""
+
+    contents: tuple[Content, ...]
+    values: dict[int, torch.Tensor]
+    generators: tuple[tuple[Any, Any], ...]
+
+
+def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    try:
+        return torch.equal(a, b)
+    except RuntimeError:  # of a dtype or layout that cannot be compared
+        return False
+
+
+def _put_values(named: Named, values: torch.Tensor) -> None:
+    """Graphs that have saved the tensor do not see it: it is what it was when they need it."""
+    keep_version = torch.autograd.grad_mode._unsafe_preserve_version_counter(named.tensor)
+    with torch.no_grad(), keep_version:
+        named.tensor.copy_(values)
+
+
+class BlockState:
+    """What one block can change. See [Note: what forward changes].
+
+    `outside` are modules outside of all blocks, which a block may change too, and `elsewhere` those of other blocks.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        outside: Sequence[tuple[str, nn.Module]] = (),
+        elsewhere: frozenset[int] = frozenset(),
+    ) -> None:
+        self.modules = list(module.modules())
+        self._named = [(".".join(filter(None, (name, path))), m) for path, m in module.named_modules()]
+        self._outside = outside
+        self._watched: list[tuple[str, nn.Module]] = []
+        """Of those, the ones that the block has changed."""
+        self._elsewhere = elsewhere
+        self._contents: list[Content] = []
+        self._tensors: tuple[Named, ...] = ()
+        self._generators: list[Any] = []
+        self._is_narrow = False
+        """Whether what was found leaves out the modules outside that the block does not change."""
+        self._changes: dict[tuple[bool, ...], dict[str, bool]] = {}
+        """Whether forward changes a tensor in place, by which of its modules are in training."""
+
+    def look(self, given: Sequence[Any] = ()) -> Seen:
+        """Before forward; `given` are objects among its arguments."""
+        mode = tuple(module.training for module in self.modules)
+        first = mode not in self._changes
+        changes = self._changes.setdefault(mode, {})
+        if first or not self._is_narrow or not self._refresh():
+            self._find(first)
+        contents, tensors, generators = self._contents, self._tensors, self._generators
+        if given:
+            walk = Walk(self._elsewhere)
+            for number, thing in enumerate(given):
+                walk.start(f"argument {number}", thing)
+            more = [look(place) for place in walk.finish().places]
+            contents = [*contents, *more]
+            tensors = (*tensors, *(named for content in more for named in content.tensors))
+            generators = [*generators, *walk.generators]
+        with torch.no_grad():
+            values = {
+                i: named.tensor.detach().clone()
+                for i, named in enumerate(tensors)
+                if changes.get(named.path, named.registered or named.tensor.nbytes <= LARGE_NBYTES)
+            }
+        return Seen(
+            mode,
+            tuple(contents),
+            tensors,
+            tuple(named.tensor._version for named in tensors),
+            values,
+            tuple((g, state_of(g)) for g in generators),
+            first,
+        )
+
+    def _find(self, first: bool) -> None:
+        walk = Walk(self._elsewhere)
+        for path, module in self._named:
+            walk.start_module(path, module)
+        for path, module in self._outside if first else self._watched:
+            walk.start_module(path, module, outside=True)
+        walk.finish()
+        self._is_narrow = not first
+        self._generators = walk.generators
+        self._contents = [look(place) for place in walk.places]
+        self._list_tensors()
+
+    def _list_tensors(self) -> None:
+        self._tensors = tuple(named for content in self._contents for named in content.tensors)
+
+    def _refresh(self) -> bool:
+        """Look again at the places that have changed; False where something new has to be followed."""
+        changed = False
+        for number, content in enumerate(self._contents):
+            if content.holds():
+                continue
+            new = look(content.place)
+            known = set(map(id, content.values))
+            if not all(is_leaf(value) or id(value) in known for value in new.values):
+                return False
+            self._contents[number], changed = new, True
+        if changed:
+            self._list_tensors()
+        return True
+
+    def ran(self, seen: Seen) -> None:
+        """After forward: drop copies of what it leaves as it is. Raises UsageError for a change in place whose values
+        before it are gone."""
+        changes = self._changes[seen.mode]
+        for i, named in enumerate(seen.tensors):
+            values = seen.values.get(i)
+            in_place = named.tensor._version != seen.versions[i]
+            if named.path not in changes and values is not None:
+                in_place = in_place or not _same_values(named.tensor, values)
+            known = named.path in changes
+            changes[named.path] = in_place or changes.get(named.path, False)
+            if in_place and values is None:
+                raise _unseen(named, known)
+            if values is not None and not changes[named.path]:
+                del seen.values[i]
+        if seen.first:
+            self._watch(seen)
+
+    def _watch(self, seen: Seen) -> None:
+        """Note the modules outside that forward has changed: later looks are at those."""
+        found = {id(content.place.outside) for content in seen.contents if not content.holds()}
+        found |= {id(named.outside) for i, named in enumerate(seen.tensors) if i in seen.values}
+        known = {id(module) for _, module in self._watched}
+        self._watched += [(p, m) for p, m in self._outside if id(m) in found - known]
+
+    def now(self, seen: Seen) -> Now:
+        """Before it runs again. Raises UsageError for a tensor that has been changed in place since forward, and that
+        the block may have read."""
+        contents = tuple(
+            content if content.holds() else look(content.place, content.n) for content in seen.contents
+        )
+        for i, named in enumerate(seen.tensors):
+            if i not in seen.values and named.tensor._version != seen.versions[i]:
+                raise UsageError(
+                    f"{_shown(named.path)} was changed in place between forward and backward, and the block that holds "
+                    "it runs again in backward: change it after backward, give it a new tensor instead, or keep the "
+                    "graph, with activations='keep'"
+                )
+        values = {i: seen.tensors[i].tensor.detach().clone() for i in seen.values}
+        return Now(contents, values, tuple((g, state_of(g)) for g, _ in seen.generators))
+
+    @staticmethod
+    def put(seen: Seen) -> None:
+        """Let everything be as forward found it."""
+        for content in seen.contents:
+            if not content.holds():
+                content.put()
+        for i, values in seen.values.items():
+            _put_values(seen.tensors[i], values)
+        for generator, state in seen.generators:
+            put_state(generator, state)
+
+    @staticmethod
+    def ran_again(seen: Seen, now: Now) -> None:
+        """After forward has run again: all is as it was `now`, but tensors that the graph may have saved and that held
+        something else than forward has left in them; see `left`. What hooks of backward change from here on stays."""
+        for content in now.contents:
+            if not content.holds():
+                content.put()
+        for generator, state in now.generators:
+            put_state(generator, state)
+        now.contents = now.generators = ()
+        for i in [i for i, values in now.values.items() if _same_values(seen.tensors[i].tensor, values)]:
+            del now.values[i]
+
+    @classmethod
+    def left(cls, seen: Seen, now: Now) -> None:
+        """After the block's backward, or when it has failed: the rest."""
+        cls.ran_again(seen, now)
+        for i, values in now.values.items():
+            _put_values(seen.tensors[i], values)
+
+
+def states_of(model: nn.Module, names: Sequence[str], modules: Sequence[nn.Module]) -> list[BlockState]:
+    """Of all blocks of a model, by their names and modules."""
+    inside = frozenset(id(each) for module in modules for each in module.modules())
+    outside = [(name or "model", each) for name, each in model.named_modules() if id(each) not in inside]
+    return [BlockState(name, module, outside, inside) for name, module in zip(names, modules, strict=True)]
+
+
+def _shown(path: str) -> str:
+    return path.replace("\0", "")
+
+
+def _unseen(named: Named, known: bool) -> UsageError:
+    kind = "buffer" if named.registered else "tensor"
+    if known:
+        return UsageError(
+            f"forward has changed the {kind} {_shown(named.path)} in place, which it did not do when it ran first: it "
+            "runs again in backward, and needs what it held before. Keep the graph instead, with activations='keep'"
+        )
+    return UsageError(
+        f"forward changes the {kind} {_shown(named.path)} ({named.tensor.nbytes} bytes) in place: it runs again in "
+        "backward, and needs what it held before. Make it a buffer (register_buffer), which is copied then, or keep "
+        "the graph, with activations='keep'"
+    )

@@ -1,0 +1,129 @@
+"""What a block runs in besides its arguments and state: modes of its modules, autocast, torch's global settings.
+
+Backward runs a block again in what its forward ran in, whatever has been called in between (`model.eval()`, the end of
+an `autocast` or `sdpa_kernel` context, `torch.set_default_dtype`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+_C: Any = torch._C
+
+
+def _deterministic() -> tuple[bool, bool, bool]:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    )
+
+
+def _set_deterministic(value: tuple[bool, bool, bool]) -> None:
+    torch.use_deterministic_algorithms(value[0], warn_only=value[1])
+    torch.utils.deterministic.fill_uninitialized_memory = value[2]  # type: ignore[attr-defined]
+
+
+def _matmul_precision() -> str | None:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # the user has set it by names that this one does not know
+        return None
+
+
+def _set_matmul_precision(value: str | None) -> None:
+    if value is not None:
+        torch.set_float32_matmul_precision(value)
+
+
+def _switch(owner: Any, get: str, set_: str) -> list[tuple[Callable[[], Any], Callable[[Any], None]]]:
+    """A setting of torch's C++ side, where this version has it."""
+    return (
+        [(getattr(owner, get), getattr(owner, set_))] if hasattr(owner, get) and hasattr(owner, set_) else []
+    )
+
+
+_SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (_deterministic, _set_deterministic),
+    (_matmul_precision, _set_matmul_precision),
+    *_switch(_C, "_get_cudnn_enabled", "_set_cudnn_enabled"),
+    *_switch(_C, "_get_cudnn_benchmark", "_set_cudnn_benchmark"),
+    *_switch(_C, "_get_cudnn_deterministic", "_set_cudnn_deterministic"),
+    *_switch(_C, "_get_mkldnn_enabled", "_set_mkldnn_enabled"),
+    *_switch(_C, "_get_flash_sdp_enabled", "_set_sdp_use_flash"),
+    *_switch(_C, "_get_mem_efficient_sdp_enabled", "_set_sdp_use_mem_efficient"),
+    *_switch(_C, "_get_math_sdp_enabled", "_set_sdp_use_math"),
+    *_switch(_C, "_get_cudnn_sdp_enabled", "_set_sdp_use_cudnn"),
+    *_switch(_C, "_get_overrideable_sdp_enabled", "_set_sdp_use_overrideable"),
+    *_switch(_C, "_get_sdp_priority_order", "_set_sdp_priority_order"),
+]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a block's forward runs in."""
+
+    training: tuple[bool, ...]
+    """Whether each of its modules is in the mode of training."""
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    settings: tuple[Any, ...]
+    devices: tuple[torch.device, ...]
+    """Those that `with torch.device(...)` gives tensors without a device, inmost last."""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What may decide which operations the block does."""
+        return self.training, self.autocast, str(self.settings), self.devices
+
+
+def now(modules: Sequence[nn.Module], device: torch.device) -> Surroundings:
+    """As it is. Autocast: of `device`, and of the CPU, where a block may do a part of its work."""
+    modes = _get_current_function_mode_stack()
+    return Surroundings(
+        tuple(module.training for module in modules),
+        tuple(
+            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+            for kind in dict.fromkeys(("cpu", device.type))
+        ),
+        tuple(get() for get, _ in _SETTINGS),
+        tuple(mode.device for mode in modes if isinstance(mode, DeviceContext)),
+    )
+
+
+@contextmanager
+def again(before: Surroundings, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside, it is as it was `before`; autocast without its cache."""
+    flags = [module.training for module in modules]
+    found = [get() for get, _ in _SETTINGS]
+    devices = [mode.device for mode in _get_current_function_mode_stack() if isinstance(mode, DeviceContext)]
+    with ExitStack() as stack:
+        try:
+            _put(modules, before.training, before.settings)
+            for kind, enabled, dtype in before.autocast:
+                context: AbstractContextManager[Any] = torch.autocast(
+                    kind, enabled=enabled, dtype=dtype, cache_enabled=False
+                )
+                stack.enter_context(context)
+            if before.devices and list(before.devices) != devices:
+                stack.enter_context(before.devices[-1])
+            yield
+        finally:
+            _put(modules, flags, found)
+
+
+def _put(modules: Sequence[nn.Module], training: Sequence[bool], settings: Sequence[Any]) -> None:
+    for module, flag in zip(modules, training, strict=True):
+        if module.training != flag:
+            module.training = flag
+    for (get, set_), value in zip(_SETTINGS, settings, strict=True):
+        if get() != value:
+            set_(value)
