@@ -1,7 +1,7 @@
 """A block as one autograd node: forward and backward run micro-batch by micro-batch inside it.
 
 [Note: what is saved] By default only the block's inputs are kept (device, host or storage) and forward runs again in
-backward, with the generators, the state and the settings of the first run (generators.py, block_state.py,
+backward, with the generators, the state and the settings of the first run (generators.py, forward_state.py,
 surroundings.py), all of which are then as they were before it. With the policy `keep`, the graph of
 the first run is kept instead, and parameters in it are saved by reference: a saved-tensor hook notes which part of the
 block's slot a saved tensor is, so the block may be evicted and fetched again before backward.
@@ -20,10 +20,10 @@ from torch.utils import _pytree as pytree
 
 from offload.errors import UsageError
 from offload.model import captured, microbatch, opaque
-from offload.runtime import block_inputs, surroundings
+from offload.runtime import block_inputs, surroundings, unseen
 from offload.runtime.block_inputs import Versions
-from offload.runtime.block_state import BlockState, Now, Seen
 from offload.runtime.first_results import Samples
+from offload.runtime.forward_state import ForwardState, Now, Seen
 from offload.runtime.generators import global_states, put_global_states
 from offload.runtime.kept_graph import saved_by_reference
 from offload.runtime.recipe import SMALL_NBYTES, Recipe, Recorder
@@ -66,7 +66,7 @@ class Call:
 
     forward: Callable[..., Any]
     block: BlockRecord
-    state: BlockState
+    state: ForwardState
     runner: Runner
     leaves: list[Any]
     spec: pytree.TreeSpec
@@ -156,7 +156,7 @@ class _BlockFunction(torch.autograd.Function):
                         outputs.append(_forward_keeping(call, micro))
                     else:
                         call.random_states.append(global_states(runner.device))
-                        call.seen.append(call.state.look(objects))
+                        call.seen.append(call.state.look(call.surroundings.training, objects))
                         outputs.append(_forward_saving(call, micro))
                         call.state.ran(call.seen[-1])
                         call.first_results.append(Samples([] if block.recomputed else outputs[-1]))
@@ -170,7 +170,7 @@ class _BlockFunction(torch.autograd.Function):
         ctx.given = given
         _save_inputs(ctx, call, tensors)
         call.leaves = [None if isinstance(x, torch.Tensor) else x for x in call.leaves]
-        ctx.call, ctx.name, ctx.trains = call, block.name, block.trains
+        ctx.call, ctx.block_name, ctx.trains = call, block.name, block.trains
         results = _join_outputs(call, outputs)
         ctx.mark_non_differentiable(*[r for r in results if not _is_differentiable(r)])
         ctx.set_materialize_grads(False)
@@ -236,14 +236,14 @@ def _run_again(
     """The block's graph, as its first run would have made it, and nothing else that has changed by it: what hooks draw
     and change during backward comes after what there is `now`."""
     device = call.runner.device
-    outside = global_states(device)
+    before, outside = call.random_states[number], global_states(device)
     try:
-        with surroundings.again(call.surroundings, call.state.modules):
-            inputs, outputs = _recompute(call, micro, number)
+        with surroundings.again(call.surroundings, call.state.modules, device):
+            inputs, outputs = _recompute(call, micro, number, outside)
         if not call.block.recomputed:
             opaque.tell_of_left_behind(call.state.modules)
     finally:
-        put_global_states(outside, device)
+        put_global_states(outside, device, before)
     if now is not None:
         call.state.ran_again(call.seen[number], now)
     call.block.recomputed = True
@@ -255,20 +255,20 @@ def _refuse_other_backwards(ctx: Any) -> None:
     them can be differentiated again, and its parameters' go to the engine whoever asks."""
     if ctx.call is None:
         raise UsageError(
-            f"backward came to block {ctx.name} again through the same graph (retain_graph=True), and what the block "
-            "kept for it is gone: add the losses up and call backward once, or run forward again, all backwards of a "
-            "step but the last under `with model.offload.no_sync():`"
+            f"backward came to block {ctx.block_name} again through the same graph (retain_graph=True), and what the "
+            "block kept for it is gone: add the losses up and call backward once, or run forward again, all backwards "
+            "of a step but the last under `with model.offload.no_sync():`"
         )
     if torch.is_grad_enabled():
         raise UsageError(
-            f"block {ctx.name}: its gradients cannot be differentiated again, as create_graph=True asks for; "
+            f"block {ctx.block_name}: its gradients cannot be differentiated again, as create_graph=True asks for; "
             "step_aside='always' streams nothing and can"
         )
     if ctx.trains and not torch._C._will_engine_execute_node(ctx.next_functions[0][0]):
         raise UsageError(
-            f"torch.autograd.grad, or backward(inputs=...), goes through block {ctx.name}, whose parameters would be "
-            "trained by it though nobody asked for their gradients: call backward(), and take the gradient of another "
-            "tensor in its register_hook or, of a leaf, from .grad; step_aside='always' streams nothing and can"
+            f"torch.autograd.grad, or backward(inputs=...), goes through block {ctx.block_name}, whose parameters "
+            "would be trained by it though nobody asked for their gradients: call backward(), and take the gradient of "
+            "another tensor in its register_hook or, of a leaf, from .grad; step_aside='always' streams nothing and can"
         )
 
 
@@ -342,7 +342,9 @@ def _put_away(call: Call, tensors: list[torch.Tensor], tier: Tier) -> list[Activ
     return held
 
 
-def _recompute(call: Call, micro: list[Any], number: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def _recompute(
+    call: Call, micro: list[Any], number: int, outside: list[Any]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The block's graph again, from its inputs and what was kept. See [Note: recipe] in recompute.py."""
     signature = _signature(call, micro)
     recipe = call.block.recipes.get(signature)
@@ -358,7 +360,7 @@ def _recompute(call: Call, micro: list[Any], number: int) -> tuple[list[torch.Te
     call.saved[number] = {}
     is_whole = True
     with torch.enable_grad():
-        put_global_states(call.random_states[number], call.runner.device)
+        put_global_states(call.random_states[number], call.runner.device, outside)
         call.state.put(call.seen[number])
         inputs = _detach_inputs(call, micro)
         if not call.runner.uses_recipes:
@@ -368,6 +370,8 @@ def _recompute(call: Call, micro: list[Any], number: int) -> tuple[list[torch.Te
             recorder = Recorder([*inputs, *found, *call.runner.given_tensors(call.block)])
             with recording(recorder, _module(call)):
                 out_leaves = _run_micro(call, micro)
+            made = [x for x in out_leaves if isinstance(x, torch.Tensor)]
+            unseen.in_graph(made, recorder.read, recorder.cannot)
             call.block.recipes[signature] = recorder.recipe()
         elif not recipe.why_not and recipe.first_changed(frozenset(saved)) is not None:
             try:
@@ -376,7 +380,7 @@ def _recompute(call: Call, micro: list[Any], number: int) -> tuple[list[torch.Te
                     out_leaves = _run_micro(call, micro)
             except Departed:
                 recipe.why_not = "it does not do the same operations every time"
-                return _recompute(call, micro, number)
+                return _recompute(call, micro, number, [None] * 4)
         else:
             out_leaves = _run_micro(call, micro)
     outputs = [x for x in out_leaves if isinstance(x, torch.Tensor)]
@@ -429,7 +433,7 @@ def _save_inputs(ctx: Any, call: Call, tensors: tuple[torch.Tensor, ...]) -> Non
 
 def run_block(
     block: BlockRecord,
-    state: BlockState,
+    state: ForwardState,
     runner: Runner,
     forward: Callable[..., Any],
     args: tuple[Any, ...],

@@ -23,8 +23,8 @@ from offload.model.quantized import prepare_quantized
 from offload.runtime import hooks, taken_gradients, wiring
 from offload.runtime.assembly import Assembly, assemble, steps_aside
 from offload.runtime.block_function import run_block
-from offload.runtime.block_state import states_of
 from offload.runtime.early_root import EarlyRoot
+from offload.runtime.forward_state import states_of
 from offload.runtime.gradient_norms import GradientNorms
 from offload.runtime.late_plan import LatePlan, is_open
 from offload.runtime.open_run import CLOSED, OpenRun

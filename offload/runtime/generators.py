@@ -36,23 +36,38 @@ class _NumPy:
         return self._state
 
 
+class _Python:
+    """Python's global generator. Its state is a tuple of 625 numbers: one object as long as nobody draws."""
+
+    def __init__(self) -> None:
+        self._state: Any = None
+
+    def state(self) -> Any:
+        """The same object where nobody has drawn in between."""
+        state = random.getstate()
+        if state != self._state:
+            self._state = state
+        return self._state
+
+
 _numpy = _NumPy()
+_python = _Python()
 
 
 def global_states(device: torch.device) -> list[Any]:
     """Of the generators that everybody draws from; `device` is what blocks compute on."""
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return [torch.get_rng_state(), cuda, random.getstate(), _numpy.state()]
+    return [torch.get_rng_state(), cuda, _python.state(), _numpy.state()]
 
 
-def put_global_states(states: Sequence[Any], device: torch.device) -> None:
-    """Let those generators be so again."""
+def put_global_states(states: Sequence[Any], device: torch.device, but_of: Sequence[Any]) -> None:
+    """Let those generators be so again, of Python's and NumPy's those that are not the same in the states `but_of`."""
     torch.set_rng_state(states[0])
     if states[1] is not None:
         torch.cuda.set_rng_state(states[1], device)
-    if random.getstate() != states[2]:
+    if states[2] is not but_of[2]:
         random.setstate(states[2])
-    if _numpy.state() is not states[3]:
+    if states[3] is not but_of[3]:
         np.random.set_state(states[3])
 
 

@@ -90,7 +90,12 @@ class Content:
 
     def holds(self) -> bool:
         """Whether it does so still."""
-        place, thing = self.place, self.place.thing
+        place = self.place
+        thing = place.thing
+        if place.of_module:
+            if len(thing) != self.n:
+                return False
+            return not self.n or all(map(is_, thing.values(), self.values))
         if place.key is not None:
             return thing.get(place.key, _ABSENT) is self.values[0]
         if isinstance(thing, types.CellType):
@@ -104,8 +109,7 @@ class Content:
         if not self.n or _is_long(thing):
             return True
         if isinstance(thing, Mapping):
-            same = all(map(is_, thing.values(), self.values))
-            return same and (place.of_module or all(map(is_, thing, self.keys)))
+            return all(map(is_, thing.values(), self.values)) and all(map(is_, thing, self.keys))
         return all(map(is_, thing, self.values))
 
     def put(self) -> None:

@@ -196,6 +196,9 @@ class Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if hooks is not None and hooks[0] != self.save:
+            self.cannot("what it saves for backward goes through hooks of its own")
         result = func(*args, **kwargs)
         name = func._overloadpacket.__name__
         if name in UNCOUNTED:
@@ -251,6 +254,15 @@ class Recorder(TorchDispatchMode):
         for number in _running_statistics(func, args, kwargs, self._number):
             self._statistics.setdefault(number, []).append(index)
         return result
+
+    def cannot(self, why: str) -> None:
+        """Something was done that a recipe does not tell of."""
+        self._why_not = self._why_not or why
+
+    def read(self, tensor: torch.Tensor) -> None:
+        """Backward reads `tensor`, as if autograd had saved it; of one that was there before, nothing follows."""
+        if int(tensor.untyped_storage()._cdata) in self._refs and self._writers.get(self._number(tensor)):
+            self.save(tensor)
 
     def _check_known(self, reads: list[int]) -> None:
         for number in reads:

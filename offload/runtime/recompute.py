@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload.runtime import hooks
 from offload.runtime.recipe import UNCOUNTED, Entry, Recipe, Recorder, TensorMade
+from offload.runtime.unseen import Watcher
 
 _SUMS = "compute_log_sumexp"
 
@@ -50,10 +51,12 @@ class _Follower(TorchDispatchMode):
 
 @contextlib.contextmanager
 def recording(recorder: Recorder, block: nn.Module | None) -> Iterator[None]:
-    """Let `recorder` see what `block` computes inside, what autograd saves, and where it enters a submodule."""
+    """Let `recorder` see what `block` computes inside, what autograd saves, and where it enters a submodule. See also
+    [Note: unseen readers] in unseen.py."""
     within = {} if block is None else {name: module for name, module in block.named_modules() if name}
     with (
         recorder,
+        Watcher(recorder.cannot),
         hooks.before_submodules(within, recorder.entered),
         torch.autograd.graph.saved_tensors_hooks(recorder.save, lambda tensor: tensor),
     ):

@@ -7,7 +7,7 @@ an `autocast` or `sdpa_kernel` context, `torch.set_default_dtype`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,13 +76,15 @@ class Surroundings:
     """Whether each of its modules is in the mode of training."""
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
     settings: tuple[Any, ...]
+    n_hooks: int
+    """Of users, on its modules: what they read, a recipe made without them may skip."""
     devices: tuple[torch.device, ...]
     """Those that `with torch.device(...)` gives tensors without a device, inmost last."""
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What may decide which operations the block does."""
-        return self.training, self.autocast, str(self.settings), self.devices
+        return self.training, self.autocast, str(self.settings), self.n_hooks, self.devices
 
 
 def now(modules: Sequence[nn.Module], device: torch.device) -> Surroundings:
@@ -95,35 +97,31 @@ def now(modules: Sequence[nn.Module], device: torch.device) -> Surroundings:
             for kind in dict.fromkeys(("cpu", device.type))
         ),
         tuple(get() for get, _ in _SETTINGS),
+        sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules),
         tuple(mode.device for mode in modes if isinstance(mode, DeviceContext)),
     )
 
 
 @contextmanager
-def again(before: Surroundings, modules: Sequence[nn.Module]) -> Iterator[None]:
+def again(before: Surroundings, modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Inside, it is as it was `before`; autocast without its cache."""
-    flags = [module.training for module in modules]
-    found = [get() for get, _ in _SETTINGS]
-    devices = [mode.device for mode in _get_current_function_mode_stack() if isinstance(mode, DeviceContext)]
+    found = now(modules, device)
     with ExitStack() as stack:
-        try:
-            _put(modules, before.training, before.settings)
-            for kind, enabled, dtype in before.autocast:
-                context: AbstractContextManager[Any] = torch.autocast(
-                    kind, enabled=enabled, dtype=dtype, cache_enabled=False
-                )
-                stack.enter_context(context)
-            if before.devices and list(before.devices) != devices:
-                stack.enter_context(before.devices[-1])
-            yield
-        finally:
-            _put(modules, flags, found)
+        stack.callback(_put, modules, before, found)
+        _put(modules, found, before)
+        for current, (kind, enabled, dtype) in zip(found.autocast, before.autocast, strict=True):
+            if current != (kind, enabled, dtype):
+                stack.enter_context(torch.autocast(kind, enabled=enabled, dtype=dtype, cache_enabled=False))
+        if before.devices and before.devices != found.devices:
+            stack.enter_context(before.devices[-1])
+        yield
 
 
-def _put(modules: Sequence[nn.Module], training: Sequence[bool], settings: Sequence[Any]) -> None:
-    for module, flag in zip(modules, training, strict=True):
-        if module.training != flag:
+def _put(modules: Sequence[nn.Module], found: Surroundings, wanted: Surroundings) -> None:
+    if found.training != wanted.training:
+        for module, flag in zip(modules, wanted.training, strict=True):
             module.training = flag
-    for (get, set_), value in zip(_SETTINGS, settings, strict=True):
-        if get() != value:
-            set_(value)
+    if found.settings != wanted.settings:
+        for (get, set_), value in zip(_SETTINGS, wanted.settings, strict=True):
+            if get() != value:
+                set_(value)

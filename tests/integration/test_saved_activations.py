@@ -195,7 +195,7 @@ def test_awkward_blocks_have_the_bits_of_a_graph_kept_whole(tmp_path, block, tie
     if block in (Block, Square, Watching, InPlace, Drawing):
         assert all(why == "" for why in got[2])
     if block is Unseen:
-        assert all("no visible operation" in why for why in got[2])
+        assert all("memory of a result" in why for why in got[2])
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def _put_values(named: Named, values: torch.Tensor) -> None:
         named.tensor.copy_(values)
 
 
-class BlockState:
+class ForwardState:
     """What one block can change. See [Note: what forward changes].
 
     `outside` are modules outside of all blocks, which a block may change too, and `elsewhere` those of other blocks.
@@ -89,9 +89,8 @@ class BlockState:
         self._changes: dict[tuple[bool, ...], dict[str, bool]] = {}
         """Whether forward changes a tensor in place, by which of its modules are in training."""
 
-    def look(self, given: Sequence[Any] = ()) -> Seen:
-        """Before forward; `given` are objects among its arguments."""
-        mode = tuple(module.training for module in self.modules)
+    def look(self, mode: tuple[bool, ...], given: Sequence[Any] = ()) -> Seen:
+        """Before forward; `mode` says which modules are in training, `given` are objects among its arguments."""
         first = mode not in self._changes
         changes = self._changes.setdefault(mode, {})
         if first or not self._is_narrow or not self._refresh():
@@ -224,11 +223,11 @@ class BlockState:
             _put_values(seen.tensors[i], values)
 
 
-def states_of(model: nn.Module, names: Sequence[str], modules: Sequence[nn.Module]) -> list[BlockState]:
+def states_of(model: nn.Module, names: Sequence[str], modules: Sequence[nn.Module]) -> list[ForwardState]:
     """Of all blocks of a model, by their names and modules."""
     inside = frozenset(id(each) for module in modules for each in module.modules())
     outside = [(name or "model", each) for name, each in model.named_modules() if id(each) not in inside]
-    return [BlockState(name, module, outside, inside) for name, module in zip(names, modules, strict=True)]
+    return [ForwardState(name, module, outside, inside) for name, module in zip(names, modules, strict=True)]
 
 
 def _shown(path: str) -> str:
