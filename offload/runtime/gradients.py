@@ -112,6 +112,11 @@ class Gradients:
                 "loss reads it by itself (a penalty on weights), and has its values only while its block computes: "
                 "use the optimizer's weight_decay, or return the penalty from the block's forward"
             )
+        if grad.layout is not torch.strided:
+            raise UsageError(
+                f"block {block.name}: the gradient of {buffer.segments[position].name} is sparse, and gradients are "
+                "kept dense: use sparse=False where it is made (nn.Embedding, nn.functional.embedding)"
+            )
         if block.grad_buffer is None:
             self.begin(block)
         if block.grad_buffer is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -237,9 +238,20 @@ class OffloadOptimizer(torch.optim.Optimizer):
             )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Discard gradients that no step has consumed."""
+        """Discard gradients that no step has consumed; with `set_to_none` or without, `.grad` is None then."""
         self._has_left_gradients = False
+        if not set_to_none:
+            _tell_of_zeros()
         taken_gradients.give_back(self._group_of)
-        super().zero_grad(set_to_none)
+        super().zero_grad()
         if self.engine is not None:
             self.engine.discard_gradients()
+
+
+@functools.cache
+def _tell_of_zeros() -> None:
+    logger.warning(
+        "zero_grad(set_to_none=False) does what zero_grad() does: gradients are not kept in .grad, so that none is set "
+        "to zero. A parameter that gets no gradient in a step is left as it is, where torch would update it with zeros "
+        "(momentum and weight decay go on there)"
+    )

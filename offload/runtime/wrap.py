@@ -48,6 +48,7 @@ def wrap(
         before.refuse_unless_open()
         raise UsageError(f"{type(model).__name__} is wrapped already: load it again to train it another way")
     _refuse_what_is_no_plain_model(model)
+    _refuse_sparse_gradients(model)
     config = Config.checked(**settings)
     if compute_dtype not in (None, torch.bfloat16):
         raise ConfigError(f"compute_dtype={compute_dtype} is not supported: use torch.bfloat16 or None")
@@ -90,6 +91,19 @@ def _refuse_what_is_no_plain_model(model: nn.Module) -> None:
             f"{on_meta} is on the meta device, without data: offload.load(DIR) makes a model of a directory of "
             "weights, one tensor at a time"
         )
+
+
+def _refuse_sparse_gradients(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if (
+            isinstance(module, nn.Embedding | nn.EmbeddingBag)
+            and module.sparse
+            and module.weight.requires_grad
+        ):
+            raise ConfigError(
+                f"{name} has sparse gradients, which no update here knows: gradients are kept dense, and give the same "
+                f"numbers. Make it with sparse=False, or set model.{name}.sparse = False before offload.wrap"
+            )
 
 
 def _warn_of_slow_bfloat16() -> None:
