@@ -96,8 +96,8 @@ def refuse_new_in(block_name: str, what: str, things: list[Any], before: list[to
 
 
 def refuse_new_leaf(block_name: str, before: list[Any], after: list[Any]) -> None:
-    """Raise UsageError when a block has put a tensor that could have a gradient into a list or dictionary that it was
-    given, as `before` and `after` show: it was given a copy, whose changes nobody sees."""
+    """Raise UsageError when a block has changed a list or dictionary that it was given, as `before` and `after` show:
+    it was given a copy, whose changes nobody sees."""
     known = set(map(id, before))
     for leaf in after:
         if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and id(leaf) not in known:
@@ -105,6 +105,11 @@ def refuse_new_leaf(block_name: str, before: list[Any], after: list[Any]) -> Non
                 f"block {block_name} puts a tensor of shape {tuple(leaf.shape)} into a list or dictionary that it was "
                 "given: nobody outside would see it, or its gradient. Let the block return it"
             )
+    if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
+        raise UsageError(
+            f"block {block_name} changes a list or dictionary that it was given: it was given a copy, and nobody "
+            "outside would see it. Let the block return what changes, or keep it in an attribute of the block"
+        )
 
 
 def tell_of_left_behind(modules: Iterable[nn.Module]) -> None:

@@ -112,7 +112,7 @@ def _run_micro(call: Call, leaves: list[Any]) -> list[Any]:
     args, kwargs = pytree.tree_unflatten(leaves, call.spec)
     with _without_autocast_cache(), captured.apart(call.captured_keys) as collected:
         returned = call.forward(*args, **kwargs)
-    if not call.block.checked:
+    if not call.block.checked or any(isinstance(x, list | dict) for x in (*args, *kwargs.values())):
         opaque.refuse_new_leaf(call.block.name, leaves, pytree.tree_leaves((args, kwargs)))
     out_leaves, call.out_spec = pytree.tree_flatten((returned, collected))
     call.n_captured = sum(map(len, collected.values()))
@@ -148,6 +148,7 @@ class _BlockFunction(torch.autograd.Function):
         runner.begin_forward(block)
         outputs: list[list[Any]] = []
         given = Versions([] if runner.keeps_graph else tensors)
+        parameters = call.state.parameters.look()
         try:
             for start, stop in call.ranges:
                 micro = microbatch.slice_leaves(leaves, call.n_samples, start, stop)
@@ -161,6 +162,7 @@ class _BlockFunction(torch.autograd.Function):
                         call.state.ran(call.seen[-1])
                         call.first_results.append(Samples([] if block.recomputed else outputs[-1]))
                 given.check(block.name, "by the block itself", _COPY)
+                call.state.parameters.ran(parameters)
                 opaque.refuse_new_in(block.name, "returns", opaque.opaque(outputs[-1]), [*before, *micro])
                 opaque.refuse_new_in(block.name, "writes to", objects, before)
             block.checked = True
@@ -239,7 +241,7 @@ def _run_again(
     before, outside = call.random_states[number], global_states(device)
     try:
         with surroundings.again(call.surroundings, call.state.modules, device):
-            inputs, outputs = _recompute(call, micro, number, outside)
+            inputs, outputs = _recompute(call, micro, number, outside, now)
         if not call.block.recomputed:
             opaque.tell_of_left_behind(call.state.modules)
     finally:
@@ -343,7 +345,7 @@ def _put_away(call: Call, tensors: list[torch.Tensor], tier: Tier) -> list[Activ
 
 
 def _recompute(
-    call: Call, micro: list[Any], number: int, outside: list[Any]
+    call: Call, micro: list[Any], number: int, outside: list[Any], now: Now | None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The block's graph again, from its inputs and what was kept. See [Note: recipe] in recompute.py."""
     signature = _signature(call, micro)
@@ -361,7 +363,7 @@ def _recompute(
     is_whole = True
     with torch.enable_grad():
         put_global_states(call.random_states[number], call.runner.device, outside)
-        call.state.put(call.seen[number])
+        call.state.put(call.seen[number], now)
         inputs = _detach_inputs(call, micro)
         if not call.runner.uses_recipes:
             out_leaves = _run_micro(call, micro)
@@ -380,7 +382,7 @@ def _recompute(
                     out_leaves = _run_micro(call, micro)
             except Departed:
                 recipe.why_not = "it does not do the same operations every time"
-                return _recompute(call, micro, number, [None] * 4)
+                return _recompute(call, micro, number, [None] * 4, None)
         else:
             out_leaves = _run_micro(call, micro)
     outputs = [x for x in out_leaves if isinstance(x, torch.Tensor)]

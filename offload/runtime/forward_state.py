@@ -19,6 +19,7 @@ from torch import nn
 
 from offload.errors import UsageError
 from offload.runtime.generators import put_state, state_of
+from offload.runtime.own_parameters import OwnParameters
 from offload.runtime.reachable import Content, Named, Walk, is_leaf, look
 
 LARGE_NBYTES = 64 << 20
@@ -76,6 +77,7 @@ class ForwardState:
         elsewhere: frozenset[int] = frozenset(),
     ) -> None:
         self.modules = list(module.modules())
+        self.parameters = OwnParameters(name, module)
         self._named = [(".".join(filter(None, (name, path))), m) for path, m in module.named_modules()]
         self._outside = outside
         self._watched: list[tuple[str, nn.Module]] = []
@@ -192,10 +194,10 @@ class ForwardState:
         return Now(contents, values, tuple((g, state_of(g)) for g, _ in seen.generators))
 
     @staticmethod
-    def put(seen: Seen) -> None:
-        """Let everything be as forward found it."""
-        for content in seen.contents:
-            if not content.holds():
+    def put(seen: Seen, now: Now | None) -> None:
+        """Let everything be as forward found it; `now`: as it is, where it has not run again since."""
+        for i, content in enumerate(seen.contents):
+            if now is None or now.contents[i] is not content:
                 content.put()
         for i, values in seen.values.items():
             _put_values(seen.tensors[i], values)

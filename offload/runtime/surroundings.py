@@ -32,16 +32,20 @@ def _set_deterministic(value: tuple[bool, bool, bool]) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = value[2]  # type: ignore[attr-defined]
 
 
-def _matmul_precision() -> str | None:
-    try:
-        return torch.get_float32_matmul_precision()
-    except RuntimeError:  # the user has set it by names that this one does not know
-        return None
+def _or_none(get: Callable[[], Any]) -> Callable[[], Any]:
+    """What `get` gives, None where the user has set it by newer names, which it does not know."""
+
+    def asked() -> Any:
+        try:
+            return get()
+        except RuntimeError:
+            return None
+
+    return asked
 
 
-def _set_matmul_precision(value: str | None) -> None:
-    if value is not None:
-        torch.set_float32_matmul_precision(value)
+def _unless_none(set_: Callable[[Any], None]) -> Callable[[Any], None]:
+    return lambda value: None if value is None else set_(value)
 
 
 def _switch(owner: Any, get: str, set_: str) -> list[tuple[Callable[[], Any], Callable[[Any], None]]]:
@@ -54,7 +58,11 @@ def _switch(owner: Any, get: str, set_: str) -> list[tuple[Callable[[], Any], Ca
 _SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
     (torch.get_default_dtype, torch.set_default_dtype),
     (_deterministic, _set_deterministic),
-    (_matmul_precision, _set_matmul_precision),
+    (_or_none(torch.get_float32_matmul_precision), _unless_none(torch.set_float32_matmul_precision)),
+    *[
+        (_or_none(g), _unless_none(s))
+        for g, s in _switch(_C, "_get_cudnn_allow_tf32", "_set_cudnn_allow_tf32")
+    ],
     *_switch(_C, "_get_cudnn_enabled", "_set_cudnn_enabled"),
     *_switch(_C, "_get_cudnn_benchmark", "_set_cudnn_benchmark"),
     *_switch(_C, "_get_cudnn_deterministic", "_set_cudnn_deterministic"),

@@ -457,3 +457,74 @@ def test_a_failed_recomputation_leaves_everything_as_forward_left_it(tmp_path):
     assert [layer.calls for layer in model.layers] == [1, 1, 1]
     assert random.getstate() == state
     model.offload.close()
+
+
+class Clamping(Base):
+    def forward(self, x):
+        self.mix.weight.data.clamp_(-0.1, 0.1)
+        return x + torch.tanh(self.mix(x))
+
+
+class Renormed(Base):
+    """As networks with a constraint on their weights are written."""
+
+    def forward(self, x):
+        self.mix.weight.data = torch.renorm(self.mix.weight.data, 2, 0, 0.1)
+        return x + torch.tanh(self.mix(x))
+
+
+class Decaying(Base):
+    def forward(self, x):
+        with torch.no_grad():
+            self.mix.weight.mul_(0.9)
+        return x + torch.tanh(self.mix(x))
+
+
+@pytest.mark.parametrize("activations", ["auto", "keep"])
+@pytest.mark.parametrize("block", [Clamping, Renormed, Decaying])
+def test_a_forward_that_changes_its_own_parameters_is_refused_with_the_remedy(tmp_path, block, activations):
+    model, _ = start(block, tmp_path, activations=activations)
+    with pytest.raises(
+        UsageError, match=r"block layers\.0: forward changes its parameter mix\.weight.*parametrize"
+    ):
+        backward_of(model)
+    model.offload.close()
+
+
+class CountingInADictionary(nn.Module):
+    def __init__(self, change):
+        super().__init__()
+        self.layers = nn.ModuleList(Changing(change) for _ in range(3))
+
+    def forward(self, x):
+        notes = {"n": 0, "rows": [1]}
+        for layer in self.layers:
+            x = layer(x, notes)
+        return x * notes["n"]
+
+
+class Changing(Base):
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, x, notes):
+        self.change(notes)
+        return x + torch.tanh(self.mix(x)) * len(notes["rows"])
+
+
+def count(notes):
+    notes["n"] += 1
+
+
+@pytest.mark.parametrize(
+    "change", [count, lambda notes: notes["rows"].append(2), lambda notes: notes.pop("n")]
+)
+def test_a_dictionary_or_list_that_a_block_is_given_and_changes_is_refused(tmp_path, change):
+    model = CountingInADictionary(change)
+    model, _ = offload.wrap(
+        model, torch.optim.SGD(model.parameters(), lr=LR), storage=[str(tmp_path)], **MEMORY
+    )
+    with pytest.raises(UsageError, match=r"block layers\.0 changes a list or dictionary that it was given"):
+        model(torch.ones(4, WIDTH))
+    model.offload.close()
