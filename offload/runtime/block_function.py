@@ -139,7 +139,7 @@ class _BlockFunction(torch.autograd.Function):
     def forward(
         ctx: Any, call: Call, _anchor: torch.Tensor, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        runner, block = call.runner, call.block
+        runner, block, around = call.runner, call.block, call.surroundings
         leaves = list(call.leaves)
         for position, tensor in zip(call.tensor_positions, tensors, strict=True):
             leaves[position] = tensor
@@ -157,7 +157,7 @@ class _BlockFunction(torch.autograd.Function):
                         outputs.append(_forward_keeping(call, micro))
                     else:
                         call.random_states.append(global_states(runner.device))
-                        call.seen.append(call.state.look(call.surroundings.training, objects))
+                        call.seen.append(call.state.look(around.training, around.hooks, objects))
                         outputs.append(_forward_saving(call, micro))
                         call.state.ran(call.seen[-1])
                         call.first_results.append(Samples([] if block.recomputed else outputs[-1]))

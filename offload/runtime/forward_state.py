@@ -19,6 +19,7 @@ from torch import nn
 
 from offload.errors import UsageError
 from offload.runtime.generators import put_state, state_of
+from offload.runtime.hooks import hooks_of_all_modules
 from offload.runtime.own_parameters import OwnParameters
 from offload.runtime.reachable import Content, Named, Walk, is_leaf, look
 
@@ -86,16 +87,19 @@ class ForwardState:
         self._contents: list[Content] = []
         self._tensors: tuple[Named, ...] = ()
         self._generators: list[Any] = []
+        self._hooks = 0
         self._is_narrow = False
         """Whether what was found leaves out the modules outside that the block does not change."""
         self._changes: dict[tuple[bool, ...], dict[str, bool]] = {}
         """Whether forward changes a tensor in place, by which of its modules are in training."""
 
-    def look(self, mode: tuple[bool, ...], given: Sequence[Any] = ()) -> Seen:
-        """Before forward; `mode` says which modules are in training, `given` are objects among its arguments."""
+    def look(self, mode: tuple[bool, ...], hooks: int, given: Sequence[Any] = ()) -> Seen:
+        """Before forward; `mode` says which modules are in training, `hooks` changes with those that are on them,
+        `given` are objects among its arguments."""
         first = mode not in self._changes
         changes = self._changes.setdefault(mode, {})
-        if first or not self._is_narrow or not self._refresh():
+        if first or hooks != self._hooks or not self._is_narrow or not self._refresh():
+            self._hooks = hooks
             self._find(first)
         contents, tensors, generators = self._contents, self._tensors, self._generators
         if given:
@@ -128,6 +132,8 @@ class ForwardState:
             walk.start_module(path, module)
         for path, module in self._outside if first else self._watched:
             walk.start_module(path, module, outside=True)
+        for hook in hooks_of_all_modules():
+            walk.start(getattr(hook, "__name__", "hook"), hook)
         walk.finish()
         self._is_narrow = not first
         self._generators = walk.generators

@@ -7,7 +7,7 @@ import functools
 import logging
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -168,6 +168,19 @@ def before_submodules(modules: Mapping[str, nn.Module], call: Callable[[str], No
     finally:
         for handle in handles:
             handle.remove()
+
+
+def hooks_of_all_modules() -> list[Callable[..., Any]]:
+    """Those that torch calls around the forward of every module there is."""
+    of_all = torch.nn.modules.module
+    return [*of_all._global_forward_pre_hooks.values(), *of_all._global_forward_hooks.values()]
+
+
+def numbers_of(modules: Sequence[nn.Module]) -> int:
+    """A sum of the numbers of hooks around the forward of `modules`; none is given twice, so that others show."""
+    of_all = torch.nn.modules.module
+    n_all = sum(of_all._global_forward_pre_hooks) + sum(of_all._global_forward_hooks)
+    return n_all + sum(sum(each._forward_hooks) + sum(each._forward_pre_hooks) for each in modules)
 
 
 class StateOwner(Protocol):

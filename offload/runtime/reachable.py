@@ -13,7 +13,7 @@ import functools
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
@@ -124,7 +124,7 @@ class Content:
                 thing.cell_contents = self.values[0]
         elif isinstance(thing, np.ndarray):
             thing[...] = np.frombuffer(self.values[0], thing.dtype).reshape(thing.shape)
-        elif isinstance(thing, dict):
+        elif isinstance(thing, dict | _Slots):
             self._put_into_dict(thing)
         elif isinstance(thing, type):
             self._put_into_class(thing)
@@ -139,7 +139,7 @@ class Content:
             thing.clear()
             thing.extend(self.values)
 
-    def _put_into_dict(self, thing: dict[Any, Any]) -> None:
+    def _put_into_dict(self, thing: MutableMapping[Any, Any]) -> None:
         if self.place.of_module:  # torch's own attributes stay as they are
             before = dict(zip(self.keys, self.values, strict=True))
             for key in [k for k in thing if k not in before and k not in _OF_MODULE]:
@@ -167,6 +167,33 @@ class Content:
                 f"forward takes items out of {self.place.path}, which holds more than {_LONG}: it runs again in "
                 "backward and needs them. Keep fewer, or keep the graph, with activations='keep'"
             )
+
+
+class _Slots(MutableMapping[str, Any]):
+    """Attributes of an object that has no dictionary of them."""
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+        kinds = [kind.__dict__.get("__slots__", ()) for kind in type(owner).__mro__]
+        self._names = [n for names in kinds for n in ((names,) if isinstance(names, str) else names)]
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return getattr(self._owner, name)
+        except AttributeError:
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        object.__setattr__(self._owner, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        object.__delattr__(self._owner, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._names if hasattr(self._owner, name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def _in_cell(cell: types.CellType) -> Any:
@@ -202,8 +229,8 @@ def look(place: Place, since: int | None = None) -> Content:
         values = tuple(list(thing.values() if isinstance(thing, dict) else thing)[first:])
         keys = tuple(list(thing)[first:]) if isinstance(thing, dict) else ()
         return Content(place, keys, values, len(thing))
-    elif isinstance(thing, dict | type):
-        found = thing if isinstance(thing, dict) else vars(thing)
+    elif isinstance(thing, dict | type | _Slots):
+        found = vars(thing) if isinstance(thing, type) else thing
         keys, values = tuple(found), tuple(found.values())
     else:
         values = tuple(thing)
@@ -335,9 +362,10 @@ class Walk:
                 place(value)
         elif not isinstance(value, type | types.ModuleType) and not _is_foreign(type(value).__module__):
             attributes = getattr(value, "__dict__", None)
-            if isinstance(attributes, dict):
-                place(attributes)
-                further((f"{path}.{name}", v) for name, v in list(attributes.items()))
+            for found in (attributes if isinstance(attributes, dict) else {}, _Slots(value)):
+                if found or found is attributes:
+                    place(found)
+                    further((f"{path}.{name}", v) for name, v in list(found.items()))
 
     @staticmethod
     def _items(thing: Any, items: Iterable[tuple[Any, Any]]) -> list[tuple[Any, Any]]:

@@ -16,6 +16,8 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from offload.runtime import hooks
+
 _C: Any = torch._C
 
 
@@ -84,15 +86,15 @@ class Surroundings:
     """Whether each of its modules is in the mode of training."""
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
     settings: tuple[Any, ...]
-    n_hooks: int
-    """Of users, on its modules: what they read, a recipe made without them may skip."""
+    hooks: int
+    """A sum of their numbers, which are given once: a recipe may skip what other hooks read."""
     devices: tuple[torch.device, ...]
     """Those that `with torch.device(...)` gives tensors without a device, inmost last."""
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What may decide which operations the block does."""
-        return self.training, self.autocast, str(self.settings), self.n_hooks, self.devices
+        return self.training, self.autocast, str(self.settings), self.hooks, self.devices
 
 
 def now(modules: Sequence[nn.Module], device: torch.device) -> Surroundings:
@@ -105,7 +107,7 @@ def now(modules: Sequence[nn.Module], device: torch.device) -> Surroundings:
             for kind in dict.fromkeys(("cpu", device.type))
         ),
         tuple(get() for get, _ in _SETTINGS),
-        sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules),
+        hooks.numbers_of(modules),
         tuple(mode.device for mode in modes if isinstance(mode, DeviceContext)),
     )
 

@@ -117,6 +117,27 @@ class Thing:
         self.rows = []
 
 
+class Slotted:
+    __slots__ = ("n", "unset")
+
+    def __init__(self):
+        self.n = 0
+
+
+class InSlots(Base):
+    def __init__(self):
+        super().__init__()
+        self.thing = Slotted()
+
+    def forward(self, x):
+        self.thing.n += 1
+        self.thing.unset = getattr(self.thing, "unset", 0) + 2
+        return x + torch.tanh(self.mix(x)) * self.thing.unset / self.thing.n
+
+    def left(self):
+        return [self.thing.n, self.thing.unset]
+
+
 class Containers(Base):
     def __init__(self):
         super().__init__()
@@ -239,7 +260,7 @@ class Model(nn.Module):
         return [each for layer in self.layers for each in layer.left()]
 
 
-BLOCKS = [Counted, OfTheClass, Global, Statistics, Hidden, Containers, Long, Hooked, Outside]
+BLOCKS = [Counted, OfTheClass, Global, Statistics, Hidden, Containers, InSlots, Long, Hooked, Outside]
 
 
 def start(block, directory=None, calls=1, **settings):
@@ -426,6 +447,38 @@ def test_what_hooks_of_backward_keep_stays(tmp_path):
     model.offload.close()
     assert got[0] == expected[0]
     assert same(got[1], expected[1])
+
+
+def late_hook(model):
+    seen = []
+    model.layers[1].mix.register_forward_hook(lambda module, args, output: seen.append(output.detach().sum()))
+    return seen
+
+
+def hook_of_all_modules(model):
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: seen.append(output.detach().sum())
+        if isinstance(module, nn.Linear)
+        else None
+    )
+    seen.append(handle)
+    return seen
+
+
+@pytest.mark.parametrize("put_hook", [late_hook, hook_of_all_modules])
+def test_hooks_that_come_after_some_steps_see_each_forward_once(tmp_path, put_hook):
+    found = []
+    for directory in (None, tmp_path):
+        model, optimizer = start(Counted, directory)
+        train(model, optimizer, 2)
+        seen = put_hook(model)
+        train(model, optimizer, 3)
+        if put_hook is hook_of_all_modules:
+            seen.pop(0).remove()
+        found.append(seen)
+    model.offload.close()
+    assert same(found[1], found[0])
 
 
 class Drifting(Base):
