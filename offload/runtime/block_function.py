@@ -32,6 +32,8 @@ from offload.stores.activations import Activation, ActivationStore, Tier
 from offload.stores.block_store import BlockRecord
 
 _COPY = "let it work on a copy (clone(), or inplace=False)"
+_NO_HOOKS = "don't yet support saved tensor hooks"
+"""What torch.func says where a recipe would be written."""
 _NOT_IN_PLACE = "give what changes a new tensor (x = x + 1), or give the block a copy (clone())"
 
 
@@ -277,7 +279,14 @@ def _refuse_other_backwards(ctx: Any) -> None:
 def _forward_keeping(call: Call, micro: list[Any]) -> list[Any]:
     with torch.enable_grad(), saved_by_reference(call.block):
         inputs = _detach_inputs(call, micro)
-        out_leaves = _run_micro(call, micro)
+        try:
+            out_leaves = _run_micro(call, micro)
+        except RuntimeError as error:
+            if _NO_HOOKS not in str(error):
+                raise
+            raise UsageError(
+                f"block {call.block.name} uses torch.func, of which no graph can be kept: leave activations='keep' out"
+            ) from error
     outputs = [x for x in out_leaves if isinstance(x, torch.Tensor)]
     call.kept.append((inputs, outputs))
     return [x.detach() if isinstance(x, torch.Tensor) else x for x in out_leaves]
@@ -370,8 +379,16 @@ def _recompute(
         elif recipe is None:
             found = [named.tensor for named in call.seen[number].tensors]
             recorder = Recorder([*inputs, *found, *call.runner.given_tensors(call.block)])
-            with recording(recorder, _module(call)):
-                out_leaves = _run_micro(call, micro)
+            try:
+                with recording(recorder, _module(call)):
+                    out_leaves = _run_micro(call, micro)
+            except RuntimeError as error:
+                if _NO_HOOKS not in str(error):
+                    raise
+                call.block.recipes[signature] = Recipe(
+                    [], [], why_not="it uses torch.func, which lets nobody look"
+                )
+                return _recompute(call, micro, number, [None] * 4, None)
             made = [x for x in out_leaves if isinstance(x, torch.Tensor)]
             unseen.in_graph(made, recorder.read, recorder.cannot)
             call.block.recipes[signature] = recorder.recipe()

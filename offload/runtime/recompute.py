@@ -100,7 +100,11 @@ class Keeper(_Follower):
             return func(*args, **(kwargs or {}))
         args, kwargs = _for_backward(func, args, kwargs or {})
         result = func(*args, **kwargs)
-        self.kept[index] = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+        made = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+        wanted = self.recipe.ops[index].tensors
+        if [(t.shape, t.dtype) for t in made] != [(t.shape, t.dtype) for t in wanted]:
+            self.matches = False  # without gradients it gives less, as a recurrent layer does
+        self.kept[index] = made
         return result
 
 

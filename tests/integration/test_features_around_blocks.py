@@ -118,6 +118,12 @@ class LooksAtMemory(Base):
         return x + torch.tanh(h * max(top))
 
 
+class TorchFunc(Base):
+    def forward(self, x):
+        gradient = torch.func.grad(lambda y: torch.tanh(y).pow(2).sum())(x.detach())
+        return x + torch.tanh(torch.func.vmap(self.mix)(x)) * gradient
+
+
 INSIDE = [
     Checkpointed,
     CheckpointedWithoutReentry,
@@ -136,6 +142,43 @@ INSIDE = [
 def test_what_backward_needs_beside_saved_tensors_is_computed_again(tmp_path, block, settings):
     got, expected = both(block, tmp_path, settings=settings)
     assert got == expected
+
+
+def test_torch_func_inside_of_a_block_gives_the_numbers_of_plain_torch_or_is_refused(tmp_path, settings):
+    if "activations" in settings:
+        with pytest.raises(
+            UsageError, match=r"block layers\.0 uses torch\.func.*leave activations='keep' out"
+        ):
+            train(*start(TorchFunc, tmp_path, **settings))
+        return
+    got, expected = both(TorchFunc, tmp_path, settings=settings)
+    assert got == expected
+
+
+class Recurrent(nn.Module):
+    """Its kernel gives less without gradients, and adds up in another order."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+
+    def forward(self, x):
+        return x + self.layer(x[None])[0][0]
+
+
+class StatefulRecurrent(Recurrent):
+    """Goes on from where the batch before has left it."""
+
+    def forward(self, x):
+        y, state = self.layer(x[None], getattr(self, "state", None))
+        self.state = tuple(s.detach() for s in state)
+        return x + y[0]
+
+
+@pytest.mark.parametrize("block", [Recurrent, StatefulRecurrent])
+def test_recurrent_blocks_give_the_numbers_of_plain_torch(tmp_path, block, settings):
+    got, expected = both(block, tmp_path, settings=settings)
+    assert got == pytest.approx(expected, rel=1e-5)
 
 
 # ---- around ----------------------------------------------------------------------------------------------------------
