@@ -35,8 +35,8 @@ class Samples:
             raise UsageError(
                 f"block {block_name} has not returned in backward, where it runs again, what it returned in forward: "
                 "it depends on something that is none of its arguments, attributes and buffers, nor a generator of "
-                "random numbers that it holds (a clock, a file, an iterator, whether gradients are enabled). Let it hold "
-                "that, or keep the graph, with activations='keep'"
+                "random numbers that it holds (a clock, a file, an iterator, whether gradients are enabled). Let it "
+                "hold that, or keep the graph, with activations='keep'"
             )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import logging
 import types
 import weakref
 from collections import deque
@@ -24,6 +25,8 @@ from torch import nn
 
 from offload.errors import UsageError
 from offload.runtime.generators import is_generator
+
+logger = logging.getLogger("offload")
 
 _ABSENT: Any = object()
 """In place of a variable without a value."""
@@ -44,8 +47,8 @@ _FOREIGN = (
 """Objects of classes of these modules are not looked into."""
 _DEPTH = 4
 """How far containers and objects are followed into one another from an attribute."""
-_MANY_PLACES = 2000
-"""What a block reaches beyond so many is not followed."""
+_MANY = 5000
+"""Of the containers, objects and functions that a block reaches, no more are followed; nearest ones come first."""
 _LONG = 1000
 """A list or dictionary with more items is taken to change at its end only; its items are not followed."""
 _ARRAY_NBYTES = 1 << 16
@@ -155,7 +158,7 @@ class Content:
 
     def _put_into_class(self, thing: type) -> None:
         before = dict(zip(self.keys, self.values, strict=True))
-        for key in [key for key in vars(thing) if key not in before]:
+        for key in [key for key in vars(thing) if key not in before and not key.startswith("__")]:
             delattr(thing, key)
         for key, value in before.items():
             if vars(thing).get(key, _ABSENT) is not value and not key.startswith("__"):
@@ -273,6 +276,16 @@ def is_leaf(value: Any) -> bool:
     return isinstance(value, _LEAVES) or value is _ABSENT
 
 
+@functools.cache
+def _tell_of_many(path: str) -> None:
+    logger.warning(
+        "from %s on, more containers and objects can be reached than are looked at (%d): what forward changes there is "
+        "changed twice a step, because backward runs blocks again. Let blocks reach less, or use activations='keep'",
+        path,
+        _MANY,
+    )
+
+
 class Walk:
     """All places that can be reached from some modules, nearest first, and generators on the way.
 
@@ -320,12 +333,17 @@ class Walk:
 
     def finish(self) -> Walk:
         """Follow everything."""
-        while self._queue and len(self.places) < _MANY_PLACES:
+        n_followed = 0
+        while self._queue:
+            if n_followed == _MANY:
+                _tell_of_many(self._queue[0][0])
+                break
             path, value, outside, depth = self._queue.popleft()
             if is_leaf(value) or id(value) in self._seen:
                 continue
             if not isinstance(value, tuple):
                 self._seen.add(id(value))
+            n_followed += 1
             self._follow(path, value, outside, depth)
         return self
 

@@ -1,7 +1,9 @@
 """What a block leaves behind unregistered is what its first run leaves, though backward runs the block again."""
 
+import contextlib
 import functools
 import random
+import threading
 import weakref
 from collections import deque
 
@@ -216,9 +218,7 @@ class Hooked(Base):
 
 
 class Outside(Base):
-    """Changes a module that belongs to no block: once found through a reference, once through nothing that is seen."""
-
-    owner, hidden = None, {}
+    """Changes a module that belongs to no block."""
 
     def forward(self, x):
         owner = self.owner()
@@ -229,6 +229,19 @@ class Outside(Base):
 
     def left(self):
         return [self.owner().n, self.owner().total, *self.owner().rows]
+
+
+THREAD = threading.local()
+
+
+class OutsideUnseen(Outside):
+    """Finds that module where nobody follows."""
+
+    def forward(self, x):
+        owner = THREAD.owner
+        owner.n += 1
+        owner.total.add_(x.detach().sum())
+        return x + torch.tanh(self.mix(x)) * owner.total.sigmoid() / owner.n
 
 
 class Shared(nn.Module):
@@ -245,7 +258,8 @@ class Model(nn.Module):
         self.shared = Shared()
         self.layers = nn.ModuleList(block() for _ in range(3))
         for layer in self.layers:
-            layer.owner = weakref.ref(self.shared)
+            layer.owner = None if block is OutsideUnseen else weakref.ref(self.shared)
+        THREAD.owner = self.shared
         self.head = nn.Linear(WIDTH, 1)
         self.calls = calls
 
@@ -257,10 +271,24 @@ class Model(nn.Module):
         return self.head(x)
 
     def left(self):
+        if isinstance(self.layers[0], OutsideUnseen):
+            return [self.shared.n, self.shared.total]
         return [each for layer in self.layers for each in layer.left()]
 
 
-BLOCKS = [Counted, OfTheClass, Global, Statistics, Hidden, Containers, InSlots, Long, Hooked, Outside]
+BLOCKS = [
+    Counted,
+    OfTheClass,
+    Global,
+    Statistics,
+    Hidden,
+    Containers,
+    InSlots,
+    Long,
+    Hooked,
+    Outside,
+    OutsideUnseen,
+]
 
 
 def start(block, directory=None, calls=1, **settings):
@@ -313,7 +341,7 @@ def test_what_forward_changes_has_the_values_of_plain_torch_and_so_have_the_loss
 def test_every_call_and_every_micro_batch_leaves_its_own_once(tmp_path, block, calls, micro_batches):
     """As in plain torch, run over the same micro-batches block by block: here each block sees both parts first."""
     model, _ = start(block, calls=calls)
-    if block in (OfTheClass, Global, Outside) and micro_batches > 1:
+    if block in (OfTheClass, Global, Outside, OutsideUnseen) and micro_batches > 1:
         pytest.skip("blocks share it, and plain torch runs all of them for one part first")
     backward_of(model, micro_batches)
     expected = model.left()
@@ -333,6 +361,48 @@ def test_a_kept_graph_leaves_the_same(tmp_path, block):
     model.offload.close()
     assert got[0] == expected[0]
     assert same(got[1], expected[1])
+
+
+@pytest.mark.parametrize(
+    "settings", slow_but([{}], [{}, {"device": "emulated"}, {"max_grad_norm": 1e9}]), ids=str
+)
+@pytest.mark.parametrize("together", [True, False])
+def test_two_forwards_of_one_step_leave_theirs_in_turn(tmp_path, together, settings):
+    """Before one backward for both, or one after the other in no_sync()."""
+    found = []
+    for directory in (None, tmp_path):
+        model, optimizer = start(Containers, directory, **(settings if directory else {}))
+        losses = []
+        for _ in range(3):
+            first = model(torch.ones(4, 8)).square().mean() / 100
+            if not together:
+                with model.offload.no_sync() if directory else contextlib.nullcontext():
+                    first.backward()
+            second = model(torch.ones(4, 8) / 2).square().mean() / 100
+            (first + second if together else second).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses += [first.item(), second.item()]
+        found.append([*losses, *model.left()])
+    model.offload.close()
+    assert same(found[0], found[1])
+
+
+class Many(Base):
+    def __init__(self):
+        super().__init__()
+        self.things = {i: [i] for i in range(900)}
+        self.more = {i: {j: [] for j in range(20)} for i in range(900)}
+
+    def forward(self, x):
+        return x + torch.tanh(self.mix(x))
+
+
+def test_more_than_is_looked_at_is_said_in_the_log(tmp_path, caplog):
+    model, _ = start(Many, tmp_path)
+    backward_of(model)
+    model.offload.close()
+    assert any("changed twice a step" in record.message for record in caplog.records)
 
 
 class Large(Base):
