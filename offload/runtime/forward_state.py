@@ -48,6 +48,8 @@ class Now:
     contents: tuple[Content, ...]
     values: dict[int, torch.Tensor]
     generators: tuple[tuple[Any, Any], ...]
+    versions: dict[int, int] | None = None
+    """Of the tensors with `values`, when the block had run again."""
 
 
 def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -165,8 +167,8 @@ class ForwardState:
         for i, named in enumerate(seen.tensors):
             values = seen.values.get(i)
             in_place = named.tensor._version != seen.versions[i]
-            if named.path not in changes and values is not None:
-                in_place = in_place or not _same_values(named.tensor, values)
+            if named.path not in changes and values is not None and not in_place:
+                in_place = not _same_values(named.tensor, values)
             known = named.path in changes
             changes[named.path] = in_place or changes.get(named.path, False)
             if in_place and values is None:
@@ -212,23 +214,24 @@ class ForwardState:
 
     @staticmethod
     def ran_again(seen: Seen, now: Now) -> None:
-        """After forward has run again: all is as it was `now`, but tensors that the graph may have saved and that held
-        something else than forward has left in them; see `left`. What hooks of backward change from here on stays."""
+        """After forward has run again: all is as it was `now`, but tensors that were changed in place, which the graph
+        may have saved; see `left`. What hooks of backward change from here on stays."""
         for content in now.contents:
             if not content.holds():
                 content.put()
         for generator, state in now.generators:
             put_state(generator, state)
         now.contents = now.generators = ()
-        for i in [i for i, values in now.values.items() if _same_values(seen.tensors[i].tensor, values)]:
-            del now.values[i]
+        now.versions = {i: seen.tensors[i].tensor._version for i in now.values}
 
     @classmethod
     def left(cls, seen: Seen, now: Now) -> None:
         """After the block's backward, or when it has failed: the rest."""
-        cls.ran_again(seen, now)
+        if now.versions is None:
+            cls.ran_again(seen, now)
         for i, values in now.values.items():
-            _put_values(seen.tensors[i], values)
+            if seen.tensors[i].tensor._version == (now.versions or {}).get(i):
+                _put_values(seen.tensors[i], values)
 
 
 def states_of(model: nn.Module, names: Sequence[str], modules: Sequence[nn.Module]) -> list[ForwardState]:

@@ -493,10 +493,11 @@ class Watching(Base):
 
     def __init__(self):
         super().__init__()
-        self.norms, self.total = [], torch.zeros(())
+        self.norms, self.total, self.of_both = [], torch.zeros(()), torch.zeros(())
 
     def forward(self, x):
         h = self.mix(x)
+        self.of_both += 1
         if h.requires_grad:
             h.register_hook(self.see)
         return x + torch.tanh(h)
@@ -504,9 +505,10 @@ class Watching(Base):
     def see(self, grad):
         self.norms.append(grad.norm())
         self.total.add_(grad.norm())
+        self.of_both.mul_(0.5)
 
     def left(self):
-        return [*self.norms, self.total]
+        return [*self.norms, self.total, self.of_both]
 
 
 def test_what_hooks_of_backward_keep_stays(tmp_path):
@@ -567,8 +569,13 @@ def test_a_block_that_returns_something_else_when_it_runs_again_is_refused(tmp_p
 
 def test_a_failed_recomputation_leaves_everything_as_forward_left_it(tmp_path):
     class Failing(Counted):
+        def __init__(self):
+            super().__init__()
+            self.mean = torch.zeros(())
+
         def forward(self, x):
             x = super().forward(x)
+            self.mean += 1
             if torch.is_grad_enabled():
                 raise ValueError("in backward")
             return x
@@ -578,6 +585,7 @@ def test_a_failed_recomputation_leaves_everything_as_forward_left_it(tmp_path):
     with pytest.raises(ValueError, match="in backward"):
         backward_of(model)
     assert [layer.calls for layer in model.layers] == [1, 1, 1]
+    assert [layer.mean for layer in model.layers] == [1, 1, 1]
     assert random.getstate() == state
     model.offload.close()
 
