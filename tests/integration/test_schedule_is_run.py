@@ -26,18 +26,19 @@ PLANS = {
     "state on the device": {"device_memory": "6MB", "host_memory": "8MB", "states_on_device": "3MB"},
 }
 FAST = ["during backward", "micro-batches and clipping", "roomy", "state on the device"]
-IN_ORDER = ("forward", "recompute", "backward", "grad_out", "update")
+IN_ORDER = ("forward", "recompute", "backward", "grad_out", "update by cpu", "update by compute")
 
 
-def kind_and_block(name):
+def kind_and_block(name, lane):
+    """What is updated on the device and what by the CPU go on beside each other."""
     kind, _, place = name.partition(" ")
-    return kind, place.partition(".")[0]
+    return f"update by {lane}" if kind == "update" else kind, place.partition(".")[0]
 
 
 def steady(plan, workload):
     """(kind, block) of the operations of the third of four steps, in the order of the list."""
     operations, _ = unroll(plan, workload, shares_host=False, n_steps=4)
-    return [kind_and_block(o.name) for o in operations if o.step == 2]
+    return [kind_and_block(o.name, o.lane) for o in operations if o.step == 2]
 
 
 def real_step(settings, tmp_path):
@@ -57,7 +58,7 @@ def real_step(settings, tmp_path):
         optimizer.zero_grad()
     planned = model.offload._planned
     model.offload.close()
-    return [kind_and_block(span.name) for span in spans], planned
+    return [kind_and_block(span.name, span.resource) for span in spans], planned
 
 
 def firsts(pairs, kind):
