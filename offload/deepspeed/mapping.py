@@ -21,7 +21,8 @@ from offload.planner.placement import (
     ACTIVATION_STAGING_NBYTES_MIN,
     ACTIVATION_STAGING_SHARE,
 )
-from offload.runtime.assembly import block_bytes, choose_device
+from offload.runtime.assembly import block_bytes
+from offload.runtime.chosen_device import choose_device
 from offload.transfer.io_engine import UpdatePipeline
 from offload.types import PAGE_NBYTES, round_up
 

@@ -9,7 +9,7 @@ import torch
 
 from offload.model.flat import FlatBuffer
 from offload.optim.torch_rules import UPDATES, Views, adamw_scalars
-from offload.planner.on_device import SCRATCH_PLANES, scratch_nbytes
+from offload.planner.states_on_device import SCRATCH_PLANES, scratch_nbytes
 from offload.tiers.device import DeviceTier
 from offload.transfer.io_engine import Hyper
 from offload.update_rules import ADAMW, LO_NBYTES

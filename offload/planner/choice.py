@@ -14,16 +14,16 @@ from typing import Any
 
 from offload.errors import ConfigError
 from offload.planner.hardware import Hardware
-from offload.planner.on_device import (
+from offload.planner.plan import Budgets, state_format_of
+from offload.planner.points import Chosen, Search
+from offload.planner.space import FIXABLE
+from offload.planner.states_on_device import (
     STREAMED_BLOCKS_MIN,
     OnDevice,
     blocks_of,
     fill_device,
     streamed_workload,
 )
-from offload.planner.plan import Budgets, state_format_of
-from offload.planner.points import Chosen, Search
-from offload.planner.space import FIXABLE
 from offload.planner.workload import Workload
 
 STATES_ON_DEVICE = "states_on_device"

@@ -62,7 +62,7 @@ class Placement:
     on_device_root: bool = False
     on_device_blocks: int = 0
     """Whether the root's optimizer state, and that of how many first blocks, stays in device memory with their
-    parameters and is updated there (planner/on_device.py)."""
+    parameters and is updated there (planner/states_on_device.py)."""
 
 
 def held_updates(left_nbytes: int, grad_nbytes: int, per_buffer: int, n_blocks: int) -> tuple[int, int]:

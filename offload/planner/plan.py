@@ -171,7 +171,7 @@ class Plan(BaseModel):
     on_device_root: bool = False
     on_device_blocks: int = Field(default=0, ge=0)
     """Whether the root's optimizer state, and that of how many first blocks, stays in device memory with their
-    parameters and is updated there (planner/on_device.py)."""
+    parameters and is updated there (planner/states_on_device.py)."""
     boundary_on_device: bool
     """Whether what flows from block to block (all micro-batches of it) stays on the device between blocks."""
     deferred_blocks: tuple[int, ...]

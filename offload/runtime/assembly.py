@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
-from offload.config import Config, host_total_nbytes, parse_budget
+from offload.config import Config
 from offload.errors import ConfigError
 from offload.model.blocks import Cut
 from offload.model.flat import BlockLayout, lay_out
 from offload.planner.placement import BlockBytes, Placement
 from offload.planner.plan import Plan
-from offload.runtime import in_device
+from offload.runtime.chosen_device import budgets
 from offload.runtime.first_content import import_into
 from offload.runtime.in_device import InDeviceState
 from offload.runtime.placing import place_run
 from offload.stores.block_store import BlockRecord, DeviceSlot, GradBuffer, Slot, StateExtents
 from offload.stores.sides import Sides, checksum_tables, durable_nbytes
 from offload.telemetry import SpanLog
-from offload.tiers.device import CudaDevice, DeviceTier, SharedDevice
-from offload.tiers.emulated_device import EmulatedDevice
+from offload.tiers.device import DeviceTier
 from offload.tiers.host import HostArena, Spare
 from offload.tiers.storage import Store
 from offload.transfer.copies import Copies
 from offload.transfer.io_engine import UpdatePipeline
 from offload.types import PAGE_NBYTES, BlockState, round_up
 from offload.update_rules import UpdateRule
-
-logger = logging.getLogger("offload")
 
 
 @dataclass
@@ -86,79 +81,6 @@ class Assembly:
     def computed_in_place(self) -> bool:
         """Whether updates change what the device computes with, and no copy of it."""
         return self.resources.device.shares_host or self.in_device is not None
-
-
-def choose_device(model: nn.Module, config: Config) -> DeviceTier:
-    """The device tier that `config.device` means for this model. Raises ConfigError when it is not there."""
-    wanted = config.device
-    if wanted == "emulated":
-        return EmulatedDevice(config.bus_bytes_per_s)
-    if wanted == "auto":
-        on_cuda = next((str(p.device) for p in model.parameters() if p.device.type == "cuda"), None)
-        wanted = on_cuda or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch_device = torch.device(wanted)
-    except RuntimeError:
-        torch_device = torch.device("meta")
-    if torch_device.type not in ("cpu", "cuda"):
-        raise ConfigError(
-            f"device={wanted!r} is not known; write 'auto', 'cpu', 'cuda', 'cuda:1' or 'emulated'"
-        )
-    if torch_device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(f"device={wanted!r}, but this torch sees no CUDA device")
-        total_nbytes = torch.cuda.get_device_properties(torch_device).total_memory
-        return CudaDevice(torch_device, parse_budget(config.device_memory, total_nbytes))
-    return SharedDevice()
-
-
-def budgets(device: DeviceTier, config: Config) -> tuple[int, int]:
-    """(device, host) memory allowed, in bytes, without what stays on the device beside the slots (`own_nbytes`)."""
-    host_total = host_total_nbytes()
-    device_total = host_total
-    if device.torch_device.type == "cuda":
-        device_total = torch.cuda.get_device_properties(device.torch_device).total_memory
-    device_nbytes = parse_budget(config.device_memory, device_total) - device.own_nbytes
-    return device_nbytes, parse_budget(config.host_memory, host_total)
-
-
-def steps_aside(
-    cut: Cut, config: Config, device: DeviceTier, compute_dtype: torch.dtype | None, rule: UpdateRule
-) -> bool:
-    """Whether everything stays in device memory and nothing is streamed: the other half is for activations.
-
-    A device of its own makes updates of fp32 moments only; with others, or with a rule in Python, everything streams.
-    """
-    if not device.shares_host and not rule.made_on_device:
-        if config.step_aside == "always":
-            raise ConfigError(
-                f"step_aside='always' on a {device.torch_device.type} device updates with AdamW, Adam, SGD and Lion on "
-                f"fp32 moments; this optimizer is {rule.described}: leave step_aside at 'auto'"
-            )
-        return False
-    if config.step_aside != "auto":
-        return config.step_aside == "always"
-    if config.durability == "step":
-        return False
-    if config.micro_batches > 1 or config.activations in ("host", "storage"):
-        return False
-    parameters = [*cut.root, *(p for block in cut.block_parameters for p in block)]
-    layout = lay_out("all", parameters, compute_dtype, rule, config.chunk_elements)
-    own_nbytes = (
-        layout.state_nbytes
-        if device.shares_host
-        else in_device.state_nbytes(layout.buffers, len(rule.planes))
-    )
-    needed_nbytes = layout.slot_nbytes + own_nbytes + layout.grad_elements * 4
-    device_nbytes, _ = budgets(device, config)
-    if 2 * needed_nbytes > device_nbytes:
-        return False
-    logger.info(
-        "all training state (%.2f GB) fits in half of device_memory (%.2f GB): nothing is streamed",
-        needed_nbytes / 1e9,
-        device_nbytes / 1e9,
-    )
-    return True
 
 
 def staging_nbytes(config: Config, rule: UpdateRule) -> int:

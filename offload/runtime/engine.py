@@ -21,8 +21,9 @@ from offload.model.flat import FlatBuffer
 from offload.model.on_device import move_what_stays
 from offload.model.quantized import prepare_quantized
 from offload.runtime import hooks, taken_gradients, wiring
-from offload.runtime.assembly import Assembly, assemble, steps_aside
+from offload.runtime.assembly import Assembly, assemble
 from offload.runtime.block_function import run_block
+from offload.runtime.chosen_device import steps_aside
 from offload.runtime.early_root import EarlyRoot
 from offload.runtime.forward_state import states_of
 from offload.runtime.gradient_norms import GradientNorms

@@ -24,10 +24,10 @@ from offload.model.blocks import base_of
 from offload.model.causal_lm_loss import has_chunked_loss
 from offload.planner.hardware import Drive, Hardware, load_hardware
 from offload.planner.in_room import Room, held_blocks, plans_in_room
-from offload.planner.on_device import streamed_by
 from offload.planner.plan import Outcome, Plan, state_format_of
 from offload.planner.rates import ADAM_DRAM_NBYTES, COPY_DRAM_NBYTES
 from offload.planner.report import plan_lines
+from offload.planner.states_on_device import streamed_by
 from offload.planner.workload import Workload
 from offload.profiling import compute_probe
 from offload.profiling.stored import profile_path, stored_hardware

@@ -8,9 +8,9 @@ from typing import Any
 
 from offload.config import Config, parse_budget
 from offload.errors import BudgetError, ConfigError
-from offload.planner.on_device import OnDevice, fill_device, streamed, with_device_states
 from offload.planner.placement import BlockBytes, Placement, place
 from offload.planner.plan import Plan
+from offload.planner.states_on_device import OnDevice, fill_device, streamed, with_device_states
 from offload.runtime.planning import placement_of
 from offload.tiers.device import DeviceTier
 from offload.update_rules import UpdateRule

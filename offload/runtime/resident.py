@@ -9,7 +9,7 @@ from torch import nn
 from offload.config import Config
 from offload.errors import ConfigError
 from offload.model.blocks import Cut
-from offload.runtime.assembly import budgets
+from offload.runtime.chosen_device import budgets
 from offload.tiers.device import DeviceTier
 
 logger = logging.getLogger("offload")

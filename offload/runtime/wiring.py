@@ -11,7 +11,8 @@ from offload.config import Config
 from offload.errors import ConfigError
 from offload.model.on_device import stays_nbytes
 from offload.planner.report import plan_lines
-from offload.runtime.assembly import Assembly, budgets, choose_device, staging_nbytes
+from offload.runtime.assembly import Assembly, staging_nbytes
+from offload.runtime.chosen_device import budgets, choose_device
 from offload.runtime.commits import StepCommits
 from offload.runtime.device_residency import CopiedResidency, Residency, SharedResidency
 from offload.runtime.device_updates import DeviceUpdates

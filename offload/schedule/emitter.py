@@ -9,9 +9,9 @@ from collections import deque
 from collections.abc import Sequence
 
 from offload.planner.memory import is_traced
-from offload.planner.on_device import streamed_by
 from offload.planner.placement import HOST_SLOTS
 from offload.planner.plan import INPUT, Plan
+from offload.planner.states_on_device import streamed_by
 from offload.planner.workload import Workload
 from offload.schedule.operations import Kind, Lane, Operation
 from offload.types import PAGE_NBYTES, round_up

@@ -10,8 +10,8 @@ from offload.planner.memory import (
     host_need,
     is_traced,
 )
-from offload.planner.on_device import streamed_by
 from offload.planner.plan import Plan
+from offload.planner.states_on_device import streamed_by
 from offload.planner.workload import Workload
 
 

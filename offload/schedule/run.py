@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 from offload.planner.cost_model import device_update_s
 from offload.planner.hardware import Hardware
-from offload.planner.on_device import streamed_by
 from offload.planner.plan import Budgets, Plan
 from offload.planner.rates import rates_of
+from offload.planner.states_on_device import streamed_by
 from offload.planner.workload import Workload
 from offload.schedule.emitter import PIECES
 from offload.schedule.held import held_nbytes

@@ -13,7 +13,7 @@ from torch import nn
 
 import offload
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
-from offload.runtime import assembly
+from offload.runtime import chosen_device
 from offload.runtime.device_residency import CopiedResidency
 from offload.runtime.gradients import Gradients
 from offload.runtime.scheduler import Scheduler
@@ -66,7 +66,7 @@ def train(device, directory, n_steps=3, **settings):
 
 @pytest.fixture(params=["ordered", CUDA])
 def device(request, monkeypatch):
-    monkeypatch.setattr(assembly, "EmulatedDevice", OrderedDevice)
+    monkeypatch.setattr(chosen_device, "EmulatedDevice", OrderedDevice)
     with ready(request.param, monkeypatch) as name:
         yield name
 

@@ -7,8 +7,8 @@ import torch
 
 import offload
 from offload.errors import BudgetError, ConfigError
-from offload.planner.on_device import OnDevice, fill_device, scratch_nbytes
 from offload.planner.placement import BlockBytes
+from offload.planner.states_on_device import OnDevice, fill_device, scratch_nbytes
 from offload.tiers.emulated_device import EmulatedDevice
 from offload.transfer.copies import Copies
 from tests.conftest import batches, build, slow_but, two_groups

@@ -7,10 +7,10 @@ import pytest
 
 from offload.errors import ConfigError
 from offload.planner.explain import explain
-from offload.planner.on_device import OnDevice, streamed_by, streamed_workload
 from offload.planner.plan import SPLIT_MASTER, Budgets, Plan
 from offload.planner.report import plan_lines
 from offload.planner.search import make_plan
+from offload.planner.states_on_device import OnDevice, streamed_by, streamed_workload
 from offload.schedule.run import simulate_plan
 from offload.schedule.unroll import unroll
 from offload.update_rules import kernel_rule
