@@ -15,8 +15,6 @@ import torch
 from offload.errors import UsageError
 from offload.stores.activations import ActivationStore, Tier
 
-_SMALL_NBYTES = 1 << 16
-"""Tensors of so few bytes may be held for longer than they are used."""
 _EMPTY: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
 
 
@@ -47,8 +45,6 @@ class Versions:
 def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
     probe = tensor.detach()
     if type(probe) is not torch.Tensor or probe.layout is not torch.strided or probe.is_inference():
-        return probe
-    if probe.nbytes <= _SMALL_NBYTES:
         return probe
     key = (probe.dtype, probe.device)
     if key not in _EMPTY:

@@ -12,6 +12,7 @@ from torch import nn
 import offload
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from offload.runtime.device_residency import CopiedResidency
+from offload.runtime.first_results import Samples
 from offload.stores.activations import ActivationStore
 from offload.tiers.device import PAST
 from offload.tiers.emulated_device import EmulatedDevice
@@ -35,6 +36,12 @@ def slow_bus(directory, **more):
         "host_memory": 2 * chunk * 14 + ACTIVATION_STAGING_NBYTES_MIN + 1_100_000, "storage": [str(directory)],
         "chunk_elements": chunk, "chunk_buffers": 2, "prefetch_blocks": 1, **more,
     }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def numbers_alone(monkeypatch):
+    """What a missing wait does is to show in the numbers; a block's first recomputation would be compared before."""
+    monkeypatch.setattr(Samples, "check", lambda self, block_name, results: None)
 
 
 @pytest.fixture(scope="module")

@@ -130,8 +130,8 @@ def test_zero_grad_of_either_forgets_gradients(tmp_path, discard):
 
 def test_a_copy_and_a_closed_model_have_gradients_of_their_own(tmp_path):
     model, optimizer = start(tmp_path, **PLACES["all on the device"])
-    backward(model)
     one = copy.deepcopy(model.lm_head.weight)
+    backward(model)
     assert one.grad is None
     one.grad = torch.ones_like(one)
     assert one.grad.sum() == one.numel()
