@@ -97,7 +97,7 @@ carried_profile() {  # a machine that went cold has lost its profile; of another
 
 train() {
   local end=$((SECONDS + $1)) status=0
-  run_train 1b 32768 gpu,gpu-keep,host,host+noplan,storage "$(($1 * 4 / 10))" gpu_train_1b || status=$?
+  run_train 1b 32768 gpu,gpu-keep,host,host+noplan,storage,host+streamed "$(($1 * 4 / 10))" gpu_train_1b || status=$?
   run_train 3b 32768 gpu,host,storage "$(((end - SECONDS) * 6 / 10))" gpu_train_3b --micro-tokens 4096 || status=$?
   run_train 1b 32768 storage+all "$((end - SECONDS))" gpu_train_1b_storage --steps 1 --row-seconds 300 \
     --plain-of "$RESULTS/gpu_train_1b.json" || status=$?

@@ -13,6 +13,7 @@ Placements, one row each for each batch size:
     host+plan, storage+plan    the same with what the planner chooses (needs --profile)
     gpu+compile, host+compile    with torch.compile for each block, which takes its time in the first steps
     host+noplan, storage+noplan    everything recomputed: without the plan that is made after the first step
+    host+streamed                  no optimizer state stays in device memory
     deepspeed-cpu, deepspeed-nvme    DeepSpeed ZeRO-3, where it can be imported
 
 Plain torch keeps 8 bytes a parameter where this library keeps 12 (fp32 masters and moments): it has less to do, which
@@ -202,9 +203,17 @@ def least_host_nbytes(case: Case, model: nn.Module, settings: dict[str, Any]) ->
 
 
 def ours(
-    case: Case, placement: str, *, planned: bool, compiled: bool, may_plan: bool, all_on_storage: bool
+    case: Case,
+    placement: str,
+    *,
+    planned: bool,
+    compiled: bool,
+    may_plan: bool,
+    stays: bool,
+    all_on_storage: bool,
 ) -> Run:
-    """This library. `may_plan`: also after the first step, as it does by itself."""
+    """This library. `may_plan`: also after the first step, as it does by itself. `stays`: whether optimizer state may
+    stay in device memory."""
     options = case.options
     facts: dict[str, Any] = {"device_budget_bytes": int(options.device_memory_gb * 1e9)}
     settings: dict[str, Any] = {"storage": [], "prefetch_blocks": options.prefetch_blocks}
@@ -220,6 +229,8 @@ def ours(
         settings["compile_blocks"] = True
     if not may_plan:
         settings["plan"] = "none"
+    if not stays:
+        settings["states_on_device"] = 0
     model = case.family.make(recompute=False)
     if placement == "storage":
         share = facts["host_share"] = 0.0 if all_on_storage else host_share_within(case)
@@ -262,6 +273,7 @@ def make_run(case: Case, placement: str) -> Run:
         return deepspeed(case, where)
     return ours(
         case, where, planned="plan" in how, compiled="compile" in how, may_plan="noplan" not in how,
+        stays="streamed" not in how,
         all_on_storage="all" in how,
     )  # fmt: skip
 

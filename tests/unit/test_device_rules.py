@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from offload import _C
+from offload.model.flat import FlatBuffer
 from offload.optim.torch_rules import UPDATES, Views
+from offload.optim.updater import Updater, fused_for
+from offload.tiers.device import CudaDevice
+from offload.update_rules import ADAMW
 from tests.unit.test_adamw_kernel import start_state, with_specials
 
 ALIKE = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "step": 1}
@@ -80,3 +84,30 @@ def test_torchs_operations_give_the_kernels_bits(rule, settings, special, device
         found = by_torch(rule, (param, lo, *moments), grad, hyper, codec, device)
         for got, wanted in zip(found, expected, strict=True):
             assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_fused_kernel_is_used_and_gives_the_kernels_bits():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    pytest.importorskip("triton")
+    tier = CudaDevice(torch.device("cuda"), 1 << 30)
+    try:
+        fused = fused_for(tier)
+        assert fused is not None
+        for settings, special in itertools.product(SETTINGS["adamw"], (False, True)):
+            hyper = _C.Hyper(**{**ALIKE, **settings})
+            state = start_state(4096, torch.bfloat16)
+            master, *moments, grad = with_specials(state) if special else state
+            param, lo = torch.empty(4096, dtype=torch.bfloat16), torch.zeros(4096, dtype=torch.int16)
+            _C.split_master(master.data_ptr(), param.data_ptr(), lo.data_ptr(), 4096)
+            buffer = FlatBuffer(torch.bfloat16, True, (), 4096, 0, 0, ADAMW, 4096)
+            records = torch.cat([plane.view(torch.uint8) for plane in (lo, *moments)]).cuda()
+            found = param.cuda()
+            Updater(4096, tier, fused).update(buffer, found, records, grad.cuda(), [(0, 4096, hyper)])
+            by_kernel("adamw", planes := [param, lo, *moments], grad, hyper, buffer.codec)
+            assert torch.equal(found.cpu().view(torch.int16), planes[0].view(torch.int16))
+            expected = torch.cat([plane.view(torch.uint8) for plane in planes[1:]])
+            assert torch.equal(records.cpu(), expected)
+    finally:
+        tier.close()
