@@ -16,9 +16,10 @@ import torch
 from offload import _C
 from offload.config import Config, host_total_nbytes
 from offload.errors import ConfigError
+from offload.optim.updater import fused_or_why_not
 from offload.profiling.processor import has_bfloat16_products
 from offload.profiling.stored import profile_path, stored_hardware
-from offload.tiers.device import allocator_hint
+from offload.tiers.device import CudaDevice, allocator_hint
 from offload.tiers.host import HostArena
 from offload.tiers.mounts import mount_of
 from offload.tiers.storage import leftover_stores
@@ -69,8 +70,19 @@ def _examine_gpus() -> list[dict[str, Any]]:
     gpus = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        gpus.append({"name": properties.name, "memory_bytes": properties.total_memory})
+        gpu = {"name": properties.name, "memory_bytes": properties.total_memory}
+        gpus.append({**gpu, "unfused_updates": _why_unfused(index, properties.total_memory)})
     return gpus
+
+
+def _why_unfused(index: int, memory_nbytes: int) -> str | None:
+    """Why AdamW on that GPU is made in torch's operations; None where one kernel makes it."""
+    tier = CudaDevice(torch.device("cuda", index), memory_nbytes)
+    try:
+        fused, why_not = fused_or_why_not(tier)
+    finally:
+        tier.close()
+    return None if fused is not None else why_not
 
 
 def _examine_profile() -> dict[str, Any]:
@@ -192,6 +204,9 @@ def show(found: dict[str, Any], out: TextIO, *, as_json: bool) -> None:
         )
     for gpu in found["gpus"]:
         lines.append(f"GPU          {gpu['name']}, {_gb(gpu['memory_bytes'])}")
+        why = gpu["unfused_updates"]
+        made = "one kernel" if why is None else f"torch's operations, eight times slower: {why}"
+        lines.append(f"             state that stays on it is updated by {made}")
     if found["gpus"] and (hint := allocator_hint(os.environ)) is not None:
         lines.append(f"             {hint}")
     if not found["gpus"]:

@@ -104,20 +104,25 @@ def _records(
 def fused_for(device: DeviceTier) -> Fused | None:
     """The fused AdamW, where the device can run it and it has given the bits of torch's operations just now.
 
-    Where it is missing or refuses, that is said once in the log: an update then takes eight times the memory traffic.
+    Where it is missing or refuses, the log says so: an update then takes eight times the memory traffic.
     """
     if device.torch_device.type != "cuda":
         return None
+    fused, why_not = fused_or_why_not(device)
+    if fused is None:
+        logger.warning("updates on the device are made in torch's operations: %s", why_not)
+    return fused
+
+
+def fused_or_why_not(device: DeviceTier) -> tuple[Fused | None, str]:
+    """The fused AdamW, or what keeps the device from it."""
     try:
         from offload.optim import fused_adamw
 
         right = _same_bits(fused_adamw.update, device)
     except Exception as error:  # no Triton, no compiler, a processor it does not know: whatever it raises
-        logger.warning("updates on the device are made in torch's operations: %s", error)
-        return None
-    if not right:
-        logger.warning("updates on the device are made in torch's operations: Triton gives other bits")
-    return fused_adamw.update if right else None
+        return None, str(error)
+    return (fused_adamw.update, "") if right else (None, "Triton's kernel gives other bits here")
 
 
 def _same_bits(fused: Fused, device: DeviceTier) -> bool:
