@@ -127,11 +127,12 @@ def own_rates(
 def fixed_plan(
     workload: Workload, hardware: Hardware, options: argparse.Namespace, staging_nbytes: int, in_host: float
 ) -> Plan:
-    """Updates in backward, everything recomputed, state in host memory as far as `in_host` says."""
+    """Updates in backward, everything recomputed, state in host memory as far as `in_host` says; none stays on the
+    device, where next to nothing of a whole giant's could."""
     fixed = {
         "update": "backward", "activations": "recompute", "micro_batches": options.batch // options.micro_batch,
         "prefetch_blocks": 1, "grad_buffers": 1, "params_host_fraction": in_host, "states_host_fraction": in_host,
-        "boundary_on_device": True, "inputs": "device",
+        "boundary_on_device": True, "inputs": "device", "states_on_device": 0,
     }  # fmt: skip
     budgets = Budgets(
         int(options.device_memory_gb * 1e9), int(options.host_memory_gb * 1e9),
@@ -160,7 +161,6 @@ def measured(
         host_memory=int(options.host_memory_gb * 1e9),
         storage=[] if options.in_host >= 1 else [storage],
         step_aside="never",
-        states_on_device=0,  # of a whole giant next to nothing could stay
         plan=plan.to_json(),
     )
     engine = model.offload
