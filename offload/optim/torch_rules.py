@@ -162,17 +162,22 @@ def _sgd(views: Views, hyper: Hyper) -> None:
 
 
 def _lion(views: Views, hyper: Hyper) -> None:
-    master, grad, temporary = _master(views), _gradient(views, _grad_scale(hyper)), views.scratch[2]
+    grad, temporary = _gradient(views, _grad_scale(hyper)), views.scratch[2]
     (exp_avg,) = views.moments
     torch.mul(exp_avg, _single(hyper.beta1), out=temporary)
-    below = torch.mul(grad, _single(1.0 - hyper.beta1))
-    temporary.add_(below)
-    below.copy_(temporary).nan_to_num_(nan=0.0, posinf=1.0, neginf=-1.0).sign_()
-    sign = torch.where(temporary.isnan() | (temporary == 0), temporary, below, out=temporary)
-    master.mul_(_single(1.0 - hyper.lr * hyper.weight_decay)).add_(sign.mul_(_single(-hyper.lr)))
+    temporary.add_(torch.mul(grad, _single(1.0 - hyper.beta1), out=views.scratch[0]))
     exp_avg.mul_(_single(hyper.beta2)).add_(grad.mul_(_single(1.0 - hyper.beta2)))
     _canonical(exp_avg)
+    sign, master = _sign(temporary, grad), _master(views)
+    master.mul_(_single(1.0 - hyper.lr * hyper.weight_decay)).add_(sign.mul_(_single(-hyper.lr)))
     _store(views, master)
+
+
+def _sign(values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Zeros keep their sign, and NaN is NaN, which torch's is not. Changes `values`; takes no memory."""
+    target.copy_(values).nan_to_num_(nan=0.0, posinf=1.0, neginf=-1.0).sign_()
+    torch.copysign(target, values, out=target)
+    return target.add_(values.clamp_(-1.0, 1.0).mul_(0.0))
 
 
 UPDATES: dict[str, Callable[[Views, Hyper], None]] = {"adamw": _adamw, "sgd": _sgd, "lion": _lion}

@@ -45,7 +45,8 @@ class Updater:
         """
         for start, n, hyper in segments:
             if self._fused is not None and buffer.rule == ADAMW:
-                self._fused(buffer, plane, records, grads, start, start + n, adamw_scalars(hyper))
+                with torch.cuda.device_of(plane):  # Triton launches on the current one, which may be another
+                    self._fused(buffer, plane, records, grads, start, start + n, adamw_scalars(hyper))
                 continue
             for views in self._views(buffer, plane, records, grads, start, start + n):
                 UPDATES[buffer.rule.name](views, hyper)

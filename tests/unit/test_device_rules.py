@@ -1,15 +1,18 @@
 """The update rules in torch's operations have the bits of the extension's kernels."""
 
+import contextlib
 import itertools
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload import _C
 from offload.model.flat import FlatBuffer
 from offload.optim.torch_rules import UPDATES, Views
 from offload.optim.updater import Updater, fused_for
 from offload.tiers.device import CudaDevice
+from offload.tiers.emulated_device import EmulatedDevice
 from offload.update_rules import ADAMW
 from tests.unit.test_adamw_kernel import start_state, with_specials
 
@@ -84,6 +87,56 @@ def test_torchs_operations_give_the_kernels_bits(rule, settings, special, device
         found = by_torch(rule, (param, lo, *moments), grad, hyper, codec, device)
         for got, wanted in zip(found, expected, strict=True):
             assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
+
+
+@pytest.mark.parametrize(("rule", "settings"), [case for case in CASES if case[0] != "adamw"], ids=str)
+def test_an_update_takes_no_memory(rule, settings):
+    """AdamW does on a CPU alone, whose root is taken in fp64."""
+    state = start_state(4096, torch.float32)
+    master, *moments, grad = state
+    moments = moments[: {"sgd": "momentum" in settings, "lion": 1}[rule]]
+    param, lo = master.to(torch.bfloat16), torch.zeros(4096, dtype=torch.int16)
+    scratch, divisor = tuple(torch.zeros(3, 4096)), torch.zeros(())
+    with Allocations([param, lo, grad, *moments, *scratch, divisor]) as found:
+        UPDATES[rule](
+            Views(param, lo, grad, tuple(moments), scratch, divisor), _C.Hyper(**{**ALIKE, **settings})
+        )
+    assert found.names == []
+
+
+class Allocations(TorchDispatchMode):
+    """Operations whose result is in other memory than that of the `known` tensors."""
+
+    def __init__(self, known):
+        super().__init__()
+        self._known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.untyped_storage().data_ptr() not in self._known:
+            self.names.append(str(function))
+        return result
+
+
+def test_a_fused_kernel_is_launched_with_the_device_of_its_tensors_as_the_current_one(monkeypatch):
+    """Triton launches on the current one, which `device="cuda:1"` does not make it."""
+    current, launched_on = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    tier = EmulatedDevice()
+    buffer = FlatBuffer(torch.float32, True, (), 4096, 0, 0, ADAMW, 4096)
+    plane, records = torch.zeros(4096), torch.zeros(buffer.state_nbytes, dtype=torch.uint8)
+    updater = Updater(4096, tier, lambda *_: launched_on.extend(current))
+    updater.update(buffer, plane, records, torch.zeros(4096), [(0, 4096, _C.Hyper(**ALIKE))])
+    tier.close()
+    assert launched_on == [plane.device]
 
 
 @pytest.mark.gpu
