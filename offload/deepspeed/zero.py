@@ -18,6 +18,7 @@ from torch import nn
 from offload.errors import UsageError
 from offload.model import guarded
 from offload.runtime.engine import OffloadEngine
+from offload.stores.block_store import BlockRecord
 
 logger = logging.getLogger("offload")
 
@@ -64,23 +65,32 @@ class GatheredParameters:
         self._params = [params] if isinstance(params, torch.Tensor) else list(params)
         self._enabled = enabled
         self._before: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._bound: dict[int, BlockRecord] = {}
+        """By id() of a shown parameter: its block, where that was computed with in place when it was shown."""
 
     def __enter__(self) -> None:
         if not self._enabled:
             return
-        for parameter, value in _values(self._params):
+        for parameter, value, block in _values(self._params):
             shown = value.clone()
             self._before.append((parameter, parameter.data, value, shown))
+            if block.is_bound:
+                self._bound[id(parameter)] = block
             guarded.put(parameter, shown)
+        for block in self._bound.values():  # who computes with it meanwhile has to bind it again
+            block.is_bound = False
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         before, self._before = self._before, []
+        bound, self._bound = self._bound, {}
         changed = [tuple(shown.shape) for _, _, value, shown in before if not torch.equal(shown, value)]
         for parameter, data, _, shown in before:
             if parameter.data_ptr() == shown.data_ptr():  # else a forward inside has fetched it
                 guarded.put(parameter, data)
+                if id(parameter) in bound:
+                    bound[id(parameter)].is_bound = True
         if changed and kind is None:
             raise UsageError(
                 f"GatheredParameters: a parameter of shape {changed[0]} was changed after initialize, which is not "
@@ -88,13 +98,13 @@ class GatheredParameters:
             )
 
 
-def _values(params: Iterable[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """(parameter, a copy of its value) of those that live in an engine, each block read once."""
+def _values(params: Iterable[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor, BlockRecord]]:
+    """(parameter, a copy of its value, its block) of those that live in an engine, each block read once."""
     wanted = {id(parameter): parameter for parameter in params}
-    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    found: list[tuple[torch.Tensor, torch.Tensor, BlockRecord]] = []
     for engine in list(_engines):
         owned = {
-            segment.name: segment.parameter
+            segment.name: (segment.parameter, block)
             for block in [engine.root, *engine.blocks]
             for buffer in block.layout.buffers
             for segment in buffer.segments
@@ -103,7 +113,12 @@ def _values(params: Iterable[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Te
         if not owned or engine.closed:
             continue
         for block in engine.iter_blocks():
-            found += [(owned[name], tensor.clone()) for name, tensor in block if name in owned]
+            found += [
+                (parameter, tensor.clone(), record)
+                for name, tensor in block
+                if name in owned
+                for parameter, record in [owned[name]]
+            ]
     return found
 
 

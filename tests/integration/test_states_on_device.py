@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import offload
+from offload.deepspeed import zero
 from offload.errors import BudgetError, ConfigError
 from offload.planner.placement import BlockBytes
 from offload.planner.states_on_device import OnDevice, fill_device, scratch_nbytes
@@ -112,6 +113,26 @@ def test_a_step_without_a_last_backward_uses_what_was_accumulated(device):
             with model.offload.no_sync():
                 model(input_ids=batch, labels=batch).loss.backward()
             optimizer.step()
+        found.append({n: p.cpu().clone() for block in model.offload.iter_blocks() for n, p in block})
+        model.offload.close()
+    assert same(*found)
+
+
+def test_steps_inside_gathered_parameters_compute_with_what_was_updated(device):
+    """Copies are shown of what stays where it is computed with; an update does not change them."""
+    found = []
+    for states in (0, "20MB"):
+        model = build("llama", torch.bfloat16)
+        model, optimizer = offload.wrap(
+            model, two_groups(model), device=device, step_aside="never", states_on_device=states, **MORE_HOST
+        )
+        zero.remember(model.offload)
+        with zero.GatheredParameters(list(model.parameters())):
+            for batch in batches(3):
+                batch = batch.to(model.offload.device)
+                model(input_ids=batch, labels=batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
         found.append({n: p.cpu().clone() for block in model.offload.iter_blocks() for n, p in block})
         model.offload.close()
     assert same(*found)
