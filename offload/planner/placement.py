@@ -122,6 +122,7 @@ def place(
     grads_per_buffer: int = 1,
     device_own_nbytes: int = 0,
     held_max: int | None = None,
+    computes_nbytes: int | None = None,
 ) -> Placement:
     """Fill the tiers with what saves most traffic per byte of memory (DESIGN.md section 5).
 
@@ -131,7 +132,8 @@ def place(
     computes with, unless `prefetch_blocks` asks for more slots. `grads_per_buffer` is how many blocks' gradients a
     gradient buffer holds: 2 where they are not fp32. `device_own_nbytes` of the device's memory are beside
     `device_nbytes`: what its libraries, buffers and scales of quantized weights take. `held_max`: no more updates than
-    these give way to others. Raises BudgetError with the smallest budgets.
+    these give way to others. `computes_nbytes`: what of `device_nbytes` is for what it computes with, where that is not
+    half. Raises BudgetError with the smallest budgets.
     """
     slot = max((b.slot_nbytes for b in blocks), default=0)
     grad = max((b.grad_nbytes for b in blocks), default=0)
@@ -155,7 +157,8 @@ def place(
     )
     spare = device_nbytes - least_device
     if not shares_host and prefetch_blocks is None:
-        spare = max(0, device_nbytes // 2 - least_device)
+        computes = device_nbytes - device_nbytes // 2 if computes_nbytes is None else computes_nbytes
+        spare = max(0, spare - computes)
     wanted = len(blocks) if prefetch_blocks is None else min(len(blocks), prefetch_blocks + 1)
     n_slots, n_grad_buffers = _run_ahead(
         spare,

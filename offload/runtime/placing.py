@@ -105,6 +105,7 @@ def place_run(
                 deferred=config.deferred,
                 prefetch_blocks=config.prefetch_blocks,
                 grads_per_buffer=grads_per_buffer,
+                computes_nbytes=None if asked_nbytes(config, 0) is not None else -(-device_nbytes // 2),
             )
     except BudgetError as error:
         if not stays:

@@ -268,6 +268,21 @@ def test_by_itself_a_device_of_fast_memory_keeps_what_half_of_it_holds_beside_fo
     assert "updated there: the root's state and that of the first" in caplog.text
 
 
+@pytest.mark.parametrize("prefetch_blocks", [None, 5])
+def test_by_itself_it_leaves_half_of_the_device_to_what_computes(monkeypatch, prefetch_blocks):
+    monkeypatch.setattr(EmulatedDevice, "updates_faster", True)
+    model = build("llama", torch.bfloat16, layers=24)
+    model, _ = offload.wrap(
+        model, two_groups(model), device="emulated", step_aside="never", device_memory="10MB", host_memory="30MB",
+        prefetch_blocks=prefetch_blocks,
+    )  # fmt: skip
+    placed = model.offload.placement
+    model.offload.close()
+    assert placed.on_device_blocks > 0
+    assert placed.n_slots >= 3
+    assert placed.device_nbytes <= 5_000_000
+
+
 # ---- planned -------------------------------------------------------------------------------------------------
 
 
