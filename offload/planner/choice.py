@@ -18,8 +18,8 @@ from offload.planner.plan import Budgets, state_format_of
 from offload.planner.points import Chosen, Search
 from offload.planner.space import FIXABLE
 from offload.planner.states_on_device import (
-    STREAMED_BLOCKS_MIN,
     OnDevice,
+    blocks_max,
     blocks_of,
     fill_device,
     streamed_workload,
@@ -66,7 +66,7 @@ def choices(
     may = _may(workload, hardware, budgets, others) and hardware.device_adam_params_per_s is not None
     if asked is None and may:
         for root in (False, True) if workload.root_stored_numel else (False,):
-            for n_blocks in _numbers(len(workload.blocks), root):
+            for n_blocks in _numbers(blocks_max([block.stored_numel for block in workload.blocks]), root):
                 found = of(OnDevice(root, n_blocks))
                 if found is None:
                     break
@@ -74,9 +74,9 @@ def choices(
     return sorted(every, key=lambda choice: choice.chosen.step_s)  # of equals that with less on the device
 
 
-def _numbers(n_blocks: int, root: bool) -> Iterator[int]:
+def _numbers(most: int, root: bool) -> Iterator[int]:
     """Blocks whose state stays: few at first, then half as many more each time."""
-    most, n = n_blocks - STREAMED_BLOCKS_MIN, 0 if root else 1
+    n = 0 if root else 1
     while n < most:
         yield n
         n = max(n + 1, n * 3 // 2)

@@ -49,6 +49,14 @@ def scratch_nbytes(grad_nbytes: int) -> int:
     return SCRATCH_PLANES * min(4 * PIECE_ELEMENTS, grad_nbytes)
 
 
+def blocks_max(grad_nbytes: Sequence[int]) -> int:
+    """How many first blocks may stay. Their gradients pass through the buffers of what is streamed, which are as large
+    as that needs: none stays that is followed by smaller ones alone."""
+    most = max(0, len(grad_nbytes) - STREAMED_BLOCKS_MIN)
+    largest = max(grad_nbytes, default=0)
+    return next((n for n in range(most) if max(grad_nbytes[n + 1 :]) < largest), most)
+
+
 def fill_device(
     blocks: Sequence[BlockBytes], root: BlockBytes, more_nbytes: int, *, keeps_gradients: bool
 ) -> OnDevice:
@@ -60,10 +68,9 @@ def fill_device(
     left = more_nbytes - scratch_nbytes(max(grad, root.grad_nbytes))
     with_root = 0 < root.state_nbytes <= left
     left -= root.state_nbytes if with_root else 0
-    for number, block in enumerate(blocks[: max(0, len(blocks) - STREAMED_BLOCKS_MIN)]):
+    for block in blocks[: blocks_max([b.grad_nbytes for b in blocks])]:
         nbytes = block.slot_nbytes + block.state_nbytes + (block.grad_nbytes if keeps_gradients else 0)
-        rest = max(b.grad_nbytes for b in blocks[number + 1 :])
-        if nbytes > left or rest < grad:  # gradient buffers are for what is streamed
+        if nbytes > left:
             break
         n_blocks, left = n_blocks + 1, left - nbytes
     return OnDevice(with_root, n_blocks)

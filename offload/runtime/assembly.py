@@ -238,7 +238,9 @@ class _Builder:
 
     @property
     def _slot_nbytes(self) -> int:
-        return max((b.slot_nbytes for b in self.bytes_of), default=0)
+        """Of the largest block that is streamed."""
+        streamed = self.bytes_of[self.placement.on_device_blocks :]
+        return max((b.slot_nbytes for b in streamed), default=0)
 
     def make_grad_buffers(self) -> tuple[list[GradBuffer], list[GradBuffer]]:
         nbytes = 4 * max((layout.grad_elements for layout in self.layouts), default=0)

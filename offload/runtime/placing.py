@@ -87,7 +87,8 @@ def place_run(
             "the plan keeps optimizer state in device memory, which this run's device, optimizer, durability or "
             "states_on_device does not allow: plan again"
         )
-    nbytes = stays.nbytes(blocks, root, keeps_gradients=config.deferred)
+    waits = config.deferred or (plan is not None and bool(plan.deferred_blocks))
+    nbytes = stays.nbytes(blocks, root, keeps_gradients=waits)
     rest, rest_root = streamed(blocks, root, stays)
     budgets |= {
         "device_nbytes": device_nbytes - nbytes,

@@ -182,6 +182,23 @@ def test_device_memory_taken_is_what_the_placement_says_and_the_budget_allows(mo
     assert placed.device_nbytes - sum(taken) <= 8 * 4096  # planes in whole pages
 
 
+def test_slots_are_as_large_as_what_is_streamed_needs(monkeypatch):
+    taken, allocate = [], EmulatedDevice.allocate
+    monkeypatch.setattr(
+        EmulatedDevice, "allocate", lambda self, nbytes: (taken.append(nbytes), allocate(self, nbytes))[1]
+    )
+    model = build("llama", torch.bfloat16, layers=5)
+    large = torch.nn.Linear(1000, 1000, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    model.model.layers[0].mlp.large = large
+    model, _ = offload.wrap(
+        model, two_groups(model), device="emulated", step_aside="never", states_on_device="20MB", **MORE_HOST
+    )
+    placed = model.offload.placement
+    model.offload.close()
+    assert placed.on_device_blocks > 0
+    assert sum(taken) <= placed.device_nbytes
+
+
 def test_host_memory_has_no_copy_of_it():
     taken = {}
     for states in (0, "20MB"):
@@ -340,6 +357,29 @@ def test_a_plan_for_such_state_is_refused_where_it_cannot_stay(tmp_path, traced_
         offload.wrap(model, two_groups(model), **settings, plan=plan, states_on_device=0)
     with pytest.raises(ConfigError, match="keeps optimizer state in device memory"):
         offload.wrap(model, two_groups(model), **{**settings, "device": "cpu"}, plan=plan)
+
+
+def test_a_saved_plan_whose_updates_wait_counts_the_gradients_that_stay(tmp_path, monkeypatch, traced_once):
+    taken, allocate = [], EmulatedDevice.allocate
+    monkeypatch.setattr(
+        EmulatedDevice, "allocate", lambda self, nbytes: (taken.append(nbytes), allocate(self, nbytes))[1]
+    )
+    settings = {
+        "chunk_elements": 2048, "device": "emulated", "step_aside": "never", "device_memory": "6MB",
+        "host_memory": "8MB", "storage": [str(tmp_path)],
+    }  # fmt: skip
+    asked = {"batch": (4, 16), "hardware": "laptop-8gb", "states_on_device": "3MB", "update": "deferred"}
+    model = build("llama", layers=6)
+    model, _ = offload.wrap(model, two_groups(model), **settings, **asked)
+    plan, first = model.offload.plan, model.offload.placement
+    model.offload.close()
+    assert plan.on_device_blocks > 0
+    taken.clear()
+    model = build("llama", layers=6)
+    model, _ = offload.wrap(model, two_groups(model), **settings, plan=plan.to_json())
+    again = model.offload.placement
+    model.offload.close()
+    assert sum(taken) <= again.device_nbytes == first.device_nbytes
 
 
 def test_a_plan_after_the_first_step_counts_it(monkeypatch, caplog):

@@ -111,6 +111,14 @@ def test_what_is_asked_for_is_what_stays():
         planned(0.9, fixed={"states_on_device": 0.5})
 
 
+def test_no_block_stays_whose_gradients_need_larger_buffers_than_what_is_streamed():
+    first = replace(WORK.blocks[0], trainable_numel=2 * WORK.blocks[0].trainable_numel)
+    work = replace(WORK, blocks=(first, *WORK.blocks[1:]))
+    assert staying(planned(0.9, work=work)) == (True, 0)
+    last = replace(work, blocks=(*WORK.blocks[1:], first))
+    assert planned(0.9, work=last).on_device_blocks > 0
+
+
 def test_taking_out_what_stays_leaves_the_arithmetic_and_twice_is_as_good_as_once():
     stays = OnDevice(True, 3)
     once = streamed_workload(WORK, SPLIT_MASTER, stays, keeps_gradients=False)
