@@ -120,7 +120,7 @@ def streamed_workload(
     n = stays.n_blocks
     blocks, root = blocks_of(workload, state)
     numel = sum(b.stored_numel for b in workload.blocks[:n]) + workload.root_stored_numel * stays.root
-    if not numel:
+    if not numel and not any(b.frozen_numel for b in workload.blocks[:n]):
         return workload
     found = replace(
         workload,

@@ -10,7 +10,13 @@ from offload.planner.explain import explain
 from offload.planner.plan import SPLIT_MASTER, Budgets, Plan
 from offload.planner.report import plan_lines
 from offload.planner.search import make_plan
-from offload.planner.states_on_device import OnDevice, streamed_by, streamed_workload
+from offload.planner.states_on_device import (
+    OnDevice,
+    blocks_of,
+    scratch_nbytes,
+    streamed_by,
+    streamed_workload,
+)
 from offload.schedule.run import simulate_plan
 from offload.schedule.unroll import unroll
 from offload.update_rules import kernel_rule
@@ -130,6 +136,20 @@ def test_taking_out_what_stays_leaves_the_arithmetic_and_twice_is_as_good_as_onc
     assert once.on_device_nbytes == 12 * once.on_device_numel + gradients + 3 * 4 * largest
     waiting = streamed_workload(WORK, SPLIT_MASTER, stays, keeps_gradients=True)
     assert waiting.on_device_nbytes == once.on_device_nbytes + 4 * kept
+
+
+def test_frozen_blocks_that_stay_without_others_are_counted_and_not_loaded():
+    frozen = replace(WORK.blocks[0], trainable_numel=0, frozen_numel=WORK.blocks[0].trainable_numel)
+    work = replace(WORK, blocks=(frozen, frozen, *WORK.blocks[2:]))
+    blocks, root = blocks_of(work, SPLIT_MASTER)
+    room = 2 * blocks[0].slot_nbytes
+    assert room < root.state_nbytes
+    scratch = scratch_nbytes(max(b.grad_nbytes for b in [*blocks, root]))
+    plan = planned(0.9, work=work, fixed={"states_on_device": room + scratch})
+    assert staying(plan) == (False, 2)
+    assert streamed_by(plan, work).on_device_nbytes == room
+    step = simulate_plan(plan, work, machine(), staging_nbytes=STAGING)
+    assert step.h2d_nbytes == pytest.approx(plan.predicted.bytes["h2d"], rel=1e-6)
 
 
 def test_a_plan_says_so_survives_its_file_and_explains_itself():
