@@ -462,16 +462,13 @@ class OffloadEngine(OpenRun):
         self._scheduler.flush()
 
     def iter_blocks(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        """The parameters as they are computed with, block by block, the root first; valid until the next one."""
+        """The parameters as they are computed with, block by block, the root first; valid until the next one. In host
+        memory, but where nothing is streamed."""
         self.refuse_what_is_not_kept()
         self.flush()
         for block in [self.root, *self.blocks]:
             with self._scheduler.reading(block):
-                yield [
-                    (segment.name, segment.view(block.plane(buffer)))
-                    for buffer in block.layout.buffers
-                    for segment in buffer.segments
-                ]
+                yield block.values()
 
     def close(self, *, remove: bool = False) -> None:
         """Finish what is in flight, drop the hooks and remove the store. The parameters are gone then.

@@ -198,6 +198,13 @@ class BlockRecord:
         start = buffer.plane_offset_nbytes
         return bytes_tensor[start : start + buffer.n_elements * buffer.dtype.itemsize].view(buffer.dtype)
 
+    def values(self) -> list[tuple[str, torch.Tensor]]:
+        """(name, what is in its slot) of every parameter; copies in host memory where the slot stays on the device."""
+        found = [
+            (s.name, s.view(self.plane(buffer))) for buffer in self.layout.buffers for s in buffer.segments
+        ]
+        return [(name, value.to("cpu")) for name, value in found] if self.on_device else found
+
     def bind(self) -> None:
         """Let every parameter's data be its view of the memory that compute reads."""
         self.note_writes()

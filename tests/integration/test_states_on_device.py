@@ -236,6 +236,19 @@ def test_blocks_whose_gradients_need_the_largest_buffers_are_streamed():
     assert fill_device(blocks, BlockBytes(0, (), 0), 10**6, keeps_gradients=False) == OnDevice(False, 1)
 
 
+def test_parameters_are_read_in_host_memory_wherever_they_are(device):
+    """Adapters that stay are merged with weights that are streamed, and GatheredParameters shows host memory."""
+    model = build("llama", torch.bfloat16)
+    model, _ = offload.wrap(
+        model, two_groups(model), device=device, step_aside="never", states_on_device="20MB", **MORE_HOST
+    )
+    assert model.offload.root.on_device
+    assert model.offload.blocks[0].on_device
+    kinds = {p.device.type for block in model.offload.iter_blocks() for _, p in block}
+    model.offload.close()
+    assert kinds == {"cpu"}
+
+
 # ---- what is asked for ---------------------------------------------------------------------------------------
 
 
