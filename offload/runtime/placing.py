@@ -10,7 +10,13 @@ from offload.config import Config, parse_budget
 from offload.errors import BudgetError, ConfigError
 from offload.planner.placement import BlockBytes, Placement, place
 from offload.planner.plan import Plan
-from offload.planner.states_on_device import OnDevice, fill_device, streamed, with_device_states
+from offload.planner.states_on_device import (
+    OnDevice,
+    blocks_max,
+    fill_device,
+    streamed,
+    with_device_states,
+)
 from offload.runtime.planning import placement_of
 from offload.tiers.device import DeviceTier
 from offload.update_rules import UpdateRule
@@ -82,6 +88,12 @@ def place_run(
             stays = _by_budget(config, device, blocks, root, device_nbytes)
         else:
             stays = OnDevice(plan.on_device_root, plan.on_device_blocks)
+            most = blocks_max([b.grad_nbytes for b in blocks])
+            if stays.n_blocks > most:
+                raise ConfigError(
+                    f"the plan keeps the optimizer state of {stays.n_blocks} blocks in device memory, of this model "
+                    f"that of at most {most} can: plan again"
+                )
     elif plan is not None and (plan.on_device_root or plan.on_device_blocks):
         raise ConfigError(
             "the plan keeps optimizer state in device memory, which this run's device, optimizer, durability or "

@@ -363,13 +363,17 @@ def test_a_plan_for_such_state_is_refused_where_it_cannot_stay(tmp_path, traced_
     wrapped, _ = offload.wrap(
         model, two_groups(model), **settings, batch=(4, 16), hardware="laptop-8gb", states_on_device="3MB"
     )
-    plan = wrapped.offload.plan.to_json()
+    made = wrapped.offload.plan
+    plan = made.to_json()
     wrapped.offload.close()
     model = build("llama", layers=6)
     with pytest.raises(ConfigError, match="states_on_device=0 and plan="):
         offload.wrap(model, two_groups(model), **settings, plan=plan, states_on_device=0)
     with pytest.raises(ConfigError, match="keeps optimizer state in device memory"):
         offload.wrap(model, two_groups(model), **{**settings, "device": "cpu"}, plan=plan)
+    too_many = made.model_copy(update={"on_device_blocks": 5}).to_json()
+    with pytest.raises(ConfigError, match="at most 4 can"):
+        offload.wrap(model, two_groups(model), **settings, plan=too_many)
 
 
 def test_a_saved_plan_whose_updates_wait_counts_the_gradients_that_stay(tmp_path, monkeypatch, traced_once):
