@@ -405,10 +405,10 @@ def _fill(builder: _Builder, resources: Resources) -> Assembly:
     streamed = [builder.make_block(i, store, scratch) for i in range(n_on_device, len(builder.layouts))]
     root = builder.make_root(store)
     device.trim()
+    builder.place_root(root)  # what stays of the model is in the memory that it came in until now
     blocks = [*map(builder.make_block_on_device, range(n_on_device)), *streamed]
     device_slots = builder.make_device_slots()
     grad_buffers, out_buffers = builder.make_grad_buffers()
-    builder.place_root(root)
     in_device = InDeviceState(root, device) if builder.all_in_device else None
     if in_device is not None:  # only now has the model gone
         device.trim()

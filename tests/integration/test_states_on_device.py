@@ -182,6 +182,31 @@ def test_device_memory_taken_is_what_the_placement_says_and_the_budget_allows(mo
     assert placed.device_nbytes - sum(taken) <= 8 * 4096  # planes in whole pages
 
 
+@pytest.mark.parametrize("states", ["1200KB", "20MB"])
+def test_a_model_that_is_on_the_device_leaves_as_fast_as_its_memory_is_taken(monkeypatch, states):
+    monkeypatch.setattr(
+        "offload.planner.states_on_device.PIECE_ELEMENTS", 4096
+    )  # little, as of a large model
+    model = build("llama", torch.bfloat16, layers=6, vocab=4096)
+    source = {parameter: parameter.data_ptr() for parameter in model.parameters()}
+    taken, held, allocate = [0], [], EmulatedDevice.allocate
+
+    def noted(self, nbytes):
+        left = sum(p.numel() * p.element_size() for p, address in source.items() if p.data_ptr() == address)
+        taken.append(nbytes)
+        held.append(sum(taken) + left)
+        return allocate(self, nbytes)
+
+    monkeypatch.setattr(EmulatedDevice, "allocate", noted)
+    model, _ = offload.wrap(
+        model, two_groups(model), device="emulated", step_aside="never", states_on_device=states, **MORE_HOST
+    )
+    placed = model.offload.placement
+    model.offload.close()
+    assert placed.on_device_root == (states == "20MB")
+    assert max(held) <= placed.device_nbytes
+
+
 def test_slots_are_as_large_as_what_is_streamed_needs(monkeypatch):
     taken, allocate = [], EmulatedDevice.allocate
     monkeypatch.setattr(
