@@ -99,7 +99,7 @@ class Workload:
 
     on_device_numel: int = 0
     on_device_nbytes: int = 0
-    """What has been taken out of it (`on_device.streamed_workload`): parameters whose optimizer state stays in device
+    """What `states_on_device.streamed_workload` has taken out of it: parameters whose optimizer state stays in device
     memory, and what that takes there."""
 
     root_early_numel: int = 0

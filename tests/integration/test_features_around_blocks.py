@@ -30,9 +30,8 @@ class Checkpointed(Dropping):
         return torch.tanh(self.norm(self.drop(x)) * torch.sigmoid(x))
 
     def forward(self, x):
-        return x + torch.tanh(
-            checkpoint(self.part, torch.relu(self.mix(x)) * 2, use_reentrant=self.reentrant)
-        )
+        inner = torch.relu(self.mix(x)) * 2
+        return x + torch.tanh(checkpoint(self.part, inner, use_reentrant=self.reentrant))
 
 
 class CheckpointedWithoutReentry(Checkpointed):
