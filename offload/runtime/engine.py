@@ -20,18 +20,18 @@ from offload.model.blocks import cut as cut_model
 from offload.model.flat import FlatBuffer
 from offload.model.on_device import move_what_stays
 from offload.model.quantized import prepare_quantized
+from offload.recompute.block_function import run_block
+from offload.recompute.forward_state import states_of
+from offload.recompute.recipe import Recipe
 from offload.runtime import hooks, taken_gradients, wiring
 from offload.runtime.assembly import Assembly, assemble
-from offload.runtime.block_function import run_block
 from offload.runtime.chosen_device import steps_aside
 from offload.runtime.early_root import EarlyRoot
-from offload.runtime.forward_state import states_of
 from offload.runtime.gradient_norms import GradientNorms
 from offload.runtime.late_plan import LatePlan, is_open
 from offload.runtime.open_run import CLOSED, OpenRun
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.planning import NoPlan, RunPlan
-from offload.runtime.recipe import Recipe
 from offload.runtime.recording import computing, named, recording
 from offload.runtime.resident import place_adapters
 from offload.runtime.saves import SavesBeside

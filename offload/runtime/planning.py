@@ -29,7 +29,7 @@ from offload.planner.plan import INPUT, Budgets, Plan, state_format_of
 from offload.planner.workload import Workload
 from offload.profiling.stored import stored_hardware
 from offload.profiling.workload import profile_model
-from offload.runtime.recipe import Recipe
+from offload.recompute.recipe import Recipe
 from offload.schedule.fastest import make_simulated_plan
 from offload.stores.activations import Tier
 from offload.tiers.storage import free_nbytes

@@ -141,7 +141,7 @@ class BlockRecord:
     sides: Sides | None = None
     """Both sets of extents, where every step is durable (stores/sides.py)."""
     recipes: dict[Any, Any] = field(default_factory=dict)
-    """How to recompute it, by the shapes of its inputs (runtime/recompute.py)."""
+    """How to recompute it, by the shapes of its inputs (recompute/by_recipe.py)."""
     _holes: list[tuple[torch.nn.Parameter, torch.Tensor]] = field(default_factory=list)
     """What the parameters' data are while they are nowhere to be computed with."""
     _views: list[tuple[torch.nn.Parameter, torch.Tensor]] = field(default_factory=list)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from offload.runtime import recompute
+from offload.recompute import by_recipe
 from tests.cuda import CUDA, ready
 from tests.integration.command_line import make_workplace
 
@@ -24,9 +24,9 @@ def device(request, monkeypatch):
 @pytest.fixture
 def poison(monkeypatch):
     """What recomputation skips gives NaN, so that a wrong reader is seen."""
-    make = recompute.unread
+    make = by_recipe.unread
     monkeypatch.setattr(
-        recompute,
+        by_recipe,
         "unread",
         lambda made: make(made).fill_(float("nan") if made.dtype.is_floating_point else 77),
     )

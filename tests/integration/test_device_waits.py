@@ -11,8 +11,8 @@ from torch import nn
 
 import offload
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
+from offload.recompute.first_results import Samples
 from offload.runtime.device_residency import CopiedResidency
-from offload.runtime.first_results import Samples
 from offload.stores.activations import ActivationStore
 from offload.tiers.device import PAST
 from offload.tiers.emulated_device import EmulatedDevice

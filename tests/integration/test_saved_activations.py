@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import offload
-from offload.runtime import recompute
+from offload.recompute import by_recipe
 from tests.conftest import slow_but
 from tests.cuda import CUDA
 from tests.integration.test_exactness import (
@@ -201,9 +201,9 @@ def test_awkward_blocks_have_the_bits_of_a_graph_kept_whole(tmp_path, block, tie
 @pytest.fixture
 def seen(monkeypatch):
     """Operations that recomputation has looked at."""
-    found, look = [], recompute.Replayer._next
+    found, look = [], by_recipe.Replayer._next
     monkeypatch.setattr(
-        recompute.Replayer, "_next", lambda self, func: (found.append(func), look(self, func))[1]
+        by_recipe.Replayer, "_next", lambda self, func: (found.append(func), look(self, func))[1]
     )
     return found
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from offload.recompute.by_recipe import Keeper, Replayer
+from offload.recompute.recipe import Recorder
 from offload.runtime.planning import _of_one_size
-from offload.runtime.recipe import Recorder
-from offload.runtime.recompute import Keeper, Replayer
 
 aten = torch.ops.aten
 BATCH, HEADS, TOKENS, WIDTH = 2, 4, 64, 32

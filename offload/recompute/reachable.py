@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from offload.errors import UsageError
-from offload.runtime.generators import is_generator
+from offload.recompute.generators import is_generator
 
 logger = logging.getLogger("offload")
 

@@ -20,14 +20,14 @@ from torch.utils import _pytree as pytree
 
 from offload.errors import UsageError
 from offload.model import captured, microbatch, opaque
-from offload.runtime import block_inputs, surroundings, unseen
-from offload.runtime.block_inputs import Versions
-from offload.runtime.first_results import Samples
-from offload.runtime.forward_state import ForwardState, Now, Seen
-from offload.runtime.generators import global_states, put_global_states
-from offload.runtime.kept_graph import saved_by_reference
-from offload.runtime.recipe import SMALL_NBYTES, Recipe, Recorder
-from offload.runtime.recompute import Departed, Keeper, Replayer, following, recording
+from offload.recompute import block_inputs, surroundings, unseen
+from offload.recompute.block_inputs import Versions
+from offload.recompute.by_recipe import Departed, Keeper, Replayer, following, recording
+from offload.recompute.first_results import Samples
+from offload.recompute.forward_state import ForwardState, Now, Seen
+from offload.recompute.generators import global_states, put_global_states
+from offload.recompute.kept_graph import saved_by_reference
+from offload.recompute.recipe import SMALL_NBYTES, Recipe, Recorder
 from offload.stores.activations import Activation, ActivationStore, Tier
 from offload.stores.block_store import BlockRecord
 
@@ -356,7 +356,7 @@ def _put_away(call: Call, tensors: list[torch.Tensor], tier: Tier) -> list[Activ
 def _recompute(
     call: Call, micro: list[Any], number: int, outside: list[Any], now: Now | None
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The block's graph again, from its inputs and what was kept. See [Note: recipe] in recompute.py."""
+    """The block's graph again, from its inputs and what was kept. See [Note: recipe] in recipe.py."""
     signature = _signature(call, micro)
     recipe = call.block.recipes.get(signature)
     store = call.runner.activations

@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
-from offload.runtime import hooks
+from offload.recompute.module_hooks import numbers_of
 
 _C: Any = torch._C
 
@@ -107,7 +107,7 @@ def now(modules: Sequence[nn.Module], device: torch.device) -> Surroundings:
             for kind in dict.fromkeys(("cpu", device.type))
         ),
         tuple(get() for get, _ in _SETTINGS),
-        hooks.numbers_of(modules),
+        numbers_of(modules),
         tuple(mode.device for mode in modes if isinstance(mode, DeviceContext)),
     )
 

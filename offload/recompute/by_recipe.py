@@ -17,9 +17,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from offload.runtime import hooks
-from offload.runtime.recipe import UNCOUNTED, Entry, Recipe, Recorder, TensorMade
-from offload.runtime.unseen import Watcher
+from offload.recompute.module_hooks import before_submodules
+from offload.recompute.recipe import UNCOUNTED, Entry, Recipe, Recorder, TensorMade
+from offload.recompute.unseen import Watcher
 
 _SUMS = "compute_log_sumexp"
 
@@ -57,7 +57,7 @@ def recording(recorder: Recorder, block: nn.Module | None) -> Iterator[None]:
     with (
         recorder,
         Watcher(recorder.cannot),
-        hooks.before_submodules(within, recorder.entered),
+        before_submodules(within, recorder.entered),
         torch.autograd.graph.saved_tensors_hooks(recorder.save, lambda tensor: tensor),
     ):
         yield
@@ -80,7 +80,7 @@ def following(mode: _Follower, block: nn.Module | None) -> Iterator[None]:
             if n_entered == entry.nth and torch._C._len_torch_dispatch_stack() == depth:
                 stack.enter_context(mode)
 
-        with hooks.before_submodules({entry.module: block.get_submodule(entry.module)}, entered):
+        with before_submodules({entry.module: block.get_submodule(entry.module)}, entered):
             yield
 
 

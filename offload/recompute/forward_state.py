@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from offload.errors import UsageError
-from offload.runtime.generators import put_state, state_of
-from offload.runtime.hooks import hooks_of_all_modules
-from offload.runtime.own_parameters import OwnParameters
-from offload.runtime.reachable import Content, Named, Walk, is_leaf, look
+from offload.recompute.generators import put_state, state_of
+from offload.recompute.module_hooks import hooks_of_all_modules
+from offload.recompute.own_parameters import OwnParameters
+from offload.recompute.reachable import Content, Named, Walk, is_leaf, look
 
 LARGE_NBYTES = 64 << 20
 """Larger tensors are copied only where they are registered as buffers."""
