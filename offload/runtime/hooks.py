@@ -1,4 +1,4 @@
-"""The only file that touches nn.Module and autograd hooks. Hooks decide nothing; they call one engine method."""
+"""The engine's hooks on nn.Module and autograd: they decide nothing, and call one method of it."""
 
 from __future__ import annotations
 
