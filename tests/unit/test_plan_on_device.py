@@ -18,7 +18,7 @@ from offload.planner.states_on_device import (
     streamed_workload,
 )
 from offload.schedule.run import simulate_plan
-from offload.schedule.unroll import unroll
+from offload.schedule.unroll import Unroller, unroll
 from offload.update_rules import kernel_rule
 from tests.planning import STAGING, gpt, small_machine
 
@@ -83,6 +83,17 @@ def test_what_stays_is_neither_loaded_nor_updated_by_the_cpu():
     made = [o.fixed_s for o in operations if (o.kind, o.lane) == ("update", "compute")]
     assert sum(made) == pytest.approx(1.0)
     assert len(made) == plan.on_device_blocks + plan.on_device_root
+
+
+@pytest.mark.parametrize("share", [0.6, 0.9])
+def test_what_stays_takes_no_slot_and_leaves_none(share):
+    plan = planned(share)
+    assert plan.on_device_blocks > 0
+    listing = Unroller(plan, WORK, shares_host=False, launch_overhead_s=0.0)
+    for _ in range(3):
+        listing.run_step()
+        assert len(listing.free_slots) == plan.n_slots
+        assert listing.resident == set()
 
 
 def test_memory_of_unknown_speed_is_not_planned_with_and_slow_memory_has_less():
