@@ -486,9 +486,9 @@ def main() -> None:
     try:
         rows = Rows(options, "gpu_train", storage, device)
         placements = options.placements.split(",")
-        todo = [(case, placements_of(case, placements)) for case in cases(options, device, storage)]
-        clock = Clock(options, sum(len(wanted) for _, wanted in todo), gpu_common.process_age_s())
-        for case, wanted in todo:
+        sizes = [(case, placements_of(case, placements)) for case in cases(options, device, storage)]
+        clock = Clock(options, sum(len(wanted) for _, wanted in sizes), gpu_common.process_age_s())
+        for case, wanted in sizes:
             rows_of(case, wanted, rows, clock)
     finally:
         shutil.rmtree(storage, ignore_errors=True)

@@ -24,7 +24,6 @@ class Updater:
     """Owns what updates need in between: `scratch_nbytes` of device memory, for buffers of at most `n_elements`."""
 
     def __init__(self, n_elements: int, device: DeviceTier, fused: Fused | None = None) -> None:
-        self._device = device
         scratch = device.allocate(scratch_nbytes(4 * n_elements)).view(torch.float32)
         self._scratch = scratch.view(SCRATCH_PLANES, -1)
         self._piece_elements = self._scratch.shape[1]

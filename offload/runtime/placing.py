@@ -14,6 +14,7 @@ from offload.planner.states_on_device import (
     OnDevice,
     blocks_max,
     fill_device,
+    of_plan,
     streamed,
     with_device_states,
 )
@@ -36,9 +37,10 @@ def may_stay(config: Config, device: DeviceTier, rule: UpdateRule) -> bool:
         reason = "durability='step' keeps every step on storage"
     elif not rule.made_on_device:
         reason = f"a device updates with AdamW, Adam, SGD and Lion on fp32 moments, this optimizer is {rule.described}"
+    asked = asked_nbytes(config, 1 << 62)
     if reason is None:
-        return config.states_on_device == "auto" or parse_budget(config.states_on_device, 1 << 62) > 0
-    if config.states_on_device != "auto" and parse_budget(config.states_on_device, 1 << 62) > 0:
+        return asked is None or asked > 0
+    if asked:
         raise ConfigError(f"states_on_device={config.states_on_device!r}: {reason}; leave it at 'auto'")
     return False
 
@@ -87,14 +89,14 @@ def place_run(
         if plan is None:
             stays = _by_budget(config, device, blocks, root, device_nbytes)
         else:
-            stays = OnDevice(plan.on_device_root, plan.on_device_blocks)
+            stays = of_plan(plan)
             most = blocks_max([b.grad_nbytes for b in blocks])
             if stays.n_blocks > most:
                 raise ConfigError(
                     f"the plan keeps the optimizer state of {stays.n_blocks} blocks in device memory, of this model "
                     f"that of at most {most} can: plan again"
                 )
-    elif plan is not None and (plan.on_device_root or plan.on_device_blocks):
+    elif plan is not None and of_plan(plan):
         raise ConfigError(
             "the plan keeps optimizer state in device memory, which this run's device, optimizer, durability or "
             "states_on_device does not allow: plan again"
