@@ -21,7 +21,37 @@ bool has_planes_of_rule(const UpdateJob& job) {
   return job.rule == Rule::callback || n <= 1;
 }
 
+// Both lists in their own order, the longer of them among the shorter one evenly; where they are level `first` leads.
+std::vector<ChunkToMove> mixed(const std::vector<ChunkToMove>& first, const std::vector<ChunkToMove>& second) {
+  std::vector<ChunkToMove> both;
+  std::size_t i = 0, j = 0;
+  while (i < first.size() || j < second.size()) {
+    const bool leads = i * second.size() <= j * first.size();
+    both.push_back(j == second.size() || (i < first.size() && leads) ? first[i++] : second[j++]);
+  }
+  return both;
+}
+
 }  // namespace
+
+std::vector<ChunkToMove> chunks_of(const UpdateJob& job, std::size_t chunk_elements) {
+  std::vector<ChunkToMove> stored, in_memory;
+  auto segment = job.segments.begin();
+  const auto wanted = [&job](std::size_t start) {
+    return job.only.empty() || std::any_of(job.only.begin(), job.only.end(), [start](const auto& range) {
+             return range.first <= start && start < range.second;
+           });
+  };
+  for (std::size_t start = 0; start < job.n_elements; start += chunk_elements) {
+    if (!wanted(start)) continue;
+    while (segment != job.segments.end() && segment->start + segment->n <= start) ++segment;
+    const bool touched = segment != job.segments.end() && segment->start < start + chunk_elements;
+    const bool idle = !touched && job.state_out_offset < 0;
+    const std::size_t index = start / chunk_elements;
+    if (!idle || job.read_param) (index < job.host_chunks ? in_memory : stored).push_back({index, idle});
+  }
+  return mixed(stored, in_memory);
+}
 
 void check(const UpdateJob& job, std::size_t chunk_elements, std::size_t record_nbytes_per_element, bool has_engine) {
   OFFLOAD_CHECK(job.n_elements > 0 && job.n_elements % kPlaneElements == 0, "n_elements must be a multiple of 2048");

@@ -71,6 +71,17 @@ struct UpdateJob {
   std::size_t record_nbytes(std::size_t n) const { return optim::record_nbytes(codec, planes, n); }
 };
 
+struct ChunkToMove {
+  std::size_t index;
+  bool idle;  // no segment touches it
+};
+
+// The chunks that a job has to move, in the order of the update: those whose state is on storage evenly among those
+// whose state is in host memory, so that the drive reads and writes while the others are computed. One without
+// gradients keeps its state untouched, and is only read where the parameters have to come in anyway; where the job
+// writes to another place, every chunk goes there.
+std::vector<ChunkToMove> chunks_of(const UpdateJob& job, std::size_t chunk_elements);
+
 // Throws std::invalid_argument, and says why, for a job that a pipeline cannot run whose chunk buffers have room for a
 // record of so many bytes an element; without an engine nothing may be on storage.
 void check(const UpdateJob& job, std::size_t chunk_elements, std::size_t record_nbytes_per_element, bool has_engine);

@@ -64,31 +64,11 @@ UpdatePipeline::UpdatePipeline(std::shared_ptr<io::Engine> engine, std::size_t c
 
 UpdatePipeline::~UpdatePipeline() { close(); }
 
-// The chunks that a job has to move, in order. One without gradients keeps its state untouched, and is only read where
-// the parameters have to come in anyway; where the job writes to another place, every chunk goes there.
-std::vector<UpdatePipeline::Part> UpdatePipeline::chunks_of(const UpdateJob& job) const {
-  std::vector<Part> parts;
-  auto segment = job.segments.begin();
-  const auto wanted = [&job](std::size_t start) {
-    return job.only.empty() || std::any_of(job.only.begin(), job.only.end(), [start](const auto& range) {
-             return range.first <= start && start < range.second;
-           });
-  };
-  for (std::size_t start = 0; start < job.n_elements; start += chunk_elements_) {
-    if (!wanted(start)) continue;
-    while (segment != job.segments.end() && segment->start + segment->n <= start) ++segment;
-    const bool touched = segment != job.segments.end() && segment->start < start + chunk_elements_;
-    const bool idle = !touched && job.state_out_offset < 0;
-    if (!idle || job.read_param) parts.push_back({start / chunk_elements_, idle});
-  }
-  return parts;
-}
-
 std::shared_ptr<io::Ticket> UpdatePipeline::submit(UpdateJob job) {
   refuse_forked(owner_pid_);
   check(job, chunk_elements_, record_nbytes_per_element_, engine_ != nullptr);
   auto state = std::make_shared<JobState>();
-  state->chunks = chunks_of(job);
+  state->chunks = chunks_of(job, chunk_elements_);
   state->unfinished = state->chunks.size();
   state->ticket = std::make_shared<io::Ticket>(1);
   if (state->chunks.empty()) {
@@ -186,7 +166,7 @@ void UpdatePipeline::take_next_chunk() {
   const auto chosen = choose_job();
   auto chunk = std::make_shared<Chunk>();
   chunk->job = *chosen;
-  const Part& part = chunk->job->chunks[chunk->job->next];
+  const ChunkToMove& part = chunk->job->chunks[chunk->job->next];
   chunk->index = part.index;
   chunk->idle = part.idle;
   const UpdateJob& job = chunk->job->job;

@@ -63,13 +63,9 @@ class UpdatePipeline {
   std::vector<ChunkSpan> take_spans();
 
  private:
-  struct Part {
-    std::size_t index;  // of the chunk
-    bool idle;          // no segment touches it
-  };
   struct JobState {
     UpdateJob job;
-    std::vector<Part> chunks;
+    std::vector<ChunkToMove> chunks;
     std::size_t next = 0;  // of the chunks, to take
     std::size_t unfinished = 0;
     std::vector<Scalars> scalars;  // of each segment
@@ -95,7 +91,6 @@ class UpdatePipeline {
   };
   using ChunkPtr = std::shared_ptr<Chunk>;
 
-  std::vector<Part> chunks_of(const UpdateJob& job) const;
   void reorder();
   std::deque<std::shared_ptr<JobState>>::iterator choose_job();
   void take_next_chunk();

@@ -446,9 +446,11 @@ class CostModel:
 
     def _one_update_s(self, load: Load) -> Any:
         """One block's update from its gradients to its new parameters. The next forward waits for that of the block
-        which backward leaves last; with deferred updates the first block waits for its own."""
+        which backward leaves last, and whose state host memory takes before others'; with deferred updates the first
+        block waits for its own."""
         n_blocks = self.n_streamed
-        states = (sum(self.state_nbytes) - load.states_host_nbytes) / n_blocks
+        first_nbytes = next((nbytes for nbytes in self.state_nbytes if nbytes), 0)
+        states = np.maximum(0.0, first_nbytes - load.states_host_nbytes)
         read_s: Any = 0.0
         if self.rates.storage is not None:
             read_s = states / self.rates.storage.read

@@ -284,10 +284,27 @@ def fill_host(
             if block.grad_nbytes <= left:
                 grads_in_host[i] = True
                 left -= block.grad_nbytes
-    for i, block in [(len(blocks), root), *enumerate(blocks)]:  # nothing hides the root's update
-        for chunk_nbytes in block.state_chunk_nbytes:
-            if chunk_nbytes > left:
-                break
-            host_chunks[i] += 1
-            left -= chunk_nbytes
+    for i, chunk_nbytes in state_order([*(b.state_chunk_nbytes for b in blocks), root.state_chunk_nbytes]):
+        if chunk_nbytes > left:
+            break
+        host_chunks[i] += 1
+        left -= chunk_nbytes
     return params_in_host, grads_in_host, host_chunks, left
+
+
+def state_order(chunk_nbytes: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Chunks of optimizer state, of each block and of the root at last, in the order in which host memory takes them:
+    (whose, bytes). The root's, whose update nothing hides; those of the first block that has any, whose gradients come
+    last and which forward needs first; then the same share of every other, so that storage has work for the whole of
+    backward, while the CPU updates what is in host memory."""
+    *blocks, root = chunk_nbytes
+    first = next((i for i, block in enumerate(blocks) if sum(block)), -1)
+    rest = sorted(
+        ((k + 1) / len(block), i, k)
+        for i, block in enumerate(blocks)
+        if i != first
+        for k in range(len(block))
+    )
+    order = [(len(blocks), nbytes) for nbytes in root]
+    order += [(first, nbytes) for nbytes in (blocks[first] if first >= 0 else ())]
+    return order + [(i, blocks[i][k]) for _, i, k in rest]

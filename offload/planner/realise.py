@@ -7,10 +7,9 @@ import numpy as np
 from offload.planner.activations import spread, spread_order
 from offload.planner.cost_model import Cost, CostModel, Load
 from offload.planner.memory import activation_staging_nbytes, samples_of_micro_batch
-from offload.planner.placement import BlockBytes, fill_host
 from offload.planner.plan import INPUT, Budgets, Outcome, Plan, Prediction
 from offload.planner.points import Chosen, Search
-from offload.planner.tables import Needs, chunk_rows, waiting_in_host
+from offload.planner.tables import Needs, state_pieces, waiting_in_host
 
 
 def plan_of(search: Search, chosen: Chosen, budgets: Budgets) -> Plan:
@@ -62,32 +61,18 @@ def _held_blocks(search: Search, load: Load, states_in_host: tuple[float, ...]) 
 
 
 def _placed(search: Search, load: Load) -> tuple[tuple[bool, ...], tuple[float, ...]]:
-    """Which block's parameters and how much of whose state: `placement.fill_host` over the bytes set aside for them."""
-    model = search.model
-    nothing = BlockBytes(0, (), 0)
-    order = spread_order(len(search.workload.blocks))
+    """Which block's parameters and how much of whose state, in the bytes of host memory set aside for each."""
+    model, order = search.model, spread_order(len(search.workload.blocks))
+    params_in_host, left = [False] * len(order), int(load.params_host_nbytes)
+    for block in order:
+        params_in_host[block] = model.slot_nbytes[block] <= left
+        left -= model.slot_nbytes[block] * params_in_host[block]
     root = model.format.state_of(search.workload.root_stored_numel)
-    rows = chunk_rows(model.state_nbytes, root)
-    params, *_ = fill_host(
-        [BlockBytes(model.slot_nbytes[i], (), 0) for i in order], nothing, int(load.params_host_nbytes), False
-    )
-    _, _, chunks, _ = fill_host(
-        [BlockBytes(0, row, 0) for row in rows],
-        nothing,
-        int(load.states_host_nbytes + load.root_states_host_nbytes),
-        False,
-    )
-    params_in_host = [False] * len(order)
-    for block, inside in zip(order, params, strict=True):
-        params_in_host[block] = inside
-    held = [0] * (len(order) + 1)
-    for number, row in enumerate(rows):
-        count = chunks[number]
-        if number == 0:
-            held[-1] = sum(row[:count])
-            continue
-        for block in range(count):
-            held[block] += row[block]
+    held, left = [0] * (len(order) + 1), int(load.states_host_nbytes + load.root_states_host_nbytes)
+    for whose, nbytes in state_pieces(model.state_nbytes, root):
+        if nbytes > left:
+            break
+        held[whose], left = held[whose] + nbytes, left - nbytes
     fractions = [
         nbytes / whole if whole else 1.0
         for nbytes, whole in zip(held, [*model.state_nbytes, root], strict=True)

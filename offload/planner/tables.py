@@ -26,7 +26,7 @@ from offload.planner.memory import (
     read_ahead_nbytes,
     samples_of_micro_batch,
 )
-from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
+from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN, state_order
 from offload.planner.plan import INPUT, Budgets
 from offload.planner.space import Space
 from offload.types import PAGE_NBYTES
@@ -96,9 +96,8 @@ class Tables:
         )
         """[parameters]: blocks whose parameters live in host memory."""
         self.root_states = model.format.state_of(workload.root_stored_numel)
-        rows = chunk_rows(model.state_nbytes, self.root_states)
-        chunks = [chunk for row in rows for chunk in row]
-        self.states_cum = np.concatenate(([0], np.cumsum(chunks))).astype(np.float64)
+        pieces = [nbytes for _, nbytes in state_pieces(model.state_nbytes, self.root_states)]
+        self.states_cum = np.concatenate(([0], np.cumsum(pieces))).astype(np.float64)
 
     def device_nbytes(self, shape: Shape) -> int:
         """Device memory before anything is kept there by choice."""
@@ -319,13 +318,13 @@ def waiting_in_host(deferred: list[int], fraction: float) -> list[int]:
     return [deferred[i] for i in spread(len(deferred), int(fraction * len(deferred) + 1e-9))]
 
 
-def chunk_rows(block_nbytes: Sequence[int], root_nbytes: int) -> list[tuple[int, ...]]:
-    """Optimizer state as pieces that host memory takes or leaves, in that order: the root's, whose update nothing
-    hides, first piece of every block, second piece of every block, ... So every block's update moves the same share of
-    its state."""
+def state_pieces(block_nbytes: Sequence[int], root_nbytes: int) -> list[tuple[int, int]]:
+    """Optimizer state as pieces that host memory takes or leaves, in that order (`placement.state_order`): whose (the
+    root's comes after the last block's), and bytes."""
     numbers = range(STATE_CHUNKS_PER_BLOCK)
-    root = tuple(_chunk(root_nbytes, number) for number in numbers)
-    return [root, *(tuple(_chunk(nbytes, number) for nbytes in block_nbytes) for number in numbers)]
+    return state_order(
+        [[_chunk(nbytes, number) for number in numbers] for nbytes in (*block_nbytes, root_nbytes)]
+    )
 
 
 def _chunk(nbytes: int, number: int) -> int:

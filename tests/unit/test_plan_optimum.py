@@ -81,7 +81,7 @@ def oracle_step_s(
     once = shape.micro_batches == 1 and not deferred
     width = 2 if once else 4
     one_update = width * numel / machine.d2h_bytes_per_s + max(
-        states / n / (len(machine.drives) * 6.5e8), numel / machine.adam_params_per_s
+        max(0, 10 * numel - states_host) / (len(machine.drives) * 6.5e8), numel / machine.adam_params_per_s
     )
     late = 1 if deferred else 0
     swapped = (n_host + n_swapped) * unit
