@@ -88,10 +88,7 @@ def _write_chunk(
     new_param, new_record = _encoded(buffer, values, record)
     if not on_sides(engine) and torch.equal(param, new_param) and torch.equal(record, new_record):
         return
-    in_device, store = engine.parts.in_device, engine.parts.resources.store
-    if in_device is not None and buffer.trainable:
-        in_device.set_chunk(position, chunk.start, new_param, new_record)
-        return
+    store = engine.parts.resources.store
     fill(param_piece(block, buffer, chunk), _aligned(new_param), store)
     if buffer.trainable:
         fill(state_piece(block, position, chunk), _aligned(new_record), store)

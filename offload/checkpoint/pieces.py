@@ -12,19 +12,11 @@ def on_sides(engine: OffloadEngine) -> bool:
     return engine.commits is not None and engine.commits.started
 
 
-def is_made(engine: OffloadEngine, block: BlockRecord, position: int) -> bool:
-    """Whether a buffer's chunks have to be made first, from what a device keeps in its own form."""
-    return engine.parts.in_device is not None and block.layout.buffers[position].trainable
-
-
 def pieces_of(
     engine: OffloadEngine, block: BlockRecord, position: int, chunk: Chunk
 ) -> tuple[Piece, Piece | None]:
-    """Where the chunk's parameters and (of trainable ones) its record are; in memory, where they must be made first."""
-    buffer, in_device = block.layout.buffers[position], engine.parts.in_device
-    if in_device is not None and is_made(engine, block, position):
-        param, record = in_device.chunk_of(position, chunk.start, chunk.n)
-        return Piece(param.numel(), memory=param), Piece(record.numel(), memory=record)
+    """Where the chunk's parameters and (of trainable ones) its record are."""
+    buffer = block.layout.buffers[position]
     if block.sides is not None and on_sides(engine):
         return side_pieces(block, block.sides, position, chunk)
     state = state_piece(block, position, chunk) if buffer.trainable else None

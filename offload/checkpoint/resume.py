@@ -120,10 +120,6 @@ class _Filler:
                     param,
                     record,
                 )
-        in_device = self._engine.parts.in_device
-        if in_device is not None and buffer.trainable:
-            in_device.set_chunk(position, chunk.start, param, record)
-            return
         store = self._engine.parts.resources.store
         fill(param_piece(block, buffer, chunk), param_whole, store)
         if buffer.trainable:

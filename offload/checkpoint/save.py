@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from torch import nn
 from offload.checkpoint.beside import SaveBeside
 from offload.checkpoint.copying import Item, StreamingCopy, share
 from offload.checkpoint.directory import EXTENTS_FILE, MANIFEST_FILE, NewCheckpoint, locked
-from offload.checkpoint.pieces import is_made, on_sides, pieces_of
+from offload.checkpoint.pieces import on_sides, pieces_of
 from offload.errors import ConfigError, StoreError, UsageError
 from offload.model.flat import FlatBuffer
 from offload.runtime.engine import OffloadEngine
@@ -243,22 +242,11 @@ class _Save:
         try:
             store = engine.parts.resources.store
             self._source = None if store is None else store.engine
-            items = [
-                i
-                for saved in self._saved
-                if not is_made(engine, saved.block, saved.position)
-                for i in _items(engine, saved)
-            ]
+            items = [item for saved in self._saved for item in _items(engine, saved)]
             self.items = self._file.share(items, [] if store is None else store.paths)
         except BaseException:
             self.abandon()
             raise
-
-    def made(self) -> Iterator[Item]:
-        """What is in the device's own form, and made into chunks one at a time."""
-        for saved in self._saved:
-            if is_made(self._engine, saved.block, saved.position):
-                yield from _items(self._engine, saved)
 
     @property
     def path(self) -> str:
@@ -312,7 +300,7 @@ def _copy_now(engine: OffloadEngine, save: _Save) -> None:
     """Through the update pipeline's chunk buffers, which nobody uses between two steps."""
     copy = save.copy(_ring(engine.parts.resources.staging, engine.config.chunk_buffers))
     try:
-        for item in itertools.chain(save.made(), save.items):
+        for item in save.items:
             copy.add(item)
         copy.finish()
     except BaseException:
@@ -329,17 +317,10 @@ def _piece_nbytes(buffer: FlatBuffer, chunk_elements: int) -> int:
 
 
 def _copy_beside(engine: OffloadEngine, save: _Save) -> None:
-    """Through two pieces of host memory beside the budget; what an update in device memory changes is taken at once."""
+    """Through two pieces of host memory beside the budget."""
     buffers = [b for block in [engine.root, *engine.blocks] for b in block.layout.buffers]
     piece_nbytes = max(_piece_nbytes(b, engine.config.chunk_elements) for b in buffers)
     copy = save.copy(_ring(HostArena(2 * piece_nbytes).bytes_tensor, 2))
-    try:
-        for item in save.made():
-            copy.add(item)
-        copy.finish_reads()
-    except BaseException:
-        save.abandon()
-        raise
     order = (
         [engine.root, *engine.blocks] if engine.config.deferred else [*reversed(engine.blocks), engine.root]
     )

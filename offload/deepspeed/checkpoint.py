@@ -112,12 +112,7 @@ def _zero_moments(engine: OffloadEngine, block: BlockRecord, position: int, chun
     """A record is `lo` and then the moments."""
     buffer = block.layout.buffers[position]
     begin = LO_NBYTES[buffer.codec] * chunk.n
-    in_device, store = engine.parts.in_device, engine.parts.resources.store
-    if in_device is not None:
-        param, record = in_device.chunk_of(position, chunk.start, chunk.n)
-        record[begin:].zero_()
-        in_device.set_chunk(position, chunk.start, param, record)
-        return
+    store = engine.parts.resources.store
     piece = state_piece(block, position, chunk)
     if piece.memory is not None:
         piece.memory[begin:].zero_()

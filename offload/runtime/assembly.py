@@ -8,14 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from offload.config import Config
-from offload.errors import ConfigError
 from offload.model.blocks import Cut
 from offload.model.flat import BlockLayout, lay_out
 from offload.planner.placement import BlockBytes, Placement
 from offload.planner.plan import Plan
 from offload.runtime.chosen_device import budgets
 from offload.runtime.first_content import import_into
-from offload.runtime.in_device import InDeviceState
 from offload.runtime.placing import place_run
 from offload.stores.block_store import BlockRecord, DeviceSlot, GradBuffer, Slot, StateExtents
 from offload.stores.sides import Sides, checksum_tables, durable_nbytes
@@ -25,7 +23,7 @@ from offload.tiers.host import HostArena, Spare
 from offload.tiers.storage import Store
 from offload.transfer.copies import Copies
 from offload.transfer.io_engine import UpdatePipeline
-from offload.types import PAGE_NBYTES, BlockState, round_up
+from offload.types import PAGE_NBYTES, round_up
 from offload.update_rules import UpdateRule
 
 
@@ -62,8 +60,6 @@ class Assembly:
 
     blocks: list[BlockRecord]
     root: BlockRecord
-    in_device: InDeviceState | None
-    """The root's optimizer state, where all of it is in the memory of a device of its own."""
     slots: list[Slot]
     device_slots: list[DeviceSlot]
     grad_buffers: list[GradBuffer]
@@ -76,11 +72,6 @@ class Assembly:
     host_nbytes: int
     spare_host: Spare
     """What is left of it, for activations and for gradients that have to wait."""
-
-    @property
-    def computed_in_place(self) -> bool:
-        """Whether updates change what the device computes with, and no copy of it."""
-        return self.resources.device.shares_host or self.in_device is not None
 
 
 def staging_nbytes(config: Config, rule: UpdateRule) -> int:
@@ -142,8 +133,7 @@ class _Builder:
         n_pieces = 4 * len(self.layouts) + 16
         on_device = self.placement.device_nbytes if device.shares_host else 0
         self.device_arena = HostArena(on_device + PAGE_NBYTES * n_pieces)
-        in_host = self.staging_nbytes if self.all_in_device else self.placement.host_nbytes
-        self.host_arena = HostArena(in_host + PAGE_NBYTES * n_pieces)
+        self.host_arena = HostArena(self.placement.host_nbytes + PAGE_NBYTES * n_pieces)
         if config.pin == "always":  # what may be refused is refused before anything has moved
             self.page_lock()
 
@@ -154,11 +144,6 @@ class _Builder:
     @property
     def has_storage(self) -> bool:
         return bool(self.config.storage) and self.streams
-
-    @property
-    def all_in_device(self) -> bool:
-        """Nothing is streamed, and the device has memory of its own for all of it."""
-        return not self.streams and not self.device.shares_host
 
     def on_device(self, nbytes: int) -> torch.Tensor:
         """Device memory; from the arena where storage is read into it."""
@@ -304,7 +289,7 @@ class _Builder:
         """What of it is in host memory; `place_root` has to follow."""
         layout, index = self.root_layout, len(self.layouts)
         root = BlockRecord(index, layout, True, -1, {})
-        if self.all_in_device or self.placement.on_device_root:
+        if self.placement.on_device_root:
             return root
         root.sides = self._sides(layout, store)
         root.states = self._states(index, layout, store, root.sides)
@@ -319,15 +304,13 @@ class _Builder:
         return root
 
     def place_root(self, root: BlockRecord) -> None:
-        """Its device memory."""
+        """Its device memory; gradients when what the model had there is free."""
+        if self.placement.on_device_root:
+            self._put_on_device(root)
+            self.device.trim()
         grad = self.on_device(root.layout.grad_elements * 4).view(torch.float32)
         root.grad_buffer = GradBuffer(grad, root, permanent=True)
-        if self.all_in_device:
-            root.slot = Slot(self.on_device(root.layout.slot_nbytes), root)
-            root.state = BlockState.RESIDENT
-        elif self.placement.on_device_root:
-            self._put_on_device(root)
-        elif not self.device.shares_host:
+        if not self.placement.on_device_root and not self.device.shares_host:
             root.device_slot = DeviceSlot(self.on_device(root.layout.slot_nbytes), root, self.device.mark())
             root.device_stale = True
 
@@ -382,11 +365,6 @@ def assemble(
     Raises BudgetError before anything is written when it cannot fit.
     """
     builder = _Builder(cut, config, compute_dtype, device, plan, rule)
-    if builder.all_in_device and not rule.made_on_device:
-        raise ConfigError(
-            f"this model has no blocks to stream, and a {device.torch_device.type} device updates with AdamW, Adam, "
-            f"SGD and Lion on fp32 moments only; this optimizer is {rule.described}: use one of them, or device='cpu'"
-        )
     resources = builder.make_resources(spans)
     try:
         return _fill(builder, resources)
@@ -409,9 +387,6 @@ def _fill(builder: _Builder, resources: Resources) -> Assembly:
     blocks = [*map(builder.make_block_on_device, range(n_on_device)), *streamed]
     device_slots = builder.make_device_slots()
     grad_buffers, out_buffers = builder.make_grad_buffers()
-    in_device = InDeviceState(root, device) if builder.all_in_device else None
-    if in_device is not None:  # only now has the model gone
-        device.trim()
     if builder.config.pin != "always":  # pages become present: only now is the model that was imported gone
         builder.page_lock()
     if store is not None:  # here too
@@ -420,7 +395,6 @@ def _fill(builder: _Builder, resources: Resources) -> Assembly:
     return Assembly(
         blocks=blocks,
         root=root,
-        in_device=in_device,
         slots=slots,
         device_slots=device_slots,
         grad_buffers=grad_buffers,

@@ -11,7 +11,7 @@ from offload.config import Config, host_total_nbytes, parse_budget
 from offload.errors import ConfigError
 from offload.model.blocks import Cut
 from offload.model.flat import lay_out
-from offload.runtime import in_device
+from offload.planner.states_on_device import scratch_nbytes
 from offload.tiers.device import CudaDevice, DeviceTier, SharedDevice
 from offload.tiers.emulated_device import EmulatedDevice
 from offload.update_rules import UpdateRule
@@ -75,12 +75,10 @@ def steps_aside(
         return False
     parameters = [*cut.root, *(p for block in cut.block_parameters for p in block)]
     layout = lay_out("all", parameters, compute_dtype, rule, config.chunk_elements)
-    own_nbytes = (
-        layout.state_nbytes
-        if device.shares_host
-        else in_device.state_nbytes(layout.buffers, len(rule.planes))
-    )
-    needed_nbytes = layout.slot_nbytes + own_nbytes + layout.grad_elements * 4
+    grad_nbytes = 4 * layout.grad_elements
+    needed_nbytes = layout.slot_nbytes + layout.state_nbytes + grad_nbytes
+    if not device.shares_host:
+        needed_nbytes += scratch_nbytes(grad_nbytes)
     device_nbytes, _ = budgets(device, config)
     if 2 * needed_nbytes > device_nbytes:
         return False

@@ -139,7 +139,8 @@ class OffloadEngine(OpenRun):
         self._written = WrittenParameters(
             self.model,
             [*self.blocks, self.root],
-            computed_in_place=self._assembly.computed_in_place and not self._live_optimizer().adafactor,
+            shares_host=self._assembly.resources.device.shares_host,
+            by_kernels=not self._live_optimizer().adafactor,
         )
         owner = StateDicts(self.model, self._scheduler, self.refuse_what_is_lost)
         self._state_handles = hooks.on_state_dict(self.model, owner)
@@ -259,7 +260,7 @@ class OffloadEngine(OpenRun):
         """Update what the blocks' backward does not use or change; see runtime/early_root.py."""
         if not self._sync or self._defers(self.root) or self._whole_gradients:
             return
-        if self.root.on_device or self._assembly.in_device is not None:
+        if self.root.on_device:
             return
         final, chunks = self._early_root.take()
         if not final:
@@ -463,7 +464,7 @@ class OffloadEngine(OpenRun):
 
     def iter_blocks(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
         """The parameters as they are computed with, block by block, the root first; valid until the next one. In host
-        memory, but where nothing is streamed."""
+        memory."""
         self.refuse_what_is_not_kept()
         self.flush()
         for block in [self.root, *self.blocks]:

@@ -67,6 +67,31 @@ def _by_budget(
     return fill_device(blocks, root, more_nbytes, keeps_gradients=config.deferred)
 
 
+def _all(
+    config: Config, device: DeviceTier, rule: UpdateRule, root: BlockBytes, device_nbytes: int
+) -> OnDevice:
+    """Of a model without blocks to stream. Raises where the device cannot update it, or has no room for it."""
+    if not rule.made_on_device:
+        raise ConfigError(
+            f"this model has no blocks to stream, and a {device.torch_device.type} device updates with AdamW, Adam, "
+            f"SGD and Lion on fp32 moments only; this optimizer is {rule.described}: use one of them, or device='cpu'"
+        )
+    stays = OnDevice(root=True)
+    needed_nbytes = stays.nbytes([], root, keeps_gradients=False)
+    if needed_nbytes > device_nbytes:
+        instead = (
+            "leave step_aside at 'auto'"
+            if config.step_aside == "always"
+            else "name blocks to stream (`blocks`)"
+        )
+        raise BudgetError(
+            f"does not fit: nothing is streamed, and parameters, gradients and optimizer state take {needed_nbytes} "
+            f"bytes of device memory; device_memory allows {device_nbytes}. Smallest that would do: "
+            f"device_memory='{needed_nbytes + device.own_nbytes}' (bytes); or {instead}"
+        )
+    return stays
+
+
 def place_run(
     blocks: list[BlockBytes],
     root: BlockBytes,
@@ -85,7 +110,9 @@ def place_run(
     plan asks for what cannot be done.
     """
     stays = OnDevice()
-    if blocks and may_stay(config, device, rule):
+    if not blocks and not device.shares_host:
+        stays = _all(config, device, rule, root, device_nbytes)
+    elif blocks and may_stay(config, device, rule):
         if plan is None:
             stays = _by_budget(config, device, blocks, root, device_nbytes)
         else:
@@ -129,7 +156,7 @@ def place_run(
             f"{error}. Not counted there are {nbytes} bytes of device_memory for state that stays in it: lower "
             "states_on_device, or raise device_memory"
         ) from error
-    if stays:
+    if stays and blocks:
         logger.info(
             "in device memory for good, and updated there: %s (%.2f GB)",
             " and ".join(

@@ -21,7 +21,6 @@ from offload.runtime.device_residency import Residency
 from offload.runtime.device_updates import DeviceUpdates
 from offload.runtime.early_root import Range
 from offload.runtime.gradients import Gradients
-from offload.runtime.in_device import InDeviceState
 from offload.runtime.update_jobs import (
     HyperOf,
     Part,
@@ -60,7 +59,6 @@ class Scheduler:
         copies: Copies,
         stalls: Stalls,
         spans: SpanLog,
-        in_device: InDeviceState | None,
         device_updates: DeviceUpdates | None,
         make_gradients: Callable[[Callable[[BlockRecord, str], None]], Gradients],
         *,
@@ -75,7 +73,6 @@ class Scheduler:
         self._copies = copies
         self._stalls = stalls
         self._spans = spans
-        self._in_device = in_device
         self._device_updates = device_updates
         self.gradients = make_gradients(self._complete)
         self._cursor = UseCursor(len(blocks))
@@ -313,12 +310,7 @@ class Scheduler:
         if block.on_device and self._device_updates is not None:
             self._update_on_device(block, hyper_of, self._device_updates)
             return
-        segments_of = self._segments(block, hyper_of)
-        if self._in_device is not None and block.is_root:
-            self._in_device.update(segments_of)
-            block.touched.clear()
-            return
-        self._update_segments(block, segments_of)
+        self._update_segments(block, self._segments(block, hyper_of))
 
     def _update_on_device(self, block: BlockRecord, hyper_of: HyperOf, updates: DeviceUpdates) -> None:
         if block.grads_waiting:  # a step without a backward that ends the accumulation

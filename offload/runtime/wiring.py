@@ -43,7 +43,7 @@ def make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog, *, pin: Pin,
     residency: Residency = SharedResidency(parts.resources.device.torch_device)
     if not parts.resources.device.shares_host:
         residency = CopiedResidency(parts.device_slots, parts.resources.device, parts.resources.copies)
-    on_device = [block for block in [*parts.blocks, parts.root] if block.on_device]
+    on_device = [b for b in [*parts.blocks, parts.root] if b.on_device and b.layout.grad_elements]
     return Scheduler(
         parts.blocks,
         parts.root,
@@ -54,7 +54,6 @@ def make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog, *, pin: Pin,
         parts.resources.copies,
         stalls,
         spans,
-        parts.in_device,
         DeviceUpdates(on_device, parts.resources.device, spans) if on_device else None,
         lambda complete: Gradients(
             parts.grad_buffers,

@@ -19,15 +19,18 @@ from offload.stores.block_store import BlockRecord
 
 
 class WrittenParameters:
-    """Watches the parameters of `records`, which the modules of `model` hold. `computed_in_place`: an update changes
-    what is computed with."""
+    """Watches the parameters of `records`, which the modules of `model` hold. `shares_host`: the device computes with
+    what updates change. `by_kernels`: updates need nothing beside planes and records."""
 
-    def __init__(self, model: nn.Module, records: list[BlockRecord], *, computed_in_place: bool) -> None:
+    def __init__(
+        self, model: nn.Module, records: list[BlockRecord], *, shares_host: bool, by_kernels: bool
+    ) -> None:
         self._model, self._records = weakref.ref(model), records
         for record in records:
             trained = {b.dtype for b in record.layout.buffers if b.trainable}
             has_one_copy = record.param_offset < 0 and record.sides is None
-            record.keeps_writes = computed_in_place and has_one_copy and trained <= {torch.float32}
+            in_place = by_kernels and (shares_host or record.on_device)
+            record.keeps_writes = in_place and has_one_copy and trained <= {torch.float32}
             record.watch_writes()
         ours = {id(s.parameter): s.parameter for r in records for b in r.layout.buffers for s in b.segments}
         self._places = [

@@ -30,6 +30,7 @@ PLACEMENTS = {
     "host": {"host_memory": "100MB", "device_memory": "100MB"},
     "half in host": {"storage": ["a"], "host_memory": "400KB"},
     "aside": {"step_aside": "always", "host_memory": "100MB", "device_memory": "100MB"},
+    "aside on the device": {"device": "emulated", "step_aside": "always", "device_memory": "100MB"},
     "deferred": {"storage": ["a"], "max_grad_norm": 1e9},
     "emulated": {"storage": ["a"], "device": "emulated", "host_memory": "100MB", "device_memory": "100MB"},
     "posix": {"storage": ["a"], "backend": "posix", "direct_io": False},

@@ -11,11 +11,16 @@ from offload.errors import CheckpointError, UsageError
 from tests.conftest import batches, build, slow_but
 from tests.drive_order import recorded
 
-PLACES = ("none", "cpu", "nvme")
+PLACES = ("none", "cpu", "nvme", "on the device")
+ACROSS = [("on the device", "nvme"), ("nvme", "on the device")]
+ON_THE_DEVICE = {"device": "emulated", "step_aside": "always", "device_memory": "100MB"}
 
 
 def start(tmp_path, where="nvme", precision=None, seed=0, **more):
-    device = {"device": where, "nvme_path": str(tmp_path / "store")} if where == "nvme" else {"device": where}
+    aside = ON_THE_DEVICE if where == "on the device" else {}
+    device = {"device": "none" if aside else where}
+    if where == "nvme":
+        device["nvme_path"] = str(tmp_path / "store")
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "optimizer": {"type": "AdamW", "params": {"lr": 2e-3}},
@@ -24,7 +29,7 @@ def start(tmp_path, where="nvme", precision=None, seed=0, **more):
             "params": {"warmup_max_lr": 2e-3, "warmup_num_steps": 3, "total_num_steps": 10},
         },
         "zero_optimization": {"stage": 3, "offload_optimizer": device, "offload_param": device},
-        "offload": {"chunk_elements": 4096},
+        "offload": {"chunk_elements": 4096, **aside},
         **more,
     }
     if precision is not None:
@@ -50,7 +55,7 @@ def weights(engine):
 @pytest.mark.parametrize("precision", [None, "bf16", "fp16"])
 @pytest.mark.parametrize(
     ("saved_in", "loaded_in"),
-    slow_but([("nvme", "nvme")], [("nvme", "nvme"), ("none", "nvme"), ("nvme", "cpu")]),
+    slow_but([("nvme", "nvme"), *ACROSS], [("nvme", "nvme"), ("none", "nvme"), ("nvme", "cpu"), *ACROSS]),
 )
 def test_a_resumed_run_has_the_bits_of_an_uncut_one(tmp_path, precision, saved_in, loaded_in):
     uncut = start(tmp_path, saved_in, precision)

@@ -178,6 +178,7 @@ def test_training_a_loaded_model_equals_training_a_wrapped_one(tmp_path):
         {"host_memory": "100MB", "max_grad_norm": 1.0},
         {"step_aside": "always", "device_memory": "100MB"},
         {"device": "emulated", "host_memory": "100MB"},
+        {"device": "emulated", "step_aside": "always", "device_memory": "100MB"},
     ],
     ids=str,
 )

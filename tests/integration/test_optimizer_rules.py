@@ -15,6 +15,7 @@ from offload.checkpoint.save import KIND
 from offload.errors import CheckpointError, ConfigError
 from offload.tiers.manifest import crc32c_of
 from offload.update_rules import kernel_rule
+from tests.conftest import slow_but
 from tests.fault.training import IN_MEMORY, STREAMING, Model, wrap_small
 
 LR = 1e-3
@@ -194,32 +195,68 @@ def test_a_checkpoint_from_before_rules_is_read_as_adamws(tmp_path):
     model.offload.close()
 
 
-def on_device(kind, moments, tmp_path):
-    """Nothing streamed, on a device with memory of its own: torch's own optimizers make the update."""
-    return make(kind, moments, torch.float32, device="emulated", storage=[str(tmp_path)], step_aside="always",
-                host_memory="100MB", device_memory="100MB")  # fmt: skip
+MORE = {
+    "adamw, maximized": lambda p: torch.optim.AdamW(p, lr=LR, weight_decay=0.1, maximize=True),
+    "sgd, maximized": lambda p: torch.optim.SGD(p, lr=LR, momentum=0.9, nesterov=True, maximize=True),
+}
+ASIDE = {"step_aside": "always", "host_memory": "100MB", "device_memory": "100MB"}
+"""Nothing streamed: on a device with memory of its own, all state is there and is updated there."""
 
 
-@pytest.mark.parametrize("kind", ["sgd", "nesterov", "plain sgd", "lion"])
-def test_an_unstreamed_device_of_its_own_follows_the_kernels_and_saves_what_they_read(tmp_path, kind):
-    model, optimizer = on_device(kind, "fp32", tmp_path / "s")
-    assert model.offload.aside
-    train(model, optimizer, 5)
-    got = parameters_of(model)
-    expected = result(kind, "fp32", torch.float32, n_steps=5)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, rtol=1e-5, atol=1e-3 * LR)
-    offload.save(model, str(tmp_path / "saved"))
-    model.offload.close()
-    resumed, _ = make(kind, "fp32", torch.float32)
-    offload.resume(resumed, str(tmp_path / "saved"))
-    assert_same(parameters_of(resumed), got)
-    resumed.offload.close()
+@pytest.mark.parametrize("loop", [{}, {"accumulate": 3}, {"max_grad_norm": 0.05}], ids=str)
+@pytest.mark.parametrize("dtype", slow_but([torch.bfloat16], [torch.bfloat16, torch.float32]))
+@pytest.mark.parametrize("kind", [*OPTIMIZERS, *MORE])
+def test_an_unstreamed_device_of_its_own_has_the_bits_of_the_kernels(device, monkeypatch, kind, dtype, loop):
+    monkeypatch.setitem(OPTIMIZERS, kind, {**OPTIMIZERS, **MORE}[kind])
+    settings = {
+        "device": device,
+        "storage": [],
+        "host_memory": "100MB",
+        "device_memory": "100MB",
+        **STREAMING,
+    }
+    expected = result(kind, "fp32", dtype, **settings, **loop)
+    assert_same(result(kind, "fp32", dtype, **{**settings, **ASIDE}, **loop), expected)
+
+
+@pytest.mark.parametrize("way", ["aside first", "streamed first"])
+@pytest.mark.parametrize("dtype", slow_but([torch.bfloat16], [torch.bfloat16, torch.float32]))
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_run_goes_on_with_its_bits_from_an_unstreamed_device_to_storage_and_back(
+    tmp_path, device, kind, dtype, way
+):
+    """Twice two steps and a checkpoint, in turn, where parameters and records lie elsewhere and in other chunks."""
+    expected = result(kind, "fp32", dtype, n_steps=6, device=device, storage=[str(tmp_path / "uncut")])
+    aside = {"device": device, "storage": [], "chunk_elements": 6144, **ASIDE}
+    generator = torch.Generator().manual_seed(1)
+    for part in range(3):
+        is_aside = (part % 2 == 0) == (way == "aside first")
+        settings = aside if is_aside else {"device": device, "storage": [str(tmp_path / f"store{part}")]}
+        model, optimizer = make(kind, "fp32", dtype, **settings)
+        assert model.offload.aside == is_aside
+        if part:
+            assert offload.resume(model, str(tmp_path / "saved")).step == 2 * part
+        for _ in range(2):
+            x = torch.randn(4, 8, generator=generator).to(dtype).to(model.offload.device)
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        offload.save(model, str(tmp_path / "saved"))
+        found = parameters_of(model)
+        model.offload.close()
+    assert_same(found, expected)
 
 
 def test_an_unstreamed_device_of_its_own_refuses_moments_it_cannot_keep(tmp_path):
     with pytest.raises(ConfigError, match=r"step_aside='always'.*exp_avg bfloat16"):
-        on_device("adamw", "bf16", tmp_path)
+        make("adamw", "bf16", device="emulated", storage=[str(tmp_path)], **ASIDE)
+
+
+def test_an_unstreamed_device_of_its_own_refuses_moments_it_cannot_keep_of_a_model_without_blocks():
+    model = torch.nn.Linear(8, 8)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ConfigError, match=r"no blocks to stream.*exp_avg int8"):
+        offload.wrap(model, optimizer, blocks=[], optimizer_state="8bit", device="emulated", **IN_MEMORY)
 
 
 @pytest.mark.parametrize(("kind", "moments"), FAST_OR_SLOW)

@@ -23,6 +23,13 @@ from tests.integration.stack import UpDown
 
 PLACES = {
     "nothing streamed": {"step_aside": "auto", "storage": [], "device_memory": "1GB", "host_memory": "1GB"},
+    "nothing streamed, a device of its own": {
+        "step_aside": "always",
+        "device": "emulated",
+        "device_memory": "1GB",
+        "host_memory": "1MB",
+        "storage": [],
+    },
     "slots for all": {"storage": [], "device_memory": "1GB", "host_memory": "1GB"},
     "storage": {},
     "clipped": {"max_grad_norm": 1e9},

@@ -17,6 +17,7 @@ STREAMED = [
     "a device of its own",
     *(pytest.param(place, marks=pytest.mark.slow) for place in ("slots for all", "clipped", "durable")),
 ]
+UNSTREAMED = ["nothing streamed", "nothing streamed, a device of its own"]
 NAMES = ["head.weight", "layers.2.linear.weight", "head.bias"]
 
 
@@ -54,8 +55,9 @@ def plain_run(write):
 
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("name", NAMES)
-def test_where_nothing_is_streamed_a_write_between_steps_counts_as_in_memory(tmp_path, write, name):
-    model, optimizer = wrapped("nothing streamed", tmp_path)
+@pytest.mark.parametrize("place", UNSTREAMED)
+def test_where_nothing_is_streamed_a_write_between_steps_counts_as_in_memory(tmp_path, place, write, name):
+    model, optimizer = wrapped(place, tmp_path)
     take_steps(model, optimizer, 2)
     write(model.get_parameter(name))
     take_steps(model, optimizer, 2, seed=2)
@@ -102,7 +104,7 @@ def test_a_lost_write_is_told_by_whatever_comes_next(tmp_path, use):
     model.offload.close()
 
 
-@pytest.mark.parametrize("place", ["nothing streamed", "storage", "a device of its own"])
+@pytest.mark.parametrize("place", [*UNSTREAMED, "storage", "a device of its own"])
 def test_other_data_under_a_parameter_is_refused_before_anything_changes(tmp_path, place):
     model, optimizer = wrapped(place, tmp_path)
     take_steps(model, optimizer, 2)
@@ -171,11 +173,21 @@ def renormalised_run(settings, where, dtype=torch.float32, n_steps=4):
 
 
 @pytest.mark.parametrize(
-    ("where", "step_aside"), [("root", "always"), ("root", "never"), ("block", "always")]
+    ("where", "device", "settings"),
+    [
+        ("root", "cpu", {"step_aside": "always"}),
+        ("root", "cpu", {"step_aside": "never"}),
+        ("block", "cpu", {"step_aside": "always"}),
+        ("root", "emulated", {"step_aside": "always"}),
+        ("block", "emulated", {"step_aside": "always"}),
+        ("root", "emulated", {"step_aside": "never", "states_on_device": "100MB"}),
+    ],
+    ids=str,
 )
-def test_an_embedding_that_renormalises_its_master_trains_as_in_memory(where, step_aside):
-    """On the CPU, without storage, all of it is computed with in place; but a block that is streamed runs twice."""
-    found = renormalised_run({**IN_MEMORY, "step_aside": step_aside, "device": "cpu"}, where)
+def test_an_embedding_that_renormalises_its_master_trains_as_in_memory(where, device, settings):
+    """Where all of it is computed with in place: on the CPU without storage, on a device of its own what stays there.
+    But a block that is streamed runs twice."""
+    found = renormalised_run({**IN_MEMORY, **settings, "device": device}, where)
     same(found, renormalised_run(None, where), **BOUNDS)
 
 
@@ -200,7 +212,7 @@ def test_an_embedding_of_a_streamed_block_that_renormalises_is_refused_by_name(d
         renormalised_run({**IN_MEMORY, "device": device, "step_aside": "never"}, "block")
 
 
-@pytest.mark.parametrize("place", ["nothing streamed", *STREAMED])
+@pytest.mark.parametrize("place", [*UNSTREAMED, *STREAMED])
 def test_a_parameter_read_between_steps_is_what_it_is_or_nan_and_never_of_another_step(tmp_path, place):
     model, optimizer = wrapped(place, tmp_path)
     for seed in range(3):
@@ -211,7 +223,7 @@ def test_a_parameter_read_between_steps_is_what_it_is_or_nan_and_never_of_anothe
         for found in (read, through_data):
             wrong = [n for n, t in found.items() if not t.isnan().all() and not torch.equal(t, true[n])]
             assert not wrong
-        if place == "nothing streamed":
+        if place in UNSTREAMED:
             assert not any(t.isnan().any() for t in read.values())
     model.offload.close()
 
@@ -272,7 +284,7 @@ def scale_and_shift(name, values):
         values.add_(0.1)
 
 
-@pytest.mark.parametrize("place", ["nothing streamed", *STREAMED])
+@pytest.mark.parametrize("place", [*UNSTREAMED, *STREAMED])
 def test_change_between_steps_is_what_a_write_in_memory_is(tmp_path, place):
     def write(plain):
         with torch.no_grad():
