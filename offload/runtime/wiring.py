@@ -43,7 +43,7 @@ def make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog, *, pin: Pin,
     residency: Residency = SharedResidency(parts.resources.device.torch_device)
     if not parts.resources.device.shares_host:
         residency = CopiedResidency(parts.device_slots, parts.resources.device, parts.resources.copies)
-    on_device = [b for b in [*parts.blocks, parts.root] if b.on_device and b.layout.grad_elements]
+    on_device = [block for block in [*parts.blocks, parts.root] if block.on_device]
     return Scheduler(
         parts.blocks,
         parts.root,
