@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,6 +16,12 @@ from offload.transfer.io_engine import Hyper
 from offload.update_rules import ADAMW, LO_NBYTES
 
 logger = logging.getLogger("offload")
+
+_read_of = operator.attrgetter(
+    "lr", "beta1", "beta2", "eps", "weight_decay", "step", "decoupled", "grad_scale", "maximize", "momentum",
+    "dampening", "nesterov",
+)  # fmt: skip
+"""What updates of fp32 moments depend on; the noise that is left is that of other moments."""
 
 Fused = Callable[..., None]
 """`fused_adamw.update`."""
@@ -42,12 +49,12 @@ class Updater:
 
         `plane` are its parameters, `records` (uint8) all its chunk records, `grads` its gradients in bf16 or fp32.
         """
-        for start, n, hyper in segments:
+        for start, stop, hyper in _joined(segments):
             if self._fused is not None and buffer.rule == ADAMW:
                 with torch.cuda.device_of(plane):  # Triton launches on the current one, which may be another
-                    self._fused(buffer, plane, records, grads, start, start + n, adamw_scalars(hyper))
+                    self._fused(buffer, plane, records, grads, start, stop, adamw_scalars(hyper))
                 continue
-            for views in self._views(buffer, plane, records, grads, start, start + n):
+            for views in self._views(buffer, plane, records, grads, start, stop):
                 UPDATES[buffer.rule.name](views, hyper)
 
     def _views(
@@ -77,6 +84,18 @@ class Updater:
                 self._divisor,
             )
             start = end
+
+
+def _joined(segments: list[tuple[int, int, Hyper]]) -> list[tuple[int, int, Hyper]]:
+    """(start, stop, hyperparameters): neighbours that are updated alike as one, since a model has hundreds of
+    parameters and every launch takes its time."""
+    joined: list[tuple[int, int, Hyper]] = []
+    for start, n, hyper in segments:
+        first, stop = start, start + n
+        if joined and joined[-1][1] == start and _read_of(joined[-1][2]) == _read_of(hyper):
+            first, _, _ = joined.pop()
+        joined.append((first, stop, hyper))
+    return joined
 
 
 def _records(

@@ -23,12 +23,15 @@ SETTINGS = {
         {"weight_decay": 0.1, "decoupled": False},
         {"beta1": 0.4, "step": 3},
         {"step": 70, "maximize": True, "grad_scale": 0.3},
+        {"weight_decay": 0.1, "decoupled": False, "step": 2, "maximize": True},
     ],
     "sgd": [
         {"weight_decay": 0.01},
         {"momentum": 0.9},
         {"momentum": 0.9, "step": 2, "dampening": 0.3, "weight_decay": 0.01},
+        {"momentum": 0.9, "dampening": 0.3, "maximize": True},
         {"momentum": 0.9, "step": 5, "nesterov": True, "grad_scale": 0.3},
+        {"momentum": 0.9, "step": 3, "nesterov": True, "weight_decay": 0.01, "maximize": True},
     ],
     "lion": [{"weight_decay": 0.1}, {"beta1": 0.95, "step": 4, "maximize": True}],
 }
@@ -137,6 +140,49 @@ def test_a_fused_kernel_is_launched_with_the_device_of_its_tensors_as_the_curren
     updater.update(buffer, plane, records, torch.zeros(4096), [(0, 4096, _C.Hyper(**ALIKE))])
     tier.close()
     assert launched_on == [plane.device]
+
+
+ALIKE_BUT_NOISE = {**ALIKE, "noise_seed": 1, "noise_origin": 512}
+SEGMENTS = [
+    (0, 512, ALIKE),
+    (512, 1024, ALIKE_BUT_NOISE),
+    (1536, 512, {**ALIKE, "weight_decay": 0.1}),
+    (2048, 448, ALIKE),
+    (2560, 512, ALIKE),
+    (3072, 512, ALIKE),
+]
+RUNS = [(0, 1536), (1536, 2048), (2048, 2496), (2560, 3584)]
+
+
+def test_neighbours_that_are_updated_alike_are_one_launch():
+    """What lies between two parameters is not theirs."""
+    launched = []
+    tier = EmulatedDevice()
+    buffer = FlatBuffer(torch.float32, True, (), 4096, 0, 0, ADAMW, 4096)
+    updater = Updater(4096, tier, lambda *args: launched.append(args[4:6]))
+    segments = [(start, n, _C.Hyper(**hyper)) for start, n, hyper in SEGMENTS]
+    updater.update(buffer, torch.zeros(4096), torch.zeros(1), torch.zeros(4096), segments)
+    tier.close()
+    assert launched == RUNS
+
+
+@pytest.mark.parametrize(
+    "changed", [*ALIKE, "decoupled", "grad_scale", "maximize", "momentum", "dampening", "nesterov"]
+)
+def test_neighbours_that_differ_in_what_an_update_reads_are_not(changed):
+    launched = []
+    tier = EmulatedDevice()
+    buffer = FlatBuffer(torch.float32, True, (), 4096, 0, 0, ADAMW, 4096)
+    updater = Updater(4096, tier, lambda *args: launched.append(args[4:6]))
+    one = _C.Hyper(**ALIKE)
+    value = getattr(one, changed)
+    changes = {bool: lambda: not value, int: lambda: value + 1, float: lambda: value / 2 + 0.01}
+    other = _C.Hyper(**{**ALIKE, changed: changes[type(value)]()})
+    updater.update(
+        buffer, torch.zeros(4096), torch.zeros(1), torch.zeros(4096), [(0, 64, one), (64, 64, other)]
+    )
+    tier.close()
+    assert launched == [(0, 64), (64, 128)]
 
 
 @pytest.mark.gpu
