@@ -140,6 +140,8 @@ def _suggest(path: str) -> str:
     return f"; did you mean {found[0]}?" if found else ": delete it"
 
 
+CLIPPING = "gradient_clipping"
+
 _told: set[str] = set()
 
 
@@ -156,6 +158,18 @@ def judge(config: Mapping[str, Any]) -> None:
         if key.fate is Fate.WITHOUT_EFFECT and key.path not in _told:
             _told.add(key.path)
             logger.info("%s has no effect: %s", path, key.note)
+
+
+def tell_defaults(config: Mapping[str, Any]) -> None:
+    """Say once in the log what changes the numbers although the configuration does not name it."""
+    if get(config, CLIPPING) is not None or "max_grad_norm" in get(config, "offload", {}) or CLIPPING in _told:
+        return
+    _told.add(CLIPPING)
+    logger.warning(
+        "gradients are clipped at a norm of 1.0, the default of DeepSpeed 0.19 (older releases clip nothing), because "
+        "the configuration has no %s: write the norm there, or 0 for no clipping",
+        CLIPPING,
+    )
 
 
 def check_with_deepspeed(config: Mapping[str, Any]) -> bool:
@@ -309,10 +323,12 @@ def read(
     model: Any = None,
     n_samples: int | None = None,
 ) -> dict[str, Any]:
-    """The whole of it: load, modernise, judge, resolve "auto", and let DeepSpeed check where it is installed."""
+    """The whole of it: load, modernise, judge, resolve "auto", tell defaults that change numbers, and let DeepSpeed check
+    where it is installed."""
     config = load(source)
     modernise(config)
     judge(config)
     resolve_auto(config, args, model, n_samples)
+    tell_defaults(config)
     check_with_deepspeed(config)
     return config

@@ -101,6 +101,22 @@ def test_what_has_no_effect_is_told_once(caplog):
     assert caplog.text.count("overlap_comm") == 1
 
 
+def test_clipping_that_nobody_asked_for_is_told_once_with_the_key_that_changes_it(caplog):
+    for _ in range(3):
+        config.read({"train_batch_size": 4})
+    told = [record for record in caplog.records if "gradient_clipping" in record.getMessage()]
+    assert [record.levelno for record in told] == [logging.WARNING]
+    assert "clipped at a norm of 1.0" in told[0].getMessage() and "0 for no clipping" in told[0].getMessage()
+
+
+@pytest.mark.parametrize(
+    "asked", [{"gradient_clipping": 1.0}, {"gradient_clipping": 0}, {"offload": {"max_grad_norm": 0.5}}]
+)
+def test_clipping_that_was_asked_for_is_not_told(caplog, asked):
+    config.read({"train_batch_size": 4, **asked})
+    assert "clipped" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "key", [k for k in keys.KEYS if k.neutral and "*" not in k.path], ids=lambda key: key.path
 )
