@@ -41,7 +41,7 @@ def run_plan(settings: PlanSettings, out: TextIO) -> Plan:
     machine = sources.hardware(settings.hardware, settings.overrides)
     machine = sources.worn(machine, settings.budgets.directories)
     work = sources.workload(settings.model, settings.tokens, settings.optimizer, settings.optimizer_state)
-    budgets, fixed = settings.budgets.of(machine), sources.fixed_choices(settings.fixed)
+    budgets, fixed = settings.budgets.of(machine, work), sources.fixed_choices(settings.fixed)
     plan = make_simulated_plan(work, machine, budgets, fixed, batch_samples=settings.batch)
     why = explain(plan, work, machine, budgets, fixed)
     if settings.save:

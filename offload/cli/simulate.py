@@ -123,7 +123,7 @@ def run_simulate(settings: SimulateSettings, out: TextIO) -> SimulatedStep:
     work = sources.workload(settings.model, settings.tokens, settings.optimizer, settings.optimizer_state)
     if settings.policy == "lohan":
         work = lohan_workload(work)
-    plan = _plan(settings, work, machine, settings.budgets.of(machine))
+    plan = _plan(settings, work, machine, settings.budgets.of(machine, work))
     step = simulate_plan(plan, work, machine)
     if settings.plot:
         title = (

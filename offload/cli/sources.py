@@ -42,8 +42,9 @@ class BudgetTexts:
     directories: tuple[str, ...] = ()
     """What a run would get as --storage: what is free there limits what lies on storage."""
 
-    def of(self, machine: Hardware) -> Budgets:
-        """In bytes; percentages count from what `machine` has."""
+    def of(self, machine: Hardware, work: Workload) -> Budgets:
+        """In bytes; percentages count from what `machine` has. What of the model stays on a device with memory of its own
+        is taken from that, as a run does."""
 
         def optional(text: str | None) -> int | None:
             return None if text is None else parse_budget(text, 0)
@@ -61,7 +62,7 @@ class BudgetTexts:
             written_nbytes_per_step=optional(self.written_per_step),
             clips_gradients=self.clips_gradients,
             durable_steps=self.durability == "step",
-            device_own_nbytes=0 if machine.shares_host else CUDA_OWN_NBYTES,
+            device_own_nbytes=0 if machine.shares_host else CUDA_OWN_NBYTES + work.stays_nbytes,
         )
 
 

@@ -105,6 +105,10 @@ class Workload:
     root_early_numel: int = 0
     """Root parameters whose gradients are complete before backward comes to the blocks: those of an untied head."""
 
+    stays_nbytes: int = 0
+    """Buffers and scales of quantized weights: in device memory all the time, where that is memory of its own. A run
+    counts them by itself (`Budgets.device_own_nbytes`)."""
+
     @property
     def root_stored_numel(self) -> int:
         """As `BlockWork.stored_numel`."""

@@ -13,6 +13,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 from offload.errors import ConfigError
 from offload.model.blocks import Cut, cut
 from offload.model.flat import TRAINABLE_DTYPES, lay_out
+from offload.model.on_device import stays_nbytes
 from offload.model.on_meta import model_on_meta
 from offload.planner.workload import BlockWork, SavedTensor, Workload
 from offload.profiling.trace import ROOT, Kept, Part, trace_forward
@@ -108,8 +110,10 @@ def profile_model(
     `offload.model.blocks.find_blocks`. Raises ConfigError where the forward pass depends on data, or on the number of
     samples in other ways than linearly.
     """
+    stays = stays_nbytes(model)  # before what shares memory is parted
     with _on_meta(model, compute_dtype):
-        return trace_workload(model, tokens_per_sample, blocks=blocks, inputs=inputs, name=name)
+        traced = trace_workload(model, tokens_per_sample, blocks=blocks, inputs=inputs, name=name)
+    return replace(traced, stays_nbytes=stays)
 
 
 def trace_workload(
@@ -147,6 +151,7 @@ def trace_workload(
         trainable_shapes=_trainable_shapes(pieces),
         root_early_numel=early_numel,
         one_dtype=_one_dtype(pieces, _param_nbytes(model)),
+        stays_nbytes=stays_nbytes(model),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
@@ -139,3 +140,12 @@ def test_directories_say_what_is_free_and_what_endurance_is_left(monkeypatch, tm
         run("plan", *RUN, *there)
     with pytest.raises(ConfigError, match="names 1 directories"):
         run("plan", *RUN, "--storage", str(tmp_path))
+
+
+def test_buffers_of_the_model_are_taken_from_a_device_with_memory_of_its_own():
+    machine, work = lohan_machine(2), replace(gpt("4b", LAYERS, HIDDEN, tokens=64), stays_nbytes=1 << 30)
+    texts = sources.BudgetTexts("10GB", "20GB", None, None, False)
+    own = texts.of(machine, replace(work, stays_nbytes=0)).device_nbytes
+    assert texts.of(machine, work).device_nbytes == own - (1 << 30)
+    shared = machine.model_copy(update={"shares_host": True})
+    assert texts.of(shared, work).device_nbytes == 10_000_000_000

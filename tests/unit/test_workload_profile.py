@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from offload.errors import ConfigError
 from offload.model.blocks import cut
 from offload.model.loading import StoredParameter, build_model
+from offload.model.on_device import stays_nbytes
 from offload.model.on_meta import model_on_meta
 from offload.model.presets import ALIASES, SHAPES, Decoder, DecoderShape, shape_of
 from offload.planner.workload import Workload
@@ -440,3 +441,21 @@ def test_an_untied_heads_gradients_come_before_the_blocks() -> None:
         model = build("llama", layers=2, tie=tied)
         norm, head = model.model.norm.weight.numel(), model.lm_head.weight.numel()
         assert profile_model(model, 16).root_early_numel == norm + (0 if tied else head)
+
+
+def test_buffers_are_counted_as_a_run_counts_them():
+    model = build("gpt2")
+    mask = torch.zeros(1, 256)
+    model.transformer.h[0].register_buffer("mask", mask)
+    model.transformer.h[1].register_buffer("mask", mask.expand(64, 256))  # the same memory
+    model.transformer.h[2].register_buffer("statistics", torch.zeros(1000))
+    counted = stays_nbytes(model)
+    assert counted >= 4 * (256 + 1000)
+    assert profile_model(model, TOKENS).stays_nbytes == counted
+    assert trace_workload(model, TOKENS).stays_nbytes == counted
+
+
+def test_a_model_that_is_only_described_has_the_buffers_of_the_real_one(tmp_path):
+    model = build("llama")
+    model.config.save_pretrained(tmp_path)
+    assert workload_of(str(tmp_path), TOKENS).stays_nbytes == stays_nbytes(model) > 0
