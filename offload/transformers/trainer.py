@@ -83,6 +83,10 @@ class OffloadMixin(_Base):
         if self.args.gradient_checkpointing:
             logger.info("gradient_checkpointing is off: blocks recompute by themselves")
             self.args.gradient_checkpointing = False
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self.args, name):  # the Trainer would cast all parameters, for good
+                logger.info("%s is off: evaluation computes in the dtype that training computes in", name)
+                setattr(self.args, name, False)
 
     # ---- the optimizer ---------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 
 import pytest
@@ -203,6 +204,21 @@ def test_the_best_model_comes_back_at_the_end(tmp_path):
     assert min(losses) < losses[-1]
     assert trainer.evaluate()["eval_loss"] == min(losses)
     trainer.close()
+
+
+@pytest.mark.parametrize("option", ["bf16_full_eval", "fp16_full_eval"])
+def test_an_evaluation_that_would_cast_the_model_computes_as_training_does(tmp_path, option, caplog):
+    """Before and after training the Trainer itself would leave a model of 16 bits behind."""
+    plain = make(Trainer, tmp_path / "plain", max_steps=2)
+    with caplog.at_level(logging.INFO, "offload"):
+        streamed = make(OffloadTrainer, tmp_path / "streamed", max_steps=2, **{option: True})
+    assert f"{option} is off" in caplog.text
+    for trainer in (plain, streamed):
+        trainer.evaluate()
+        trainer.train()
+        trainer.evaluate()
+    streamed.close()
+    assert_close(curve(streamed), curve(plain))
 
 
 def test_callbacks_hear_the_same_events(tmp_path):
