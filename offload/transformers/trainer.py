@@ -12,6 +12,7 @@ import contextlib
 import logging
 import math
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,6 +71,11 @@ class OffloadMixin(_Base):
     """
 
     def __init__(self, *args: Any, offload: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if offload is not None and not isinstance(offload, Mapping):
+            raise ConfigError(
+                f"OffloadTrainer: offload={offload!r}: write the settings of offload.wrap as a dict, such as "
+                'offload={"storage": ["/mnt/nvme0"], "device_memory": "8GB"}'
+            )
         self._settings = dict(offload or {})
         self._resumed_random: dict[str, Any] | None = None
         self.loss_scale: DynamicLossScale | None = None

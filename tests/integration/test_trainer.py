@@ -44,7 +44,7 @@ def settings_in(directory, **changes):
 def make(kind, directory, name="Llama", offload_settings=None, model=None, more=None, **changes):
     extra = dict(more or {})
     if issubclass(kind, OffloadTrainer):
-        extra["offload"] = settings_in(directory, **(offload_settings or {}))
+        extra.setdefault("offload", settings_in(directory, **(offload_settings or {})))
     return kind(
         model=model if model is not None else FAMILIES[name].build(), args=arguments(directory, **changes),
         train_dataset=dataset(), eval_dataset=dataset(4, seed=6), **extra,
@@ -285,8 +285,12 @@ def test_what_cannot_be_kept_is_refused_with_its_remedy(tmp_path):
             make(OffloadTrainer, tmp_path, **changes)
     with pytest.raises(ConfigError, match="TrainingArguments"):
         make(OffloadTrainer, tmp_path, offload_settings={"max_grad_norm": 1.0})
+    with pytest.raises(ConfigError, match=r"as a dict, such as offload="):
+        make(OffloadTrainer, tmp_path, more={"offload": "/mnt/nvme0"})
     with pytest.raises(ConfigError, match="Adafactor"):
         make(OffloadTrainer, tmp_path, optim="adafactor").train()
+    with pytest.raises(CheckpointError, match="no such directory"):
+        make(OffloadTrainer, tmp_path).train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
     make(Trainer, tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     with pytest.raises(CheckpointError, match="was not saved by OffloadTrainer"):
         make(OffloadTrainer, tmp_path).train(resume_from_checkpoint=True)
