@@ -28,6 +28,7 @@ from offload.runtime.assembly import Assembly, assemble
 from offload.runtime.chosen_device import steps_aside
 from offload.runtime.early_root import EarlyRoot
 from offload.runtime.gradient_norms import GradientNorms
+from offload.runtime.gradients import refuse_updated
 from offload.runtime.late_plan import LatePlan, is_open
 from offload.runtime.open_run import CLOSED, OpenRun
 from offload.runtime.optimizer import OffloadOptimizer
@@ -265,22 +266,18 @@ class OffloadEngine(OpenRun):
         final, chunks = self._early_root.take()
         if not final:
             return
-        self._refuse_second_backward()
+        refuse_updated(self.root)
         self._previous_step_durable()
         self._norms.note(self.root, final)
         self._scheduler.update_early(final, chunks, self._hyper_of)
         self.root.updated_since_step = True
-
-    def _refuse_second_backward(self) -> None:
-        if self.root.updated_since_step:
-            raise UsageError("backward ran again before optimizer.step(); use model.offload.no_sync()")
 
     def _backward_ended(self) -> None:
         self._backward_open = False
         self._scheduler.update_held(self._hyper_of)
         if self._sync and not self._defers(self.root) and self._scheduler.root_is_due():
             if not self._early_root.has_updated:
-                self._refuse_second_backward()
+                refuse_updated(self.root)
             self._previous_step_durable()
             self._scheduler.wait_resident(self.root)
             self._norms.note(self.root, more=self._early_root.has_updated)

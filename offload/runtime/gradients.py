@@ -25,6 +25,16 @@ from offload.transfer.copies import Copies
 from offload.types import PAGE_NBYTES, ROOT_PARTS, SEGMENT_ELEMENTS, round_up
 
 
+def refuse_updated(block: BlockRecord) -> None:
+    """Raise UsageError where a backward would change what has been updated in this step already."""
+    if block.updated_since_step:
+        raise UsageError(
+            f"block {block.name}: its update of this step has been made already, during a backward that ran before "
+            "without optimizer.step(), or failed midway. To accumulate, run all backwards but the last under "
+            "`with model.offload.no_sync():`; to be able to go on after a failed one, use update='deferred'"
+        )
+
+
 class Gradients:
     """Owns the gradient buffers. `buffers` are in device memory, `out_buffers` in host memory (none when shared).
 
@@ -85,12 +95,7 @@ class Gradients:
 
     def begin(self, block: BlockRecord) -> None:
         """Give the block a gradient buffer, with what it has accumulated so far."""
-        if block.updated_since_step:
-            raise UsageError(
-                f"block {block.name}: its update of this step has been made already, during a backward that ran before "
-                "without optimizer.step(), or failed midway. To accumulate, run all backwards but the last under "
-                "`with model.offload.no_sync():`; to be able to go on after a failed one, use update='deferred'"
-            )
+        refuse_updated(block)
         if block.grad_buffer is not None or block.layout.grad_elements == 0:
             return
         buffer = self._take(self._buffers)

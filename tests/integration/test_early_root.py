@@ -169,3 +169,49 @@ def test_gradient_that_comes_after_the_update_of_its_parameter_is_refused(tmp_pa
         trained(Reaching, "backward", tmp_path, loss_of=shared_loss(3))
     assert any("head.weight" in names for names in early_updates)
     trained(Reaching, "deferred", tmp_path, loss_of=shared_loss(3))
+
+
+@pytest.mark.parametrize("update", ["backward", "deferred"])
+def test_after_an_interrupted_backward_training_goes_on_as_in_memory_or_is_refused_with_the_way_to(
+    tmp_path, update
+):
+    """An untied head has been updated by then, where updates do not wait."""
+    interrupts = []
+
+    def trained_steps(model, optimizer):
+        def interrupt(grad):
+            if interrupts:
+                interrupts.pop()
+                raise KeyboardInterrupt
+
+        model.model.layers[1].mlp.down_proj.weight.register_hook(interrupt)
+        losses = []
+        for step, batch in enumerate(batches(4)):
+            if step == 2:
+                interrupts.append(True)
+                with pytest.raises(KeyboardInterrupt):
+                    causal_in(model, batch).backward()
+                optimizer.zero_grad()
+            loss = causal_in(model, batch)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    def causal_in(model, batch):
+        return model(input_ids=batch, labels=batch).loss
+
+    model = build("llama", tie=False)
+    plain = trained_steps(model, two_groups(model))
+    model = build("llama", tie=False)
+    model, optimizer = offload.wrap(
+        model, two_groups(model), chunk_elements=CHUNK, device_memory="8MB", host_memory="8MB", device="emulated",
+        storage=[str(tmp_path)], step_aside="never", update=update,
+    )  # fmt: skip
+    if update == "deferred":
+        assert trained_steps(model, optimizer) == pytest.approx(plain, abs=5e-6)
+    else:
+        with pytest.raises(UsageError, match=r"failed midway.*no_sync.*update='deferred'"):
+            trained_steps(model, optimizer)
+    model.offload.close()
