@@ -100,6 +100,7 @@ class OffloadEngine(OpenRun):
         self._gradients = self._scheduler.gradients
         self.saves = SavesBeside(self._scheduler)
         self._early_root = EarlyRoot(self.root, config.chunk_elements)
+        self._emptied = taken_gradients.Emptied()
         self.tracked: dict[str, Stateful] = {}
         self.commits = wiring.make_commits(model, parts, config, self.tracked, self._scheduler)
         self._durable = wiring.make_durable_steps(self.commits, parts, config, self._scheduler, self.stalls)
@@ -252,6 +253,7 @@ class OffloadEngine(OpenRun):
     def _open_backward(self) -> None:
         if self._backward_open:
             return
+        self._emptied.settle([*self.blocks, self.root], self.discard_gradients)
         with contextlib.suppress(RuntimeError):  # outside a backward, as when a test sets .grad by hand
             hooks.at_end_of_backward(self._backward_ended)
             self._backward_open = True
@@ -300,6 +302,7 @@ class OffloadEngine(OpenRun):
         """Raise UsageError where a step cannot be made, or would leave out a parameter that has been unfrozen."""
         self.refuse_what_is_lost()
         self._trained.refuse_unfrozen()
+        self._emptied.settle([*self.blocks, self.root], self.discard_gradients)
 
     def optimizer_step(self) -> None:
         """Decide the updates of this step that have not been made during backward."""

@@ -47,6 +47,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._steps: dict[torch.nn.Parameter, int] = {}
         self._used: dict[int, dict[str, Any]] = {}
         self._has_warned = self._has_told = self._has_left_gradients = False
+        self._n_emptied = taken_gradients.n_emptied()
         self.steps_made = 0
         """Calls of `step()` that ended, those before a resume included."""
         self.grad_scale = 1.0
@@ -230,6 +231,9 @@ class OffloadOptimizer(torch.optim.Optimizer):
     def _tell_of_gradients_left(self) -> None:
         """Say once where torch would use the gradients of the step before again."""
         left, self._has_left_gradients = self._has_left_gradients, True
+        emptied, self._n_emptied = self._n_emptied, taken_gradients.n_emptied()
+        if emptied != self._n_emptied:
+            left = False
         if left and not self._has_told:
             self._has_told = True
             logger.warning(

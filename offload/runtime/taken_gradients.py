@@ -4,18 +4,20 @@
 parameter's `.grad` is empty. Code that reads it would go on as if there were no gradient: `clip_grad_norm_` would clip
 nothing, a GradScaler would unscale nothing, a log would show no norm. So from the moment its gradient is taken until
 `zero_grad`, a parameter is of a class of its own whose `.grad` raises, and of its own class again after that. The same
-goes the other way: what somebody puts into `.grad` by hand would be ignored, and `step()` refuses it.
+goes the other way: what somebody puts into `.grad` by hand would be ignored, and `step()` refuses it. Who sets it to
+None wants the gradient forgotten: that of all parameters is what `zero_grad` does, that of some is refused.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from offload.errors import UsageError
+from offload.stores.block_store import BlockRecord
 
 _slot: Any = torch.Tensor.grad
 _NAME = "_offload_taken_as"
@@ -59,6 +61,48 @@ def refuse_by_hand(parameters: Iterable[torch.Tensor]) -> None:
             )
 
 
+_n_emptied = 0
+
+
+def n_emptied() -> int:
+    """How often `.grad` has been set to None in place of a gradient that had been taken."""
+    return _n_emptied
+
+
+def _count_emptied() -> None:
+    global _n_emptied  # of the process, as the class of a parameter is
+    _n_emptied += 1
+
+
+class Emptied:
+    """What has become of gradients that wait when their `.grad` is set to None, seen by one engine."""
+
+    def __init__(self) -> None:
+        self._n_seen = n_emptied()
+
+    def settle(self, blocks: Iterable[BlockRecord], discard: Callable[[], None]) -> None:
+        """Call `discard` where all gradients that wait have been emptied. Raises UsageError where some of them have."""
+        if self._n_seen == n_emptied():
+            return
+        self._n_seen = n_emptied()
+        waiting = [
+            segment
+            for block in blocks
+            if block.touched and not block.pending_update and not block.tickets
+            for buffer in block.layout.buffers
+            for segment in buffer.segments
+            if id(segment.parameter) in block.touched
+        ]
+        emptied = [segment for segment in waiting if _NAME not in segment.parameter.__dict__]
+        if emptied and len(emptied) < len(waiting):
+            raise UsageError(
+                f"{emptied[0].name}: its .grad has been set to None, those of other parameters have not: discard all "
+                "of them with optimizer.zero_grad(), or leave this parameter out with requires_grad_(False)"
+            )
+        if emptied:
+            discard()
+
+
 @functools.cache
 def _refusing(kind: type[torch.Tensor]) -> type[torch.Tensor]:
     """A subclass of `kind`, under its name, whose `.grad` cannot be read."""
@@ -70,6 +114,9 @@ def _refusing(kind: type[torch.Tensor]) -> type[torch.Tensor]:
         raise UsageError(f"{name}: its gradient is not in .grad, the engine has taken it. {_REMEDY}")
 
     def write(parameter: torch.Tensor, value: torch.Tensor | None) -> None:
+        if value is None and _NAME in parameter.__dict__:
+            give_back([parameter])
+            _count_emptied()
         _slot.__set__(parameter, value)
 
     members = {

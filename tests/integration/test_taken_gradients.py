@@ -109,8 +109,20 @@ def test_a_scaler_that_is_disabled_steps_as_without_one(tmp_path):
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("discard", ["optimizer", "model"])
-def test_zero_grad_of_either_forgets_gradients(tmp_path, discard):
+def empty(model):
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+FORGET = {
+    "optimizer": lambda model, optimizer: optimizer.zero_grad(),
+    "model": lambda model, optimizer: model.zero_grad(),
+    "every parameter": lambda model, optimizer: empty(model),
+}
+
+
+@pytest.mark.parametrize("forget", FORGET.values(), ids=FORGET)
+def test_zero_grad_of_any_kind_forgets_gradients(tmp_path, forget, caplog):
     """A backward that is forgotten leaves the numbers of the steps after it as they would have been."""
     losses = []
     for wasted in (False, True):
@@ -119,13 +131,28 @@ def test_zero_grad_of_either_forgets_gradients(tmp_path, discard):
         for number in range(3):
             if wasted:
                 backward(model, 7)
-                (optimizer if discard == "optimizer" else model).zero_grad()
+                forget(model, optimizer)
             found.append(backward(model, number))
             optimizer.step()
-            (optimizer if discard == "optimizer" else model).zero_grad()
+            forget(model, optimizer)
         losses.append(found)
         model.offload.close()
     assert losses[0] == losses[1]
+    assert "zero_grad" not in caplog.text
+
+
+@pytest.mark.parametrize("use", ["step", "backward"])
+def test_forgetting_some_gradients_that_wait_is_refused_by_name(tmp_path, use):
+    """Which of them a norm has been taken of is not known any more."""
+    model, optimizer = start(tmp_path, **PLACES["streamed, updates that wait"])
+    backward(model)
+    model.model.layers[1].mlp.up_proj.weight.grad = None
+    with pytest.raises(UsageError, match=r"layers\.1\.mlp\.up_proj\.weight: its \.grad has been set to None"):
+        optimizer.step() if use == "step" else backward(model)
+    empty(model)
+    backward(model)
+    optimizer.step()
+    model.offload.close()
 
 
 def test_a_copy_and_a_closed_model_have_gradients_of_their_own(tmp_path):
