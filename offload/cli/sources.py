@@ -43,8 +43,10 @@ class BudgetTexts:
     """What a run would get as --storage: what is free there limits what lies on storage."""
 
     def of(self, machine: Hardware, work: Workload) -> Budgets:
-        """In bytes; percentages count from what `machine` has. What of the model stays on a device with memory of its own
-        is taken from that, as a run does."""
+        """In bytes; percentages count from what `machine` has.
+
+        What of the model stays on a device with memory of its own is taken from that, as a run does.
+        """
 
         def optional(text: str | None) -> int | None:
             return None if text is None else parse_budget(text, 0)

@@ -162,7 +162,11 @@ def judge(config: Mapping[str, Any]) -> None:
 
 def tell_defaults(config: Mapping[str, Any]) -> None:
     """Say once in the log what changes the numbers although the configuration does not name it."""
-    if get(config, CLIPPING) is not None or "max_grad_norm" in get(config, "offload", {}) or CLIPPING in _told:
+    if (
+        get(config, CLIPPING) is not None
+        or "max_grad_norm" in get(config, "offload", {})
+        or CLIPPING in _told
+    ):
         return
     _told.add(CLIPPING)
     logger.warning(
@@ -323,8 +327,8 @@ def read(
     model: Any = None,
     n_samples: int | None = None,
 ) -> dict[str, Any]:
-    """The whole of it: load, modernise, judge, resolve "auto", tell defaults that change numbers, and let DeepSpeed check
-    where it is installed."""
+    """The whole of it: load, modernise, judge, resolve "auto", tell defaults, and let DeepSpeed check where it is
+    installed."""
     config = load(source)
     modernise(config)
     judge(config)

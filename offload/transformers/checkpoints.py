@@ -45,7 +45,9 @@ def save_state(model: nn.Module, directory: str, beside: dict[str, Any]) -> None
 def check_has_state(directory: str) -> None:
     """Raise CheckpointError where `save_state` has not been."""
     if not os.path.isdir(directory):
-        raise CheckpointError(f"{directory}: no such directory: name a checkpoint of OffloadTrainer to go on from")
+        raise CheckpointError(
+            f"{directory}: no such directory: name a checkpoint of OffloadTrainer to go on from"
+        )
     if not os.path.isdir(os.path.join(directory, STATE_DIRECTORY)):
         raise CheckpointError(
             f"{directory} has no {STATE_DIRECTORY}: it was not saved by OffloadTrainer, or with save_only_model. To go "
