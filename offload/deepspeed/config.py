@@ -150,8 +150,12 @@ def judge(config: Mapping[str, Any]) -> None:
     for path, value in _leaves(config):
         key = keys.find(path)
         if key is None:
-            if keys.is_section(path) and (value is None or value == {} or isinstance(value, bool)):
+            if keys.is_section(path) and (value is None or value is False or value == {}):
                 continue
+            if keys.is_section(path):
+                is_switch = any(known.path == f"{path}.enabled" for known in keys.KEYS)
+                switch = f'{{"{path}": {{"enabled": true}}}}' if is_switch else "an object"
+                raise ConfigError(f"{path}={json.dumps(value, default=str)}: is a section: write {switch}")
             raise ConfigError(f"{path}: not a key of DeepSpeed's training configuration{_suggest(path)}")
         if key.fate is Fate.REFUSED and value not in key.neutral:
             raise ConfigError(f"{path}={json.dumps(value, default=str)} is refused: {key.note}")

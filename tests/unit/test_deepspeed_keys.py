@@ -2,6 +2,7 @@
 
 import logging
 import pathlib
+import re
 
 import pytest
 
@@ -116,6 +117,21 @@ def test_clipping_that_nobody_asked_for_is_told_once_with_the_key_that_changes_i
 def test_clipping_that_was_asked_for_is_not_told(caplog, asked):
     config.read({"train_batch_size": 4, **asked})
     assert "clipped" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("read", "message"),
+    [
+        ({"bf16": True}, r'bf16=true: is a section: write {"bf16": {"enabled": true}}'),
+        ({"aio": True}, "aio=true: is a section: write an object"),
+        ({"offload": "/mnt/nvme0"}, 'offload="/mnt/nvme0": is a section: write an object'),
+    ],
+)
+def test_a_value_where_a_section_belongs_is_refused_with_what_to_write(read, message):
+    """bf16 that is only said to be true would compute in fp32 without a word."""
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        config.judge(read)
+    config.judge(dict.fromkeys(read, False))
 
 
 @pytest.mark.parametrize(
