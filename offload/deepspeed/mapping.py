@@ -253,7 +253,10 @@ def make_optimizer(config: Mapping[str, Any], parameters: Iterable[Any]) -> torc
     for pair in ("betas", "eps"):
         if isinstance(given.get(pair), list):
             given[pair] = tuple(given[pair])
-    return kind.make(parameters, **given)
+    try:
+        return kind.make(parameters, **given)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer.params={given}: {name} does not take these: {error}") from error
 
 
 def _settle_adam(key: str, given: dict[str, Any]) -> str:

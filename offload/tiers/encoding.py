@@ -75,8 +75,8 @@ def _encode(value: Any, where: str, depth: int) -> Any:
         ]
         return {"counter" if isinstance(value, Counter) else "dict": pairs}
     raise UsageError(
-        f"{where} is a {type(value).__name__}: a checkpoint holds plain data and tensors only; "
-        "return those from state_dict()"
+        f"{where} is a {type(value).__name__}: a checkpoint holds plain data and tensors only: give those, as "
+        "vars(args) does of a namespace, list() of a set, and state_dict() of an object with state"
     )
 
 

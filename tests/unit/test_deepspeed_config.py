@@ -277,6 +277,11 @@ def test_the_optimizer_has_deepspeeds_meanings_and_defaults():
         ({"type": "AdamW", "params": {"max_grad_norm": 1.0}}, "gradient_clipping"),
         ({"type": "AdamW", "params": {"momentum": 0.9}}, "momentum"),
         ({"type": "SGD", "params": {"lr": 0.1, "betas": [0.9, 0.99]}}, "betas: not a parameter of SGD"),
+        (
+            {"type": "AdamW", "params": {"lr": "1e-3"}},
+            r"optimizer.params=.*'1e-3'.*AdamW does not take these",
+        ),
+        ({"type": "AdamW", "params": {"lr": -1.0}}, "AdamW does not take these: Invalid learning rate"),
         ({"type": "AdamW", "params": {"amsgrad": True}}, "amsgrad"),
         (None, "no optimizer"),
     ],
