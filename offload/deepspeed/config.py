@@ -331,12 +331,10 @@ def read(
     model: Any = None,
     n_samples: int | None = None,
 ) -> dict[str, Any]:
-    """The whole of it: load, modernise, judge, resolve "auto", tell defaults, and let DeepSpeed check where it is
-    installed."""
+    """The whole of it: load, modernise, judge, resolve "auto", and let DeepSpeed check where it is installed."""
     config = load(source)
     modernise(config)
     judge(config)
     resolve_auto(config, args, model, n_samples)
-    tell_defaults(config)
     check_with_deepspeed(config)
     return config

@@ -64,8 +64,10 @@ def initialize(
     parameters = (
         [p for p in model.parameters() if p.requires_grad] if model_parameters is None else model_parameters
     )
-    source = _optimizer(optimizer, read, parameters)
+    source = _optimizer(optimizer, read, parameters, model)
     _refuse_left_out(model, source)
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        configuration.tell_defaults(read)
     if lr_scheduler is None:
         _scheduler(
             None, read, _stand_in(source)
@@ -91,7 +93,15 @@ def _source(args: Any, *given: Any) -> Any:
     raise ConfigError("no configuration: give initialize(config=FILE or dict), or args with deepspeed_config")
 
 
-def _optimizer(given: Any, read: Mapping[str, Any], parameters: Any) -> torch.optim.Optimizer:
+def _optimizer(
+    given: Any, read: Mapping[str, Any], parameters: Any, model: nn.Module
+) -> torch.optim.Optimizer:
+    if (
+        given is None
+        and get(read, "optimizer.type") is None
+        and not any(p.requires_grad for p in model.parameters())
+    ):
+        return torch.optim.AdamW(model.parameters())  # a reference: it is computed with, and no step is made
     if given is None:
         return mapping.make_optimizer(read, parameters)
     made = given if isinstance(given, torch.optim.Optimizer) else given(parameters)

@@ -232,7 +232,8 @@ def make_optimizer(config: Mapping[str, Any], parameters: Iterable[Any]) -> torc
     name = get(config, "optimizer.type")
     if name is None:
         raise ConfigError(
-            "no optimizer: give initialize(optimizer=...), or a section optimizer with type and params"
+            "no optimizer: give initialize(optimizer=...), or a section optimizer with type and params; or call "
+            "model.requires_grad_(False) where the model is only computed with"
         )
     key = str(name).lower()
     if key not in _KINDS:

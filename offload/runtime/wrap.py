@@ -25,7 +25,7 @@ SLOW_BFLOAT16_PARAMETERS = 10_000_000
 
 def wrap(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     *,
     blocks: object = None,
     compute_dtype: torch.dtype | None = None,
@@ -35,11 +35,11 @@ def wrap(
     """Stream `model`'s training state between memory and storage. Returns the same model and a new optimizer.
 
     `optimizer` is a fresh one over the model's parameters: torch.optim.AdamW, Adam or SGD, Lion, and what else
-    docs/optimizers.md lists. `blocks` names the repeated stack
-    (a class, its name, or a list of modules) where it is not found by itself. `compute_dtype=torch.bfloat16` computes
-    fp32 parameters in bf16 while their exact fp32 value stays the master. `chunked_loss` lets a Hugging Face causal
-    language model compute its loss in chunks of tokens, so that the logits of a whole batch never exist; the model's
-    code is not changed. Other settings: `offload.config.Config`.
+    docs/optimizers.md lists; None for a model that is only computed with, all of it frozen. `blocks` names the
+    repeated stack (a class, its name, or a list of modules) where it is not found by itself.
+    `compute_dtype=torch.bfloat16` computes fp32 parameters in bf16 while their exact fp32 value stays the master.
+    `chunked_loss` lets a Hugging Face causal language model compute its loss in chunks of tokens, so that the logits of
+    a whole batch never exist; the model's code is not changed. Other settings: `offload.config.Config`.
     Raises BudgetError before anything is written when the budgets cannot hold the model, ConfigError for settings
     that contradict each other, UsageError for a model that is wrapped already or has been closed.
     """
@@ -54,7 +54,7 @@ def wrap(
         raise ConfigError(f"compute_dtype={compute_dtype} is not supported: use torch.bfloat16 or None")
     if chunked_loss and (reason := why_not_chunked(base_of(model))) is not None:
         raise ConfigError(f"chunked_loss=True: {reason}")
-    wrapped = OffloadOptimizer(optimizer, config.optimizer_state)
+    wrapped = OffloadOptimizer(_of_nothing(model) if optimizer is None else optimizer, config.optimizer_state)
     cache_again = stop_caching(model)
     dtypes = {compute_dtype, *(p.dtype for p in model.parameters())}
     n_parameters = sum(p.numel() for p in model.parameters())
@@ -77,6 +77,17 @@ def wrap(
     model.zero_grad = engine.zero_grad  # type: ignore[method-assign]  # gradients are not where its own would look
     model.offload = engine  # type: ignore[assignment]  # documented attribute
     return model, wrapped
+
+
+def _of_nothing(model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer for a model that is only computed with (a teacher, a reference). Raises ConfigError for another."""
+    trained = next((name for name, parameter in model.named_parameters() if parameter.requires_grad), None)
+    if trained is not None:
+        raise ConfigError(
+            f"there is no optimizer, and {trained} requires gradients: give one, or call model.requires_grad_(False) "
+            "where the model is only computed with"
+        )
+    return torch.optim.AdamW(model.parameters())
 
 
 def _refuse_what_is_no_plain_model(model: nn.Module) -> None:

@@ -460,3 +460,19 @@ def test_a_model_that_cannot_fit_is_refused_before_anything_is_written(tmp_path)
     with pytest.raises(offload.BudgetError):
         deepspeed.initialize(model=build("llama"), config=copy.deepcopy(config))
     assert not list((tmp_path / "store").glob("*")) if (tmp_path / "store").exists() else True
+
+
+def test_a_frozen_reference_needs_no_optimizer_and_nothing_is_said_of_clipping(tmp_path, caplog):
+    batch = batches(1)[0]
+    plain, model = (build("llama").requires_grad_(False) for _ in range(2))
+    config = configuration(tmp_path)
+    del config["optimizer"]
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    with torch.no_grad():
+        assert torch.equal(
+            engine(input_ids=batch, labels=batch).loss, plain(input_ids=batch, labels=batch).loss
+        )
+    assert "clipped" not in caplog.text
+    engine.destroy()
+    with pytest.raises(ConfigError, match=r"no optimizer.*requires_grad_\(False\)"):
+        deepspeed.initialize(model=build("llama"), config=config)

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import offload
-from offload.errors import UsageError
+from offload.errors import ConfigError, UsageError
+from tests.conftest import build
 
 WIDTH = 16
 PLACES = {
@@ -115,3 +116,36 @@ def test_a_step_after_close_is_told_that_the_engine_is_closed(tmp_path):
         parameter.grad = torch.zeros_like(parameter)
     with pytest.raises(UsageError, match="the offload engine is closed"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_a_model_that_is_only_computed_with_needs_no_optimizer(tmp_path, device):
+    """A teacher: its results, and the gradient that goes through it, are those of memory."""
+    plain, teacher = (build("llama", layers=8).requires_grad_(False).eval() for _ in range(2))
+    teacher, optimizer = offload.wrap(
+        teacher, None, device=device, device_memory="600KB", host_memory="1300KB", storage=[str(tmp_path)],
+        chunk_elements=4096, step_aside="never",
+    )  # fmt: skip
+    given = torch.randn(2, 6, 64, generator=torch.Generator().manual_seed(1))
+    found = []
+    for model in (plain, teacher):
+        embeddings = given.clone().requires_grad_()
+        logits = model(inputs_embeds=embeddings).logits
+        logits.square().mean().backward()
+        found.append((logits, embeddings.grad))
+    for expected, got in zip(*found, strict=True):
+        assert torch.equal(expected, got)
+    counters = teacher.offload.counters()
+    assert counters["read_bytes"] > 0
+    assert optimizer.state_dict()["state"] == {}
+    teacher.offload.close()
+
+
+def test_no_optimizer_for_a_model_that_is_to_be_trained_is_refused_before_anything_moves(tmp_path):
+    model = build("llama")
+    model.model.embed_tokens.requires_grad_(False)
+    with pytest.raises(
+        ConfigError, match=r"self_attn\.q_proj\.weight requires gradients: .*requires_grad_\(False\)"
+    ):
+        offload.wrap(model, None, storage=[str(tmp_path / "store")])
+    assert not (tmp_path / "store").exists()

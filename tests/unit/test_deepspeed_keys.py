@@ -104,7 +104,7 @@ def test_what_has_no_effect_is_told_once(caplog):
 
 def test_clipping_that_nobody_asked_for_is_told_once_with_the_key_that_changes_it(caplog):
     for _ in range(3):
-        config.read({"train_batch_size": 4})
+        config.tell_defaults(config.read({"train_batch_size": 4}))
     told = [record for record in caplog.records if "gradient_clipping" in record.getMessage()]
     assert [record.levelno for record in told] == [logging.WARNING]
     assert "clipped at a norm of 1.0" in told[0].getMessage()
@@ -115,7 +115,7 @@ def test_clipping_that_nobody_asked_for_is_told_once_with_the_key_that_changes_i
     "asked", [{"gradient_clipping": 1.0}, {"gradient_clipping": 0}, {"offload": {"max_grad_norm": 0.5}}]
 )
 def test_clipping_that_was_asked_for_is_not_told(caplog, asked):
-    config.read({"train_batch_size": 4, **asked})
+    config.tell_defaults(config.read({"train_batch_size": 4, **asked}))
     assert "clipped" not in caplog.text
 
 
