@@ -21,7 +21,7 @@ def _text_pieces(path: str) -> Iterator[tuple[str, bool]]:
     """Pieces of a text file cut at line ends, each with whether it is learned; True throughout."""
     piece: list[str] = []
     n_characters = 0
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         for line in file:
             piece.append(line)
             n_characters += len(line)
@@ -66,7 +66,9 @@ class TokenStream:
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{path}: is not UTF-8 text: {error}") from error
+            raise ConfigError(
+                f"{path}: is not UTF-8 text: {error}: save it as such, or as JSON lines"
+            ) from error
         n_whole = len(self._ids) // sequence_length
         if n_whole == 0:
             raise ConfigError(
@@ -85,7 +87,7 @@ class TokenStream:
 
     def _read_json_lines(self, path: str) -> None:
         end = getattr(self._tokenizer, "eos_token_id", None)
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue

@@ -156,6 +156,18 @@ def test_a_line_that_cannot_be_learned_is_told_by_what_it_has(tmp_path, content,
         TokenStream(str(tmp_path / "data.json"), make_tokenizer(), 2)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.txt", TEXT), ("a.jsonl", f'{{"text": {json.dumps(TEXT)}}}\n')]
+)
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name, content):
+    """Editors of Windows write one."""
+    streams = []
+    for encoding in ("utf-8", "utf-8-sig"):
+        (tmp_path / name).write_text(content, encoding=encoding)
+        streams.append(TokenStream(str(tmp_path / name), make_tokenizer(), 100)._ids)
+    assert streams[0] == streams[1]
+
+
 def test_every_epoch_sees_every_sequence_once(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     stream = TokenStream(str(tmp_path / "text.txt"), make_tokenizer(), 100)
