@@ -270,4 +270,8 @@ class Plan(BaseModel):
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
-            raise ConfigError(f"this is no saved plan: {error}") from error
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise ConfigError(
+                f"this is no saved plan, as `offload plan --save` writes: {where + ': ' if where else ''}{first['msg']}"
+            ) from error
