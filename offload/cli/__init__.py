@@ -301,10 +301,11 @@ _ModelSource = Annotated[
     ),
 ]
 _HardwareSource = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--hardware",
-        help="Profile of the machine: a name such as rtx4090-12ssd, or a JSON file.",
+        help="Profile of the machine: a name such as rtx4090-12ssd, or a JSON file. Default: what `offload probe` has "
+        "stored.",
         rich_help_panel=_MACHINE,
     ),
 ]
@@ -374,7 +375,7 @@ _Fix = Annotated[
 @app.command("plan")
 def plan_command(
     model: _ModelSource,
-    hardware: _HardwareSource,
+    hardware: _HardwareSource = None,
     batch: _Batch = 8,
     sequence_length: _Tokens = 1024,
     optimizer: _Optimizer = "adamw",
@@ -410,7 +411,7 @@ def plan_command(
 @app.command("simulate")
 def simulate_command(
     model: _ModelSource,
-    hardware: _HardwareSource,
+    hardware: _HardwareSource = None,
     batch: _Batch = 8,
     sequence_length: _Tokens = 1024,
     optimizer: _Optimizer = "adamw",

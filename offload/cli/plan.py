@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TextIO
 
 from offload.cli import sources
+from offload.errors import ConfigError
 from offload.planner.explain import explain
 from offload.planner.plan import Plan
 from offload.planner.report import plan_lines
@@ -19,7 +20,7 @@ class PlanSettings:
     """What the command was told."""
 
     model: str
-    hardware: str
+    hardware: str | None
     overrides: list[str]
     batch: int
     tokens: int
@@ -33,7 +34,10 @@ class PlanSettings:
 
 def load_plan(path: str) -> Plan:
     """A plan saved by `offload plan --save`. Raises ConfigError when it is none, OSError when it cannot be read."""
-    return Plan.from_json(pathlib.Path(path).read_text())
+    try:
+        return Plan.from_json(pathlib.Path(path).read_text())
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
 def run_plan(settings: PlanSettings, out: TextIO) -> Plan:

@@ -25,7 +25,7 @@ class SimulateSettings:
     """What the command was told."""
 
     model: str
-    hardware: str
+    hardware: str | None
     overrides: list[str]
     batch: int
     tokens: int

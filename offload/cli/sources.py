@@ -22,10 +22,13 @@ def workload(source: str, tokens_per_sample: int, optimizer: str, moments: str) 
     return replace(workload_of(source, tokens_per_sample), rule=rule_of(optimizer, moments))
 
 
-def hardware(source: str, overrides: list[str]) -> Hardware:
-    """A named profile or a JSON file, with `field=value` overrides."""
+def hardware(source: str | None, overrides: list[str]) -> Hardware:
+    """A named profile, a JSON file or, without either, this machine's own profile; with `field=value` overrides."""
     from offload.planner.hardware import load_hardware
+    from offload.profiling.stored import stored_hardware
 
+    if source is None:
+        return stored_hardware(tuple(overrides))
     return load_hardware(source, overrides)
 
 

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from offload.cli import app, sources
 from offload.errors import BudgetError, ConfigError
+from offload.planner.hardware import save_hardware
 from offload.planner.plan import Plan
 from offload.tiers.wear import Wear
 from tests.planning import gpt, lohan_machine
@@ -98,7 +99,7 @@ def test_what_cannot_be_is_said(tmp_path) -> None:
     with pytest.raises(ConfigError, match="policy 'deepspeed' is not known"):
         run("simulate", *RUN, "--policy", "deepspeed")
     (tmp_path / "no.json").write_text("{}")
-    with pytest.raises(ConfigError, match="no saved plan"):
+    with pytest.raises(ConfigError, match=r"no\.json: this is no saved plan, as .*: Field required$"):
         run("simulate", *RUN, "--plan", str(tmp_path / "no.json"))
 
 
@@ -149,3 +150,14 @@ def test_buffers_of_the_model_are_taken_from_a_device_with_memory_of_its_own():
     assert texts.of(machine, work).device_nbytes == own - (1 << 30)
     shared = machine.model_copy(update={"shares_host": True})
     assert texts.of(shared, work).device_nbytes == 10_000_000_000
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+def test_without_hardware_this_machines_own_profile_is_planned_for(monkeypatch, tmp_path, command):
+    monkeypatch.undo()
+    monkeypatch.setattr(sources, "workload", lambda source, tokens, *_: gpt(source, 4, 512, tokens=tokens))
+    monkeypatch.setenv("OFFLOAD_PROFILE", str(tmp_path / "profile.json"))
+    with pytest.raises(ConfigError, match="run `offload probe --storage DIR`"):
+        run(command, "--model", "tiny")
+    save_hardware(lohan_machine(1).model_copy(update={"name": "my own"}), str(tmp_path / "profile.json"))
+    assert "my own" in run(command, "--model", "tiny")
