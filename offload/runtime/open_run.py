@@ -75,7 +75,10 @@ class OpenRun(Uncopied):
     def _live_optimizer(self) -> OffloadOptimizer:
         optimizer = self._optimizer()
         if optimizer is None:
-            raise UsageError("the optimizer returned by offload.wrap has been deleted")
+            raise UsageError(
+                "the optimizer returned by offload.wrap has been deleted, and the one given to it makes no steps: keep "
+                "it, as in `model, optimizer = offload.wrap(model, optimizer, ...)`"
+            )
         return optimizer
 
     def trains(self, parameter: torch.Tensor) -> bool:
