@@ -33,9 +33,11 @@ class PlanSettings:
 
 
 def load_plan(path: str) -> Plan:
-    """A plan saved by `offload plan --save`. Raises ConfigError when it is none, OSError when it cannot be read."""
+    """A plan saved by `offload plan --save`. Raises ConfigError when it is none or cannot be read."""
     try:
         return Plan.from_json(pathlib.Path(path).read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from offload.cli.plan import load_plan
 from offload.config import NO_PLAN
 from offload.errors import ConfigError
 from offload.planner.hardware import Hardware, load_hardware
@@ -114,6 +115,7 @@ def planning_of(request: Request, note: Callable[[str], None]) -> Planning:
         settings["written_per_step"] = request.written_per_step
     if request.plan is not None and request.plan != NO_PLAN:
         _check_plan_request(request)
+        load_plan(request.plan)  # a run that streams nothing would not read it
         hardware = _named(request) if request.hardware is not None else _stored()
         settings["plan"] = request.plan
         return Planning(request, hardware, _with_bus(settings, hardware))

@@ -11,6 +11,7 @@ from offload.cli.optimizers import rule_of
 from offload.config import host_total_nbytes, parse_budget
 from offload.errors import ConfigError
 from offload.model.loading import dtype_of
+from offload.schedule.trace import check_picture
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -112,8 +113,10 @@ def check(settings: Settings) -> None:
             raise ConfigError(
                 f"--{option.replace('_', '-')} {path} cannot be written by this user: choose another file"
             )
-    if settings.plot is not None and find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib; run: pip install 'offload[plot]'")
+    if settings.plot is not None:
+        if find_spec("matplotlib") is None:
+            raise ConfigError("--plot needs matplotlib; run: pip install 'offload[plot]'")
+        check_picture(settings.plot)
 
 
 def _can_be_made(directory: str) -> bool:

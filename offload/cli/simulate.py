@@ -15,7 +15,7 @@ from offload.planner.plan import Budgets, Plan
 from offload.planner.workload import Workload
 from offload.schedule.fastest import make_simulated_plan
 from offload.schedule.run import SimulatedStep, simulate_plan
-from offload.schedule.trace import LANE_TITLES, draw_timeline, write_trace
+from offload.schedule.trace import LANE_TITLES, check_picture, draw_timeline, write_trace
 
 GB = 1e9
 
@@ -118,6 +118,8 @@ def lines(plan: Plan, step: SimulatedStep) -> list[str]:
 
 def run_simulate(settings: SimulateSettings, out: TextIO) -> SimulatedStep:
     """Plan (or load a plan), simulate, print, draw and write."""
+    if settings.plot:
+        check_picture(settings.plot)
     machine = sources.hardware(settings.hardware, settings.overrides)
     machine = sources.worn(machine, settings.budgets.directories)
     work = sources.workload(settings.model, settings.tokens, settings.optimizer, settings.optimizer_state)

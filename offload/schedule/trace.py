@@ -104,6 +104,19 @@ def _colours(names: Sequence[str]) -> dict[str, Any]:
     return {name: palette(i % 20) for i, name in enumerate(names)}
 
 
+def check_picture(path: str) -> None:
+    """Raise ConfigError where `draw_timeline` could not write this file, before anything is run for it."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("drawing needs matplotlib; run: pip install 'offload[plot]'") from error
+    kinds, kind = Figure().canvas.get_supported_filetypes(), pathlib.Path(path).suffix.removeprefix(".")
+    if kind and kind.lower() not in kinds:
+        raise ConfigError(
+            f"{path}: .{kind} is no format of pictures here; write FILE.png, FILE.svg or FILE.pdf"
+        )
+
+
 def draw_timeline(
     path: str,
     spans: Sequence[Span],

@@ -168,6 +168,12 @@ def offload_main(arguments):
         (["--save-plan", "plan.json"], 2, "no plan to save"),
         (["--hardware", "pdp-11"], 2, "pdp-11"),
         (["--plan", "/nowhere/plan.json"], 2, "/nowhere/plan.json"),
+        (["--plan", "/nowhere/plan.json", "--step-aside", "always"], 2, "/nowhere/plan.json"),
+        (
+            ["--plot", "step.drawing"],
+            2,
+            "step.drawing: .drawing is no format of pictures here; write FILE.png",
+        ),
         (["--plan", "plan.json", "--micro-batches", "2"], 2, "--micro-batches 2 and --plan"),
         (["--written-per-step", "1GB"], 2, "--written-per-step is kept by planning"),
         (["--saved-activations", "disk"], 2, "saved_activations"),
