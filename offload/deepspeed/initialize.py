@@ -74,10 +74,6 @@ def initialize(
         )  # what it refuses is refused while the model is still the caller's
     settings |= mapping.host_nbytes(model, read, settings)
     module, wrapped = wrap(model, source, compute_dtype=compute_dtype, **settings)
-    source.param_groups[:] = (
-        wrapped.param_groups
-    )  # schedules and loops that hold the client's optimizer see ours
-    source._opt_called = True  # type: ignore[attr-defined]  # or torch warns that its step is never called
     engine = DeepSpeedEngine(module, wrapped, read)
     zero.remember(engine.offload)
     if training_data is not None:

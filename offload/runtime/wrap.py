@@ -34,9 +34,9 @@ def wrap(
 ) -> tuple[Any, OffloadOptimizer]:
     """Stream `model`'s training state between memory and storage. Returns the same model and a new optimizer.
 
-    `optimizer` is a fresh one over the model's parameters: torch.optim.AdamW, Adam or SGD, Lion, and what else
-    docs/optimizers.md lists; None for a model that is only computed with, all of it frozen. `blocks` names the
-    repeated stack (a class, its name, or a list of modules) where it is not found by itself.
+    `optimizer` is a fresh one over the model's parameters, whose groups the new one shares: torch.optim.AdamW, Adam or
+    SGD, Lion, and what else docs/optimizers.md lists; None for a model that is only computed with, all of it frozen.
+    `blocks` names the repeated stack (a class, its name, or a list of modules) where it is not found by itself.
     `compute_dtype=torch.bfloat16` computes fp32 parameters in bf16 while their exact fp32 value stays the master.
     `chunked_loss` lets a Hugging Face causal language model compute its loss in chunks of tokens, so that the logits of
     a whole batch never exist; the model's code is not changed. Other settings: `offload.config.Config`.
@@ -74,9 +74,17 @@ def wrap(
         _warn_of_slow_bfloat16()
     engine.when_closed(cache_again)
     wrapped.engine = engine
+    if optimizer is not None:
+        _share_groups(optimizer, wrapped)
     model.zero_grad = engine.zero_grad  # type: ignore[method-assign]  # gradients are not where its own would look
     model.offload = engine  # type: ignore[assignment]  # documented attribute
     return model, wrapped
+
+
+def _share_groups(given: torch.optim.Optimizer, wrapped: OffloadOptimizer) -> None:
+    """What a schedule that was made before writes into the groups of the optimizer it knows, updates read."""
+    given.param_groups[:] = wrapped.param_groups
+    given._opt_called = True  # type: ignore[attr-defined]  # or torch warns that its step is never called
 
 
 def _of_nothing(model: nn.Module) -> torch.optim.Optimizer:

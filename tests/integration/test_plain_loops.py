@@ -193,6 +193,29 @@ def test_a_loop_has_the_parameters_of_training_in_memory(tmp_path, place, loop):
     model.offload.close()
 
 
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_a_schedule_made_before_wrap_is_followed(tmp_path, device):
+    """It knows the optimizer that was given to wrap, and would change the rates of that one alone."""
+    found = []
+    for streams in (False, True):
+        torch.manual_seed(0)
+        model = Model(5)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        if streams:
+            model, optimizer = offload.wrap(
+                model, optimizer, device=device, storage=[str(tmp_path)], step_aside="never"
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            steps(model, optimizer, range(4), lambda seed, schedule=schedule: schedule.step())
+        assert optimizer.param_groups[0]["lr"] == 1e-2 / 16
+        found.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        if streams:
+            model.offload.close()
+    same(*found, **BOUNDS)
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_a_schedule_that_steps_before_the_optimizer_has_its_numbers_or_is_refused(tmp_path, place):
     def loop(model, optimizer, engine):
