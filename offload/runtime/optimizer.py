@@ -44,6 +44,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if any(len(state) for state in source.state.values()):
             raise ConfigError("the optimizer has state already; wrap it before its first step")
         self.engine: Stepper | None = None
+        self._given: torch.optim.Optimizer | None = None
         self._steps: dict[torch.nn.Parameter, int] = {}
         self._used: dict[int, dict[str, Any]] = {}
         self._has_warned = self._has_told = self._has_left_gradients = False
@@ -116,6 +117,15 @@ class OffloadOptimizer(torch.optim.Optimizer):
         """Torch puts new groups in place of the old ones when a state is loaded."""
         super().__setstate__(state)
         self._index_groups()
+        if self._given is not None:
+            self.share_groups(self._given)
+
+    def share_groups(self, given: torch.optim.Optimizer) -> None:
+        """Let updates read what a schedule that was made before `wrap` writes into the groups of the optimizer it
+        knows, the one that was given."""
+        self._given = given
+        given.param_groups[:] = self.param_groups
+        given._opt_called = True  # type: ignore[attr-defined]  # or torch warns that its step is never called
 
     @property
     def rule(self) -> UpdateRule:

@@ -75,16 +75,10 @@ def wrap(
     engine.when_closed(cache_again)
     wrapped.engine = engine
     if optimizer is not None:
-        _share_groups(optimizer, wrapped)
+        wrapped.share_groups(optimizer)
     model.zero_grad = engine.zero_grad  # type: ignore[method-assign]  # gradients are not where its own would look
     model.offload = engine  # type: ignore[assignment]  # documented attribute
     return model, wrapped
-
-
-def _share_groups(given: torch.optim.Optimizer, wrapped: OffloadOptimizer) -> None:
-    """What a schedule that was made before writes into the groups of the optimizer it knows, updates read."""
-    given.param_groups[:] = wrapped.param_groups
-    given._opt_called = True  # type: ignore[attr-defined]  # or torch warns that its step is never called
 
 
 def _of_nothing(model: nn.Module) -> torch.optim.Optimizer:

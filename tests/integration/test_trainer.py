@@ -296,17 +296,19 @@ def test_what_cannot_be_kept_is_refused_with_its_remedy(tmp_path):
         make(OffloadTrainer, tmp_path).train(resume_from_checkpoint=True)
 
 
-def test_a_loop_over_accelerate_accumulates_and_follows_its_scheduler(tmp_path):
+@pytest.mark.parametrize("is_first", [False, True], ids=["schedule after wrap", "schedule before wrap"])
+def test_a_loop_over_accelerate_accumulates_and_follows_its_scheduler(tmp_path, is_first):
     """As docs/huggingface.md has it; accelerate loads the optimizer's state into itself, which replaces its groups."""
     from accelerate import Accelerator
 
     def run(streamed):
         model = FAMILIES["Llama"].build()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = given = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.StepLR(given, 1, 0.5) if is_first else None
         if streamed:
             model, optimizer = offload.wrap(model, optimizer, max_grad_norm=0.5, **settings_in(tmp_path))
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        scheduler = scheduler or torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
         loader = torch.utils.data.DataLoader(dataset(16), batch_size=2)
         model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
         losses = []
