@@ -10,15 +10,16 @@ those that it has changed, as their version or their values show. A block that c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from offload.errors import UsageError
 from offload.recompute.generators import put_state, state_of
+from offload.recompute.glance import Glance
 from offload.recompute.module_hooks import hooks_of_all_modules
 from offload.recompute.own_parameters import OwnParameters
 from offload.recompute.reachable import Content, Named, Walk, is_leaf, look
@@ -27,12 +28,13 @@ LARGE_NBYTES = 64 << 20
 """Larger tensors are copied only where they are registered as buffers."""
 
 
-@dataclass(frozen=True)
-class Seen:
+class Seen(NamedTuple):
     """What a block can reach, before its forward; `values` are copies of the tensors that it changes, by position."""
 
     mode: tuple[bool, ...]
     contents: tuple[Content, ...]
+    glance: Glance
+    """At these contents."""
     tensors: tuple[Named, ...]
     versions: tuple[int, ...]
     values: dict[int, torch.Tensor]
@@ -46,10 +48,18 @@ class Now:
     """The same as it is when the block is about to run again, as far as it has not been put back."""
 
     contents: tuple[Content, ...]
+    """The very tuple of `Seen` where nothing has changed."""
     values: dict[int, torch.Tensor]
     generators: tuple[tuple[Any, Any], ...]
     versions: dict[int, int] | None = None
     """Of the tensors with `values`, when the block had run again."""
+
+
+def _copies(tensors: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+    if not tensors:
+        return {}
+    with torch.no_grad():
+        return {i: tensor.detach().clone() for i, tensor in tensors.items()}
 
 
 def _same_values(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -86,7 +96,8 @@ class ForwardState:
         self._watched: list[tuple[str, nn.Module]] = []
         """Of those, the ones that the block has changed."""
         self._elsewhere = elsewhere
-        self._contents: list[Content] = []
+        self._contents: tuple[Content, ...] = ()
+        self._glance = Glance(())
         self._tensors: tuple[Named, ...] = ()
         self._generators: list[Any] = []
         self._hooks = 0
@@ -103,28 +114,30 @@ class ForwardState:
         if first or hooks != self._hooks or not self._is_narrow or not self._refresh():
             self._hooks = hooks
             self._find(first)
-        contents, tensors, generators = self._contents, self._tensors, self._generators
+        contents, glance = self._contents, self._glance
+        tensors, generators = self._tensors, self._generators
         if given:
             walk = Walk(self._elsewhere)
             for number, thing in enumerate(given):
                 walk.start(f"argument {number}", thing)
             more = [look(place) for place in walk.finish().places]
-            contents = [*contents, *more]
+            contents = (*contents, *more)
+            glance = Glance(contents)
             tensors = (*tensors, *(named for content in more for named in content.tensors))
             generators = [*generators, *walk.generators]
-        with torch.no_grad():
-            values = {
-                i: named.tensor.detach().clone()
-                for i, named in enumerate(tensors)
-                if changes.get(named.path, named.registered or named.tensor.nbytes <= LARGE_NBYTES)
-            }
+        changing = {
+            i: named.tensor
+            for i, named in enumerate(tensors)
+            if changes.get(named.path, named.registered or named.tensor.nbytes <= LARGE_NBYTES)
+        }
         return Seen(
             mode,
-            tuple(contents),
+            contents,
+            glance,
             tensors,
-            tuple(named.tensor._version for named in tensors),
-            values,
-            tuple((g, state_of(g)) for g in generators),
+            tuple([named.tensor._version for named in tensors]),
+            _copies(changing),
+            tuple([(g, state_of(g)) for g in generators]),
             first,
         )
 
@@ -139,25 +152,26 @@ class ForwardState:
         walk.finish()
         self._is_narrow = not first
         self._generators = walk.generators
-        self._contents = [look(place) for place in walk.places]
-        self._list_tensors()
+        self._hold([look(place) for place in walk.places])
 
-    def _list_tensors(self) -> None:
+    def _hold(self, contents: list[Content]) -> None:
+        self._contents, self._glance = tuple(contents), Glance(contents)
         self._tensors = tuple(named for content in self._contents for named in content.tensors)
 
     def _refresh(self) -> bool:
         """Look again at the places that have changed; False where something new has to be followed."""
-        changed = False
-        for number, content in enumerate(self._contents):
+        if self._glance.holds():
+            return True
+        contents = list(self._contents)
+        for number, content in enumerate(contents):
             if content.holds():
                 continue
             new = look(content.place)
             known = set(map(id, content.values))
             if not all(is_leaf(value) or id(value) in known for value in new.values):
                 return False
-            self._contents[number], changed = new, True
-        if changed:
-            self._list_tensors()
+            contents[number] = new
+        self._hold(contents)
         return True
 
     def ran(self, seen: Seen) -> None:
@@ -188,9 +202,9 @@ class ForwardState:
     def now(self, seen: Seen) -> Now:
         """Before it runs again. Raises UsageError for a tensor that has been changed in place since forward, and that
         the block may have read."""
-        contents = tuple(
-            content if content.holds() else look(content.place, content.n) for content in seen.contents
-        )
+        contents = seen.contents
+        if not seen.glance.holds():
+            contents = tuple(c if c.holds() else look(c.place, c.n) for c in contents)
         for i, named in enumerate(seen.tensors):
             if i not in seen.values and named.tensor._version != seen.versions[i]:
                 raise UsageError(
@@ -198,15 +212,16 @@ class ForwardState:
                     "it runs again in backward: change it after backward, give it a new tensor instead, or keep the "
                     "graph, with activations='keep'"
                 )
-        values = {i: seen.tensors[i].tensor.detach().clone() for i in seen.values}
-        return Now(contents, values, tuple((g, state_of(g)) for g, _ in seen.generators))
+        values = _copies({i: seen.tensors[i].tensor for i in seen.values})
+        return Now(contents, values, tuple([(g, state_of(g)) for g, _ in seen.generators]))
 
     @staticmethod
     def put(seen: Seen, now: Now | None) -> None:
         """Let everything be as forward found it; `now`: as it is, where it has not run again since."""
-        for i, content in enumerate(seen.contents):
-            if now is None or now.contents[i] is not content:
-                content.put()
+        if now is None or now.contents is not seen.contents:
+            for i, content in enumerate(seen.contents):
+                if now is None or now.contents[i] is not content:
+                    content.put()
         for i, values in seen.values.items():
             _put_values(seen.tensors[i], values)
         for generator, state in seen.generators:
@@ -216,9 +231,10 @@ class ForwardState:
     def ran_again(seen: Seen, now: Now) -> None:
         """After forward has run again: all is as it was `now`, but tensors that were changed in place, which the graph
         may have saved; see `left`. What hooks of backward change from here on stays."""
-        for content in now.contents:
-            if not content.holds():
-                content.put()
+        if now.contents is not seen.contents or not seen.glance.holds():
+            for content in now.contents:
+                if not content.holds():
+                    content.put()
         for generator, state in now.generators:
             put_state(generator, state)
         now.contents = now.generators = ()

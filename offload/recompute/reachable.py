@@ -54,7 +54,7 @@ _LONG = 1000
 _ARRAY_NBYTES = 1 << 16
 """NumPy arrays beyond are not looked at."""
 
-_OF_MODULE = frozenset(vars(nn.Module())) | {"forward"}
+OF_MODULE = frozenset(vars(nn.Module())) | {"forward"}
 """Attributes that torch or this library keeps in a module."""
 
 
@@ -145,10 +145,10 @@ class Content:
     def _put_into_dict(self, thing: MutableMapping[Any, Any]) -> None:
         if self.place.of_module:  # torch's own attributes stay as they are
             before = dict(zip(self.keys, self.values, strict=True))
-            for key in [k for k in thing if k not in before and k not in _OF_MODULE]:
+            for key in [k for k in thing if k not in before and k not in OF_MODULE]:
                 del thing[key]
             for key, value in before.items():
-                if key not in _OF_MODULE and thing.get(key, _ABSENT) is not value:
+                if key not in OF_MODULE and thing.get(key, _ABSENT) is not value:
                     thing[key] = value
             return
         self._check_long(thing)
@@ -308,7 +308,7 @@ class Walk:
         self.places.append(Place(path, vars(module), of_module=True, outside=owner))
         self.places.append(Place(path + _BUFFERS, module._buffers, of_module=True, outside=owner))
         for name, value in vars(module).items():
-            if name not in _OF_MODULE:
+            if name not in OF_MODULE:
                 self._queue.append((f"{path}.{name}", value, owner, 0))
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         for hook in hooks:

@@ -183,6 +183,24 @@ def test_an_attribute_set_between_forward_and_backward_does_not_reach_this_backw
     assert found[0] == found[1]
 
 
+def test_what_is_set_back_to_what_forward_found_stays_so_though_the_block_runs_again(tmp_path):
+    found = []
+    for directory in (None, tmp_path):
+        model, optimizer = start(Counted, directory)
+        losses = []
+        for _ in range(3):
+            loss = model(torch.ones(4, 8)).square().mean()
+            for layer in model.layers:
+                layer.calls = 0
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        found.append((losses, [layer.calls for layer in model.layers]))
+    model.offload.close()
+    assert found[0] == found[1]
+
+
 def test_a_tensor_changed_in_place_between_forward_and_backward_is_refused_by_its_name(tmp_path):
     model, optimizer = start(Reading, tmp_path)
     train(model, optimizer, 1)
@@ -340,6 +358,51 @@ class CountingInADictionary(nn.Module):
         for layer in self.layers:
             x = layer(x, notes)
         return x * notes["n"]
+
+
+class Tally:
+    def __init__(self):
+        self.n = 0
+
+
+class GivingATally(nn.Module):
+    """Gives its blocks an object of which torch's pytree knows nothing, and in which they count."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(CountingInATally() for _ in range(3))
+
+    def forward(self, x, tally):
+        for layer in self.layers:
+            x = layer(x, tally)
+        return x
+
+
+class CountingInATally(Base):
+    def forward(self, x, tally):
+        tally.n += 1
+        return x + torch.tanh(self.mix(x)) * tally.n
+
+
+def test_a_number_in_an_object_that_blocks_are_given_is_counted_once(tmp_path):
+    found = []
+    for directory in (None, tmp_path):
+        torch.manual_seed(0)
+        model = GivingATally()
+        optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+        if directory:
+            model, optimizer = offload.wrap(model, optimizer, storage=[str(directory)], **MEMORY)
+        losses = []
+        for _ in range(3):
+            tally = Tally()
+            loss = model(torch.ones(4, WIDTH), tally).square().mean() / 100
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses += [loss.item(), tally.n]
+        found.append(losses)
+    model.offload.close()
+    assert found[0] == found[1]
 
 
 class Changing(Base):
