@@ -5,8 +5,10 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <future>
 #include <system_error>
 #include <utility>
+#include <vector>
 
 #include "common/aligned_buffer.h"
 #include "common/check.h"
@@ -196,9 +198,15 @@ void Engine::sync() {
   refuse_forked(owner_pid_);
   std::lock_guard<std::mutex> lock(close_mutex_);
   if (closed_) throw std::system_error(ECANCELED, std::generic_category(), "the engine is closed");
-  for (std::size_t drive = 0; drive < files_.size(); ++drive) {
-    const int code = ::fdatasync(files_[drive].descriptor) == 0 ? 0 : errno;
-    if (code != 0) throw std::system_error(code, std::generic_category(), "fdatasync of " + options_.paths[drive]);
+  const auto how = files_.size() > 1 ? std::launch::async : std::launch::deferred;
+  std::vector<std::future<int>> flushes;
+  for (const File& file : files_)
+    flushes.push_back(std::async(how, [&file] { return ::fdatasync(file.descriptor) == 0 ? 0 : errno; }));
+  std::vector<int> codes;
+  for (std::future<int>& flush : flushes) codes.push_back(flush.get());
+  for (std::size_t drive = 0; drive < codes.size(); ++drive) {
+    if (codes[drive] != 0)
+      throw std::system_error(codes[drive], std::generic_category(), "fdatasync of " + options_.paths[drive]);
     if (options_.faults) backends_[drive]->synced();
   }
 }

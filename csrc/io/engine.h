@@ -39,7 +39,8 @@ class Engine {
   // False when the kernel refuses; transfers then go unregistered. The memory must stay mapped until close(): the
   // kernel keeps its pages, so another mapping at the same address would be transferred from and to the old ones.
   bool register_buffer(void* address, std::size_t nbytes);
-  // Returns when everything that has been written so far is on the drives (fdatasync). Throws std::system_error.
+  // Returns when everything that has been written so far is on the drives (fdatasync, of all drives at the same time).
+  // Throws std::system_error, which names the file, once all have ended.
   void sync();
   // Gives up what the kernel has not been given yet: those tickets, and all later ones, fail with ECANCELED. For the
   // end of a run that was stopped; close() then waits for little.

@@ -333,7 +333,7 @@ class StepCommits:
             self._on_drives.complete()
 
     def _sync(self) -> None:
-        self._store.sync()
+        self._store.engine.sync()
 
     def gate(self) -> Ticket | None:
         """What the writes of an update that begins now have to wait for; None: nothing.

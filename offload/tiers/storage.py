@@ -10,7 +10,6 @@ import logging
 import os
 import secrets
 import shutil
-import threading
 import time
 import weakref
 from collections import Counter
@@ -84,30 +83,6 @@ def _remove(
         for path in paths:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-
-
-def _flush_together(paths: Sequence[str], descriptors: Sequence[int]) -> None:
-    """Flush the files' drives at the same time. Raises OSError with the path, once all of them have ended."""
-    failures: dict[str, OSError] = {}
-
-    def flush(path: str, descriptor: int) -> None:
-        try:
-            os.fdatasync(descriptor)
-        except OSError as error:
-            failures[path] = error
-
-    threads = [
-        threading.Thread(target=flush, args=of_drive, name="offload-flush")
-        for of_drive in zip(paths, descriptors, strict=True)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for path in paths:
-        if path in failures:
-            error = failures[path]
-            raise OSError(error.errno, f"fdatasync of {path}: {error.strerror}") from error
 
 
 def free_nbytes(directories: Sequence[str]) -> int:
@@ -271,16 +246,6 @@ class Store:
             if file_nbytes > self._file_nbytes:
                 _preallocate(path, descriptor, file_nbytes, self._file_nbytes)
         self.capacity_nbytes, self._file_nbytes = capacity_nbytes, file_nbytes
-
-    def sync(self) -> None:
-        """All that has been written so far is on the drives when it returns. Raises OSError with the path.
-
-        The engine flushes one file after the other. Where there are several, their drives' caches have been emptied at
-        the same time before it comes to them, so that it finds little to do.
-        """
-        if len(self.paths) > 1 and not self.closed:
-            _flush_together(self.paths, self._descriptors)
-        self.engine.sync()
 
     def counters(self) -> dict[str, int]:
         """Bytes read and written so far."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import gc
 import glob
@@ -10,8 +9,6 @@ import itertools
 import os
 import pathlib
 import re
-import threading
-import time
 
 import pytest
 
@@ -229,44 +226,3 @@ def test_a_file_system_without_reservation_is_used_with_a_warning(tmp_path, monk
     assert os.path.getsize(store.paths[0]) >= 4 * MIB
     assert "cannot reserve space" in caplog.text
     store.close()
-
-
-def test_the_drives_are_flushed_at_the_same_time(tmp_path, monkeypatch):
-    store = make_store(*(tmp_path / drive for drive in "abc"))
-    all_are_flushing = threading.Barrier(3)
-    flushed = []
-
-    def slow(descriptor):
-        all_are_flushing.wait(timeout=10)  # one after the other, the first would never return
-        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-
-    monkeypatch.setattr(os, "fdatasync", slow)
-    store.sync()
-    assert sorted(flushed) == store.paths
-    store.close()
-
-
-def test_a_flush_that_fails_is_told_with_its_file_when_all_have_ended(tmp_path, monkeypatch):
-    store = make_store(*(tmp_path / drive for drive in "abc"))
-    ended = []
-
-    def failing(descriptor):
-        path = os.readlink(f"/proc/self/fd/{descriptor}")
-        if path == store.paths[1]:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        time.sleep(0.02)
-        ended.append(path)
-
-    monkeypatch.setattr(os, "fdatasync", failing)
-    with pytest.raises(OSError, match=f"fdatasync of {re.escape(store.paths[1])}") as raised:
-        store.sync()
-    assert raised.value.errno == errno.EIO
-    assert sorted(ended) == [store.paths[0], store.paths[2]]
-    store.close()
-
-
-def test_a_closed_store_is_not_flushed(tmp_path):
-    store = make_store(tmp_path / "a", tmp_path / "b")
-    store.close()
-    with pytest.raises(OSError, match="closed"):
-        store.sync()
