@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
+
+_hooks = attrgetter("_forward_hooks", "_forward_pre_hooks")
 
 
 @contextlib.contextmanager
@@ -41,4 +45,4 @@ def numbers_of(modules: Sequence[nn.Module]) -> int:
     """A sum of the numbers of hooks around the forward of `modules`; none is given twice, so that others show."""
     of_all = torch.nn.modules.module
     n_all = sum(of_all._global_forward_pre_hooks) + sum(of_all._global_forward_hooks)
-    return n_all + sum(sum(each._forward_hooks) + sum(each._forward_pre_hooks) for each in modules)
+    return n_all + sum(map(sum, chain.from_iterable(map(_hooks, modules))))

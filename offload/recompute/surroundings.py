@@ -6,9 +6,11 @@ an `autocast` or `sdpa_kernel` context, `torch.set_default_dtype`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -76,6 +78,8 @@ _SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], None]]] = [
     *_switch(_C, "_get_overrideable_sdp_enabled", "_set_sdp_use_overrideable"),
     *_switch(_C, "_get_sdp_priority_order", "_set_sdp_priority_order"),
 ]
+_GETTERS = [get for get, _ in _SETTINGS]
+_training = attrgetter("training")
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class Surroundings:
     devices: tuple[torch.device, ...]
     """Those that `with torch.device(...)` gives tensors without a device, inmost last."""
 
-    @property
+    @functools.cached_property
     def key(self) -> tuple[Any, ...]:
         """What may decide which operations the block does."""
         return self.training, self.autocast, str(self.settings), self.hooks, self.devices
@@ -99,23 +103,25 @@ class Surroundings:
 
 def now(modules: Sequence[nn.Module], device: torch.device) -> Surroundings:
     """As it is. Autocast: of `device`, and of the CPU, where a block may do a part of its work."""
+    return _now(modules, device, numbers_of(modules))
+
+
+def _now(modules: Sequence[nn.Module], device: torch.device, hooks: int) -> Surroundings:
+    kinds = ("cpu",) if device.type == "cpu" else ("cpu", device.type)
     modes = _get_current_function_mode_stack()
     return Surroundings(
-        tuple(module.training for module in modules),
-        tuple(
-            (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-            for kind in dict.fromkeys(("cpu", device.type))
-        ),
-        tuple(get() for get, _ in _SETTINGS),
-        numbers_of(modules),
-        tuple(mode.device for mode in modes if isinstance(mode, DeviceContext)),
+        tuple(map(_training, modules)),
+        tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]),
+        tuple([get() for get in _GETTERS]),
+        hooks,
+        tuple([mode.device for mode in modes if isinstance(mode, DeviceContext)]),
     )
 
 
 @contextmanager
 def again(before: Surroundings, modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Inside, it is as it was `before`; autocast without its cache."""
-    found = now(modules, device)
+    found = _now(modules, device, before.hooks)  # those that are there now run as they are
     with ExitStack() as stack:
         stack.callback(_put, modules, before, found)
         _put(modules, found, before)
