@@ -9,6 +9,7 @@ earlier runs as it does without: where nothing is kept, all but the last product
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -36,17 +37,26 @@ class _Follower(TorchDispatchMode):
         super().__init__()
         self.recipe = recipe
         self.entry = entry
-        self.matches = True
-        self._index = -1 if entry is None else entry.op - 1
+        self._funcs = recipe.funcs
+        self._at = 0 if entry is None else entry.op
+        """The operation that comes next; -1 once another has come."""
+
+    @property
+    def matches(self) -> bool:
+        return self._at >= 0
+
+    def _depart(self) -> None:
+        self._at = -1  # where `funcs` has None
 
     def _next(self, func: Any) -> int:
-        if func._overloadpacket.__name__ in UNCOUNTED:
-            return -1
-        self._index += 1
-        ops = self.recipe.ops
-        if self._index >= len(ops) or ops[self._index].func is not func:
-            self.matches = False
-        return self._index
+        """Which operation of the recipe it is; -1: none of them."""
+        index = self._at
+        if self._funcs[index] is func:
+            self._at = index + 1
+            return index
+        if func._overloadpacket.__name__ not in UNCOUNTED:  # of which a recipe has none
+            self._depart()
+        return -1
 
 
 @contextlib.contextmanager
@@ -96,24 +106,31 @@ class Keeper(_Follower):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         index = self._next(func)
-        if not self.matches or index not in self._chosen:
-            return func(*args, **(kwargs or {}))
+        if index not in self._chosen:
+            return func(*args, **kwargs) if kwargs else func(*args)
         args, kwargs = _for_backward(func, args, kwargs or {})
         result = func(*args, **kwargs)
-        made = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+        leaves = [result] if isinstance(result, torch.Tensor) else pytree.tree_leaves(result)
+        made = [t for t in leaves if isinstance(t, torch.Tensor)]
         wanted = self.recipe.ops[index].tensors
         if [(t.shape, t.dtype) for t in made] != [(t.shape, t.dtype) for t in wanted]:
-            self.matches = False  # without gradients it gives less, as a recurrent layer does
+            self._depart()  # without gradients it gives less, as a recurrent layer does
         self.kept[index] = made
         return result
 
 
+@functools.cache
+def _sums_at(func: Any) -> int:
+    """Which argument asks for the sums that only backward needs; -1 where none does."""
+    names = [argument.name for argument in func._schema.arguments]
+    return names.index(_SUMS) if _SUMS in names else -1
+
+
 def _for_backward(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Arguments with which fused attention also gives the sums that only backward needs."""
-    names = [argument.name for argument in func._schema.arguments]
-    if _SUMS not in names:
+    position = _sums_at(func)
+    if position < 0:
         return args, kwargs
-    position = names.index(_SUMS)
     if position < len(args):
         return (*args[:position], True, *args[position + 1 :]), kwargs
     return args, {**kwargs, _SUMS: True}
@@ -128,23 +145,24 @@ class Replayer(_Follower):
     """Backward: gives back what was kept, skips what nobody needs, runs the rest."""
 
     def __init__(self, recipe: Recipe, kept: Mapping[int, list[torch.Tensor]]) -> None:
-        first = recipe.first_changed(frozenset(kept))
+        chosen = frozenset(kept)
+        first = recipe.first_changed(chosen)
         super().__init__(recipe, None if first is None else recipe.entry_before(first))
         self._kept = dict(kept)
-        self._runs = recipe.must_run(frozenset(kept))
+        self._changed = recipe.changed(chosen)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         index = self._next(func)
-        if not self.matches:
+        if index < 0 and not self.matches:
             raise Departed
-        if index < 0:
-            return func(*args, **(kwargs or {}))
+        if index < 0 or not self._changed[index]:
+            return func(*args, **kwargs) if kwargs else func(*args)
         op = self.recipe.ops[index]
-        if index not in self._kept and (index in self._runs or op.is_free):
-            return func(*args, **(kwargs or {}))
         kept = self._kept.pop(index, None)
-        tensors = iter(kept if kept is not None else map(unread, op.tensors))
-        results = [next(tensors) if isinstance(made, TensorMade) else made for made in op.outputs]
-        return results[0] if len(results) == 1 else tuple(results)
+        tensors = kept if kept is not None else [unread(made) for made in op.tensors]
+        if len(op.outputs) == 1:
+            return tensors[0]
+        given = iter(tensors)
+        return tuple([next(given) if isinstance(made, TensorMade) else made for made in op.outputs])

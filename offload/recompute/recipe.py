@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class RecordedOp:
     may_keep: bool
     outputs: tuple[TensorMade | Constant, ...] = ()
 
-    @property
+    @cached_property
     def tensors(self) -> list[TensorMade]:
         """Of its results."""
         return [made for made in self.outputs if isinstance(made, TensorMade)]
@@ -95,7 +96,12 @@ class Recipe:
     """In the order in which they came."""
     why_not: str = ""
     _runs: dict[frozenset[int], frozenset[int]] = field(default_factory=dict)
-    _first: dict[frozenset[int], int | None] = field(default_factory=dict)
+    _changed: dict[frozenset[int], bytes] = field(default_factory=dict)
+
+    @cached_property
+    def funcs(self) -> list[Any]:
+        """What its operations call, in order, and None behind the last."""
+        return [*(op.func for op in self.ops), None]
 
     def large(self) -> list[SavedValue]:
         """Saved tensors that are worth a choice; the others are seeds and counts beside them."""
@@ -121,13 +127,19 @@ class Recipe:
             known = self._runs[kept] = frozenset(needed)
         return known
 
-    def first_changed(self, kept: frozenset[int]) -> int | None:
-        """The first operation that recomputation does not run as it comes; None: it runs all."""
-        if kept not in self._first:
+    def changed(self, kept: frozenset[int]) -> bytes:
+        """By operation: whether recomputation does not run it as it comes."""
+        known = self._changed.get(kept)
+        if known is None:
             runs = self.must_run(kept)
-            changed = (i for i, op in enumerate(self.ops) if i in kept or not (op.is_free or i in runs))
-            self._first[kept] = next(changed, None)
-        return self._first[kept]
+            is_changed = (i in kept or not (op.is_free or i in runs) for i, op in enumerate(self.ops))
+            known = self._changed[kept] = bytes(is_changed)
+        return known
+
+    def first_changed(self, kept: frozenset[int]) -> int | None:
+        """The first such operation; None: it runs all."""
+        first = self.changed(kept).find(1)
+        return None if first < 0 else first
 
     def entry_before(self, op: int) -> Entry | None:
         """The last entry that comes before the operation."""
