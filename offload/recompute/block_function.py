@@ -347,9 +347,10 @@ def _put_away(call: Call, tensors: list[torch.Tensor], tier: Tier) -> list[Activ
         if tensor.untyped_storage().nbytes() <= SMALL_NBYTES:
             held.append(tensor.detach())
             continue
-        if not store.has_room(tensor.numel() * tensor.element_size(), tier):
+        activation = store.swap_out_where_room(tensor.detach(), tier, call.block.label)
+        if activation is None:
             return None
-        held.append(store.swap_out(tensor.detach(), tier, call.block.label))
+        held.append(activation)
     return held
 
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 import torch
@@ -34,13 +35,13 @@ _LOCKED_NBYTES = 64 << 20
 """Host memory of planes is page-locked in pieces of at least so much: a registration costs as much as many copies."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class _Held:
     """One activation that waits for backward. `kept` is it, or what has come back of it."""
 
     tier: Tier
     nbytes: int
-    shape: torch.Size
+    shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     label: str
@@ -127,15 +128,15 @@ class ActivationStore:
         BudgetError when none has.
         """
         self._reap()
-        nbytes = tensor.numel() * tensor.element_size()
-        held = _Held(
-            self._tier_for(nbytes, tier or self._tier),
-            nbytes,
-            tensor.shape,
-            tensor.stride(),
-            tensor.dtype,
-            label,
-        )
+        return self._take(tensor, self._tier_for(tensor.nbytes, tier or self._tier), label)
+
+    def swap_out_where_room(self, tensor: torch.Tensor, tier: Tier, label: str = "") -> Activation | None:
+        """The same; None, and nothing done, where `tier` has no room for it."""
+        return self._take(tensor, tier, label) if self.has_room(tensor.nbytes, tier) else None
+
+    def _take(self, tensor: torch.Tensor, tier: Tier, label: str) -> Activation:
+        nbytes = tensor.nbytes
+        held = _Held(tier, nbytes, tuple(tensor.shape), tensor.stride(), tensor.dtype, label)
         self.nbytes_by_tier[held.tier] += nbytes
         if held.tier == "storage":
             self._write(held, tensor)
@@ -146,6 +147,7 @@ class ActivationStore:
             held.kept = tensor
         self._order[held] = None
         activation = Activation(held)
+        # no __del__: torch.compile around a model makes twins of what is made inside
         weakref.finalize(activation, self._forget, held)
         return activation
 
@@ -278,11 +280,13 @@ class ActivationStore:
         for held in wanted:
             del self._order[held]
             self._start(held)
-        tensors = []
         for held in wanted:
             self._finish_reads(held)
-            with self._stalls.waiting("activation"):
+        with self._stalls.waiting("activation"):
+            for held in wanted:
                 self._device.compute_waits(held.arrived)
+        tensors = []
+        for held in wanted:
             if held.kept is None:
                 raise UsageError("an activation has been lost; please report this")
             tensors.append(held.kept)
@@ -305,10 +309,11 @@ class ActivationStore:
     def _start_ahead(self, nbytes: int) -> None:
         """Begin to bring back what backward will want next, until `nbytes` are on their way."""
         self._give_back_staging()
-        for held in reversed(list(self._order)):  # a copy: `_forget` may come at any moment
+        stays = ("device", "host") if self._device.shares_host else ("device",)
+        for held in self._latest():
             if nbytes <= 0:
                 return
-            if not self._moves(held):
+            if held.tier in stays:
                 continue
             if held.kept is None:
                 is_written = all(ticket.done() for ticket in held.written)
@@ -317,6 +322,14 @@ class ActivationStore:
                     return
                 self._start(held)
             nbytes -= held.nbytes
+
+    def _latest(self) -> Iterator[_Held]:
+        """What forward gave last, then what it gave before; a few at a time, since `_forget` may come at any moment:
+        where it does, one may be left out."""
+        n_given, n_next = 0, 32
+        while held := list(islice(reversed(self._order), n_given, n_given + n_next)):
+            yield from held
+            n_given, n_next = n_given + n_next, 2 * n_next
 
     def _start(self, held: _Held) -> None:
         """Begin to bring it back to the device; does nothing when begun."""
