@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,18 @@ from offload.recompute.recipe import UNCOUNTED, Entry, Recipe, Recorder, TensorM
 from offload.recompute.unseen import Watcher
 
 _SUMS = "compute_log_sumexp"
+
+
+def _keep_compiler_out(code: types.CodeType) -> bool:
+    """Whether this torch can be told that neither `code` nor what it calls is to be compiled, by whatever has the
+    compiler look at it: a part of a block, the model around it."""
+    frames: Any = torch._C._dynamo.eval_frame
+    try:
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
+    except AttributeError:
+        return False
+    return True
 
 
 class Departed(Exception):
@@ -44,6 +57,13 @@ class _Follower(TorchDispatchMode):
     @property
     def matches(self) -> bool:
         return self._at >= 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch asks this of every subclass, to wrap its `__torch_dispatch__` in functions that keep its compiler
+        out: they take longer than what they wrap. Marking its code does the same."""
+        dispatch = cls.__dict__.get("__torch_dispatch__")
+        return dispatch is not None and not _keep_compiler_out(dispatch.__code__)
 
     def _depart(self) -> None:
         self._at = -1  # where `funcs` has None
@@ -103,7 +123,7 @@ class Keeper(_Follower):
         self.kept: dict[int, list[torch.Tensor]] = {}
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         index = self._next(func)
         if index not in self._chosen:
@@ -152,7 +172,7 @@ class Replayer(_Follower):
         self._changed = recipe.changed(chosen)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, _types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         index = self._next(func)
         if index < 0 and not self.matches:
