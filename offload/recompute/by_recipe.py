@@ -29,11 +29,11 @@ _SUMS = "compute_log_sumexp"
 def _keep_compiler_out(code: types.CodeType) -> bool:
     """Whether this torch can be told that neither `code` nor what it calls is to be compiled, by whatever has the
     compiler look at it: a part of a block, the model around it."""
-    frames: Any = torch._C._dynamo.eval_frame
     try:
+        frames: Any = torch._C._dynamo.eval_frame
         skip = frames._FrameAction.SKIP
         frames.set_code_exec_strategy(code, frames._FrameExecStrategy(skip, skip))
-    except AttributeError:
+    except (AttributeError, TypeError):  # names and arguments of torch's own, which may change
         return False
     return True
 

@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Literal
 
 import torch
@@ -310,7 +309,7 @@ class ActivationStore:
         """Begin to bring back what backward will want next, until `nbytes` are on their way."""
         self._give_back_staging()
         stays = ("device", "host") if self._device.shares_host else ("device",)
-        for held in self._latest():
+        for held in reversed(list(self._order)):  # a copy: `_forget` may come at any moment
             if nbytes <= 0:
                 return
             if held.tier in stays:
@@ -322,14 +321,6 @@ class ActivationStore:
                     return
                 self._start(held)
             nbytes -= held.nbytes
-
-    def _latest(self) -> Iterator[_Held]:
-        """What forward gave last, then what it gave before; a few at a time, since `_forget` may come at any moment:
-        where it does, one may be left out."""
-        n_given, n_next = 0, 32
-        while held := list(islice(reversed(self._order), n_given, n_given + n_next)):
-            yield from held
-            n_given, n_next = n_given + n_next, 2 * n_next
 
     def _start(self, held: _Held) -> None:
         """Begin to bring it back to the device; does nothing when begun."""
