@@ -166,9 +166,9 @@ void UpdatePipeline::take_next_chunk() {
   const auto chosen = choose_job();
   auto chunk = std::make_shared<Chunk>();
   chunk->job = *chosen;
-  const ChunkToMove& part = chunk->job->chunks[chunk->job->next];
-  chunk->index = part.index;
-  chunk->idle = part.idle;
+  const ChunkToMove& next = chunk->job->chunks[chunk->job->next];
+  chunk->index = next.index;
+  chunk->idle = next.idle;
   const UpdateJob& job = chunk->job->job;
   const std::size_t start = chunk->index * chunk_elements_;
   chunk->n = std::min(chunk_elements_, job.n_elements - start);

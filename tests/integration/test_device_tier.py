@@ -25,6 +25,7 @@ from offload.tiers.emulated_device import EmulatedDevice
 from offload.tiers.host import HostArena
 from offload.tiers.storage import Store
 from tests.conftest import batches, build, one_thread, slow_but, two_groups
+from tests.device_memory import allocations
 from tests.integration.test_exactness import (
     CHUNK,
     assert_same_bits,
@@ -115,11 +116,7 @@ def test_a_slow_bus_changes_no_number(tmp_path):
 
 
 def test_device_memory_taken_stays_within_device_memory_allowed(tmp_path, monkeypatch):
-    taken = []
-    allocate = EmulatedDevice.allocate
-    monkeypatch.setattr(
-        EmulatedDevice, "allocate", lambda self, nbytes: (taken.append(nbytes), allocate(self, nbytes))[1]
-    )
+    taken = allocations(monkeypatch)
     model = build("llama", torch.bfloat16, layers=12)
     with pytest.raises(offload.BudgetError) as refused:
         offload.wrap(
@@ -143,13 +140,9 @@ def test_device_memory_taken_stays_within_device_memory_allowed(tmp_path, monkey
 def test_a_model_leaves_the_device_before_the_device_memory_is_taken(tmp_path, monkeypatch, more):
     model = build("llama")
     left = []
-    allocate = EmulatedDevice.allocate
-
-    def seen(self, nbytes):
-        left.append(max(p.untyped_storage().nbytes() for p in model.parameters()))
-        return allocate(self, nbytes)
-
-    monkeypatch.setattr(EmulatedDevice, "allocate", seen)
+    allocations(
+        monkeypatch, lambda _: left.append(max(p.untyped_storage().nbytes() for p in model.parameters()))
+    )
     wrapped, _ = offload.wrap(
         model, two_groups(model), **{**on("emulated", tmp_path), "host_memory": "50MB", **more}
     )

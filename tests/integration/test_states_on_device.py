@@ -14,6 +14,7 @@ from offload.tiers.emulated_device import EmulatedDevice
 from offload.transfer.copies import Copies
 from tests.conftest import batches, build, slow_but, two_groups
 from tests.cuda import CUDA, ready
+from tests.device_memory import allocations, held_at_allocations
 from tests.integration.test_exactness import assert_same_bits, in_memory_on, stored, train, train_in_memory
 from tests.integration.test_run_ahead import (
     accumulating_from_third,
@@ -158,13 +159,7 @@ def test_nothing_of_it_crosses_the_bus(tmp_path, monkeypatch):
 @pytest.mark.parametrize("update", ["backward", "deferred"])
 @pytest.mark.parametrize("states", ["1200KB", "20MB"])
 def test_device_memory_taken_is_what_the_placement_says_and_the_budget_allows(monkeypatch, update, states):
-    taken, allocate = [], EmulatedDevice.allocate
-
-    def noted(self, nbytes):
-        taken.append(nbytes)
-        return allocate(self, nbytes)
-
-    monkeypatch.setattr(EmulatedDevice, "allocate", noted)
+    taken = allocations(monkeypatch)
     model = build("llama", torch.bfloat16, layers=6)
     model, _ = offload.wrap(
         model, two_groups(model), device="emulated", update=update, step_aside="never", chunk_elements=4096,
@@ -183,16 +178,7 @@ def test_a_model_that_is_on_the_device_leaves_as_fast_as_its_memory_is_taken(mon
         "offload.planner.states_on_device.PIECE_ELEMENTS", 4096
     )  # little, as of a large model
     model = build("llama", torch.bfloat16, layers=6, vocab=4096)
-    source = {parameter: parameter.data_ptr() for parameter in model.parameters()}
-    taken, held, allocate = [0], [], EmulatedDevice.allocate
-
-    def noted(self, nbytes):
-        left = sum(p.numel() * p.element_size() for p, address in source.items() if p.data_ptr() == address)
-        taken.append(nbytes)
-        held.append(sum(taken) + left)
-        return allocate(self, nbytes)
-
-    monkeypatch.setattr(EmulatedDevice, "allocate", noted)
+    held = held_at_allocations(monkeypatch, model)
     model, _ = offload.wrap(
         model, two_groups(model), device="emulated", step_aside="never", states_on_device=states, **MORE_HOST
     )

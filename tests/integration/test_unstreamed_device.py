@@ -9,10 +9,10 @@ import offload
 from offload.errors import BudgetError
 from offload.model.on_device import stays_nbytes
 from offload.planner.states_on_device import scratch_nbytes
-from offload.tiers.emulated_device import EmulatedDevice
 from offload.transfer.copies import Copies
 from offload.types import PAGE_NBYTES
 from tests.conftest import batches, build, two_groups
+from tests.device_memory import allocations, held_at_allocations
 
 ROOMY = {"device": "emulated", "device_memory": "50MB", "host_memory": "50MB", "storage": []}
 MAKE = {
@@ -28,11 +28,7 @@ STATE_NBYTES = {"adamw": 8, "sgd": 4, "plain sgd": 0, "lion": 4}
 @pytest.fixture
 def taken(monkeypatch):
     """What has been allocated on the device, in bytes."""
-    found, allocate = [], EmulatedDevice.allocate
-    monkeypatch.setattr(
-        EmulatedDevice, "allocate", lambda self, nbytes: (found.append(nbytes), allocate(self, nbytes))[1]
-    )
-    return found
+    return allocations(monkeypatch)
 
 
 def take_steps(model, optimizer, n_steps=2):
@@ -90,16 +86,7 @@ def test_a_model_that_is_on_the_device_leaves_as_fast_as_its_memory_is_taken(
         "offload.planner.states_on_device.PIECE_ELEMENTS", 4096
     )  # little, as of a large model
     model = build("llama", dtype, vocab=4096)
-    source = {parameter: parameter.data_ptr() for parameter in model.parameters()}
-    taken, held, allocate = [0], [], EmulatedDevice.allocate
-
-    def noted(self, nbytes):
-        left = sum(p.numel() * p.element_size() for p, address in source.items() if p.data_ptr() == address)
-        taken.append(nbytes)
-        held.append(sum(taken) + left)
-        return allocate(self, nbytes)
-
-    monkeypatch.setattr(EmulatedDevice, "allocate", noted)
+    held = held_at_allocations(monkeypatch, model)
     model, _ = offload.wrap(
         model, two_groups(model), step_aside="always", compute_dtype=compute_dtype, **ROOMY
     )

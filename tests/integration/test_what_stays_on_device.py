@@ -11,7 +11,7 @@ from torch import nn
 import offload
 from offload.errors import BudgetError
 from offload.model.on_device import move_what_stays, stays_nbytes
-from offload.tiers.emulated_device import EmulatedDevice
+from tests.device_memory import allocations
 from tests.fault.training import STREAMING, Block, Model
 from tests.integration.test_state_dicts import same, take_steps
 
@@ -67,11 +67,7 @@ def test_buffers_are_in_the_smallest_device_memory_that_would_do_each_once(tmp_p
 def test_what_is_taken_on_an_emulated_device_and_what_stays_there_fit_the_budget_together(
     tmp_path, monkeypatch
 ):
-    taken = []
-    allocate = EmulatedDevice.allocate
-    monkeypatch.setattr(
-        EmulatedDevice, "allocate", lambda self, nbytes: (taken.append(nbytes), allocate(self, nbytes))[1]
-    )
+    taken = allocations(monkeypatch)
     least, _ = least_device_nbytes(masked_model(False), tmp_path)
     for factor in (1, 1.5, 3):
         taken.clear()
