@@ -47,14 +47,17 @@ class DurableSteps:
         with self._stalls.waiting("commit"):
             self.commits.wait()
 
-    def must_discard(self, optimizer: OffloadOptimizer) -> bool:
-        """Whether the step's gradients are not finite, or above the limit that updates did not wait for."""
+    def discards(self, optimizer: OffloadOptimizer) -> bool:
+        """Take the step back where its gradients are not finite, or above the limit that updates did not wait for."""
         if optimizer.grad_norm is None:
             return False
         total = float(optimizer.grad_norm)
-        return not math.isfinite(total) or (self._limit is not None and total > self._limit)
+        if math.isfinite(total) and (self._limit is None or total <= self._limit):
+            return False
+        self._discard(optimizer, total)
+        return True
 
-    def discard(self, optimizer: OffloadOptimizer) -> None:
+    def _discard(self, optimizer: OffloadOptimizer, norm: float) -> None:
         """Leave the parameters and their states as the step before made them."""
         self._scheduler.drop_undone()
         for block in [*self._blocks, self._root]:
@@ -62,5 +65,4 @@ class DurableSteps:
         for block in self.commits.roll_back(optimizer):
             self._scheduler.drop_copies(block)
         optimizer.discarded_steps += 1
-        norm = float("nan") if optimizer.grad_norm is None else float(optimizer.grad_norm)
         logger.warning("step %d is discarded: its gradients' norm is %s", optimizer.steps_made + 1, norm)

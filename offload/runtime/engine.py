@@ -75,25 +75,24 @@ class OffloadEngine(OpenRun):
         self.device = device.torch_device
         self.config = config = config.beside(self.device.type)
         try:
-            self.aside = steps_aside(cut, config, device, dtype, optimizer.rule)
+            rule = optimizer.rule
+            self.aside = steps_aside(cut, config, device, dtype, rule)
             if self.aside:
                 cut = cut.all_root()
             planned = None
             if not self.aside:
-                planned = wiring.make_run_plan(model, config, blocks, dtype, device, optimizer.rule)
+                planned = wiring.make_run_plan(model, config, blocks, dtype, device, rule)
                 cut = place_adapters(cut, config, device, planned is not None)
-            self._planned: RunPlan | NoPlan = planned or NoPlan(config.saved_activations)
+            self._planned: RunPlan | NoPlan = planned or NoPlan(config.saved_activations, config.deferred)
             self.plan = self._planned.plan
             self.micro_batches = config.micro_batches if self.plan is None else self.plan.micro_batches
-            parts = self._assembly = assemble(
-                cut, config, dtype, device, self.spans, self.plan, optimizer.rule
-            )
+            parts = self._assembly = assemble(cut, config, dtype, device, self.spans, self.plan, rule)
         except BaseException:
             device.close()
             raise
         self.root, self.blocks, self.placement = parts.root, parts.blocks, parts.placement
         self._optimizer = weakref.ref(optimizer)
-        self._whole_gradients = optimizer.rule.whole_gradients
+        self._whole_gradients = rule.whole_gradients
         """Whether an update needs all gradients of the root at once."""
         holds = self.plan is None or bool(self.plan.held_blocks)
         self._scheduler = wiring.make_scheduler(parts, self.stalls, self.spans, pin=config.pin, holds=holds)
@@ -209,6 +208,10 @@ class OffloadEngine(OpenRun):
         self._scheduler.begin(block, "backward")
         self._gradients.begin(block)
 
+    def last_backward(self, block: BlockRecord) -> None:
+        """The last micro-batch of the block's backward comes now."""
+        self._gradients.last_come(block, updates=self._updates_now(block, n_to_come=1))
+
     def end_backward(self, block: BlockRecord) -> None:
         """After the block's backward: its gradients leave at once."""
         self._dispatch_gradients(block)
@@ -216,26 +219,27 @@ class OffloadEngine(OpenRun):
 
     def _defers(self, block: BlockRecord) -> bool:
         """Whether the block's update waits for `optimizer.step()`."""
-        if self.plan is None or self.config.deferred:
-            return self.config.deferred
-        if block.is_root:
-            return len(self.plan.deferred_blocks) == len(self.blocks)
-        return block.index in self.plan.deferred_blocks
+        return self.config.deferred or self._planned.defers(None if block.is_root else block.index)
+
+    def _updates_now(self, block: BlockRecord, n_to_come: int) -> bool:
+        """Whether the gradients of a block of which so many backwards are to come go to its update."""
+        return self._sync and not self._defers(block) and len(block.awaiting_backward) == n_to_come
 
     def _dispatch_gradients(self, block: BlockRecord) -> None:
         if not block.touched or block.grad_buffer is None:
             self._gradients.drop(block)
             return
-        if self._sync and not self._defers(block) and not block.awaiting_backward:
+        updates = self._updates_now(block, n_to_come=0)
+        if updates:
             self._previous_step_durable()
-            self._norms.note(block)
-            if not self._scheduler.hold(block):
-                self._scheduler.update_now(block, self._hyper_of)
-            block.updated_since_step = True
-            return
         if self._sync:
             self._norms.note(block)
-        self._gradients.park(block)
+        if not updates:
+            self._gradients.park(block)
+            return
+        if not self._scheduler.hold(block):
+            self._scheduler.update_now(block, self._hyper_of)
+        block.updated_since_step = True
 
     def input_tier(self, block: BlockRecord) -> Tier | None:
         """Where the block's input waits for backward; None: where there is room."""
@@ -261,9 +265,7 @@ class OffloadEngine(OpenRun):
 
     def _update_root_early(self) -> None:
         """Update what the blocks' backward does not use or change; see runtime/early_root.py."""
-        if not self._sync or self._defers(self.root) or self._whole_gradients:
-            return
-        if self.root.on_device:
+        if not self._sync or self._defers(self.root) or self._whole_gradients or self.root.on_device:
             return
         final, chunks = self._early_root.take()
         if not final:
@@ -317,9 +319,8 @@ class OffloadEngine(OpenRun):
             self._scheduler.flush()  # a block was skipped by this step's forward
         self.wait_committed()
         scale = self._norms.scale(optimizer)
-        discarded = self._durable is not None and self._durable.must_discard(optimizer)
-        if discarded and self._durable is not None:
-            self._durable.discard(optimizer)
+        discarded = self._durable is not None and self._durable.discards(optimizer)
+        if discarded:
             self.discard_gradients()
             waiting = []
         optimizer.grad_scale = scale

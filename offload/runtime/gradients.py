@@ -4,17 +4,24 @@
 at once, nothing is added up, and the plane holds it as it came: an fp32 buffer then serves two blocks, and half of the
 bytes leave the device. The first sign of accumulation (`no_sync`, a block that is called twice) makes them fp32 for
 good; micro-batches and updates that wait have fp32 from the start.
+
+[Note: the only buffer] Of two buffers on a device one is emptied while the next block fills the other. Where blocks
+are so large that there is one, all gradients of a block would cross the bus before the next block's could begin. What
+the last micro-batch gives of a parameter is final, so it leaves at once, and the next block's may take its place once
+it has left: both come in the same order, a block apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
 from offload.errors import BudgetError, UsageError
 from offload.model.flat import FlatBuffer
 from offload.runtime import taken_gradients
+from offload.runtime.early_root import Range, split
 from offload.runtime.update_jobs import Part, Segments, parts_of
 from offload.stores.block_store import BlockRecord, GradBuffer
 from offload.telemetry import SpanLog, Stalls
@@ -23,6 +30,20 @@ from offload.tiers.host import HostArena, Spare
 from offload.tiers.storage import Store
 from offload.transfer.copies import Copies
 from offload.types import PAGE_NBYTES, ROOT_PARTS, SEGMENT_ELEMENTS, round_up
+
+LEAVES_ALONE_NBYTES = 4 << 20
+"""Gradients of fewer bytes leave with others: a copy costs the thread that launches as much as some kernels."""
+
+
+@dataclass
+class _Leaving:
+    """Gradients of a block that leave as they come: where to, whose place that is, and which elements have left."""
+
+    block: BlockRecord
+    updates: bool
+    target: torch.Tensor | None = None
+    out: GradBuffer | None = None
+    left: set[Range] = field(default_factory=set)
 
 
 def refuse_updated(block: BlockRecord) -> None:
@@ -71,6 +92,7 @@ class Gradients:
         self._pin = pin
         self._complete = complete
         self._n_taken = 0
+        self._leaving: _Leaving | None = None
 
     def will_accumulate(self) -> None:
         """More than one gradient of a parameter is about to come in a step. Waits for the updates under way."""
@@ -100,9 +122,17 @@ class Gradients:
             return
         buffer = self._take(self._buffers)
         block.grad_buffer, buffer.owner = buffer, block
-        self._device.compute_waits(buffer.free_after)
+        if not buffer.leaving:
+            self._device.compute_waits(buffer.free_after)
         if block.grads_waiting:
+            self._wait_left(buffer, (0, block.layout.grad_elements))
             self._bring_back(block, buffer.plane[: block.layout.grad_elements])
+
+    def last_come(self, block: BlockRecord, *, updates: bool) -> None:
+        """What the block's backward gives from now on is final, and its update follows or (not `updates`) waits. See
+        [Note: the only buffer]."""
+        if len(self._buffers) == 1 and not self._device.shares_host:
+            self._leaving = _Leaving(block, updates)
 
     def accumulate(
         self, block: BlockRecord, buffer: FlatBuffer, position: int, parameter: torch.nn.Parameter
@@ -126,7 +156,10 @@ class Gradients:
             self.begin(block)
         if block.grad_buffer is None:
             raise UsageError(f"block {block.name} received a gradient but has no trainable parameter")
-        target = block.grad_buffer.part(buffer, buffer.segments[position])
+        segment = buffer.segments[position]
+        target = block.grad_buffer.part(buffer, segment)
+        first = buffer.grad_start + segment.start
+        self._wait_left(block.grad_buffer, (first, first + segment.numel))
         if id(parameter) in block.touched:
             if target.dtype != torch.float32:
                 raise UsageError(
@@ -137,7 +170,13 @@ class Gradients:
         else:
             target.copy_(grad)
             block.touched.add(id(parameter))
-        taken_gradients.take(parameter, buffer.segments[position].name)
+        taken_gradients.take(parameter, segment.name)
+        if (
+            self._leaving is not None
+            and self._leaving.block is block
+            and target.nbytes >= LEAVES_ALONE_NBYTES
+        ):
+            self._leave(self._leaving, block.grad_buffer, (first, first + segment.numel))
 
     # ---- out of the device -----------------------------------------------------------------------------------
 
@@ -152,15 +191,15 @@ class Gradients:
             return parts
         out = buffer
         if not shared:
-            out = block.grad_out_home or self._take(self._out_buffers)
+            out = block.grad_out_home or self._out_of(block)
             out.owner = block
             if not block.is_root:
-                self._copy_out(block, buffer, out.plane)
-                buffer.release()
+                self._leave_rest(block, buffer, out.plane)
         block.grad_out = out
         for part in parts:
             if part.segments and block.is_root and not shared:
                 self._copy_out(block, buffer, out.plane, _ranges(block, part))
+                block.grad_gate = self._copies.gate(buffer.free_after)
             part.gate = block.grad_gate
         if not block.is_root:
             block.grad_buffer = None
@@ -171,23 +210,18 @@ class Gradients:
         buffer = block.grad_buffer
         if buffer is None or buffer.permanent:
             return
-        if block.grad_host is None and block.grad_offset < 0:
-            self._take_place(block)
-        self._wait_parked(block)
+        if self._device.shares_host:
+            self._find_place(block)
+            target, out = (block.grad_host, None) if block.grad_host is not None else (buffer.plane, buffer)
+        else:
+            target, out = self._waiting_place(block)
         block.grads_waiting = True
-        if block.grad_host is not None:
-            self._copy_out(block, buffer, block.grad_host)
-            buffer.release()
-        elif self._store is not None:
-            source = buffer
-            if not self._device.shares_host:
-                source = self._take(self._out_buffers)
-                source.owner = block
-                self._copy_out(block, buffer, source.plane)
-                buffer.release()
-            block.parking = source
+        if out is not buffer:
+            self._leave_rest(block, buffer, target)
+        if out is not None and self._store is not None:
+            block.parking = out
             block.grad_gate = self._store.engine.write(
-                source.plane.data_ptr(),
+                out.plane.data_ptr(),
                 block.layout.grad_elements * 4,
                 block.grad_offset,
                 after=block.grad_gate,
@@ -217,24 +251,69 @@ class Gradients:
             block.grad_out = None
 
     def _copy_out(
-        self,
-        block: BlockRecord,
-        buffer: GradBuffer,
-        target: torch.Tensor,
-        ranges: list[tuple[int, int]] | None = None,
+        self, block: BlockRecord, buffer: GradBuffer, target: torch.Tensor, ranges: list[Range]
     ) -> None:
-        """All of the block's gradients, or the elements in `ranges`."""
-        n = block.layout.grad_elements
-        if self._device.shares_host:
-            target[:n].copy_(buffer.plane[:n])
-            return
-        for start, stop in [(0, n)] if ranges is None else ranges:
+        """Start to copy the elements in `ranges`."""
+        for start, stop in ranges:
             buffer.free_after = self._copies.d2h(
                 f"grad_out {block.label}", target[start:stop], buffer.plane[start:stop]
             )
-        block.grad_gate = self._copies.gate(buffer.free_after)
+            if self._leaving is not None:
+                buffer.leaving.append((start, stop, buffer.free_after))
+
+    def _leave(self, leaving: _Leaving, buffer: GradBuffer, elements: Range) -> None:
+        """These are final, unless more comes: then they leave again, behind what has left."""
+        block = leaving.block
+        if leaving.target is None and leaving.updates:
+            leaving.out = self._out_of(block)
+            leaving.target = leaving.out.plane
+        elif leaving.target is None:
+            leaving.target, leaving.out = self._waiting_place(block)
+        self._copy_out(block, buffer, leaving.target, [elements])
+        leaving.left.add(elements)
+
+    def _leave_rest(self, block: BlockRecord, buffer: GradBuffer, target: torch.Tensor) -> None:
+        """All of the block's gradients that have not left do so, and `buffer` may be another block's."""
+        n = block.layout.grad_elements
+        if self._device.shares_host:
+            target[:n].copy_(buffer.plane[:n])
+        else:
+            left = set() if self._leaving is None else self._leaving.left
+            rest = split(0, n, sorted(left))[1]
+            self._copy_out(block, buffer, target, [(start, start + numel) for start, numel in rest])
+            block.grad_gate = self._copies.gate(buffer.free_after)
+            self._leaving = None
+        buffer.release()
+
+    def _out_of(self, block: BlockRecord) -> GradBuffer:
+        """Host memory through which the block's gradients pass."""
+        if self._leaving is not None and self._leaving.out is not None:
+            return self._leaving.out
+        out = self._take(self._out_buffers)
+        out.owner = block
+        return out
+
+    def _waiting_place(self, block: BlockRecord) -> tuple[torch.Tensor, GradBuffer | None]:
+        """Host memory in which the block's gradients wait, or through which they pass to storage (whose it is then)."""
+        self._find_place(block)
+        if block.grad_host is not None:
+            return block.grad_host, None
+        out = self._out_of(block)
+        return out.plane, out
+
+    def _wait_left(self, buffer: GradBuffer, elements: Range) -> None:
+        """Compute given from now on may change these elements."""
+        if buffer.leaving:
+            for event in buffer.ends_of(*elements):
+                self._device.compute_waits(event)
 
     # ---- waiting ---------------------------------------------------------------------------------------------
+
+    def _find_place(self, block: BlockRecord) -> None:
+        """Where the block's gradients wait, with nothing of earlier ones on the way there."""
+        if block.grad_host is None and block.grad_offset < 0:
+            self._take_place(block)
+        self._wait_parked(block)
 
     def _wait_parked(self, block: BlockRecord) -> None:
         if block.grad_gate is not None:
@@ -329,9 +408,9 @@ def _halves(buffers: list[GradBuffer]) -> list[GradBuffer]:
     return [GradBuffer(half) for buffer in buffers for half in buffer.plane.view(torch.bfloat16).chunk(2)]
 
 
-def _ranges(block: BlockRecord, part: Part) -> list[tuple[int, int]]:
+def _ranges(block: BlockRecord, part: Part) -> list[Range]:
     """Elements of the block's gradient plane that the part's segments cover; what touches is one range."""
-    ranges: list[tuple[int, int]] = []
+    ranges: list[Range] = []
     grad_start = block.layout.buffers[part.position].grad_start
     for start, n, _ in part.segments:
         first = grad_start + start

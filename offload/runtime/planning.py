@@ -72,6 +72,12 @@ class RunPlan:
         """Where the block's input waits for backward."""
         return _TIERS.get(self.plan.activations[block].get(INPUT, ""))
 
+    def defers(self, block: int | None) -> bool:
+        """Whether the block's update (None: the root's) waits for the end of the step."""
+        if block is None:
+            return len(self.plan.deferred_blocks) == len(self.plan.activations)
+        return block in self.plan.deferred_blocks
+
     def tiers_of_saved(self, block: int, recipe: Recipe) -> dict[int, Tier]:
         """Operations of `recipe` whose results are kept, by the plan's outcome for the tensors they make.
 
@@ -109,10 +115,15 @@ def _of_one_size(planned: list[int], real: list[int]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class NoPlan:
-    """The same questions answered by the setting `saved_activations`, and by where there is room."""
+    """The same questions answered by the settings, and by where there is room."""
 
     saved_activations: Literal["recompute", "device", "host", "storage"]
+    deferred: bool
     plan: None = None
+
+    def defers(self, block: int | None) -> bool:
+        """All or none."""
+        return self.deferred
 
     def input_tier(self, block: int) -> Tier | None:
         """Where there is room."""

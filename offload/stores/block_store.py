@@ -51,6 +51,8 @@ class GradBuffer:
     taken: int = 0
     """The how many-th taking this is: the one taken first comes back first."""
     free_after: Event = PAST
+    leaving: list[tuple[int, int, Event]] = field(default_factory=list)
+    """Ranges of elements that are copied out by themselves, and the end of each copy."""
     _parts: dict[tuple[int, torch.Size], torch.Tensor] = field(default_factory=dict)
 
     def part(self, buffer: FlatBuffer, segment: Segment) -> torch.Tensor:
@@ -59,6 +61,13 @@ class GradBuffer:
         if key not in self._parts:
             self._parts[key] = self.plane[key[0] : key[0] + segment.numel].view(segment.shape)
         return self._parts[key]
+
+    def ends_of(self, start: int, stop: int) -> list[Event]:
+        """What has to be over before elements in this range change; each is told of once."""
+        found = [part for part in self.leaving if part[0] < stop and start < part[1]]
+        if found:
+            self.leaving = [part for part in self.leaving if part not in found]
+        return [event for _, _, event in found]
 
     def release(self) -> None:
         """Let the next block have it."""

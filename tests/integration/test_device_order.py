@@ -66,6 +66,7 @@ def train(device, directory, n_steps=3, **settings):
 
 @pytest.fixture(params=["ordered", CUDA])
 def device(request, monkeypatch):
+    monkeypatch.setattr("offload.runtime.gradients.LEAVES_ALONE_NBYTES", 0)
     monkeypatch.setattr(chosen_device, "EmulatedDevice", OrderedDevice)
     with ready(request.param, monkeypatch) as name:
         yield name
@@ -90,6 +91,7 @@ def races(device, directory, without=None, **settings):
         return [name for name in expected if not torch.equal(got[name], expected[name])]
 
 
+ONLY_BUFFER = {"device_memory": "270KB"}
 PLACEMENTS = {
     "storage": {},
     "host": {"storage": [], "host_memory": "20MB"},
@@ -100,6 +102,9 @@ PLACEMENTS = {
     "saved in host memory": {"saved_activations": "host", "micro_batches": 2, "host_memory": "20MB"},
     "saved on storage": {"saved_activations": "storage", "micro_batches": 2},
     "graphs kept": {"activations": "keep", "device_memory": "4MB"},
+    "the only gradient buffer": ONLY_BUFFER,
+    "the only gradient buffer, micro-batches": {**ONLY_BUFFER, "micro_batches": 2},
+    "the only gradient buffer, deferred": {**ONLY_BUFFER, "update": "deferred"},
     "state on the device": {"device_memory": "1300KB", "states_on_device": "800KB"},
     "deferred, state on the device": {
         "update": "deferred",
@@ -173,6 +178,10 @@ DELETED = {
     "load into a slot that is computed with": ({}, copies_without("h2d", "load")),
     "take gradients that are not computed yet": ({}, copies_without("d2h", "grad_out")),
     "fill a gradient buffer that is still being copied": ({}, without_waits_in(Gradients, "begin")),
+    "fill a part of the only gradient buffer that is still being copied": (
+        ONLY_BUFFER, without_waits_in(Gradients, "accumulate"),
+    ),
+    "take a part of the gradients that is not computed yet": (ONLY_BUFFER, copies_without("d2h", "grad_out")),
     "take a block's input that is not computed yet": (IN_HOST, copies_without("d2h", "swap_out")),
     "compute with an input that has not come back": (IN_HOST, without_waits_in(ActivationStore, "swap_in")),
     "bring an input back that has not left": (
