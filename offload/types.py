@@ -22,6 +22,11 @@ ROOT_PARTS = 16
 parts of each flat buffer: a sixteenth is not overlapped."""
 
 
+GRAD_PARTS = 4
+"""Plans count on so many parts in which a block's gradients leave the only buffer of a device with memory of its own,
+as they come (runtime/gradients.py): a layer's large weights."""
+
+
 class BlockState(enum.Enum):
     """Where a block's parameters are. The legal moves are in `BLOCK_MOVES`."""
 

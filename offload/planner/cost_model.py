@@ -17,7 +17,7 @@ from offload.planner.placement import HOST_SLOTS
 from offload.planner.plan import GRAD_ONCE_NBYTES, StateFormat
 from offload.planner.rates import Rates, rates_of
 from offload.planner.workload import Workload
-from offload.types import ROOT_PARTS
+from offload.types import GRAD_PARTS, ROOT_PARTS
 from offload.update_rules import ADAMW
 
 UNFUSED = 8
@@ -382,7 +382,7 @@ class CostModel:
             load.n_grad_buffers * np.where(once, 2, 1) < 2,
             np.maximum(backward["storage"], backward["cpu"])
             if self.rates.shares_host
-            else self.grads_nbytes(load) / self.rates.bus.d2h * (1 - 1 / self.n_streamed),
+            else self._leaving_s(load),
             0.0,
         )
         launches_s = n_blocks * load.micro_batches * self.hardware.launch_overhead_s
@@ -421,6 +421,16 @@ class CostModel:
             },
             traffic=(forward_traffic, backward_traffic, tail_traffic),
         )
+
+    def _leaving_s(self, load: Load) -> Any:
+        """What the device waits for gradients to leave its only buffer. A block's leave in parts while its last
+        micro-batch computes them, and the next block's first computes each behind the part that has left."""
+        copied_s = self.grads_nbytes(load) / self.rates.bus.d2h
+        root = 2 * self.batch * self.workload.root_flops_per_sample
+        backward = (self.backward_flops - root) * self.rates.slowness("backward")
+        recomputed = load.recompute_flops + self.replayed_work
+        hidden = (2 * (1 - 1 / GRAD_PARTS) * backward + recomputed) / load.micro_batches
+        return np.maximum(0.0, copied_s - hidden / self.rates.flops_per_s) * (1 - 1 / self.n_streamed)
 
     def _spread(
         self, load: Load, forward: Traffic, backward: Traffic, backward_s: dict[str, Any]

@@ -60,7 +60,12 @@ class Emitter:
         """Per block: what its next fetch waits for."""
         self.grads_ready: dict[int, Index] = {}
         """Per deferred block: where its gradients have arrived."""
-        self.grad_buffers: deque[Index] = deque([None] * plan.n_grad_buffers * plan.grads_per_buffer)
+        n_buffers = plan.n_grad_buffers * plan.grads_per_buffer
+        self.grad_buffers: deque[tuple[Index, ...]] = deque([(None,)] * n_buffers)
+        self.only_buffer = n_buffers == 1 and not shares_host
+        """Gradients leave it in `GRAD_PARTS` parts, each as soon as it is there."""
+        self.grads_left: list[Index] = []
+        """Of the block whose gradients leave so: their copies."""
         n_landing = 2 * plan.grads_per_buffer + (0 if shares_host else len(plan.held_blocks))
         self.grad_landing: deque[Index] = deque([None] * n_landing)
         self.out_window: deque[Index] = deque([None] * 2)
@@ -98,9 +103,11 @@ class Emitter:
         releases: tuple[tuple[str, int], ...] = (),
         whole_flops: float = 0.0,
         fixed_s: float = 0.0,
+        launches: float = 1.0,
         rank: int = 0,
     ) -> int:
-        """Append one operation; None among `after` waits for nothing."""
+        """Append one operation; None among `after` waits for nothing. `launches`: the share of a micro-batch's way
+        through a block that it is."""
         dram = 0.0
         if lane in ("read", "write"):
             dram = amount
@@ -118,7 +125,9 @@ class Emitter:
                 tuple(sorted({a for a in after if a is not None})),
                 dram,
                 whole_flops,
-                self.launch_overhead_s if kind in ("forward", "backward") and block is not None else fixed_s,
+                launches * self.launch_overhead_s
+                if kind in ("forward", "backward") and block is not None
+                else fixed_s,
                 tuple(a for a in acquires if a[1]),
                 tuple(r for r in releases if r[1]),
                 self.step,

@@ -2,7 +2,8 @@
 
 [Note: what bounds the look-ahead] A fetch needs a slot that an earlier block has left. A micro-batch computes only when
 the swaps of the one two before it are over, so two micro-batches of tensors are in flight at most. A block's backward
-needs a gradient buffer, its gradients a place in host memory. An update piece needs one of `update_buffers` buffers.
+needs a gradient buffer, or of the only one (over a bus) the part that it fills next, its gradients a place in host
+memory. An update piece needs one of `update_buffers` buffers.
 
 [Note: which update goes first] Those made during backward go in the order in which their gradients come. What is left
 when backward has ended goes in the order of the next forward: the root's, the first blocks', at last the held ones.
@@ -20,6 +21,7 @@ from offload.planner.plan import INPUT, Plan
 from offload.planner.workload import Workload
 from offload.schedule.emitter import Emitter, Index
 from offload.schedule.operations import Operation
+from offload.types import GRAD_PARTS
 
 
 class Unroller(Emitter):
@@ -146,18 +148,21 @@ class Unroller(Emitter):
 
     def backward_block(self, block: int) -> None:
         """All micro-batches of one block backward; its slot is free afterwards."""
-        buffer = self.grad_buffers.popleft() if self.workload.blocks[block].trainable_numel else None
+        trains = self.workload.blocks[block].trainable_numel > 0
+        buffer = self.grad_buffers.popleft() if trains else ()
         last: Index = None
         for micro in range(self.plan.micro_batches):
-            last = self.backward(block, micro, buffer if micro == 0 else None)
+            leaves = trains and self.only_buffer and micro == self.plan.micro_batches - 1
+            last = self.backward(block, micro, buffer if micro == 0 else (), leaves=leaves)
         stays = self.shares_host and (block in self.at_start or not self.takes_slot(block))
         if not stays:
             self.resident.discard(block)
             if not self.shares_host and self.takes_slot(block):
                 self.free_slots.append(last)
 
-    def backward(self, block: int, micro: int, buffer: Index) -> int:
-        """One micro-batch: swap in, recompute, backward."""
+    def backward(self, block: int, micro: int, buffer: tuple[Index, ...], *, leaves: bool) -> int:
+        """One micro-batch: swap in, recompute, backward. `buffer`: what has to have left the gradient buffer, in parts
+        where it is the only one; `leaves`: the block's gradients do so as they come."""
         host, storage = self.tensors(block, "host"), self.tensors(block, "storage")
         kept, again = self.tensors(block, "device"), self.tensors(block, "recompute")
         work = self.workload.blocks[block]
@@ -169,7 +174,9 @@ class Unroller(Emitter):
             again = max(0, alive - (kept + storage - inputs * there)) + inputs * (not there)
             host = temporary = 0  # what comes back from host memory is among what is alive
         self.swap_in_ahead(done=self.n_backwards)
-        arrived = [buffer, *self.loaded[block], self.arrived.pop((block, micro))]
+        arrived = [*self.loaded[block], self.arrived.pop((block, micro))]
+        if len(buffer) == 1:
+            arrived.append(buffer[0])
         if self.shares_host and self.tensors(block, "storage"):  # a copy by the thread that computes
             back = self.tensors(block, "storage")
             arrived.append(self.last_compute)
@@ -191,14 +198,21 @@ class Unroller(Emitter):
         )
         numel = work.trainable_numel + work.frozen_numel
         factor = 1 + (work.trainable_numel / numel if numel else 1)
-        index = self.compute(
-            "backward",
-            factor * work.flops_per_sample * self.samples,
-            block=block,
-            micro=micro,
-            acquires=(("device", temporary),),
-            releases=(("device", temporary + kept + again + host + storage),),
-        )
+        index, n_parts = 0, GRAD_PARTS if leaves or len(buffer) > 1 else 1
+        released = temporary + kept + again + host + storage
+        for part in range(n_parts):
+            index = self.compute(
+                "backward",
+                factor * work.flops_per_sample * self.samples / n_parts,
+                buffer[part] if len(buffer) > 1 else None,
+                block=block,
+                micro=micro,
+                acquires=(("device", temporary if part == 0 else 0),),
+                releases=(("device", released if part == n_parts - 1 else 0),),
+                launches=1 / n_parts,
+            )
+            if leaves:
+                self.grads_left.append(self._copy_grads(block, 1 / n_parts))
         self.in_window.append(index)
         self.n_backwards += 1
         boundary = self.boundary_nbytes(block)
@@ -274,16 +288,27 @@ class Unroller(Emitter):
         if block not in self.host_start:
             self.leave_host(block, when)
 
+    def _copy_grads(self, block: int, share: float = 1.0) -> int:
+        """A share of a block's gradients leaves the device, behind those in `grads_left`."""
+        waits_in_host = block in self.deferred and self.plan.grads_in_host[block]
+        nbytes, before = self.grad_nbytes(block), self.grads_left[-1] if self.grads_left else None
+        waiting: tuple[tuple[str, int], ...] = ()
+        if before is None and waits_in_host:
+            waiting = (("host", nbytes),)
+        elif before is None:
+            before = self.grad_landing.popleft()
+        return self.emit(
+            "grad_out", "d2h", share * nbytes, self.last_compute, before, block=block, acquires=waiting
+        )
+
     def _grads_leave(self, block: int) -> None:
         late = block in self.deferred
         waits_in_host = late and self.plan.grads_in_host[block]
         out: Index = self.last_compute
+        left, self.grads_left = tuple(self.grads_left), []
         if not self.shares_host:
-            landing = None if waits_in_host else self.grad_landing.popleft()
-            waiting = (("host", self.grad_nbytes(block)),) if waits_in_host else ()
-            out = self.emit(
-                "grad_out", "d2h", self.grad_nbytes(block), out, landing, block=block, acquires=waiting
-            )
+            left = left or (self._copy_grads(block),)
+            out = left[-1]
         elif waits_in_host:  # a copy by the thread that computes
             out = self.last_compute = self.emit("grad_out", "d2h", self.grad_nbytes(block), out, block=block)
         done = out
@@ -296,7 +321,7 @@ class Unroller(Emitter):
         if late:
             self.grads_ready[block] = done
             self._leave_host_before_turn(block, self.last_compute)
-        self.grad_buffers.append(done if self.shares_host else out)
+        self.grad_buffers.append((done,) if self.shares_host else left)
         if not (self.shares_host or waits_in_host or block in self.held):
             self.grad_landing.append(done)
         if self.shares_host and block not in self.resident:

@@ -87,7 +87,10 @@ def oracle_step_s(
     swapped = (n_host + n_swapped) * unit
     exposed = launches + (1 - late) * one_update
     if shape.n_grad_buffers < 2 and not once:
-        exposed += 4 * p / machine.d2h_bytes_per_s * (1 - 1 / n)
+        # Three quarters of a block's last micro-batch and of the next one's first hide the copy, and recomputation.
+        backward_flops = 2 * batch * n * work.blocks[0].flops_per_sample
+        hidden_s = (1.5 * backward_flops + recompute) / shape.micro_batches / 1e12
+        exposed += max(0.0, 4 * p / machine.d2h_bytes_per_s - hidden_s) * (1 - 1 / n)
     forward = phase_s(
         machine,
         forward_flops,

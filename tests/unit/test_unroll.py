@@ -14,6 +14,7 @@ from offload.planner.search import make_plan
 from offload.schedule.run import simulate_plan
 from offload.schedule.simulator import duration_alone_s, simulate
 from offload.schedule.unroll import unroll
+from offload.types import GRAD_PARTS
 from tests.planning import gpt, lohan_machine
 
 WORK = gpt("13b", 40, 5120)
@@ -32,10 +33,14 @@ def test_a_step_computes_every_block_and_updates_it_once(update) -> None:
     operations, ends = unroll(plan, WORK, shares_host=False)
     steady = [o for o in operations if o.step == 1]
     counts = Counter((o.kind, o.block) for o in steady)
+    done = Counter[tuple[str, int | None]]()
+    for operation in steady:
+        done[operation.kind, operation.block] += operation.amount
     for block in range(40):
-        assert counts["forward", block] == counts["backward", block] == plan.micro_batches
+        assert counts["forward", block] == plan.micro_batches
         assert counts["update", block] == plan.update_pieces
-        assert counts["grad_out", block] == 1
+        assert done["grad_out", block] == pytest.approx(plan.grad_nbytes * WORK.blocks[block].trainable_numel)
+        assert done["backward", block] == pytest.approx(2 * done["forward", block])
     updated = sum(o.amount for o in steady if o.kind == "update")
     assert updated == pytest.approx(WORK.numel)
     assert len(ends) == 3
@@ -149,3 +154,31 @@ def test_an_untied_head_is_updated_while_the_blocks_go_backward(shares_host) -> 
     late, _ = plan_of(4, 1, 1, {"update": "deferred"}, work, shares_host)
     waiting, _ = unroll(late, work, shares_host=shares_host)
     assert not [o for o in waiting if o.kind == "update" and o.block is None and o.amount == 20_000 / 16]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_gradients_leave_the_only_buffer_as_they_come_and_the_next_take_their_place(micro_batches) -> None:
+    """Each part after what computes it, and before the same part of the next block is computed; no part twice."""
+    fixed = {"grad_buffers": 1, "micro_batches": micro_batches, "update": "deferred"}
+    plan, _ = plan_of(12, fixed=fixed)
+    operations, _ = unroll(plan, WORK, shares_host=False, launch_overhead_s=1e-3)
+    for block in range(1, 40):
+        leaves = [
+            i for i, o in enumerate(operations) if o.step == 1 and o.block == block and o.kind == "grad_out"
+        ]
+        last, first = (
+            [
+                i
+                for i, o in enumerate(operations)
+                if o.step == 1 and o.kind == "backward" and (o.block, o.micro_batch) == wanted
+            ]
+            for wanted in ((block, micro_batches - 1), (block - 1, 0))
+        )
+        assert len(leaves) == len(last) == len(first) == GRAD_PARTS
+        for computed, left, next_computed in zip(last, leaves, first, strict=True):
+            assert computed in operations[left].after
+            assert left in operations[next_computed].after
+        assert leaves[-1] not in operations[first[0]].after
+        assert sum(operations[i].fixed_s for i in last) == pytest.approx(
+            1e-3
+        )  # a micro-batch is launched once
