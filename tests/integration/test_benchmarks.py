@@ -403,6 +403,19 @@ def test_the_benchmark_of_the_roots_tail_compares_parts_with_one_after_the_other
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_gradients_that_leave_as_they_come_compares_them_with_leaving_at_once(tmp_path):
+    found = rows(
+        "gradients_leave.py", tmp_path, "--width", "512", "--micro-batches", "2", "--bus-bytes-per-s", "2e8",
+        "--rounds", "3",
+    )  # fmt: skip
+    assert list(found) == ["at-once", "as-they-come"]
+    at_once = found["at-once"]
+    assert at_once["of_at_once"] == 1.0
+    assert at_once["backward_s"] > 5 * at_once["copy_of_a_block_s"]  # each waits for the one before
+    assert found["as-they-come"]["of_at_once"] < 0.95
+
+
+@pytest.mark.slow
 def test_the_benchmark_of_the_order_of_updates_compares_one_loop_with_itself(tmp_path):
     found = rows(
         "update_order.py", tmp_path, "--blocks", "6", "--width", "256", "--rows", "4", "--rounds", "2"
