@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 
 from offload.checkpoint.directory import checkpoints_in
 from offload.cli.optimizers import rule_of
@@ -114,8 +113,6 @@ def check(settings: Settings) -> None:
                 f"--{option.replace('_', '-')} {path} cannot be written by this user: choose another file"
             )
     if settings.plot is not None:
-        if find_spec("matplotlib") is None:
-            raise ConfigError("--plot needs matplotlib; run: pip install 'offload[plot]'")
         check_picture(settings.plot)
 
 

@@ -104,13 +104,18 @@ def _colours(names: Sequence[str]) -> dict[str, Any]:
     return {name: palette(i % 20) for i, name in enumerate(names)}
 
 
-def check_picture(path: str) -> None:
-    """Raise ConfigError where `draw_timeline` could not write this file, before anything is run for it."""
+def _figure(**options: Any) -> Any:
+    """An empty figure. Raises ConfigError when matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError("drawing needs matplotlib; run: pip install 'offload[plot]'") from error
-    kinds, kind = Figure().canvas.get_supported_filetypes(), pathlib.Path(path).suffix.removeprefix(".")
+    return Figure(**options)
+
+
+def check_picture(path: str) -> None:
+    """Raise ConfigError where `draw_timeline` could not write this file, before anything is run for it."""
+    kinds, kind = _figure().canvas.get_supported_filetypes(), pathlib.Path(path).suffix.removeprefix(".")
     if kind and kind.lower() not in kinds:
         raise ConfigError(
             f"{path}: .{kind} is no format of pictures here; write FILE.png, FILE.svg or FILE.pdf"
@@ -128,16 +133,12 @@ def draw_timeline(
 
     Raises ConfigError when matplotlib is missing or there is nothing to draw.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ConfigError("drawing needs matplotlib; run: pip install 'offload[plot]'") from error
     if not spans:
         raise ConfigError("there are no spans to draw")
     lanes = lanes_of(spans)
     kinds = sorted({span.name.split(" ")[0] for span in spans})
+    figure = _figure(figsize=(14, 1.2 + 0.55 * len(lanes) + (2.2 if memory else 0)), layout="constrained")
     colours = _colours(kinds)
-    figure = Figure(figsize=(14, 1.2 + 0.55 * len(lanes) + (2.2 if memory else 0)), layout="constrained")
     ratios = [0.55 * len(lanes), 2.0] if memory else [1.0]
     axes = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
     for kind in kinds:

@@ -9,6 +9,7 @@ import pytest
 
 from offload.errors import ConfigError
 from offload.schedule.trace import (
+    check_picture,
     draw_side_by_side,
     draw_timeline,
     lanes_of,
@@ -63,7 +64,8 @@ def test_the_picture_is_a_picture_with_something_on_it(tmp_path) -> None:
     assert coloured.mean() > 0.02
 
 
-def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path) -> None:
+@pytest.mark.parametrize("draw", [lambda path: draw_timeline(path, SPANS), check_picture])
+def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path, draw) -> None:
     found = builtins.__import__
 
     def without(name, *args, **kwargs):
@@ -73,7 +75,7 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path) -> None:
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ConfigError, match=r"offload\[plot\]"):
-        draw_timeline(str(tmp_path / "out.png"), SPANS)
+        draw(str(tmp_path / "out.png"))
 
 
 def test_nothing_to_draw_is_said() -> None:
