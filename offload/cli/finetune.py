@@ -96,16 +96,7 @@ def _wrap(
     settings: Settings, planning: Planning, model: nn.Module | None
 ) -> tuple[nn.Module, OffloadOptimizer]:
     """Stream the directory into the store; or wrap `model`, fp32 and in memory already."""
-    budgets: dict[str, Any] = {
-        "storage": settings.storage,
-        "host_memory": settings.host_memory,
-        "device_memory": settings.device_memory,
-        "step_aside": settings.step_aside,
-        "max_grad_norm": settings.max_grad_norm,
-        "durability": settings.durability,
-        "optimizer_state": settings.optimizer_state,
-        **planning.settings,
-    }
+    budgets = {**settings.for_wrap(), **planning.settings}
     if model is None:
         return load(settings.model, lambda p: _optimizer(p, settings), dtype=settings.dtype, **budgets)
     compute_dtype = None if dtype_of(settings.dtype) == torch.float32 else torch.bfloat16

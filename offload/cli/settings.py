@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
 from offload.checkpoint.directory import checkpoints_in
 from offload.cli.optimizers import rule_of
-from offload.config import host_total_nbytes, parse_budget
+from offload.config import Config, host_total_nbytes, parse_budget
 from offload.errors import ConfigError
 from offload.model.loading import dtype_of
+from offload.runtime.chosen_device import torch_device_named
 from offload.schedule.trace import check_picture
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -55,6 +57,24 @@ class Settings:
     durability: str = "checkpoint"
     write_budget: str | None = None
 
+    def for_wrap(self) -> dict[str, Any]:
+        """Those that `offload.wrap` takes as they are."""
+        names = (
+            "storage", "host_memory", "device_memory", "step_aside", "max_grad_norm", "durability", "optimizer_state"
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+
+def _check_for_wrap(settings: Settings) -> None:
+    """What `offload.wrap` would refuse once the model is loaded."""
+    planned = {
+        name: getattr(settings, name) for name in ("activations", "saved_activations", "micro_batches")
+    }
+    given = {**settings.for_wrap(), **{name: value for name, value in planned.items() if value is not None}}
+    Config.checked(device=settings.device, **given)
+    if settings.device not in ("auto", "emulated"):
+        torch_device_named(settings.device)
+
 
 def check(settings: Settings) -> None:
     """Raises ConfigError for a path that cannot be used and for options that contradict each other."""
@@ -64,9 +84,9 @@ def check(settings: Settings) -> None:
         )
     rule_of(settings.optimizer, settings.optimizer_state)
     dtype_of(settings.dtype)
-    for option in ("device_memory", "host_memory"):
+    for option in ("device_memory", "host_memory", "written_per_step", "write_budget"):
         try:
-            parse_budget(getattr(settings, option), host_total_nbytes())
+            parse_budget(getattr(settings, option) or 0, host_total_nbytes())
         except ConfigError as error:
             raise ConfigError(f"--{option.replace('_', '-')}: {error}") from error
     for directory in settings.storage:
@@ -85,12 +105,10 @@ def check(settings: Settings) -> None:
         )
     if settings.durability == "step" and not settings.storage:
         raise ConfigError("--durability step keeps every step on storage: give --storage DIR")
-    if settings.write_budget is not None:
-        parse_budget(settings.write_budget, 0)
-        if settings.checkpoints is None and settings.durability != "step":
-            raise ConfigError(
-                "--write-budget stops the run where it can go on later: give --checkpoints DIR or --durability step"
-            )
+    if settings.write_budget is not None and settings.checkpoints is None and settings.durability != "step":
+        raise ConfigError(
+            "--write-budget stops the run where it can go on later: give --checkpoints DIR or --durability step"
+        )
     if settings.save_every is not None and settings.checkpoints is None:
         raise ConfigError("--save-every needs --checkpoints DIR: where the checkpoints are to be written")
     if settings.checkpoints is not None and not _can_be_made(settings.checkpoints):
@@ -114,6 +132,7 @@ def check(settings: Settings) -> None:
             )
     if settings.plot is not None:
         check_picture(settings.plot)
+    _check_for_wrap(settings)
 
 
 def _can_be_made(directory: str) -> bool:

@@ -27,20 +27,29 @@ def choose_device(model: nn.Module, config: Config) -> DeviceTier:
     if wanted == "auto":
         on_cuda = next((str(p.device) for p in model.parameters() if p.device.type == "cuda"), None)
         wanted = on_cuda or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch_device = torch.device(wanted)
-    except RuntimeError:
-        torch_device = torch.device("meta")
-    if torch_device.type not in ("cpu", "cuda"):
-        raise ConfigError(
-            f"device={wanted!r} is not known; write 'auto', 'cpu', 'cuda', 'cuda:1' or 'emulated'"
-        )
+    torch_device = torch_device_named(wanted)
     if torch_device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError(f"device={wanted!r}, but this torch sees no CUDA device")
         total_nbytes = torch.cuda.get_device_properties(torch_device).total_memory
         return CudaDevice(torch_device, parse_budget(config.device_memory, total_nbytes))
     return SharedDevice()
+
+
+def torch_device_named(name: str) -> torch.device:
+    """ "cpu", "cuda" or "cuda:1". Raises ConfigError for another name, and for a device that is not there."""
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"device={name!r} is not known; write 'auto', 'cpu', 'cuda', 'cuda:1' or 'emulated'"
+        )
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        n = torch.cuda.device_count()
+        raise ConfigError(
+            f"device={name!r}, but this torch sees {f'{n} CUDA devices, from cuda:0' if n else 'no CUDA device'}"
+        )
+    return found
 
 
 def budgets(device: DeviceTier, config: Config) -> tuple[int, int]:

@@ -104,6 +104,27 @@ def test_refusals_say_what_to_change_and_write_nothing(workplace, capsys, more, 
     assert not (workplace / "store").exists() or os.listdir(workplace / "store") == []
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--device", "cuda:77"], "this torch sees"),
+        (["--device", "gpu"], "'cuda:1' or 'emulated'"),
+        (["--durability", "always"], "'none', 'checkpoint' or 'step'"),
+        (["--max-grad-norm", "-1"], "greater than 0"),
+        (["--step-aside", "maybe"], "'auto', 'always' or 'never'"),
+        (["--activations", "somewhere"], "'device', 'host', 'storage' or 'keep'"),
+        (["--saved-activations", "somewhere"], "'device', 'host' or 'storage'"),
+        (["--written-per-step", "lots"], "--written-per-step: memory budget 'lots'"),
+        (["--write-budget", "lots"], "--write-budget: memory budget 'lots'"),
+    ],
+)
+def test_what_is_wrong_in_itself_is_refused_before_anything_is_loaded(workplace, capsys, more, message):
+    assert finetune(workplace, *more) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "loading" not in said
+
+
 def test_only_completions_are_learned(tmp_path):
     records = [{"prompt": "to be", "completion": "or not"}, {"text": "that is"}]
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(r) for r in records) + "\n\n")
