@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from array import array
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,22 @@ IGNORED = -100
 """Label of a token that is read but not learned."""
 
 TEXT_PIECE_CHARACTERS = 1 << 16
+
+
+_TABLES = {".csv": "", ".tsv": ", delimiter='\\t'"}
+"""Endings of tables in text files, and what Python's reader has to be told of each."""
+
+
+def check_kind(path: str) -> None:
+    """Raise ConfigError for a table, whose separators and column names would be learned as text."""
+    ending = os.path.splitext(path)[1].lower()
+    if ending in _TABLES:
+        raise ConfigError(
+            f"{path} is a table: its line of column names and its separators would be learned as text. Make JSON lines "
+            "of it, with columns named text, or prompt and completion: "
+            'python -c "import csv, json, sys; [print(json.dumps(row)) for row in '
+            f'csv.DictReader(sys.stdin{_TABLES[ending]})]" < {path} > {os.path.splitext(path)[0]}.jsonl'
+        )
 
 
 def _text_pieces(path: str) -> Iterator[tuple[str, bool]]:

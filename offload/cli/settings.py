@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from offload.checkpoint.directory import checkpoints_in
+from offload.cli.data import check_kind
 from offload.cli.optimizers import rule_of
 from offload.config import Config, host_total_nbytes, parse_budget
 from offload.errors import ConfigError
@@ -132,6 +133,7 @@ def check(settings: Settings) -> None:
             )
     if settings.plot is not None:
         check_picture(settings.plot)
+    check_kind(settings.data)
     _check_for_wrap(settings)
 
 

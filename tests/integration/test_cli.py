@@ -116,6 +116,7 @@ def test_refusals_say_what_to_change_and_write_nothing(workplace, capsys, more, 
         (["--saved-activations", "somewhere"], "'device', 'host' or 'storage'"),
         (["--written-per-step", "lots"], "--written-per-step: memory budget 'lots'"),
         (["--write-budget", "lots"], "--write-budget: memory budget 'lots'"),
+        (["--data", "x.csv"], "Make JSON lines of it"),
     ],
 )
 def test_what_is_wrong_in_itself_is_refused_before_anything_is_loaded(workplace, capsys, more, message):
@@ -123,6 +124,17 @@ def test_what_is_wrong_in_itself_is_refused_before_anything_is_loaded(workplace,
     said = capsys.readouterr().err
     assert message in said
     assert "loading" not in said
+
+
+@pytest.mark.parametrize(("ending", "separator"), [("csv", ","), ("TSV", "\t")])
+def test_a_table_is_refused_with_a_command_that_makes_json_lines_of_it(workplace, capsys, ending, separator):
+    table, rows = workplace / f"table.{ending}", workplace / "table.jsonl"
+    table.write_text(f"prompt{separator}completion\nto be{separator}or not to be\n" * 8)
+    assert finetune(workplace, "--data", str(table)) == 2
+    command = capsys.readouterr().err.split("completion: ")[1].strip()
+    subprocess.run(command.replace("python -c", f"{sys.executable} -c", 1), shell=True, check=True)
+    assert json.loads(rows.read_text().splitlines()[0]) == {"prompt": "to be", "completion": "or not to be"}
+    assert finetune(workplace, "--data", str(rows)) == 0
 
 
 def test_only_completions_are_learned(tmp_path):
