@@ -104,7 +104,7 @@ class OffloadEngine(OpenRun):
         self.commits = wiring.make_commits(model, parts, config, self.tracked, self._scheduler)
         self._durable = wiring.make_durable_steps(self.commits, parts, config, self._scheduler, self.stalls)
         judged = self.commits is not None
-        self._norms = GradientNorms(self.root, self.blocks, config.max_grad_norm, judged)
+        self._norms = GradientNorms(model, self.root, self.blocks, config.max_grad_norm, judged)
         may_plan = not self.aside and is_open(config)
         self._late_plan = LatePlan(model, config, blocks, parts) if may_plan else None
         self.activations = wiring.make_activations(

@@ -144,7 +144,7 @@ class BlockRecord:
     """Uses of the parameters on the device that are going on."""
     host_in_use: int = 0
     """Of these, and of readers, those that need the host slot to stay."""
-    grad_norms: list[torch.Tensor] = field(default_factory=list)
+    grad_norms: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     on_device: bool = False
     """Parameters (`slot`) and optimizer state are in the memory of a device of its own for good, and updated there."""
     sides: Sides | None = None

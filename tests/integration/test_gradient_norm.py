@@ -6,10 +6,61 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import offload
 from offload.runtime import gradient_norms
-from tests.fault.training import Model
+from tests.fault.training import WIDTH, Model
+
+
+class Gained(nn.Module):
+    """A layer with a gain in bf16, in a model of fp32."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(WIDTH, dtype=torch.bfloat16))
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x) * self.gain.float()
+
+
+CUTS = {
+    "aside": {"step_aside": "always"},
+    "streamed": {"step_aside": "never"},
+    "updated in backward": {"step_aside": "never", "durability": "step", "update": "backward"},
+    "a device of its own": {"step_aside": "never", "device": "emulated"},
+}
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["one dtype", "two dtypes"])
+def test_a_norm_that_is_clipped_has_the_same_bits_however_the_model_is_cut(tmp_path, mixed):
+    """Without bf16, whose norms torch rounds to bf16, they are torch's."""
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+
+    def made():
+        torch.manual_seed(0)
+        model = Model(6)
+        if mixed:
+            model.layers = nn.ModuleList(map(Gained, model.layers))
+        return model
+
+    norms = {}
+    for name, settings in CUTS.items():
+        model = made()
+        model, optimizer = offload.wrap(
+            model, torch.optim.AdamW(model.parameters(), lr=1e-3), max_grad_norm=1.0, storage=[str(tmp_path / name)],
+            device_memory="100MB", host_memory="100MB", chunk_elements=2048, **settings,
+        )  # fmt: skip
+        model(x).square().mean().backward()
+        optimizer.step()
+        norms[name] = float(optimizer.grad_norm)
+        model.offload.close(remove=True)
+    if not mixed:
+        model = made()
+        model(x).square().mean().backward()
+        norms["torch"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    assert len(set(norms.values())) == 1, norms
 
 
 @pytest.mark.parametrize("settings", [{}, {"device": "emulated"}], ids=["cpu", "emulated"])
