@@ -254,6 +254,31 @@ def test_what_has_no_counterpart_says_what_to_do(tmp_path):
     assert type(deepspeed.ops.adam.FusedAdam(parameters)) is torch.optim.AdamW
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("from offload.deepspeed.utils import safe_get_full_fp32_param", "GatheredParameters"),
+        (
+            "from offload.deepspeed.utils.zero_to_fp32 import load_state_dict_from_zero_checkpoint",
+            r"offload\.export",
+        ),
+        (
+            "from offload.deepspeed.runtime.zero.partition_parameters import ZeroParamStatus",
+            "GatheredParameters",
+        ),
+        ("from offload.deepspeed.runtime.lr_schedules import WarmupLR", '"scheduler" of the configuration'),
+        ("import offload.deepspeed.accelerator", "import get_accelerator"),
+        ("from offload.deepspeed.ops.lamb import FusedLamb", r"optimizers\.md"),
+        ("from offload.deepspeed import utils", "GatheredParameters"),
+        ("from offload.deepspeed import pipe", "plain module"),
+        ("import offload.deepspeed.something", "it has .*initialize"),
+    ],
+)
+def test_an_import_that_has_no_counterpart_says_what_to_do(line, said):
+    with pytest.raises(ImportError, match=said):
+        exec(line, {})
+
+
 def test_collectives_of_one_process_leave_what_a_script_logs_as_it_is():
     comm = deepspeed.comm
     loss = torch.tensor([1.5, 2.0])
