@@ -129,6 +129,16 @@ def _in_python(source: torch.optim.Optimizer, moments: str) -> Recognised | None
     return Recognised(rule, _own_values, updater)
 
 
+def _instead_of(name: str) -> str:
+    """What to use in place of an optimizer of this name."""
+    if name == "Adafactor":
+        return (
+            "use torch.optim.Adafactor; in place of TrainingArguments' optim='adafactor', give the Trainer "
+            "optimizer_cls_and_kwargs=(torch.optim.Adafactor, {'lr': 1e-2}), or optimizers=(optimizer, None)"
+        )
+    return f"use one of {SUPPORTED}"
+
+
 def recognise(source: torch.optim.Optimizer, moments: str) -> Recognised:
     """The rule of `source` with moments in "fp32", "bf16" or "8bit". Raises ConfigError for what is not supported."""
     found = _of_bitsandbytes(source, moments) or _in_python(source, moments)
@@ -145,7 +155,7 @@ def recognise(source: torch.optim.Optimizer, moments: str) -> Recognised:
         found = Recognised(kernel_rule("lion", moments), _lion)
     if found is None:
         kind = f"{type(source).__module__}.{type(source).__qualname__}"
-        raise ConfigError(f"{kind} is not supported: use one of {SUPPORTED}")
+        raise ConfigError(f"{kind} is not supported: {_instead_of(type(source).__name__)}")
     for group in source.param_groups:
         try:
             found.values(group)

@@ -260,6 +260,17 @@ def test_an_optimizer_and_a_scheduler_of_the_users_own_are_used(tmp_path):
     assert len({rate for _, _, rate in curves[0][1]}) == 3
 
 
+def test_what_the_refusal_of_adafactor_names_trains_as_in_memory(tmp_path):
+    curves = []
+    for kind in (Trainer, OffloadTrainer):
+        own = {"optimizer_cls_and_kwargs": (torch.optim.Adafactor, {"lr": 1e-2})}
+        trainer = make(kind, tmp_path / kind.__name__, more=own)
+        trainer.train()
+        curves.append(curve(trainer))
+    trainer.close()
+    assert_close(curves[1], curves[0])
+
+
 def test_a_directory_is_trained_without_being_in_memory_and_bf16_autocast_is_kept(tmp_path):
     """`load_model` gives a model whose parameters are in its files until the engine moves them."""
     FAMILIES["Llama"].build().save_pretrained(tmp_path / "model")
@@ -287,7 +298,7 @@ def test_what_cannot_be_kept_is_refused_with_its_remedy(tmp_path):
         make(OffloadTrainer, tmp_path, offload_settings={"max_grad_norm": 1.0})
     with pytest.raises(ConfigError, match=r"as a dict, such as offload="):
         make(OffloadTrainer, tmp_path, more={"offload": "/mnt/nvme0"})
-    with pytest.raises(ConfigError, match="Adafactor"):
+    with pytest.raises(ConfigError, match=r"optimizer_cls_and_kwargs=\(torch\.optim\.Adafactor"):
         make(OffloadTrainer, tmp_path, optim="adafactor").train()
     with pytest.raises(CheckpointError, match="no such directory"):
         make(OffloadTrainer, tmp_path).train(resume_from_checkpoint=str(tmp_path / "elsewhere"))
