@@ -17,7 +17,7 @@ from offload.deepspeed.config import get
 from offload.deepspeed.engine import DeepSpeedEngine
 from offload.errors import ConfigError
 from offload.runtime.optimizer import OffloadOptimizer
-from offload.runtime.wrap import wrap
+from offload.runtime.wrap import optimizer_of_nothing, wrap
 
 logger = logging.getLogger("offload")
 
@@ -97,7 +97,7 @@ def _optimizer(
         and get(read, "optimizer.type") is None
         and not any(p.requires_grad for p in model.parameters())
     ):
-        return torch.optim.AdamW(model.parameters())  # a reference: it is computed with, and no step is made
+        return optimizer_of_nothing(model)
     if given is None:
         return mapping.make_optimizer(read, parameters)
     made = given if isinstance(given, torch.optim.Optimizer) else given(parameters)

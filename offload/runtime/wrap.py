@@ -54,7 +54,9 @@ def wrap(
         raise ConfigError(f"compute_dtype={compute_dtype} is not supported: use torch.bfloat16 or None")
     if chunked_loss and (reason := why_not_chunked(base_of(model))) is not None:
         raise ConfigError(f"chunked_loss=True: {reason}")
-    wrapped = OffloadOptimizer(_of_nothing(model) if optimizer is None else optimizer, config.optimizer_state)
+    wrapped = OffloadOptimizer(
+        optimizer_of_nothing(model) if optimizer is None else optimizer, config.optimizer_state
+    )
     cache_again = stop_caching(model)
     dtypes = {compute_dtype, *(p.dtype for p in model.parameters())}
     n_parameters = sum(p.numel() for p in model.parameters())
@@ -81,7 +83,7 @@ def wrap(
     return model, wrapped
 
 
-def _of_nothing(model: nn.Module) -> torch.optim.Optimizer:
+def optimizer_of_nothing(model: nn.Module) -> torch.optim.Optimizer:
     """An optimizer for a model that is only computed with (a teacher, a reference). Raises ConfigError for another."""
     trained = next((name for name, parameter in model.named_parameters() if parameter.requires_grad), None)
     if trained is not None:
