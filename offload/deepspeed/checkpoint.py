@@ -20,7 +20,7 @@ from offload.runtime.training_state import random_states, set_random_states
 from offload.stores.block_store import BlockRecord
 from offload.stores.state_image import Chunk, chunks_of, fill, state_piece
 from offload.tiers.durable_files import replacing
-from offload.tiers.encoding import encode
+from offload.tiers.encoding import Encoded, encode
 from offload.tiers.host import HostArena
 from offload.types import PAGE_NBYTES, round_up
 from offload.update_rules import LO_NBYTES
@@ -52,10 +52,10 @@ def write(
     """
     if not tag or os.path.isabs(tag) or ".." in tag.split("/"):
         raise UsageError(f"tag={tag!r}: write a name of a directory inside {directory}")
-    for name, value in states.items():
-        encode(value, name)  # what cannot be kept is refused under the name that the caller knows
+    # what cannot be kept is refused under the name that the caller knows
+    held = {name: _Held(Encoded(encode(value, name))) for name, value in states.items()}
     target = os.path.join(directory, tag)
-    save(model, target, state={name: _Held(value) for name, value in states.items()}, keep_last=1)
+    save(model, target, state=held, keep_last=1)
     if not save_latest:
         return
     with replacing(os.path.join(directory, LATEST_FILE)) as file:

@@ -6,6 +6,7 @@ import base64
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,13 @@ _DTYPES = {
         torch.int8, torch.uint8, torch.bool,
     )
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What `encode` has made already, under a name of its own; it is taken over as it is."""
+
+    content: Any
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -46,6 +54,8 @@ def encode(value: Any, where: str = "state") -> Any:
 
 
 def _encode(value: Any, where: str, depth: int) -> Any:
+    if isinstance(value, Encoded):
+        return value.content
     if depth > DEPTH_MAX:
         raise UsageError(f"{where}: more than {DEPTH_MAX} containers inside one another")
     if value is None or isinstance(value, (bool, str)):

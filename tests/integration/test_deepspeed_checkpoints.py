@@ -9,6 +9,8 @@ import torch
 
 import offload.deepspeed as deepspeed
 from offload.errors import CheckpointError, UsageError
+from offload.tiers import encoding
+from offload.tiers.encoding import _tensor
 from tests.conftest import batches, build, slow_but
 from tests.drive_order import recorded
 
@@ -157,6 +159,17 @@ def test_what_is_not_there_is_not_loaded_and_said(tmp_path, caplog):
     assert "latest is not there" in caplog.text
     assert "never holds no checkpoint" in caplog.text
     engine.destroy()
+
+
+def test_the_client_state_is_encoded_once(tmp_path, monkeypatch):
+    encoded = []
+    monkeypatch.setattr(
+        encoding, "_tensor", lambda value, where: encoded.append(where) or _tensor(value, where)
+    )
+    engine = start(tmp_path, "none")
+    engine.save_checkpoint(tmp_path / "out", client_state={"cursor": torch.arange(3)})
+    engine.destroy()
+    assert [where for where in encoded if "cursor" in where] == ["client_state['cursor']"]
 
 
 def test_misuse_is_refused(tmp_path):
