@@ -115,9 +115,9 @@ def planning_of(request: Request, note: Callable[[str], None]) -> Planning:
         settings["written_per_step"] = request.written_per_step
     if request.plan is not None and request.plan != NO_PLAN:
         _check_plan_request(request)
-        load_plan(request.plan)  # a run that streams nothing would not read it
+        plan = load_plan(request.plan)  # a run that streams nothing would not read it
         hardware = _named(request) if request.hardware is not None else _stored()
-        settings["plan"] = request.plan
+        settings["plan"] = plan.to_json()
         return Planning(request, hardware, _with_bus(settings, hardware))
     hardware, why_not = _machine(request)
     settings = _with_bus(settings, hardware)

@@ -6,6 +6,8 @@ import os
 import pytest
 
 import offload
+from offload.cli import planned
+from offload.cli.plan import load_plan
 from offload.cli.planned import endurance_lines
 from offload.planner.hardware import load_hardware, save_hardware
 from offload.planner.plan import INPUT, Plan
@@ -51,6 +53,23 @@ def test_the_plan_is_printed_first_and_its_seconds_stand_beside_the_measured(wor
     again, summary, _ = run(workplace, capsys, *EMULATED[2:], "--plan", str(saved))
     assert [s["loss"] for s in again] == [s["loss"] for s in steps]
     assert summary["predicted_step_s"] == plan.predicted.step_s
+
+
+def test_a_plan_is_read_once(workplace, capsys, monkeypatch):
+    """What is checked is what is run: a file that changes meanwhile changes nothing."""
+    saved = workplace / "plan.json"
+    run(workplace, capsys, *EMULATED, "--save-plan", str(saved))
+    text = saved.read_text()
+
+    def load_and_lose(path):
+        plan = load_plan(path)
+        saved.unlink()
+        return plan
+
+    monkeypatch.setattr(planned, "load_plan", load_and_lose)
+    again = workplace / "again.json"
+    run(workplace, capsys, *EMULATED[2:], "--plan", str(saved), "--save-plan", str(again))
+    assert again.read_text() == text
 
 
 def test_a_plan_for_another_batch_runs_without_its_seconds(workplace, capsys):
