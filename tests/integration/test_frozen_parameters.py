@@ -141,6 +141,26 @@ def test_a_model_that_is_only_computed_with_needs_no_optimizer(tmp_path, device)
     teacher.offload.close()
 
 
+def test_a_directory_is_loaded_frozen(tmp_path):
+    build("llama", layers=4).save_pretrained(tmp_path / "model")
+    settings = {"device_memory": "600KB", "host_memory": "1300KB", "chunk_elements": 4096}
+    teacher, optimizer = offload.load(
+        tmp_path / "model", frozen=True, storage=[str(tmp_path / "store")], step_aside="never", **settings
+    )
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert optimizer.state_dict()["state"] == {}
+    plain = type(teacher).from_pretrained(tmp_path / "model").eval()
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        assert torch.equal(teacher(ids).logits, plain(ids).logits)
+    stored_nbytes = sum(path.stat().st_size for path in (tmp_path / "store").rglob("*") if path.is_file())
+    assert stored_nbytes < 1.5 * sum(p.numel() * p.element_size() for p in plain.parameters())
+    teacher.offload.close()
+    with pytest.raises(ConfigError, match="leave out one"):
+        offload.load(tmp_path / "model", torch.optim.AdamW, frozen=True)
+
+
 def test_no_optimizer_for_a_model_that_is_to_be_trained_is_refused_before_anything_moves(tmp_path):
     model = build("llama")
     model.model.embed_tokens.requires_grad_(False)
