@@ -41,6 +41,8 @@ class Seen(NamedTuple):
     generators: tuple[tuple[Any, Any], ...]
     first: bool
     """Whether the block runs in this mode for the first time."""
+    unreached: frozenset[int]
+    """Modules outside, by id(), that nothing of the block leads to: it may change them, as the first run would show."""
 
 
 @dataclass
@@ -101,6 +103,7 @@ class ForwardState:
         self._tensors: tuple[Named, ...] = ()
         self._generators: list[Any] = []
         self._hooks = 0
+        self._unreached: frozenset[int] = frozenset()
         self._is_narrow = False
         """Whether what was found leaves out the modules outside that the block does not change."""
         self._changes: dict[tuple[bool, ...], dict[str, bool]] = {}
@@ -139,20 +142,29 @@ class ForwardState:
             _copies(changing),
             tuple([(g, state_of(g)) for g in generators]),
             first,
+            self._unreached,
         )
 
     def _find(self, first: bool) -> None:
-        walk = Walk(self._elsewhere)
-        for path, module in self._named:
-            walk.start_module(path, module)
-        for path, module in self._outside if first else self._watched:
-            walk.start_module(path, module, outside=True)
-        for hook in hooks_of_all_modules():
-            walk.start(getattr(hook, "__name__", "hook"), hook)
-        walk.finish()
+        self._unreached = frozenset()
+        if first:
+            reached = self._walk([])
+            self._unreached = frozenset(id(module) for _, module in self._outside if not reached.has(module))
+        walk = self._walk(self._outside if first else self._watched)
         self._is_narrow = not first
         self._generators = walk.generators
         self._hold([look(place) for place in walk.places])
+
+    def _walk(self, outside: Sequence[tuple[str, nn.Module]]) -> Walk:
+        """All that the block leads to, and these modules."""
+        walk = Walk(self._elsewhere)
+        for path, module in self._named:
+            walk.start_module(path, module)
+        for path, module in outside:
+            walk.start_module(path, module, outside=True)
+        for hook in hooks_of_all_modules():
+            walk.start(getattr(hook, "__name__", "hook"), hook)
+        return walk.finish()
 
     def _hold(self, contents: list[Content]) -> None:
         self._contents, self._glance = tuple(contents), Glance(contents)
@@ -206,6 +218,8 @@ class ForwardState:
         if not seen.glance.holds():
             contents = tuple(c if c.holds() else look(c.place, c.n) for c in contents)
         for i, named in enumerate(seen.tensors):
+            if id(named.outside) in seen.unreached:
+                continue
             if i not in seen.values and named.tensor._version != seen.versions[i]:
                 raise UsageError(
                     f"{_shown(named.path)} was changed in place between forward and backward, and the block that holds "

@@ -327,6 +327,10 @@ class Walk:
             if not name.startswith("__"):
                 self._queue.append((f"{kind.__qualname__}.{name}", value, outside, 0))
 
+    def has(self, module: nn.Module) -> bool:
+        """Whether it has been come to."""
+        return id(module) in self._seen
+
     def start(self, path: str, value: Any) -> None:
         """Follow this value."""
         self._queue.append((path, value, None, 0))

@@ -133,6 +133,40 @@ def wrap(directory, block, calls=1, **settings):
     return offload.wrap(*make(block, calls=calls), storage=[str(directory)], **settings)
 
 
+class NormedBehind(Model):
+    """The root has a norm as well, which runs after the blocks and before their backward."""
+
+    def __init__(self, block):
+        super().__init__(block)
+        self.head = nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 1))
+
+
+def test_statistics_of_the_root_that_change_after_a_block_has_run_concern_it_only_where_it_leads_to_them(
+    tmp_path,
+):
+    def start():
+        torch.manual_seed(0)
+        model = NormedBehind(Normed).train()
+        return model, torch.optim.SGD(model.parameters(), lr=LR)
+
+    expected_model, optimizer = start()
+    expected = train(expected_model, optimizer)
+    settings = {**MEMORY, "step_aside": "never", "chunk_elements": CHUNK}
+    model, optimizer = offload.wrap(*start(), storage=[str(tmp_path)], **settings)
+    assert train(model, optimizer)[0] == expected[0]
+    assert all(torch.equal(b, model.get_buffer(name)) for name, b in expected_model.named_buffers())
+    model.offload.close()
+
+    model, optimizer = start()
+    model.layers[1].beside = [model.head]
+    model, optimizer = offload.wrap(model, optimizer, storage=[str(tmp_path)], **settings)
+    with pytest.raises(
+        UsageError, match="num_batches_tracked was changed in place between forward and backward"
+    ):
+        train(model, optimizer)
+    model.offload.close()
+
+
 def check(directory, block, **settings):
     expected_model, optimizer = make(block)
     expected = train(expected_model, optimizer)
