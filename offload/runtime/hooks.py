@@ -19,6 +19,11 @@ from offload.stores.block_store import BlockRecord
 logger = logging.getLogger("offload")
 
 
+_uncompiled: Callable[..., Any] = torch._disable_dynamo  # type: ignore[attr-defined]
+"""What the engine does is no arithmetic: torch.compile of what is around it is not to look into it. (The public name,
+torch.compiler.disable, would import the compiler at once.)"""
+
+
 def replace_forward(
     module: nn.Module,
     run: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
@@ -36,7 +41,7 @@ def replace_forward(
     def forward(*args: Any, **kwargs: Any) -> Any:
         return run(trained if torch.is_grad_enabled() else original, args, kwargs)
 
-    module.forward = forward
+    module.forward = _uncompiled(forward)
 
 
 def restore_forward(module: nn.Module) -> None:
@@ -135,6 +140,7 @@ class _Before:
     def __init__(self, call: Callable[[], None]) -> None:
         self._call = call
 
+    @_uncompiled
     def __call__(self, module: nn.Module, args: Any) -> None:
         self._call()
 

@@ -95,10 +95,18 @@ def optimizer_of_nothing(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _refuse_what_is_no_plain_model(model: nn.Module) -> None:
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise ConfigError(
-            "this model is compiled as a whole: wrap the model itself and give compile_blocks=True, which compiles the "
-            "forward of each block"
+    for name, module in model.named_modules():
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            raise ConfigError(
+                f"{name or 'this model'} is the compiled form of a module: wrap the model with modules as they were, "
+                "and give compile_blocks=True, which compiles the forward of each block"
+            )
+    compiled = next((n for n, m in model.named_modules() if m._compiled_call_impl is not None), None)
+    if compiled is not None:
+        logger.warning(
+            "%s is compiled: what of it is in blocks runs uncompiled, because blocks are moved; compile_blocks=True "
+            "compiles the forward of each block",
+            compiled or "the model",
         )
     on_meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if on_meta is not None:

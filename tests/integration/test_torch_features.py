@@ -167,3 +167,45 @@ def test_a_profile_names_what_every_block_does_and_what_is_waited_for(tmp_path):
     assert {name for name in names if name.startswith("offload wait for ")} & {
         f"offload wait for {cause}" for cause in ("fetch", "update", "slot")
     }
+
+
+def compiled_after_wrap(model):
+    return torch.compile(model, backend="aot_eager")
+
+
+def compiled_in_place(model):
+    model.compile(backend="aot_eager")
+    return model
+
+
+def layers_compiled_in_place(model):
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    "compiled",
+    slow_but([compiled_in_place], [compiled_after_wrap, compiled_in_place, layers_compiled_in_place]),
+)
+def test_what_is_around_the_blocks_is_compiled_and_no_part_of_the_engine(tmp_path, compiled, caplog):
+    expected = train(*start())
+    torch._dynamo.reset()
+    model, optimizer = start(tmp_path)
+    ours = compiled(model)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        assert train(ours, optimizer) == pytest.approx(expected, abs=1e-6)
+    assert "incorrect arg count" not in caplog.text
+    model.offload.close()
+
+
+def test_modules_that_are_compiled_before_wrap_are_named(tmp_path, caplog):
+    model = FAMILIES["Llama"].build()
+    model.model.layers[1].compile(backend="aot_eager")
+    model, _ = offload.wrap(model, torch.optim.AdamW(model.parameters()), storage=[str(tmp_path)])
+    assert "model.layers.1 is compiled: what of it is in blocks runs uncompiled" in caplog.text
+    model.offload.close()
+    model = FAMILIES["Llama"].build()
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="aot_eager")
+    with pytest.raises(ConfigError, match=r"model\.layers\.1 is the compiled form .*compile_blocks=True"):
+        offload.wrap(model, torch.optim.AdamW(model.parameters()), storage=[str(tmp_path)])
