@@ -119,6 +119,21 @@ FAMILIES: dict[str, Family] = {
         stacks="encoder and decoder",
         shares_activations=True,
     ),
+    "Jamba": Family(
+        "JambaForCausalLM",
+        "JambaConfig",
+        {
+            **_GROUPED,
+            "use_mamba_kernels": False,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "mamba_d_state": 8,
+        }
+        | {"expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 4, "num_experts_per_tok": 2},
+        ("q_proj", "v_proj", "in_proj"),
+        _causal,
+        stacks="two classes",
+    ),
     "ViT": Family(
         "ViTForImageClassification",
         "ViTConfig",

@@ -40,9 +40,16 @@ def _stacks(model: nn.Module) -> list[tuple[str, nn.ModuleList | nn.Sequential]]
     for name, module in model.named_modules():
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) >= 2:
             kinds = {type(child) for child in module}
-            if len(kinds) == 1 and any(True for _ in module[0].parameters()):
+            alike = len(kinds) == 1 or (isinstance(module, nn.ModuleList) and _share_a_base(kinds))
+            if alike and any(True for _ in module[0].parameters()):
                 found.append((name, module))
     return found
+
+
+def _share_a_base(kinds: set[type]) -> bool:
+    """Whether layers of several classes are of one family, as attention and state-space layers of a hybrid are."""
+    shared = set.intersection(*(set(kind.__mro__) for kind in kinds))
+    return any(issubclass(kind, nn.Module) and kind is not nn.Module for kind in shared)
 
 
 def find_blocks(model: nn.Module, blocks: object = None) -> list[tuple[str, nn.Module]]:
@@ -77,7 +84,8 @@ def find_blocks(model: nn.Module, blocks: object = None) -> list[tuple[str, nn.M
     ]
     if not outermost:
         raise ConfigError(
-            f"{type(model).__name__} has no repeated stack (ModuleList or Sequential of one class): "
+            f"{type(model).__name__} has no repeated stack (a ModuleList or Sequential of one class, or a "
+            "ModuleList of classes with a common base): "
             "name the blocks with blocks=<class> or blocks=[modules]"
         )
     largest = max(numel_of[name] for name, _ in outermost)
