@@ -136,6 +136,8 @@ def _suggest(path: str) -> str:
     same = sorted((k for k in known if k.rpartition(".")[2] == name), key=len)
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
     near = [siblings[n] for n in difflib.get_close_matches(name, sorted(siblings), n=1, cutoff=0.6)]
+    if section and same[:1] == [name]:
+        return f": {name} stands beside {section.partition('.')[0]}, not in it; move it out of {section}"
     found = same or near or difflib.get_close_matches(path, sorted(known), n=1, cutoff=0.6)
     return f"; did you mean {found[0]}?" if found else ": delete it"
 

@@ -163,3 +163,13 @@ def test_an_unknown_key_is_refused_with_the_nearest(read, expected):
     with pytest.raises(ConfigError, match="did you mean") as raised:
         config.judge(read)
     assert f"did you mean {expected}" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "read", [{"aio": {"block_size": 262144}}, {"gradient_clipping": 1.0}, {"fp16": {"enabled": True}}]
+)
+def test_what_stands_in_a_section_and_belongs_beside_it_is_to_be_moved_out(read):
+    """As `aio` does in files that are copied from one another."""
+    (name,) = read
+    with pytest.raises(ConfigError, match=rf"{name} stands beside zero_optimization, not in it; move it out"):
+        config.judge({"zero_optimization": {"stage": 3, **read}})
