@@ -52,7 +52,8 @@ def refuse_updated(block: BlockRecord) -> None:
         raise UsageError(
             f"block {block.name}: its update of this step has been made already, during a backward that ran before "
             "without optimizer.step(), or failed midway. To accumulate, run all backwards but the last under "
-            "`with model.offload.no_sync():`; to be able to go on after a failed one, use update='deferred'"
+            "`with model.offload.no_sync():`; to be able to go on after a failed one, or to forget with zero_grad() what "
+            "another model's loss has left here (a discriminator), use update='deferred'"
         )
 
 
@@ -144,8 +145,9 @@ class Gradients:
         if not (block.in_use or block.is_root):
             raise UsageError(
                 f"{buffer.segments[position].name} has received a gradient outside of the backward of its block: the "
-                "loss reads it by itself (a penalty on weights), and has its values only while its block computes: "
-                "use the optimizer's weight_decay, or return the penalty from the block's forward"
+                "loss reads it by itself (a penalty on weights), or the model calls a module of the block from outside "
+                "of it, and it has its values only while its block computes: use the optimizer's weight_decay, return "
+                "the penalty from the block's forward, or give offload.wrap blocks=[modules] without that module"
             )
         if grad.layout is not torch.strided:
             raise UsageError(

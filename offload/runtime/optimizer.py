@@ -137,7 +137,9 @@ class OffloadOptimizer(torch.optim.Optimizer):
         group = self._group_of.get(parameter)
         if group is None:
             raise UsageError(
-                "a trainable parameter of the model is in no group of the optimizer: freeze it or add it"
+                f"a trainable parameter of shape {tuple(parameter.shape)} is in no group of the optimizer that "
+                "offload.wrap was given: give that one groups for all that is trained, each with hyperparameters of "
+                "its own, in place of several optimizers; or freeze it with requires_grad_(False)"
             )
         values = self._recognised.values(group)
         self._used[id(group)] = values

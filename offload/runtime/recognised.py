@@ -129,14 +129,21 @@ def _in_python(source: torch.optim.Optimizer, moments: str) -> Recognised | None
     return Recognised(rule, _own_values, updater)
 
 
-def _instead_of(name: str) -> str:
-    """What to use in place of an optimizer of this name."""
-    if name == "Adafactor":
-        return (
-            "use torch.optim.Adafactor; in place of TrainingArguments' optim='adafactor', give the Trainer "
+def _unsupported(source: object) -> ConfigError:
+    """What to use in place of this optimizer."""
+    kind = f"{type(source).__module__}.{type(source).__qualname__}"
+    if isinstance(source, list | tuple | dict):
+        return ConfigError(
+            f"{len(source)} optimizers were given: give one, whose groups have the parameters and the hyperparameters "
+            "of each; one model is updated by one kind of optimizer"
+        )
+    message = f"{kind} is not supported: use one of {SUPPORTED}"
+    if type(source).__name__ == "Adafactor":
+        message += (
+            ". In place of TrainingArguments' optim='adafactor', give the Trainer "
             "optimizer_cls_and_kwargs=(torch.optim.Adafactor, {'lr': 1e-2}), or optimizers=(optimizer, None)"
         )
-    return f"use one of {SUPPORTED}"
+    return ConfigError(message)
 
 
 def recognise(source: torch.optim.Optimizer, moments: str) -> Recognised:
@@ -154,8 +161,7 @@ def recognise(source: torch.optim.Optimizer, moments: str) -> Recognised:
     if found is None and type(source).__name__ == "Lion":
         found = Recognised(kernel_rule("lion", moments), _lion)
     if found is None:
-        kind = f"{type(source).__module__}.{type(source).__qualname__}"
-        raise ConfigError(f"{kind} is not supported: {_instead_of(type(source).__name__)}")
+        raise _unsupported(source)
     for group in source.param_groups:
         try:
             found.values(group)

@@ -245,7 +245,8 @@ def test_a_penalty_on_weights_of_blocks_is_refused_by_name(tmp_path, place, read
     weights = model.parameters() if read == "all" else [model.layers[2].linear.weight]
     loss = model(rows(0)).square().mean() + sum(w.square().sum() for w in weights)
     with pytest.raises(
-        UsageError, match=r"layers\.\d\.linear\.\w+ has received a gradient outside.*weight_decay"
+        UsageError,
+        match=r"layers\.\d\.linear\.\w+ has received a gradient outside.*weight_decay.*blocks=\[modules\]",
     ):
         loss.backward()
     model.offload.close()
@@ -337,4 +338,17 @@ def test_weights_that_blocks_share_train_as_in_memory(where, settings):
     )
     loop(model, optimizer, None)
     same(model.state_dict(), expected, **BOUNDS)
+    model.offload.close()
+
+
+@pytest.mark.parametrize("place", ["storage", "nothing streamed"])
+def test_what_only_a_second_optimizer_would_train_is_refused_with_the_way_to_train_it(tmp_path, place):
+    torch.manual_seed(0)
+    model = Model(3)
+    model, optimizer = offload.wrap(
+        model, torch.optim.AdamW(model.layers.parameters()), storage=[str(tmp_path)], device_memory="50MB",
+        host_memory="50MB", step_aside="never" if place == "storage" else "always",
+    )  # fmt: skip
+    with pytest.raises(UsageError, match=r"in no group of the optimizer .*in place of several optimizers"):
+        steps(model, optimizer, [0])
     model.offload.close()

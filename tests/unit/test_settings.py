@@ -139,6 +139,10 @@ class Adafactor(torch.optim.Optimizer):
             "amsgrad=True is not supported: it needs a third moment per parameter",
         ),
         (Adafactor, f"{__name__}.Adafactor is not supported: use one of torch.optim.AdamW"),
+        (
+            lambda parameters: [torch.optim.AdamW(parameters)],
+            "1 optimizers were given: give one, whose groups",
+        ),
     ],
 )
 def test_an_optimizer_that_is_not_supported_is_refused_in_one_sentence(make, said):
