@@ -52,8 +52,8 @@ def refuse_updated(block: BlockRecord) -> None:
         raise UsageError(
             f"block {block.name}: its update of this step has been made already, during a backward that ran before "
             "without optimizer.step(), or failed midway. To accumulate, run all backwards but the last under "
-            "`with model.offload.no_sync():`; to be able to go on after a failed one, or to forget with zero_grad() what "
-            "another model's loss has left here (a discriminator), use update='deferred'"
+            "`with model.offload.no_sync():`; to be able to go on after a failed one, or to forget with zero_grad() "
+            "what another model's loss has left here (a discriminator), use update='deferred'"
         )
 
 

@@ -11,10 +11,12 @@ None wants the gradient forgotten: that of all parameters is what `zero_grad` do
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from offload.errors import UsageError
 from offload.stores.block_store import BlockRecord
@@ -111,6 +113,10 @@ def _refusing(kind: type[torch.Tensor]) -> type[torch.Tensor]:
         name = parameter.__dict__.get(_NAME)
         if name is None or torch.compiler.is_compiling():  # a copy; or the compiler, which asks every tensor
             return grad_of(parameter)
+        if sys._getframe(1).f_code is nn.Module._apply.__code__:
+            return (
+                None  # model.cpu() and the like, as Lightning calls it after the last step: it would be moved
+            )
         raise UsageError(f"{name}: its gradient is not in .grad, the engine has taken it. {_REMEDY}")
 
     def write(parameter: torch.Tensor, value: torch.Tensor | None) -> None:

@@ -219,3 +219,71 @@ def test_a_parameter_unfrozen_after_wrap_is_refused_rather_than_left_as_it_is(tm
     with pytest.raises(UsageError, match="unfreeze before"):
         optimizer.step()
     model.offload.close()
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_model_is_moved_to_where_it_is_with_gradients_on_their_way(tmp_path, place):
+    """As Lightning does after the last step, without a zero_grad()."""
+    losses = []
+    for moved in (False, True):
+        model, optimizer = start(tmp_path / str(moved), **PLACES[place])
+        for number in range(2):
+            optimizer.zero_grad()
+            losses.append(backward(model, number))
+            if moved:
+                model.cpu()
+            optimizer.step()
+            if moved:
+                model.cpu()
+        with pytest.raises(UsageError, match="its gradient is not in"):
+            _ = model.lm_head.weight.grad
+        model.offload.close()
+    assert losses[:2] == losses[2:]
+
+
+class Critic(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.mean()
+
+
+def compete(make_critic):
+    """A generator learns through a critic, whose gradients of that loss are thrown away."""
+    torch.manual_seed(0)
+    critic, of_critic = make_critic(Critic())
+    generator = nn.Linear(4, 8)
+    of_generator = torch.optim.SGD(generator.parameters(), lr=0.1)
+    losses = []
+    for _ in range(3):
+        made = generator(torch.ones(2, 4))
+        (critic(torch.ones(2, 8)) - critic(made.detach())).backward()
+        of_critic.step()
+        of_critic.zero_grad()
+        loss = -critic(made)
+        loss.backward()
+        of_generator.step()
+        of_generator.zero_grad()
+        of_critic.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_what_another_models_loss_leaves_is_forgotten_where_updates_wait(tmp_path):
+    def wrapped(**settings):
+        def make(critic):
+            return offload.wrap(
+                critic, torch.optim.AdamW(critic.parameters(), lr=LR), storage=[str(tmp_path)],
+                device_memory="8MB", host_memory="50MB", step_aside="never", **settings,
+            )  # fmt: skip
+
+        return make
+
+    expected = compete(lambda critic: (critic, torch.optim.AdamW(critic.parameters(), lr=LR)))
+    assert compete(wrapped(update="deferred")) == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(UsageError, match=r"a discriminator\), use update='deferred'"):
+        compete(wrapped())
