@@ -68,7 +68,7 @@ class _CopyStream:
             work()
 
     def copy(self, target: torch.Tensor, source: torch.Tensor, after: Sequence[Event]) -> Event:
-        event = _ThreadEvent()
+        event, issued_s = _ThreadEvent(), time.perf_counter()
 
         def work() -> None:
             for earlier in after:
@@ -77,7 +77,7 @@ class _CopyStream:
             if self._bytes_per_s is None:
                 target.copy_(source)
             else:  # sleep first: what must not be touched meanwhile is touched last
-                if start_s - self._end_s > _IDLE_S:
+                if issued_s > self._end_s or start_s - self._end_s > _IDLE_S:
                     self._late_s = 0.0
                 end_s = start_s + source.numel() * source.element_size() / self._bytes_per_s - self._late_s
                 time.sleep(max(0.0, end_s - start_s))
