@@ -241,6 +241,7 @@ class Gradients:
 
     def drop(self, block: BlockRecord) -> None:
         """Free a gradient buffer that nothing was added to, or whose gradients compute has used."""
+        self._leaving = None
         if block.grad_buffer is not None and not block.grad_buffer.permanent:
             block.grad_buffer.release()
             block.grad_buffer = None
