@@ -141,9 +141,12 @@ class LatePlan:
         """What the placement has left, and what the first step has had of it."""
         parts, placement = self._parts, self._parts.placement
         sizes = {samples * block.input_nbytes_per_sample for block in workload.blocks}
+        unplanned_nbytes = activations.left_nbytes("device") - activations.beside_nbytes(
+            max(sizes, default=0)
+        )
         return Room(
             device_nbytes=parts.device_nbytes - placement.device_nbytes,
-            device_unplanned_nbytes=activations.left_nbytes("device"),
+            device_unplanned_nbytes=max(0, unplanned_nbytes),
             host_nbytes=activations.left_nbytes("host"),
             host_inputs_nbytes=sum(map(activations.again_nbytes, sizes)),
             has_storage=bool(self._config.storage),

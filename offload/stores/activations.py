@@ -7,6 +7,11 @@ before them: two micro-batches of tensors on the device, one that computes and o
 is given later has been ordered after the copy: then the allocator may hand its memory to that compute. The launching
 thread never waits for the copy. It may run far ahead of the device, so it orders instead of looking whether a copy has
 ended: otherwise it would hold what all of forward swaps out.
+
+[Note: what goes beside an input] While backward is at a block, the gradients of its output and of its input are on the
+device, of the whole batch, and so may be its input, which has come back, and the next one: four tensors as large as an
+input, however small the micro-batches. Where nobody has planned, an input stays on the device only as long as there is
+room for them, so that a large batch does not fill it up.
 """
 
 from __future__ import annotations
@@ -32,6 +37,9 @@ Tier = Literal["device", "host", "storage"]
 
 _LOCKED_NBYTES = 64 << 20
 """Host memory of planes is page-locked in pieces of at least so much: a registration costs as much as many copies."""
+
+BESIDE_AN_INPUT = 4
+"""See [Note: what goes beside an input]."""
 
 
 @dataclass(eq=False, slots=True)
@@ -176,6 +184,10 @@ class ActivationStore:
         self._reap()
         return self._left[tier].nbytes
 
+    def beside_nbytes(self, nbytes: int) -> int:
+        """Device memory that has to be left beside an input of `nbytes`. See [Note: what goes beside an input]."""
+        return 0 if self._device.shares_host else BESIDE_AN_INPUT * nbytes
+
     def again_nbytes(self, nbytes: int) -> int:
         """Host memory that tensors of `nbytes` have had and only such can have again."""
         return len(self._free_planes.get(nbytes, ())) * round_up(nbytes, PAGE_NBYTES)
@@ -185,9 +197,18 @@ class ActivationStore:
         self._left["device"].nbytes += nbytes
 
     def _tier_for(self, nbytes: int, fixed: Tier | None) -> Tier:
-        wanted: list[Tier] = [fixed] if fixed else ["device", "host", "storage"]
-        for tier in wanted:
-            if self.has_room(nbytes, tier):
+        if fixed:
+            rooms: list[tuple[Tier, int]] = [(fixed, nbytes)]
+        else:
+            with_others_nbytes = nbytes + self.beside_nbytes(nbytes)
+            rooms = [
+                ("device", with_others_nbytes),
+                ("host", nbytes),
+                ("storage", nbytes),
+                ("device", nbytes),
+            ]
+        for tier, needed_nbytes in rooms:
+            if self.has_room(needed_nbytes, tier):
                 return tier
         raise BudgetError(
             f"the input of a block ({nbytes} bytes) has to wait for backward and no room is left for it: "
