@@ -2,20 +2,20 @@
 # On a machine with one NVIDIA GPU: build, test and measure, also without a network. Stages, in this order by default:
 #   build    the extension, with the python3 that has torch; liburing where its header is, or from what gpu_carry.sh has
 #            packed; otherwise the POSIX backend. Beside it, 90 GB of host memory are touched once (gpu_touch.py)
-#   tests    the tests marked `gpu`
 #   rates    bus, drive, DRAM, AdamW, matrix products: the profile that the stages after it compare with
 #   train    a full fine-tune of 1 B and of 3 B parameters in 8 GB of device memory, against everything on the GPU
-#   hf       the same for Llama 3.2 of 1 B parameters, as `transformers` has it, its loss computed in chunks
+#   tests    the tests marked `gpu`
 #   giant    layers of GPT-3 175B and Llama 70B in 24 GB, measured beside the simulator (the whole models' figures follow
 #            without a GPU: gpu_giant.py --whole-of)
 #   profile  gaps, copies and waiting calls in a steady step
+#   hf       what train does for Llama 3.2 of 1 B parameters, as `transformers` has it, its loss computed in chunks
 #   sweep    8k to 128k tokens a step
 #   peer     DeepSpeed ZeRO-3, where it can be imported
 #   compile  blocks compiled by torch.compile, here and in plain torch (only when named)
 # Any of them can be named: benchmarks/gpu.sh build rates train. One table of all rows comes last (gpu_table.py).
 #
 # All of it takes at most SECONDS_MAX (540), which is short for all rows; docs/gpu.md has a plan for half an hour: 520 for
-# build tests rates profile, 520 for build train giant, 480 for build hf sweep, and another 520 for build rates compile peer.
+# build rates train, 520 for build tests giant profile, 480 for build hf sweep, and another 520 for build rates compile peer.
 # A stage gets its weight's share of what is left when it begins, so that fast stages leave time to slow ones and a stage
 # alone has all of it; LIMIT=... bounds each. What a stage has not finished then is missing in the table; rows that were
 # made stay. The exit status is that of the first stage that failed.
@@ -35,7 +35,7 @@ STORAGE=${STORAGE:-.}
 CARRY=${CARRY:-build/gpu_carry}
 PROFILE=${PROFILE:-$PWD/build/gpu_hardware.json}
 SECONDS_MAX=${SECONDS_MAX:-540}
-ALL=(build tests rates train giant profile hf sweep peer)
+ALL=(build rates train tests giant profile hf sweep peer)
 declare -A WEIGHT=([build]=16 [tests]=16 [rates]=16 [train]=26 [giant]=24 [profile]=12 [hf]=16 [sweep]=24 [peer]=8 [compile]=20)
 declare -A AT_LEAST=([build]=200)
 
@@ -97,7 +97,7 @@ carried_profile() {  # a machine that went cold has lost its profile; of another
 
 train() {
   local end=$((SECONDS + $1)) status=0
-  run_train 1b 32768 gpu,gpu-keep,host,host+noplan,storage,host+streamed "$(($1 * 4 / 10))" gpu_train_1b || status=$?
+  run_train 1b 32768 gpu,gpu-keep,host,storage,host+streamed,host+noplan "$(($1 * 4 / 10))" gpu_train_1b || status=$?
   run_train 3b 32768 gpu,host,storage "$(((end - SECONDS) * 6 / 10))" gpu_train_3b --micro-tokens 4096 || status=$?
   run_train 1b 32768 storage+all "$((end - SECONDS))" gpu_train_1b_storage --steps 1 --row-seconds 300 \
     --plain-of "$RESULTS/gpu_train_1b.json" || status=$?

@@ -238,10 +238,20 @@ def test_the_gpu_script_runs_the_stages_that_are_named_in_their_order(tmp_path):
     assert scripts == ["rates", "giant", "giant", "table"]
 
 
+def test_the_gpu_script_makes_the_rows_against_plain_torch_and_the_drive_before_those_that_explain_them(
+    tmp_path,
+):
+    status, _, commands = stages(tmp_path, "train")
+    assert status == 0
+    first, *others = re.findall(r"--placements (\S+)", commands)
+    assert first.split(",")[:4] == ["gpu", "gpu-keep", "host", "storage"]
+    assert others == ["gpu,host,storage", "storage+all"]
+
+
 def test_the_gpu_script_refuses_an_unknown_stage_before_it_runs_any(tmp_path):
     status, told, commands = stages(tmp_path, "rates", "trian")
     assert status == 2
-    assert "no stage trian; the stages are build tests rates" in told
+    assert "no stage trian; the stages are build rates train tests" in told
     assert commands == ""
 
 
