@@ -355,10 +355,10 @@ class Gradients:
         self._n_taken += 1
         for buffer in sorted(buffers, key=_comes_back):
             owner = buffer.owner
-            if owner is not None and owner.in_use:
-                continue
-            if owner is not None and owner.parking is buffer:
+            if owner is not None and owner.parking is buffer:  # maybe of an earlier call of the block in use
                 self._wait_parked(owner)
+            elif owner is not None and owner.in_use:
+                continue
             elif owner is not None and owner.tickets:
                 self._complete(owner, "gradient")
             elif owner is not None:

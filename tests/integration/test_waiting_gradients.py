@@ -1,4 +1,4 @@
-"""Gradients that wait for more of them, without storage to wait on: in host memory that the budget has left."""
+"""Gradients that wait for more of them: on storage, and without it in host memory that the budget has left."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 import offload
 from offload.tiers.emulated_device import EmulatedDevice
-from tests.fault.training import Model
+from tests.fault.training import Model, make_run, parameters_of, wrap_small
 
 
 def wrapped(**settings):
@@ -62,4 +62,45 @@ def test_their_memory_is_not_given_to_activations_too(device):
     left_nbytes = spare(model)
     assert grads_nbytes <= spare_nbytes - left_nbytes < 2 * grads_nbytes
     assert not model.offload.activations.has_room(left_nbytes + 1, "host")
+    model.offload.close()
+
+
+class Stop(Exception):
+    """Of a backward."""
+
+
+def stop(grad):
+    raise Stop
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_a_block_that_is_called_twice_needs_no_second_gradient_buffer(tmp_path, device):
+    """Its first gradients are on their way to storage when others come, and the smallest budgets have one buffer."""
+    results = []
+    for settings in ({"storage": [str(tmp_path)], "device": device}, {}):
+        torch.manual_seed(0)
+        model = Model(3)
+        made = torch.optim.AdamW(model.parameters())
+        model, optimizer = wrap_small(model, made, step_aside="never", **settings)
+        for _ in range(2):
+            x = model.layers[0](model.embed(torch.ones(1, 8)))
+            model.head(model.layers[2](model.layers[2](x))).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append(parameters_of(model))
+        model.offload.close()
+    got, expected = results
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_a_step_is_made_again_after_a_backward_that_failed_with_one_gradient_buffer(tmp_path, device):
+    model, optimizer = make_run(tmp_path, update="deferred", device=device)
+    x = model.layers[1](model.layers[0](model.embed(torch.ones(1, 8))))
+    x.register_hook(stop)
+    with pytest.raises(Stop):
+        model.head(model.layers[2](x)).sum().backward()
+    optimizer.zero_grad()
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
     model.offload.close()
