@@ -104,7 +104,9 @@ class OffloadEngine(OpenRun):
         self.commits = wiring.make_commits(model, parts, config, self.tracked, self._scheduler)
         self._durable = wiring.make_durable_steps(self.commits, parts, config, self._scheduler, self.stalls)
         judged = self.commits is not None
-        self._norms = GradientNorms(model, self.root, self.blocks, config.max_grad_norm, judged)
+        self._norms = GradientNorms(
+            model, self.root, self.blocks, config.max_grad_norm, judged, self._gradients
+        )
         may_plan = not self.aside and is_open(config)
         self._late_plan = LatePlan(model, config, blocks, parts) if may_plan else None
         self.activations = wiring.make_activations(
@@ -232,8 +234,7 @@ class OffloadEngine(OpenRun):
         updates = self._updates_now(block, n_to_come=0)
         if updates:
             self._previous_step_durable()
-        if self._sync:
-            self._norms.note(block)
+        (self._norms.note if self._sync else self._norms.outdated)(block)
         if not updates:
             self._gradients.park(block)
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from offload.runtime.gradients import Gradients
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.stores.block_store import BlockRecord
 
@@ -31,7 +32,11 @@ def _places(model: nn.Module, blocks: list[BlockRecord]) -> dict[int, int]:
 
 
 class GradientNorms:
-    """`limit` is `max_grad_norm`; `judged`: a step whose norm is not finite is discarded, so it is needed anyway."""
+    """`limit` is `max_grad_norm`; `judged`: a step whose norm is not finite is discarded, so it is needed anyway.
+
+    Norms are taken as a block's backward ends. Those of gradients that came in a `no_sync()` are taken when the step
+    asks for them, where no later backward went through the block: it was left out of that, or there was none.
+    """
 
     def __init__(
         self,
@@ -40,8 +45,10 @@ class GradientNorms:
         blocks: list[BlockRecord],
         limit: float | None,
         judged: bool,
+        gradients: Gradients,
     ) -> None:
         self._root, self._blocks = root, blocks
+        self._gradients = gradients
         self._limit, self._judged = limit, judged
         self._place = _places(model, [root, *blocks])
         """By id() of the parameter: where its norm stands in the sum."""
@@ -53,6 +60,17 @@ class GradientNorms:
         """
         if self._limit is not None or self._judged:
             block.grad_norms = (block.grad_norms if more else []) + self._of_block(block, only)
+
+    def outdated(self, block: BlockRecord) -> None:
+        """The block has gradients whose norms nobody has taken."""
+        block.grad_norms = []
+
+    def _of_waiting(self, block: BlockRecord) -> list[tuple[int, torch.Tensor]]:
+        """Norms of the block's gradients that wait."""
+        if not block.grad_norms:
+            with self._gradients.looked_at(block):
+                block.grad_norms = self._of_block(block)
+        return block.grad_norms
 
     def _of_block(self, block: BlockRecord, only: set[int] | None = None) -> list[tuple[int, torch.Tensor]]:
         """(place, norm) of the block's gradients: where it clips one each, as torch takes them; elsewhere of pieces,
@@ -76,8 +94,10 @@ class GradientNorms:
             return None
         norms = self._of_block(self._root) if self._root.touched else []
         for block in [self._root, *self._blocks]:
-            if block.updated_since_step or (block.touched and not block.is_root):
+            if block.updated_since_step:
                 norms += block.grad_norms
+            elif block.touched and not (block.is_root or block.pending_update):
+                norms += self._of_waiting(block)
         if not norms:
             return None
         in_order = [norm for _, norm in sorted(norms, key=lambda placed: placed[0])]

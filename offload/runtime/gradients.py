@@ -13,7 +13,8 @@ it has left: both come in the same order, a block apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -245,6 +246,18 @@ class Gradients:
         if block.grad_buffer is not None and not block.grad_buffer.permanent:
             block.grad_buffer.release()
             block.grad_buffer = None
+
+    @contextmanager
+    def looked_at(self, block: BlockRecord) -> Iterator[None]:
+        """Inside, the block's gradients are in its gradient buffer; those that wait elsewhere stay there too."""
+        waiting = block.grads_waiting
+        self.begin(block)
+        try:
+            yield
+        finally:
+            if waiting:
+                self.drop(block)
+                block.grads_waiting = True
 
     def updated(self, block: BlockRecord) -> None:
         """The block's update has read its gradients."""
