@@ -315,9 +315,9 @@ class OffloadEngine(OpenRun):
         if store is not None:
             store.check_intact()
         self._scheduler.update_held(self._hyper_of)  # of a backward that failed midway
-        waiting = [b for b in self.blocks if b.touched]
-        if any(b.pending_update for b in [*waiting, self.root]):
+        if any(b.pending_update for b in [*self.blocks, self.root]):
             self._scheduler.flush()  # a block was skipped by this step's forward
+        waiting = [b for b in self.blocks if b.touched]
         self.wait_committed()
         scale = self._norms.scale(optimizer)
         discarded = self._durable is not None and self._durable.discards(optimizer)

@@ -7,10 +7,11 @@ import resource
 import pytest
 import torch
 
+import offload
 from offload.errors import OffloadError, UsageError
 from offload.tiers.host import HostArena
 from tests.fault.test_durable_steps import durable
-from tests.fault.training import Model, make_run
+from tests.fault.training import STREAMING, Model, make_run, smallest_budgets
 from tests.fault.trajectory import Run
 
 pytestmark = pytest.mark.fault
@@ -45,6 +46,22 @@ def test_step_twice_changes_nothing_the_second_time(tmp_path, ideal, level, sett
         assert run.step() == expected
         run.optimizer.step()
     run.model.offload.close(remove=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_step_twice_leaves_nothing_undone_that_nobody_would_end(tmp_path, device):
+    """Updates that wait are made by the second one, and there is nothing left for it to decide."""
+    torch.manual_seed(0)
+    model = Model(3)
+    made = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    settings = {"storage": [str(tmp_path)], "update": "deferred", "device": device, **STREAMING}
+    settings |= smallest_budgets(model, made, settings) | {"device_memory": "10MB"}
+    model, optimizer = offload.wrap(model, made, **settings)
+    model(torch.ones(4, 8)).square().mean().backward()
+    optimizer.step()
+    optimizer.step()
+    offload.change(model, lambda name, values: None)
+    model.offload.close()
 
 
 @pytest.mark.parametrize("level", ["checkpoint", "step"])
