@@ -38,6 +38,8 @@ def masters_of(engine: OffloadEngine, block: BlockRecord) -> Iterator[tuple[str,
 def read_piece(engine: OffloadEngine, piece: Piece | None) -> torch.Tensor:
     """The piece's bytes in host memory: its own, where that is where they are."""
     store = engine.parts.resources.store
+    if piece is not None and piece.nbytes == 0:  # some update rules keep nothing
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     if piece is not None and piece.memory is not None:
         return piece.memory.to("cpu").contiguous()
     if piece is None or store is None:

@@ -335,6 +335,21 @@ def test_change_that_changes_nothing_writes_nothing(tmp_path):
     model.offload.close()
 
 
+@pytest.mark.parametrize("where", [{}, {"storage": None}], ids=["memory", "storage"])
+def test_change_finds_parameters_whose_optimizer_keeps_nothing(tmp_path, where):
+    torch.manual_seed(0)
+    model = Model(3)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    settings = {**IN_MEMORY, "step_aside": "never"}
+    if where:
+        settings |= {"storage": [str(tmp_path)], "host_memory": "30MB"}
+    model, _ = offload.wrap(model, optimizer, **settings)
+    offload.change(model, lambda name, values: values.add_(1.0))
+    same(model.state_dict(), {name: value + 1.0 for name, value in start.items()}, rtol=0, atol=0)
+    model.offload.close()
+
+
 def test_change_is_refused_inside_a_step_and_for_adafactor(tmp_path):
     model, _ = wrapped("clipped", tmp_path)
     model(torch.ones(4, 8)).square().mean().backward()
