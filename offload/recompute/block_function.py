@@ -77,6 +77,8 @@ class Call:
     n_samples: int
     ranges: list[tuple[int, int]]
     surroundings: surroundings.Surroundings
+    differentiated: tuple[bool, ...]
+    """Of the tensors at `tensor_positions`: whether they have gradients."""
     random_states: list[Any] = field(default_factory=list)
     """Per micro-batch, as the next one."""
     seen: list[Seen] = field(default_factory=list)
@@ -312,11 +314,14 @@ def _module(call: Call) -> nn.Module | None:
 
 
 def _signature(call: Call, micro: list[Any]) -> tuple[Any, ...]:
-    """What decides which operations a block does, as far as we know."""
+    """What decides which operations a block does, and which of their results backward needs, as far as we know."""
     shapes = tuple(
         (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in micro
     )
-    return shapes, call.surroundings.key
+    trained = tuple(
+        p.requires_grad for m in call.state.modules for p in m._parameters.values() if p is not None
+    )
+    return shapes, call.differentiated, trained, call.surroundings.key
 
 
 def _forward_saving(call: Call, micro: list[Any]) -> list[Any]:
@@ -479,9 +484,10 @@ def run_block(
     if len(ranges) > 1:
         microbatch.check_unambiguous(leaves, n_samples)
     around = surroundings.now(state.modules, runner.device)
-    call = Call(forward, block, state, runner, leaves, spec, positions, n_samples, ranges, around)
-    call.captured_keys = captured.wanted_keys()
     tensors = [leaves[i] for i in positions]
+    wanted = tuple(tensor.requires_grad for tensor in tensors)
+    call = Call(forward, block, state, runner, leaves, spec, positions, n_samples, ranges, around, wanted)
+    call.captured_keys = captured.wanted_keys()
     # Blocks are trained even when their input needs no gradient (a frozen embedding): the anchor keeps the node.
     anchor = torch.empty(0, requires_grad=block.trains, device="cpu")
     results = iter(_BlockFunction.apply(call, anchor, *tensors))

@@ -169,3 +169,52 @@ def test_no_optimizer_for_a_model_that_is_to_be_trained_is_refused_before_anythi
     ):
         offload.wrap(model, None, storage=[str(tmp_path / "store")])
     assert not (tmp_path / "store").exists()
+
+
+class Gated(nn.Module):
+    """What its gate's gradient needs is the result of an operation that nothing else needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.gate = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, scale):
+        return x + (self.linear(x) * self.gate) * (1 + torch.tanh(scale * 2.0))
+
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(Gated() for _ in range(3))
+
+    def forward(self, x):
+        scale = self.scale(x)
+        for layer in self.layers:
+            x = layer(x, scale)
+        return x
+
+
+@pytest.mark.parametrize("thawed", ["gate", "scale"])
+@pytest.mark.parametrize("saved", ["recompute", "device"])
+def test_what_is_trained_again_after_some_steps_has_its_gradients(poison, thawed, saved):
+    """Those of a parameter of blocks, and those that blocks give a tensor outside: what is recomputed is what is wanted
+    now, and not what was wanted when the block ran first."""
+    results = []
+    for settings in (None, {"step_aside": "never", "saved_activations": saved, "device_memory": "1GB"}):
+        torch.manual_seed(0)
+        model = Stack()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        if settings is not None:
+            model, optimizer = offload.wrap(model, optimizer, host_memory="1GB", **settings)
+        for step in range(6):
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(step >= 3 or thawed not in name)
+            model(torch.ones(4, WIDTH)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append({name: value.clone() for name, value in model.state_dict().items()})
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=1e-5, atol=1e-6)
+    model.offload.close()
