@@ -178,7 +178,7 @@ def place(
         n_host_slots = 0  # every block has host memory of its own
     left -= n_host_slots * slot
     second = grad + slot * (n_host_slots > 0)
-    if not shares_host and left >= second + (0 if has_storage else everything):
+    if not shares_host and left >= second + (0 if n_host_slots else everything):
         n_host_grads, left = 2 * n_host_grads, left - grad * n_host_grads
         n_host_slots, left = n_host_slots + (n_host_slots > 0), left - slot * (n_host_slots > 0)
     params_in_host, grads_in_host, host_chunks, left = fill_host(

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from offload.errors import BudgetError
 from offload.planner.memory import Shape, device_need
-from offload.planner.placement import GRAD_BUFFERS_MAX, BlockBytes, Placement, place
+from offload.planner.placement import (
+    ACTIVATION_STAGING_NBYTES_MIN,
+    GRAD_BUFFERS_MAX,
+    BlockBytes,
+    Placement,
+    place,
+)
 from offload.planner.plan import Budgets, state_format_of
 from offload.planner.search import make_plan
 from offload.profiling.workload import profile_model
@@ -45,6 +51,31 @@ def test_every_block_under_update_has_a_slot_beside_its_gradient_buffer_within_t
     assert found.n_grad_buffers <= min(GRAD_BUFFERS_MAX, found.n_slots)
     assert found.n_slots <= n_blocks
     assert found.device_nbytes == 3 * PAGE + found.n_slots * slot + found.n_grad_buffers * 2 * slot <= budget
+
+
+@given(
+    st.integers(2, 6), st.integers(1, 4), st.integers(0, 60), st.sampled_from([(), (PAGE,), (5 * PAGE,)]), st.booleans()
+)  # fmt: skip
+def test_what_is_loaded_from_storage_over_a_bus_has_two_host_slots(
+    n_blocks: int, slot_pages: int, spare_pages: int, states: tuple[int, ...], deferred: bool
+) -> None:
+    """From the smallest host memory on, for optimizers that keep nothing too."""
+    slot = slot_pages * PAGE
+    blocks = [BlockBytes(slot, states, 2 * slot) for _ in range(n_blocks)]
+    given_more: dict[str, Any] = {
+        "staging_nbytes": 0,
+        "has_storage": True,
+        "deferred": deferred,
+        "shares_host": False,
+    }
+    root, device_nbytes = BlockBytes(PAGE, states, 2 * PAGE), 100 * slot
+    least = 3 * PAGE + 2 * slot + 2 * slot + ACTIVATION_STAGING_NBYTES_MIN
+    found = place(
+        blocks, root, device_nbytes=device_nbytes, host_nbytes=least + spare_pages * PAGE, prefetch_blocks=None,
+        **given_more,
+    )  # fmt: skip
+    assert all(found.params_in_host) or found.n_host_slots >= 2
+    assert found.host_nbytes <= least + spare_pages * PAGE
 
 
 def test_memory_for_two_updates_behind_backward_gives_each_a_slot_and_a_gradient_buffer_and_prefetch_one() -> (
