@@ -28,7 +28,7 @@ from offload.runtime.assembly import Assembly, assemble
 from offload.runtime.chosen_device import steps_aside
 from offload.runtime.early_root import EarlyRoot
 from offload.runtime.gradient_norms import GradientNorms
-from offload.runtime.gradients import refuse_updated
+from offload.runtime.gradients import look_at_forward, refuse_updated
 from offload.runtime.late_plan import LatePlan, is_open
 from offload.runtime.open_run import CLOSED, OpenRun
 from offload.runtime.optimizer import OffloadOptimizer
@@ -103,10 +103,8 @@ class OffloadEngine(OpenRun):
         self.tracked: dict[str, Stateful] = {}
         self.commits = wiring.make_commits(model, parts, config, self.tracked, self._scheduler)
         self._durable = wiring.make_durable_steps(self.commits, parts, config, self._scheduler, self.stalls)
-        judged = self.commits is not None
-        self._norms = GradientNorms(
-            model, self.root, self.blocks, config.max_grad_norm, judged, self._gradients
-        )
+        judged, limit = self.commits is not None, config.max_grad_norm
+        self._norms = GradientNorms(model, self.root, self.blocks, limit, judged, self._gradients)
         may_plan = not self.aside and is_open(config)
         self._late_plan = LatePlan(model, config, blocks, parts) if may_plan else None
         self.activations = wiring.make_activations(
@@ -191,6 +189,7 @@ class OffloadEngine(OpenRun):
         """Before the block's forward."""
         self.refuse_unless_open()
         self._written.refuse_of(block)
+        look_at_forward(block)
         if block.awaiting_backward:
             self._gradients.will_accumulate()
         if self.commits is not None:

@@ -13,6 +13,8 @@ it has left: both come in the same order, a block apart.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +33,8 @@ from offload.tiers.host import HostArena, Spare
 from offload.tiers.storage import Store
 from offload.transfer.copies import Copies
 from offload.types import PAGE_NBYTES, ROOT_PARTS, SEGMENT_ELEMENTS, round_up
+
+logger = logging.getLogger("offload")
 
 LEAVES_ALONE_NBYTES = 4 << 20
 """Gradients of fewer bytes leave with others: a copy costs the thread that launches as much as some kernels."""
@@ -56,6 +60,20 @@ def refuse_updated(block: BlockRecord) -> None:
             "`with model.offload.no_sync():`; to be able to go on after a failed one, or to forget with zero_grad() "
             "what another model's loss has left here (a discriminator), use update='deferred'"
         )
+
+
+def look_at_forward(block: BlockRecord) -> None:
+    """Say once where a forward computes with what torch would compute with after `optimizer.step()` only."""
+    if block.updated_since_step:
+        _tell_of_forward_before_step()
+
+
+@functools.cache
+def _tell_of_forward_before_step() -> None:
+    logger.warning(
+        "a forward came between backward and optimizer.step(): it computes with the parameters of after that step, which "
+        "are updated during backward; evaluate after step(), or use update='deferred'"
+    )
 
 
 class Gradients:

@@ -11,7 +11,8 @@ from torch import nn
 
 import offload
 from offload.errors import UsageError
-from tests.fault.training import IN_MEMORY, Block, Model
+from offload.runtime import gradients
+from tests.fault.training import IN_MEMORY, Block, Model, wrap_small
 from tests.integration.test_state_dicts import same, take_steps, wrapped
 
 BOUNDS = {"rtol": 1e-4, "atol": 1e-5}
@@ -352,3 +353,25 @@ def test_what_only_a_second_optimizer_would_train_is_refused_with_the_way_to_tra
     with pytest.raises(UsageError, match=r"in no group of the optimizer .*in place of several optimizers"):
         steps(model, optimizer, [0])
     model.offload.close()
+
+
+def test_a_forward_between_backward_and_step_is_told_of_once(tmp_path, caplog):
+    """It computes with what this step has updated already, where updates are made during backward."""
+    gradients._tell_of_forward_before_step.cache_clear()
+    for update, n_told in (("deferred", 0), ("backward", 1)):
+        torch.manual_seed(0)
+        model = Model(5)
+        model, optimizer = wrap_small(
+            model,
+            torch.optim.AdamW(model.parameters(), lr=1e-2),
+            update=update,
+            storage=[str(tmp_path / update)],
+        )
+        for _ in range(2):
+            model(rows(0)).square().mean().backward()
+            with torch.no_grad():
+                model(rows(1))
+            optimizer.step()
+            optimizer.zero_grad()
+        model.offload.close()
+        assert sum("between backward and optimizer.step()" in r.message for r in caplog.records) == n_told
