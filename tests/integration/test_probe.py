@@ -356,13 +356,16 @@ def test_every_rule_of_update_has_its_rate():
 
 @pytest.mark.parametrize("rate", [1e8, 4e8])
 def test_bus_rates_are_those_of_the_bus(rate):
-    """Of an emulated device: each direction at the rate that it was given, alone and beside the other."""
+    """Of an emulated device: each direction at the rate that it was given, alone and beside the other. Other work on
+    the machine makes it slower, never faster: one time of three has to be undisturbed."""
     device = EmulatedDevice(rate)
-    found = compute_probe.bus_bytes_per_s(device, 0.3, copy_nbytes=4 << 20)
+    times = [compute_probe.bus_bytes_per_s(device, 0.3, copy_nbytes=4 << 20) for _ in range(3)]
     device.close()
-    assert set(found) == {f"{way}{at}_bytes_per_s" for way in ("h2d", "d2h") for at in ("", "_duplex")}
-    for measured in found.values():
-        assert 0.7 * rate < measured <= rate
+    for found in times:
+        assert set(found) == {f"{way}{at}_bytes_per_s" for way in ("h2d", "d2h") for at in ("", "_duplex")}
+        assert max(found.values()) <= rate
+    for name in times[0]:
+        assert max(found[name] for found in times) > 0.7 * rate
 
 
 @pytest.mark.gpu
