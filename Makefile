@@ -89,7 +89,7 @@ test-slow: $(VENV)/.stamp-demo
 test-long: $(VENV)/.stamp-demo
 	@$(BIN)/python -m pytest -q -s -m "long and not gpu" $(ARGS)
 
-LINTED_CPP = $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h')
+LINTED_CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h')
 lint: $(VENV)/.stamp-dev
 	@$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

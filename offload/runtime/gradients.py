@@ -71,8 +71,8 @@ def look_at_forward(block: BlockRecord) -> None:
 @functools.cache
 def _tell_of_forward_before_step() -> None:
     logger.warning(
-        "a forward came between backward and optimizer.step(): it computes with the parameters of after that step, which "
-        "are updated during backward; evaluate after step(), or use update='deferred'"
+        "a forward came between backward and optimizer.step(): it computes with the parameters of after that step, "
+        "which are updated during backward; evaluate after step(), or use update='deferred'"
     )
 
 
