@@ -9,6 +9,7 @@ import offload
 from offload.runtime import chosen_device
 from offload.runtime.gradients import Gradients
 from offload.transfer.copies import Copies
+from tests.conftest import slow_but
 from tests.device_order import OrderedDevice, watching
 
 WIDTHS = (48, 32, 48, 16, 48, 32)
@@ -93,7 +94,7 @@ SAME = ("micro_batches", "accumulate", "max_grad_norm", "update")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda name: name.replace(" ", "-"))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", slow_but([torch.float32], [torch.float32, torch.bfloat16]))
 def test_with_one_gradient_buffer_the_bits_are_those_of_host_memory(tmp_path, monkeypatch, dtype, case):
     same = {name: CASES[case][name] for name in SAME if name in CASES[case]}
     if dtype == torch.bfloat16 and not same:
