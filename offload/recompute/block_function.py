@@ -208,6 +208,7 @@ class _BlockFunction(torch.autograd.Function):
                         with runner.computing("recompute", block):
                             inputs, outputs = _run_again(call, micro, number, now)
                     if number == 0:
+                        block.awaiting_backward.discard(call)
                         runner.last_backward(block)
                     with runner.computing("backward", block):
                         _backward_micro(call, inputs, outputs, grad_outputs, number)

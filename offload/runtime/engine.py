@@ -211,7 +211,7 @@ class OffloadEngine(OpenRun):
 
     def last_backward(self, block: BlockRecord) -> None:
         """The last micro-batch of the block's backward comes now."""
-        self._gradients.last_come(block, updates=self._updates_now(block, n_to_come=1))
+        self._gradients.last_come(block, updates=self._updates_now(block))
 
     def end_backward(self, block: BlockRecord) -> None:
         """After the block's backward: its gradients leave at once."""
@@ -222,18 +222,18 @@ class OffloadEngine(OpenRun):
         """Whether the block's update waits for `optimizer.step()`."""
         return self.config.deferred or self._planned.defers(None if block.is_root else block.index)
 
-    def _updates_now(self, block: BlockRecord, n_to_come: int) -> bool:
-        """Whether the gradients of a block of which so many backwards are to come go to its update."""
-        return self._sync and not self._defers(block) and len(block.awaiting_backward) == n_to_come
+    def _updates_now(self, block: BlockRecord) -> bool:
+        """Whether the gradients of a block whose last micro-batch is in backward, or has been, go to its update."""
+        return self._sync and not self._defers(block) and not block.awaiting_backward
 
     def _dispatch_gradients(self, block: BlockRecord) -> None:
         if not block.touched or block.grad_buffer is None:
             self._gradients.drop(block)
             return
-        updates = self._updates_now(block, n_to_come=0)
+        updates = self._updates_now(block)
         if updates:
             self._previous_step_durable()
-        (self._norms.note if self._sync else self._norms.outdated)(block)
+        self._norms.ended(block, complete=self._sync)
         if not updates:
             self._gradients.park(block)
             return

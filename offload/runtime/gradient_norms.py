@@ -61,9 +61,12 @@ class GradientNorms:
         if self._limit is not None or self._judged:
             block.grad_norms = (block.grad_norms if more else []) + self._of_block(block, only)
 
-    def outdated(self, block: BlockRecord) -> None:
-        """The block has gradients whose norms nobody has taken."""
-        block.grad_norms = []
+    def ended(self, block: BlockRecord, *, complete: bool) -> None:
+        """The block's backward has: its gradients are `complete`, or another backward may add to them."""
+        if complete:
+            self.note(block)
+        else:
+            block.grad_norms = []
 
     def _of_waiting(self, block: BlockRecord) -> list[tuple[int, torch.Tensor]]:
         """Norms of the block's gradients that wait."""

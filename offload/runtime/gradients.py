@@ -210,12 +210,9 @@ class Gradients:
         parts = parts_of(block, segments_of, ROOT_PARTS if block.is_root and not shared else 1)
         if buffer is None:
             return parts
-        out = buffer
-        if not shared:
-            out = block.grad_out_home or self._out_of(block)
-            out.owner = block
-            if not block.is_root:
-                self._leave_rest(block, buffer, out.plane)
+        out = buffer if shared else self._out_of(block)
+        if not (shared or block.is_root):
+            self._leave_rest(block, buffer, out.plane)
         block.grad_out = out
         for part in parts:
             if part.segments and block.is_root and not shared:
@@ -323,7 +320,7 @@ class Gradients:
         """Host memory through which the block's gradients pass."""
         if self._leaving is not None and self._leaving.out is not None:
             return self._leaving.out
-        out = self._take(self._out_buffers)
+        out = block.grad_out_home or self._take(self._out_buffers)
         out.owner = block
         return out
 

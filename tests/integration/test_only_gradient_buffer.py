@@ -168,3 +168,28 @@ def test_a_backward_that_fails_among_gradients_that_have_left_changes_nothing(
     expected, got = steps(0), steps(2)
     for name in expected:
         assert torch.equal(got[name], expected[name]), name
+
+
+@pytest.mark.parametrize("host_memory", ["2MB", "20MB"], ids=["spilled", "in host memory"])
+def test_a_step_between_a_forward_and_its_backward_loses_no_gradient(tmp_path, host_memory):
+    def parameters(**settings):
+        model = model_of(torch.float32)
+        model, optimizer = offload.wrap(
+            model, torch.optim.AdamW(model.parameters(), lr=1e-2), step_aside="never", chunk_elements=2048,
+            chunk_buffers=2, update_threads=1, **settings,
+        )  # fmt: skip
+        for seed in range(2):
+            result = model(torch.randn(6, 32, generator=torch.Generator().manual_seed(seed)))
+            optimizer.step()  # of nothing
+            result.square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found = {name: t.clone() for part in model.offload.iter_blocks() for name, t in part}
+        model.offload.close()
+        return found
+
+    expected = parameters(device="cpu", device_memory="1GB", host_memory="1GB", storage=[])
+    storage = [] if host_memory == "20MB" else [str(tmp_path)]
+    got = parameters(device="emulated", **{**SMALL, "host_memory": host_memory, "storage": storage})
+    for name in expected:
+        assert torch.equal(got[name], expected[name]), name
