@@ -229,8 +229,13 @@ class CostModel:
     def backward_work(self) -> float:
         """`backward_flops` in FLOPs of a matrix product."""
         root = 2 * self.batch * self.workload.root_flops_per_sample
-        blocks = self.backward_flops - root
-        return blocks * self.rates.slowness("backward") + root * self.rates.slowness("root_backward")
+        return self.blocks_backward_work + root * self.rates.slowness("root_backward")
+
+    @cached_property
+    def blocks_backward_work(self) -> float:
+        """The same of the blocks alone."""
+        root = 2 * self.batch * self.workload.root_flops_per_sample
+        return (self.backward_flops - root) * self.rates.slowness("backward")
 
     @cached_property
     def replayed_work(self) -> float:
@@ -426,10 +431,8 @@ class CostModel:
         """What the device waits for gradients to leave its only buffer. A block's leave in parts while its last
         micro-batch computes them, and the next block's first computes each behind the part that has left."""
         copied_s = self.grads_nbytes(load) / self.rates.bus.d2h
-        root = 2 * self.batch * self.workload.root_flops_per_sample
-        backward = (self.backward_flops - root) * self.rates.slowness("backward")
         recomputed = load.recompute_flops + self.replayed_work
-        hidden = (2 * (1 - 1 / GRAD_PARTS) * backward + recomputed) / load.micro_batches
+        hidden = (2 * (1 - 1 / GRAD_PARTS) * self.blocks_backward_work + recomputed) / load.micro_batches
         return np.maximum(0.0, copied_s - hidden / self.rates.flops_per_s) * (1 - 1 / self.n_streamed)
 
     def _spread(

@@ -114,9 +114,7 @@ def _refusing(kind: type[torch.Tensor]) -> type[torch.Tensor]:
         if name is None or torch.compiler.is_compiling():  # a copy; or the compiler, which asks every tensor
             return grad_of(parameter)
         if sys._getframe(1).f_code is nn.Module._apply.__code__:
-            return (
-                None  # model.cpu() and the like, as Lightning calls it after the last step: it would be moved
-            )
+            return None  # for `model.cpu()` and the like there is none to move
         raise UsageError(f"{name}: its gradient is not in .grad, the engine has taken it. {_REMEDY}")
 
     def write(parameter: torch.Tensor, value: torch.Tensor | None) -> None:

@@ -101,6 +101,8 @@ class ActivationStore:
         self._stalls = stalls
         self._spans = spans
         self._tier = tier
+        self._staying: tuple[Tier, ...] = ("device", "host") if device.shares_host else ("device",)
+        """Tiers whose memory the device computes in."""
         self._left: dict[Tier, Spare] = {"device": Spare(device_nbytes), "host": spare_host}
         self._pin = pin
         self._staging = LeaseRing(staging) if staging.numel() >= 2 * PAGE_NBYTES else None
@@ -311,7 +313,7 @@ class ActivationStore:
                 raise UsageError("an activation has been lost; please report this")
             tensors.append(held.kept)
             self._release(held)
-        asked_nbytes = sum(held.nbytes for held in wanted if self._moves(held))
+        asked_nbytes = sum(held.nbytes for held in wanted if held.tier not in self._staying)
         self._ahead_nbytes = max(self._ahead_nbytes, asked_nbytes)
         self._start_ahead(self._ahead_nbytes)
         return tensors
@@ -322,18 +324,13 @@ class ActivationStore:
         if not self._device.shares_host:
             self._start_ahead(2 * self._ahead_nbytes)
 
-    def _moves(self, held: _Held) -> bool:
-        """Whether it leaves the device tier's memory."""
-        return held.tier == "storage" or (held.tier == "host" and not self._device.shares_host)
-
     def _start_ahead(self, nbytes: int) -> None:
         """Begin to bring back what backward will want next, until `nbytes` are on their way."""
         self._give_back_staging()
-        stays = ("device", "host") if self._device.shares_host else ("device",)
         for held in reversed(list(self._order)):  # a copy: `_forget` may come at any moment
             if nbytes <= 0:
                 return
-            if held.tier in stays:
+            if held.tier in self._staying:
                 continue
             if held.kept is None:
                 is_written = all(ticket.done() for ticket in held.written)
