@@ -67,7 +67,7 @@ def count_transfers(directory, monkeypatch, settings):
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("backend", slow_but(["uring"], ["uring", "posix"]))
-@pytest.mark.parametrize("mode", slow_but(["clipping", "activations of a device"], MODES))
+@pytest.mark.parametrize("mode", slow_but(["clipping"], MODES))
 def test_every_failing_transfer_ends_in_an_error_with_a_path_or_in_the_right_numbers(
     tmp_path, monkeypatch, backend, mode
 ):

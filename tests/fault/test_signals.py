@@ -110,7 +110,7 @@ def assert_ended_in_order(child, place, status, out, err):
 @pytest.mark.parametrize(
     ("backend", "signal_number"),
     [
-        ("posix", signal.SIGTERM),
+        pytest.param("posix", signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("uring", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("uring", signal.SIGTERM, marks=pytest.mark.slow),
         pytest.param("uring", signal.SIGHUP, marks=pytest.mark.slow),

@@ -136,6 +136,7 @@ def planned_nbytes(engine, tier):
     )
 
 
+@pytest.mark.slow
 def test_inputs_that_memory_does_not_hold_are_planned_for_and_no_more_of_them_go_to_storage(
     tmp_path, worth_it
 ):

@@ -140,7 +140,7 @@ def test_every_byte_of_the_root_crosses_the_bus_once_each_way():
         pytest.param({"micro_batches": 2}, marks=pytest.mark.slow),
         {"durable": True},
         pytest.param({"dtype": torch.float32}, marks=pytest.mark.slow),
-        {"optimizer": torch.optim.Adafactor},
+        pytest.param({"optimizer": torch.optim.Adafactor}, marks=pytest.mark.slow),
         pytest.param({"optimizer": torch.optim.SGD}, marks=pytest.mark.slow),
     ],
     ids=str,

@@ -186,7 +186,7 @@ def layers_compiled_in_place(model):
 
 @pytest.mark.parametrize(
     "compiled",
-    slow_but([compiled_in_place], [compiled_after_wrap, compiled_in_place, layers_compiled_in_place]),
+    slow_but([], [compiled_after_wrap, compiled_in_place, layers_compiled_in_place]),
 )
 def test_what_is_around_the_blocks_is_compiled_and_no_part_of_the_engine(tmp_path, compiled, caplog):
     expected = train(*start())

@@ -159,6 +159,7 @@ def test_a_run_whose_inputs_do_not_fit_in_memory_has_a_plan_though_the_search_by
 
 
 @quick
+@pytest.mark.slow
 @given(runs())
 def test_where_what_computes_has_room_the_simulated_step_is_not_longer_than_without_a_plan(run):
     work, machine, base, room = run

@@ -100,7 +100,7 @@ def test_in_bf16_only_the_statistics_of_layer_norms_differ(kind):
             )
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", slow_but(QUICKLY_TRACED, MODELS))
 def test_flops_are_those_that_torch_counts_in_a_real_forward(kind):
     """torch knows no formula for the CPU's fused attention, so it is written out, and none for grouped products."""
     model = MODELS["mixtral, loop over experts" if "grouped" in kind else kind]()
@@ -274,6 +274,7 @@ def test_experts_count_by_the_tokens_routed_to_them(experts, n_experts, chosen):
     assert len(names) == len(set(names)) < 60  # the same tensor of all experts is one entry
 
 
+@pytest.mark.slow
 def test_a_learned_bias_of_attention_counts_as_fused_attention_on_a_device():
     written_out, fused = (profile_model(t5(kind), TOKENS).blocks[1] for kind in ("eager", "sdpa"))
     assert written_out.forward_flops_per_sample["matmul"] == fused.forward_flops_per_sample["attention"]
