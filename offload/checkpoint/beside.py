@@ -17,14 +17,15 @@ from collections.abc import Callable
 from offload.checkpoint.copying import Item, StreamingCopy
 from offload.errors import OffloadError, StoreError
 from offload.stores.block_store import BlockRecord
+from offload.threads import JoinableThread
 
 logger = logging.getLogger("offload")
 
 
 class SaveBeside:
-    """Copies `items` in a thread, then calls `complete`; `abandon` when that fails. `order` is that of the updates.
+    """From `start` on, copies `items` in a thread, then calls `complete`; `abandon` when that fails.
 
-    `on_sides`: what is copied are the committed sides of blocks that have two.
+    `order` is that of the updates. `on_sides`: what is copied are the committed sides of blocks that have two.
     """
 
     def __init__(
@@ -45,8 +46,7 @@ class SaveBeside:
         self._copy, self._complete, self._abandon = copy, complete, abandon
         self._failure: BaseException | None = None
         self._given_up = False
-        self._thread = threading.Thread(target=self._run, name="offload-save")
-        self._thread.start()
+        self._thread = JoinableThread(self._run, name="offload-save")
 
     # ---- of the thread -----------------------------------------------------------------------------------------
 
@@ -82,6 +82,10 @@ class SaveBeside:
 
     # ---- of training -------------------------------------------------------------------------------------------
 
+    def start(self) -> None:
+        """Begin to copy."""
+        self._thread.start()
+
     def before_update(self, block: BlockRecord) -> None:
         """Return when an update may be submitted. See [Note: copied before overwritten]."""
         if block.sides is not None and self._generations.get(block.index) == block.sides.generation:
@@ -95,7 +99,7 @@ class SaveBeside:
     @property
     def done(self) -> bool:
         """Whether `wait` would return, or raise, at once."""
-        return not self._thread.is_alive()
+        return self._thread.ended
 
     @property
     def read_nbytes(self) -> int:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import json
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +29,7 @@ from offload.runtime.verification import Verification
 from offload.stores.block_store import BlockRecord
 from offload.stores.sides import Sides, record_nbytes
 from offload.stores.state_image import chunks_of, param_piece, state_piece
+from offload.threads import JoinableThread
 from offload.tiers.durable_files import naming
 from offload.tiers.encoding import dtype_name, encode
 from offload.tiers.host import HostArena
@@ -72,7 +72,7 @@ class StepCommits:
         self.started = False
         self._early: dict[str, Any] | None = None
         self._step_counts: dict[int, int] = {}
-        self._thread: threading.Thread | None = None
+        self._thread: JoinableThread | None = None
         self._failure: BaseException | None = None
         self._on_drives = Ticket()
         """Completes when the record being written is on the drives, or has failed."""
@@ -286,8 +286,8 @@ class StepCommits:
         updates = [t for b in self._blocks if b.state is BlockState.UPDATING for t in b.tickets]
         self._on_drives, self._updates_ended = Ticket(), False
         statistics = functools.partial(optimizer.statistics, self._step_counts)
-        self._thread = threading.Thread(
-            target=self._write, args=(record, updates, statistics), name="offload-commit"
+        self._thread = JoinableThread(
+            functools.partial(self._write, record, updates, statistics), name="offload-commit"
         )
         self._thread.start()
 

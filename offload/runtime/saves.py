@@ -18,8 +18,9 @@ class SavesBeside:
         self._read_before_nbytes = 0
 
     def begin(self, saving: Saving) -> None:
-        """A checkpoint of this step boundary is being written; the one before has been waited for."""
+        """Write a checkpoint of this step boundary; the one before has been waited for."""
         self._saving, self._scheduler.before_update = saving, saving.before_update
+        saving.start()
 
     @property
     def going_on(self) -> bool:

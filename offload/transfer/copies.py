@@ -12,6 +12,7 @@ import torch
 
 from offload.errors import OffloadError
 from offload.telemetry import SpanLog, Times
+from offload.threads import JoinableThread
 from offload.tiers.device import PAST, DeviceTier, Event
 from offload.transfer.io_engine import Ticket
 
@@ -60,11 +61,11 @@ class _Keeper:
         self._name = name
         self._begin = begin
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
+        self._thread: JoinableThread | None = None
 
     def give(self, work: Callable[[], None]) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread = JoinableThread(self._run, name=self._name, daemon=True)
             self._thread.start()
         self._work.put(work)
 
