@@ -287,8 +287,6 @@ class CostModel:
                 # The device gets them back from updates, which read them for themselves.
                 fetched = np.where(late > 0, fetched, 1.0)
                 fetched_forward = np.where(late > 0, fetched_forward, 0.0)
-        separate = np.where((late > 0) & (late < 1), late, 0.0)
-        """Where only some updates are deferred they run in the background, and the fetch reads their result."""
         updated_params = trainable_params if f.update_reads_param else 0
         boundary = 0 if load.boundary_on_device else self.input_nbytes
         swapped = load.swapped_host_nbytes + load.swapped_storage_nbytes
@@ -309,7 +307,7 @@ class CostModel:
             flops=self.forward_work,
             h2d=on_bus * (params + boundary),
             d2h=copied,
-            read=(early + separate) * stored * params * fetched_forward
+            read=early * stored * params * fetched_forward
             + late * (stored * (updated_params + f.param_nbytes * self.frozen) * fetched_forward + states)
             + self.workload.stored_grad_reads * load.grads_spilled_nbytes
             + held * states,

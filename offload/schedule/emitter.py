@@ -193,8 +193,6 @@ class Emitter:
             self.in_host.add(block)
         if step_closed is not None and block in self.grads_ready:
             source = self.late_update(block, (step_closed, slot if self.shares_host else room), held)
-            if self.plan.update == "mixed" and not resident and stored:
-                source = (self.emit("fetch", "read", self.param_nbytes(block), room, *source, block=block),)
         elif not (resident or returned) and stored:
             wait = slot if self.shares_host else room
             source = (self.emit("fetch", "read", self.param_nbytes(block), wait, *source, block=block),)
@@ -238,23 +236,15 @@ class Emitter:
         return not self.shares_host or self.plan.param_on_storage(block)
 
     def late_update(self, block: int, wait: tuple[Index, ...], held: bool) -> tuple[Index, ...]:
-        """A deferred update. With every update deferred it reads the parameters into their staging buffer and hands
-        them on; where only some are, it runs in the background as soon as it may, and the fetch reads its result."""
+        """A deferred update: it reads the parameters into the buffer that they were fetched to, and hands them on."""
         arrived = self.grads_ready.pop(block)
         if not self.plan.grads_in_host[block]:
             read_nbytes = self.workload.stored_grad_reads * self.grad_nbytes(block)
             arrived = self.emit("read_back", "read", read_nbytes, arrived, *wait, block=block)
-        mixed = self.plan.update == "mixed"
         in_memory = held or not self.plan.param_on_storage(block)
         in_memory |= self.shares_host and block in self.resident
         waiting = self.grad_nbytes(block) if self.plan.grads_in_host[block] and not self.shares_host else 0
-        made = self.update(
-            block,
-            (arrived, wait[0]) if mixed and not self.shares_host else (arrived, *wait),
-            reads_param=not in_memory,
-            releases=(("host", waiting),),
-        )
-        return (self.updated[block],) if mixed and self.plan.param_on_storage(block) else made
+        return self.update(block, (arrived, *wait), reads_param=not in_memory, releases=(("host", waiting),))
 
     def update_on_device(self, block: int | None) -> None:
         """Of a block that stays there, or the root: no kernel of the model's runs meanwhile."""
