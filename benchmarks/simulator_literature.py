@@ -37,11 +37,11 @@ def lohan(work: Workload, machine: Hardware, batch: int, host_gb: int | None = N
     return simulate_plan(plan, work, machine)
 
 
-def ours(work: Workload, machine: Hardware, batch: int) -> tuple[SimulatedStep, float]:
+def ours(work: Workload, machine: Hardware, batch: int, **fixed: Any) -> tuple[SimulatedStep, float]:
     """This library's plan within 95 % of the device's memory and 90 % of the host's; the step that was predicted."""
     machine = machine.model_copy(update={"device_adam_params_per_s": DATA_SHEET_DEVICE_ADAM_PARAMS_PER_S})
     budgets = Budgets(int(0.95 * machine.device_memory_nbytes), int(0.9 * machine.host_memory_nbytes))
-    plan = make_simulated_plan(work, machine, budgets, batch_samples=batch)
+    plan = make_simulated_plan(work, machine, budgets, fixed, batch_samples=batch)
     if plan.predicted is None:
         raise SystemExit("the planner gave no prediction")
     return simulate_plan(plan, work, machine), plan.predicted.step_s
@@ -95,6 +95,7 @@ def larger_rows() -> list[dict[str, Any]]:
         machine = lohan_machine(12, host_gb)
         theirs = lohan(work, machine, batch)
         own, predicted_s = ours(work, machine, batch)
+        not_mixed, _ = ours(work, machine, batch, update="backward")
         fast = lohan_machine(12, host_gb, adam_params_per_s=DATA_SHEET_ADAM_PARAMS_PER_S)
         own_fast, _ = ours(work, fast, batch)
         rows.append(
@@ -106,6 +107,7 @@ def larger_rows() -> list[dict[str, Any]]:
                 "device_peak_gb": theirs.peak_nbytes["device"] / 1e9,
                 "offload_step_s": own.step_s,
                 "offload_predicted_step_s": predicted_s,
+                "offload_not_mixed_step_s": not_mixed.step_s,
                 "offload_model_tflops": own.model_tflops,
                 "offload_stall": main_stall(own),
                 "speedup": theirs.step_s / own.step_s,

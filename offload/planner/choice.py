@@ -4,6 +4,10 @@
 with the root's state in it, and with that of more and more first blocks, until they do not fit. How many are tried
 depends on the model alone, so that more memory never makes the chosen step longer. Updates of state that stays are made
 during backward, or wait where the user wants all of them to.
+
+[Note: when some wait] Where the CPU takes longer for all updates than the device for its arithmetic, backward waits for
+them while they leave the next forward nothing to do. Then the space is searched with a part of the blocks deferred too.
+That depends on no budget either.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from offload.planner.states_on_device import (
 from offload.planner.workload import Workload
 
 STATES_ON_DEVICE = "states_on_device"
+SOME_WAIT = (0.25, 0.5)
+"""The parts of the blocks that are deferred. More of them fill forward with what backward had room for."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +54,14 @@ def choose(
 def choices(
     workload: Workload, hardware: Hardware, budgets: Budgets, fixed: Mapping[str, Any], batch_samples: int
 ) -> list[Choice]:
-    """The fastest that fits for each amount of state on the device, the fastest of all first."""
+    """The fastest that fits for each amount of state on the device, and where some updates wait; the fastest of all
+    first."""
     others = {name: value for name, value in fixed.items() if name != STATES_ON_DEVICE}
     asked = _asked(workload, hardware, budgets, fixed)
 
-    def of(stays: OnDevice) -> Choice | None:
-        more = {"update": "backward"} if stays and not _waits(budgets, others) else {}
+    def of(stays: OnDevice, **more: Any) -> Choice | None:
+        if stays and not _waits(budgets, others):
+            more["update"] = "backward"
         rest = streamed_workload(
             workload, state_format_of(workload), stays, keeps_gradients=_waits(budgets, others)
         )
@@ -71,6 +79,8 @@ def choices(
                 if found is None:
                     break
                 every.append(found)
+    if every and not every[0].stays and _some_may_wait(every[0].search, budgets, others):
+        every += [c for part in SOME_WAIT if (c := of(OnDevice(), deferred_fraction=part)) is not None]
     return sorted(every, key=lambda choice: choice.chosen.step_s)  # of equals that with less on the device
 
 
@@ -87,6 +97,17 @@ def _numbers(most: int, root: bool) -> Iterator[int]:
 def _waits(budgets: Budgets, fixed: Mapping[str, Any]) -> bool:
     """Whether all updates wait for the end of the step."""
     return budgets.clips_gradients or fixed.get("update") == "deferred"
+
+
+def _some_may_wait(search: Search, budgets: Budgets, fixed: Mapping[str, Any]) -> bool:
+    """See [Note: when some wait]. Not where the user has decided which do."""
+    model, rates = search.model, search.model.rates
+    if rates.shares_host or budgets.clips_gradients or "deferred_fraction" in fixed:
+        return False
+    computed_s = (model.forward_work + model.backward_work) / rates.flops_per_s
+    return fixed.get("update", "auto") == "auto" and bool(
+        model.trainable / rates.update_params_per_s > computed_s
+    )
 
 
 def _may(workload: Workload, hardware: Hardware, budgets: Budgets, fixed: Mapping[str, Any]) -> bool:

@@ -97,7 +97,7 @@ def _micro_batches(batch_samples: int) -> tuple[int, ...]:
 
 
 def _deferred(fixed: Mapping[str, Any], n_blocks: int, clips: bool, durable_steps: bool) -> tuple[int, ...]:
-    """Numbers of deferred blocks. `mixed` is tried only where it is asked for: docs/planner.md, what was tried."""
+    """Numbers of deferred blocks. Some of them: where it is asked for, and see choice.py, [Note: when some wait]."""
     update, fraction = fixed.get("update", "auto"), _fraction(fixed, "deferred_fraction")
     if update not in ("auto", "backward", "deferred", "mixed"):
         raise ConfigError(f"update={update!r}: it must be {FIXABLE['update']}")

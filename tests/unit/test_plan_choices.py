@@ -14,6 +14,8 @@ from offload.planner.plan import INPUT, Budgets, Plan
 from offload.planner.points import Search
 from offload.planner.report import plan_lines
 from offload.planner.search import make_plan
+from offload.schedule.fastest import make_simulated_plan
+from offload.schedule.run import simulate_plan
 from tests.planning import MB, STAGING, gpt, lohan_machine, small_machine, step_s
 
 
@@ -74,6 +76,31 @@ def test_a_fixed_choice_that_makes_no_sense_is_refused(fixed, message) -> None:
     work = gpt("small", 4, 128, tokens=64, vocab=200)
     with pytest.raises(ConfigError, match=message):
         make_plan(work, small_machine(1, False), Budgets(80 * MB, 60 * MB), fixed, batch_samples=6)
+
+
+def test_some_updates_wait_where_the_cpu_limits_and_no_memory_is_left_for_gradients() -> None:
+    """175 B parameters within 24 GB: the only gradient buffer, and updates of 140 s beside arithmetic of 117."""
+    work, machine = gpt("175b", 96, 12288), lohan_machine()
+    budgets = Budgets(24 * 10**9, 230 * 10**9)
+    plan = make_simulated_plan(work, machine, budgets, batch_samples=16)
+    assert plan.update == "mixed"
+    assert not plan.held_blocks
+    others = [
+        make_simulated_plan(work, machine, budgets, {"update": update}, batch_samples=16)
+        for update in ("backward", "deferred")
+    ]
+    step_s, *others_s = (simulate_plan(p, work, machine).step_s for p in (plan, *others))
+    assert step_s < 0.9 * min(others_s)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "clips", "batch"),
+    [({"update": "backward"}, False, 16), ({}, True, 16), ({}, False, 32), ({"deferred_fraction": 1.0}, False, 16)],
+)  # fmt: skip
+def test_no_plan_is_mixed_where_the_user_decides_or_arithmetic_takes_longer(fixed, clips, batch) -> None:
+    budgets = Budgets(24 * 10**9, 230 * 10**9, clips_gradients=clips)
+    plan = make_plan(gpt("175b", 96, 12288), lohan_machine(), budgets, fixed, batch_samples=batch)
+    assert plan.update != "mixed"
 
 
 def test_clipping_defers_every_update_and_contradicts_backward() -> None:
