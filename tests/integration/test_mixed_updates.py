@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+import offload
 from offload.planner.hardware import save_hardware
 from offload.runtime import planning
 from tests.conftest import batches, slow_but
@@ -93,3 +94,38 @@ def test_those_that_wait_are_updated_after_step_and_move_the_bytes_of_the_plan(t
     moved = [(last - before) / 4 for before, last in zip(counted[-5], counted[-1], strict=True)]
     for name, nbytes in zip(("read", "written", "h2d"), moved, strict=True):
         assert plan.predicted.bytes[name] == pytest.approx(nbytes, rel=0.01, abs=one_block), name
+
+
+@pytest.mark.parametrize("durability", ["checkpoint", "step"])
+def test_a_save_beside_training_holds_its_step_and_is_gone_on_from(tmp_path, monkeypatch, durability):
+    some_wait(monkeypatch, **PLACES["storage"])
+    room = {"device_memory": "2MB", "host_memory": "6MB", "micro_batches": 1, "durability": durability}
+
+    def steps(model, optimizer, numbers):
+        losses = []
+        for number in numbers:
+            ids = batches(6)[number]
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    def parameters(model):
+        return {name: t.clone() for block in model.offload.iter_blocks() for name, t in block}
+
+    model, optimizer = wrap(tmp_path / "first", **room)
+    losses = steps(model, optimizer, range(3))
+    at_save = parameters(model)
+    saved = offload.save(model, str(tmp_path / "saved"), wait=False)
+    losses += steps(model, optimizer, range(3, 6))
+    model.offload.wait_saved()
+    expected = parameters(model)
+    model.offload.close(remove=True)
+    again, optimizer = wrap(tmp_path / "second", **room)
+    assert offload.resume(again, saved).step == 3
+    assert_same_bits((parameters(again), []), (at_save, []))
+    assert steps(again, optimizer, range(3, 6)) == losses[3:]
+    assert_same_bits((parameters(again), []), (expected, []))
+    again.offload.close(remove=True)
