@@ -297,6 +297,9 @@ class Walk:
         self.generators: list[Any] = []
         self._elsewhere = elsewhere
         self._seen: set[int] = set()
+        """Modules and classes of which there are places, and what else has been followed, by id()."""
+        self._led_to: set[int] = set()
+        """Modules that something has led to; their submodules are followed too."""
         self._queue: deque[tuple[str, Any, nn.Module | None, int]] = deque()
 
     def start_module(self, path: str, module: nn.Module, outside: bool = False) -> None:
@@ -343,10 +346,11 @@ class Walk:
                 _tell_of_many(self._queue[0][0])
                 break
             path, value, outside, depth = self._queue.popleft()
-            if is_leaf(value) or id(value) in self._seen:
+            seen = self._led_to if isinstance(value, nn.Module) else self._seen
+            if is_leaf(value) or id(value) in seen:
                 continue
-            if not isinstance(value, tuple):
-                self._seen.add(id(value))
+            if not isinstance(value, tuple | type):
+                seen.add(id(value))
             n_followed += 1
             self._follow(path, value, outside, depth)
         return self
