@@ -387,7 +387,7 @@ def _recompute(
         if not call.runner.uses_recipes:
             out_leaves = _run_micro(call, micro)
         elif recipe is None:
-            found = [named.tensor for named in call.seen[number].tensors]
+            found = call.seen[number].all_tensors()
             recorder = Recorder([*inputs, *found, *call.runner.given_tensors(call.block)])
             try:
                 with recording(recorder, _module(call)):

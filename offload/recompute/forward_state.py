@@ -6,6 +6,13 @@ block can reach (reachable.py) as this very call (and micro-batch) of forward fo
 attributes that were replaced, numbers, items of lists, and tensors that were changed in place. Of those, copies are
 needed. The first forward in a mode of training tells which they are: all are copied before it, and before later ones
 those that it has changed, as their version or their values show. A block that changes nothing pays a look.
+
+[Note: what others change] A tensor that a block may read, and that something else changes in place between its forward
+and its backward (a counter of the model, in the next forward), has to be for the second run what the first one found.
+Of small ones copies wait as well: of all until the block's first backward, which shows who stays as it is, and later
+of those that have changed while the block did not run, and of what is beside them, since not every change leaves a
+version. The second run finds the copies in their places; the tensors themselves stay as they are, for whatever changes
+them in backward. Of others a change is noticed by the version, and refused.
 """
 
 from __future__ import annotations
@@ -26,6 +33,8 @@ from offload.recompute.reachable import Content, Named, Walk, is_leaf, look
 
 LARGE_NBYTES = 64 << 20
 """Larger tensors are copied only where they are registered as buffers."""
+KEPT_NBYTES = 64 << 10
+"""Of larger tensors nothing is kept that others may change. See [Note: what others change]."""
 
 
 class Seen(NamedTuple):
@@ -43,6 +52,12 @@ class Seen(NamedTuple):
     """Whether the block runs in this mode for the first time."""
     unreached: frozenset[int]
     """Modules outside, by id(), that nothing of the block leads to: it may change them, as the first run would show."""
+    kept: dict[int, torch.Tensor]
+    """Copies of what others may change, by position; from `now` on only of what they have changed."""
+
+    def all_tensors(self) -> list[torch.Tensor]:
+        """That forward may find in these places when it runs again."""
+        return [*(named.tensor for named in self.tensors), *self.kept.values()]
 
 
 @dataclass
@@ -108,6 +123,10 @@ class ForwardState:
         """Whether what was found leaves out the modules outside that the block does not change."""
         self._changes: dict[tuple[bool, ...], dict[str, bool]] = {}
         """Whether forward changes a tensor in place, by which of its modules are in training."""
+        self._moves: dict[str, bool] = {}
+        """Whether others change it while the block does not run, where that is known."""
+        self._left: tuple[tuple[Named, ...], tuple[int, ...]] = (), ()
+        """Tensors, and their versions when forward had run last."""
 
     def look(self, mode: tuple[bool, ...], hooks: int, given: Sequence[Any] = ()) -> Seen:
         """Before forward; `mode` says which modules are in training, `hooks` changes with those that are on them,
@@ -128,22 +147,50 @@ class ForwardState:
             glance = Glance(contents)
             tensors = (*tensors, *(named for content in more for named in content.tensors))
             generators = [*generators, *walk.generators]
+        versions = tuple([named.tensor._version for named in tensors])
+        self._note_moves(versions)
         changing = {
             i: named.tensor
             for i, named in enumerate(tensors)
             if changes.get(named.path, named.registered or named.tensor.nbytes <= LARGE_NBYTES)
+            or self._keeps(named)
         }
         return Seen(
             mode,
             contents,
             glance,
             tensors,
-            tuple([named.tensor._version for named in tensors]),
+            versions,
             _copies(changing),
             tuple([(g, state_of(g)) for g in generators]),
             first,
             self._unreached,
+            {},
         )
+
+    def _keeps(self, named: Named) -> bool:
+        """Whether a copy waits for backward because others change it, or may."""
+        moves = self._moves.get(named.path, True)
+        return moves and named.tensor.nbytes <= KEPT_NBYTES and not named.tensor.requires_grad
+
+    def _note_moves(self, versions: tuple[int, ...]) -> None:
+        """Note which tensors have changed in place since forward has run last, otherwise than by it."""
+        before, left = self._left
+        if before is self._tensors and versions[: len(left)] == left:
+            return
+        known = {id(named.tensor): version for named, version in zip(before, left, strict=True)}
+        for named, version in zip(
+            self._tensors, versions, strict=False
+        ):  # behind them come those of arguments
+            if known.get(id(named.tensor), version) != version:
+                self._moved(named, self._tensors)
+
+    def _moved(self, named: Named, tensors: Sequence[Named]) -> None:
+        """Others have changed it, and may change what is beside it. What forward changes is put back anyway."""
+        if self._moves.get(named.path) or any(changes.get(named.path) for changes in self._changes.values()):
+            return
+        owner = _owner(named.path)
+        self._moves.update({each.path: True for each in tensors if _owner(each.path) == owner})
 
     def _find(self, first: bool) -> None:
         self._unreached = frozenset()
@@ -201,6 +248,9 @@ class ForwardState:
                 raise _unseen(named, known)
             if values is not None and not changes[named.path]:
                 del seen.values[i]
+                if id(named.outside) not in seen.unreached and self._keeps(named):
+                    seen.kept[i] = values
+        self._left = self._tensors, tuple([named.tensor._version for named in self._tensors])
         if seen.first:
             self._watch(seen)
 
@@ -212,20 +262,23 @@ class ForwardState:
         self._watched += [(p, m) for p, m in self._outside if id(m) in found - known]
 
     def now(self, seen: Seen) -> Now:
-        """Before it runs again. Raises UsageError for a tensor that has been changed in place since forward, and that
-        the block may have read."""
+        """Before it runs again. Raises UsageError for a tensor that has been changed in place since forward, that the
+        block may have read, and of which there is no copy."""
         contents = seen.contents
         if not seen.glance.holds():
             contents = tuple(c if c.holds() else look(c.place, c.n) for c in contents)
         for i, named in enumerate(seen.tensors):
-            if id(named.outside) in seen.unreached:
+            if i in seen.values or id(named.outside) in seen.unreached:
                 continue
-            if i not in seen.values and named.tensor._version != seen.versions[i]:
-                raise UsageError(
-                    f"{_shown(named.path)} was changed in place between forward and backward, and the block that holds "
-                    "it runs again in backward: change it after backward, give it a new tensor instead, or keep the "
-                    "graph, with activations='keep'"
-                )
+            has_moved = named.tensor._version != seen.versions[i]
+            if i not in seen.kept:
+                if has_moved:
+                    raise _changed_since(named)
+            elif has_moved or not _same_values(named.tensor, seen.kept[i]):
+                self._moved(named, seen.tensors)
+            else:
+                self._moves.setdefault(named.path, False)
+                del seen.kept[i]
         values = _copies({i: seen.tensors[i].tensor for i in seen.values})
         return Now(contents, values, tuple([(g, state_of(g)) for g, _ in seen.generators]))
 
@@ -238,6 +291,10 @@ class ForwardState:
                     content.put()
         for i, values in seen.values.items():
             _put_values(seen.tensors[i], values)
+        copies = {id(seen.tensors[i].tensor): copy for i, copy in seen.kept.items()}
+        for content in seen.contents if copies else ():
+            if any(id(named.tensor) in copies for named in content.tensors):
+                content.with_copies(copies).put()
         for generator, state in seen.generators:
             put_state(generator, state)
 
@@ -256,12 +313,16 @@ class ForwardState:
 
     @classmethod
     def left(cls, seen: Seen, now: Now) -> None:
-        """After the block's backward, or when it has failed: the rest."""
+        """After the block's backward, or when it has failed: the rest. Raises UsageError where a copy has been changed
+        in place of its tensor, by a hook of backward that forward has given it to."""
         if now.versions is None:
             cls.ran_again(seen, now)
         for i, values in now.values.items():
             if seen.tensors[i].tensor._version == (now.versions or {}).get(i):
                 _put_values(seen.tensors[i], values)
+        for i, copy in seen.kept.items():
+            if copy._version:
+                raise _changed_since(seen.tensors[i])
 
 
 def states_of(model: nn.Module, names: Sequence[str], modules: Sequence[nn.Module]) -> list[ForwardState]:
@@ -273,6 +334,19 @@ def states_of(model: nn.Module, names: Sequence[str], modules: Sequence[nn.Modul
 
 def _shown(path: str) -> str:
     return path.replace("\0", "")
+
+
+def _owner(path: str) -> str:
+    """What holds the tensor."""
+    return _shown(path).rpartition(".")[0]
+
+
+def _changed_since(named: Named) -> UsageError:
+    return UsageError(
+        f"{_shown(named.path)} was changed in place between forward and backward, and the block that holds it runs "
+        "again in backward: change it after backward, give it a new tensor instead, or keep the graph, with "
+        "activations='keep'"
+    )
 
 
 def _unseen(named: Named, known: bool) -> UsageError:

@@ -15,7 +15,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import is_
 from typing import Any
 
@@ -115,6 +115,10 @@ class Content:
             return all(map(is_, thing.values(), self.values)) and all(map(is_, thing, self.keys))
         return all(map(is_, thing, self.values))
 
+    def with_copies(self, copies: Mapping[int, torch.Tensor]) -> Content:
+        """The same with these in place of tensors, by id()."""
+        return replace(self, values=tuple(_with_copies(value, copies) for value in self.values))
+
     def put(self) -> None:
         """Let the place hold it again. Raises UsageError for a long list of which items have been taken."""
         place, thing = self.place, self.place.thing
@@ -204,6 +208,15 @@ def _in_cell(cell: types.CellType) -> Any:
         return cell.cell_contents
     except ValueError:
         return _ABSENT
+
+
+def _with_copies(value: Any, copies: Mapping[int, torch.Tensor]) -> Any:
+    if not isinstance(value, tuple):
+        return copies.get(id(value), value)
+    items = [_with_copies(item, copies) for item in value]
+    if all(map(is_, items, value)):
+        return value
+    return value._make(items) if hasattr(value, "_make") else type(value)(items)
 
 
 def _is_long(thing: Any) -> bool:
