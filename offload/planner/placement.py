@@ -121,6 +121,7 @@ def place(
     shares_host: bool = True,
     grads_per_buffer: int = 1,
     device_own_nbytes: int = 0,
+    staying_nbytes: int = 0,
     held_max: int | None = None,
     computes_nbytes: int | None = None,
 ) -> Placement:
@@ -131,7 +132,8 @@ def place(
     needs a mirror of the root, host slots and host gradient buffers besides, and half of its memory is for what it
     computes with, unless `prefetch_blocks` asks for more slots. `grads_per_buffer` is how many blocks' gradients a
     gradient buffer holds: 2 where they are not fp32. `device_own_nbytes` of the device's memory are beside
-    `device_nbytes`: what its libraries, buffers and scales of quantized weights take. `held_max`: no more updates than
+    `device_nbytes`: what its libraries, buffers and scales of quantized weights take; so are `staying_nbytes`, of
+    optimizer state that stays there with its parameters. `held_max`: no more updates than
     these give way to others. `computes_nbytes`: what of `device_nbytes` is for what it computes with, where that is not
     half. Raises BudgetError with the smallest budgets.
     """
@@ -139,7 +141,7 @@ def place(
     grad = max((b.grad_nbytes for b in blocks), default=0)
     fixed = root.slot_nbytes + root.grad_nbytes
     least_slots = min(2, len(blocks))
-    least_device = fixed + least_slots * slot + grad
+    least_device = least_device_nbytes(blocks, root)
     n_host_slots, n_host_grads, mirror = (
         (0, 0, 0) if shares_host else (least_slots, min(1, len(blocks)), fixed)
     )
@@ -151,7 +153,16 @@ def place(
     everything += root.state_nbytes
     least_host = always + (n_host_slots * slot if has_storage else everything)
     _refuse_what_cannot_fit(
-        device=(device_nbytes, least_device, fixed, least_slots, slot, grad, device_own_nbytes),
+        device=(
+            device_nbytes,
+            least_device,
+            fixed,
+            least_slots,
+            slot,
+            grad,
+            device_own_nbytes,
+            staying_nbytes,
+        ),
         host=(host_nbytes, least_host),
         has_storage=has_storage,
     )
@@ -232,16 +243,29 @@ def state_nbytes_in_host(numel: int, state_nbytes: float, chunk_elements: int, f
     return sum(chunks[: first_chunks(chunks, fraction)])
 
 
+def least_device_nbytes(blocks: Sequence[BlockBytes], root: BlockBytes) -> int:
+    """Of the device's memory, what streaming these blocks needs: two slots, one gradient buffer, and the root."""
+    slot = max((b.slot_nbytes for b in blocks), default=0)
+    grad = max((b.grad_nbytes for b in blocks), default=0)
+    return root.slot_nbytes + root.grad_nbytes + min(2, len(blocks)) * slot + grad
+
+
 def _refuse_what_cannot_fit(
-    device: tuple[int, int, int, int, int, int, int], host: tuple[int, int], has_storage: bool
+    device: tuple[int, int, int, int, int, int, int, int], host: tuple[int, int], has_storage: bool
 ) -> None:
-    device_nbytes, least_device, fixed, least_slots, slot, grad, own = device
+    device_nbytes, least_device, fixed, least_slots, slot, grad, own, staying = device
+    beside = own + staying
     host_nbytes, least_host = host
     problems = []
     if device_nbytes < least_device:
         problems.append(
-            f"device_memory={_gb(device_nbytes + own)} but at least {_gb(least_device + own)} is needed: root "
+            f"device_memory={_gb(device_nbytes + beside)} but at least {_gb(least_device + beside)} is needed: root "
             f"{_gb(fixed)} + {least_slots} block slots of {_gb(slot)} + one gradient buffer of {_gb(grad)}"
+            + (
+                f" + {_gb(staying)} for optimizer state that stays there and its parameters"
+                if staying
+                else ""
+            )
             + (
                 f" + {_gb(own)} for the libraries of the device, buffers and scales of quantized weights"
                 if own
@@ -257,7 +281,7 @@ def _refuse_what_cannot_fit(
         raise BudgetError(
             "does not fit: "
             + "; ".join(problems)
-            + f". Smallest that would do: device_memory='{least_device + own}', "
+            + f". Smallest that would do: device_memory='{least_device + beside}', "
             f"host_memory='{least_host}' (bytes)" + ("" if has_storage else ", or give storage=[directory]")
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from offload.planner.placement import BlockBytes, Placement
+from offload.planner.placement import BlockBytes, Placement, least_device_nbytes
 from offload.planner.plan import Plan, StateFormat
 from offload.planner.workload import Workload
 
@@ -74,6 +74,21 @@ def fill_device(
             break
         n_blocks, left = n_blocks + 1, left - nbytes
     return OnDevice(with_root, n_blocks)
+
+
+def most_to_ask_for(
+    blocks: Sequence[BlockBytes], root: BlockBytes, device_nbytes: int, *, keeps_gradients: bool
+) -> int:
+    """Bytes for `fill_device` that make most stay and leave room in `device_nbytes` for what is streamed, or 0."""
+    sums = [scratch_nbytes(max([root.grad_nbytes, *(b.grad_nbytes for b in blocks)]))]
+    for b in blocks[: blocks_max([b.grad_nbytes for b in blocks])]:
+        sums.append(sums[-1] + b.slot_nbytes + b.state_nbytes + (b.grad_nbytes if keeps_gradients else 0))
+    for asked in sorted({*sums, *(total + root.state_nbytes for total in sums)}, reverse=True):
+        stays = fill_device(blocks, root, asked, keeps_gradients=keeps_gradients)
+        nbytes = stays.nbytes(blocks, root, keeps_gradients=keeps_gradients)
+        if nbytes + least_device_nbytes(*streamed(blocks, root, stays)) <= device_nbytes:
+            return asked if stays else 0
+    return 0
 
 
 def streamed(

@@ -8,12 +8,13 @@ from typing import Any
 
 from offload.config import Config, parse_budget
 from offload.errors import BudgetError, ConfigError
-from offload.planner.placement import BlockBytes, Placement, place
+from offload.planner.placement import BlockBytes, Placement, least_device_nbytes, place
 from offload.planner.plan import Plan
 from offload.planner.states_on_device import (
     OnDevice,
     blocks_max,
     fill_device,
+    most_to_ask_for,
     of_plan,
     streamed,
     with_device_states,
@@ -135,6 +136,7 @@ def place_run(
         "device_nbytes": device_nbytes - nbytes,
         "shares_host": device.shares_host,
         "device_own_nbytes": device.own_nbytes,
+        "staying_nbytes": nbytes,
     }
     try:
         if plan is not None and blocks:
@@ -150,12 +152,14 @@ def place_run(
                 computes_nbytes=None if asked_nbytes(config, 0) is not None else -(-device_nbytes // 2),
             )
     except BudgetError as error:
-        if not stays:
+        if not stays or device_nbytes >= nbytes + least_device_nbytes(rest, rest_root):
             raise
-        raise BudgetError(
-            f"{error}. Not counted there are {nbytes} bytes of device_memory for state that stays in it: lower "
-            "states_on_device, or raise device_memory"
-        ) from error
+        most = most_to_ask_for(blocks, root, device_nbytes, keeps_gradients=waits)
+        least = least_device_nbytes(blocks, root)
+        instead = f"states_on_device='{most}' (bytes)" if most else "states_on_device=0"
+        if least > device_nbytes:
+            instead += f" and device_memory='{least + device.own_nbytes}'"
+        raise BudgetError(f"{error}; or {instead}{', and plan again' if plan is not None else ''}") from error
     if stays and blocks:
         logger.info(
             "in device memory for good, and updated there: %s (%.2f GB)",

@@ -289,6 +289,7 @@ def placement_of(
     has_storage: bool,
     shares_host: bool,
     device_own_nbytes: int = 0,
+    staying_nbytes: int = 0,
 ) -> Placement:
     """The plan's placement in whole pages and chunks, within the budgets.
 
@@ -309,6 +310,7 @@ def placement_of(
         shares_host=shares_host,
         grads_per_buffer=plan.grads_per_buffer,
         device_own_nbytes=device_own_nbytes,
+        staying_nbytes=staying_nbytes,
         held_max=len(plan.held_blocks),
     )
     fixed = root.slot_nbytes + root.grad_nbytes

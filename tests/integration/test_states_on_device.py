@@ -1,6 +1,7 @@
 """State that stays on a device with memory of its own: updated there, with the same bits, and nothing of it moves."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import offload
 from offload.deepspeed import zero
 from offload.errors import BudgetError, ConfigError
 from offload.planner.placement import BlockBytes
-from offload.planner.states_on_device import OnDevice, fill_device, scratch_nbytes
+from offload.planner.states_on_device import OnDevice, fill_device, most_to_ask_for, scratch_nbytes
 from offload.tiers.emulated_device import EmulatedDevice
 from offload.transfer.copies import Copies
 from tests.conftest import batches, build, slow_but, two_groups
@@ -276,13 +277,49 @@ def test_what_cannot_stay_is_refused_where_it_is_asked_for_and_streamed_where_no
     model.offload.close()
 
 
-def test_more_than_the_device_holds_is_refused_by_name():
-    model = build("llama", torch.bfloat16)
-    with pytest.raises(BudgetError, match="states_on_device"):
-        offload.wrap(
-            model, two_groups(model), device="emulated", step_aside="never", device_memory="2MB",
-            states_on_device="1800KB",
-        )  # fmt: skip
+@pytest.mark.parametrize(("device_memory", "layers"), [("2MB", 4), ("2MB", 12), ("250KB", 4)])
+def test_more_than_the_device_holds_is_refused_with_figures_that_do(device_memory, layers):
+    def placed(**settings):
+        model = build("llama", torch.bfloat16, layers=layers)
+        settings = {"device_memory": device_memory, "states_on_device": "10MB", **settings}
+        model, _ = offload.wrap(model, two_groups(model), device="emulated", step_aside="never", **settings)
+        model.offload.close()
+        return model.offload.placement
+
+    with pytest.raises(BudgetError) as refused:
+        placed()
+    said = str(refused.value)
+    assert "device_memory=-" not in said
+    assert "for optimizer state that stays there" in said
+    device_nbytes = int(re.search(r"Smallest that would do: device_memory='(\d+)'", said)[1])
+    assert placed(device_memory=device_nbytes).device_nbytes <= device_nbytes
+    with pytest.raises(BudgetError):
+        placed(device_memory=device_nbytes - 1)
+    instead = re.search(r"; or states_on_device='?(\d+)'?", said)
+    also = re.search(r" and device_memory='(\d+)'$", said)
+    found = placed(states_on_device=int(instead[1]), **({"device_memory": int(also[1])} if also else {}))
+    assert found.on_device_root == (device_memory == "2MB")
+
+
+@pytest.mark.parametrize("keeps_gradients", [False, True])
+@pytest.mark.parametrize("root_state_nbytes", [0, 5, 40])
+def test_what_is_named_instead_is_the_most_that_fits(root_state_nbytes, keeps_gradients):
+    blocks = [BlockBytes(2, (6,), 4), BlockBytes(1, (3,), 2), *[BlockBytes(2, (6,), 4)] * 4]
+    root = BlockBytes(3, (root_state_nbytes,), 6)
+
+    def of(asked_nbytes):
+        return fill_device(blocks, root, asked_nbytes, keeps_gradients=keeps_gradients)
+
+    def fits(stays, device_nbytes):
+        """Two slots and a gradient buffer beside it, and the root's where that is streamed."""
+        streamed_root = 0 if stays.root else root.slot_nbytes + root.grad_nbytes
+        taken = stays.nbytes(blocks, root, keeps_gradients=keeps_gradients)
+        return taken + streamed_root + 2 * 2 + 4 <= device_nbytes
+
+    for device_nbytes in range(17, 140):
+        fitting = [of(n) for n in range(200) if fits(of(n), device_nbytes)]
+        most = most_to_ask_for(blocks, root, device_nbytes, keeps_gradients=keeps_gradients)
+        assert of(most) == fitting[-1]
 
 
 def test_by_itself_a_device_of_fast_memory_keeps_what_half_of_it_holds_beside_four_slots(monkeypatch, caplog):
