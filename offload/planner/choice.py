@@ -56,22 +56,16 @@ def choices(
 ) -> list[Choice]:
     """The fastest that fits for each amount of state on the device, and where some updates wait; the fastest of all
     first."""
-    others = {name: value for name, value in fixed.items() if name != STATES_ON_DEVICE}
     asked = _asked(workload, hardware, budgets, fixed)
 
     def of(stays: OnDevice, **more: Any) -> Choice | None:
-        if stays and not _waits(budgets, others):
-            more["update"] = "backward"
-        rest = streamed_workload(
-            workload, state_format_of(workload), stays, keeps_gradients=_waits(budgets, others)
-        )
-        search = Search(rest, hardware, budgets, {**others, **more}, batch_samples)
+        search = _search(workload, hardware, budgets, {**fixed, **more}, batch_samples, stays)
         chosen = search.best(budgets)
         return None if chosen is None else Choice(search, chosen, stays)
 
     found = of(OnDevice() if asked is None else asked)
     every = [] if found is None else [found]
-    may = _may(workload, hardware, budgets, others) and hardware.device_adam_params_per_s is not None
+    may = _may(workload, hardware, budgets, fixed) and hardware.device_adam_params_per_s is not None
     if asked is None and may:
         for root in (False, True) if workload.root_stored_numel else (False,):
             for n_blocks in _numbers(blocks_max([block.stored_numel for block in workload.blocks]), root):
@@ -79,9 +73,48 @@ def choices(
                 if found is None:
                     break
                 every.append(found)
-    if every and not every[0].stays and _some_may_wait(every[0].search, budgets, others):
+    if every and not every[0].stays and _some_may_wait(every[0].search, budgets, fixed):
         every += [c for part in SOME_WAIT if (c := of(OnDevice(), deferred_fraction=part)) is not None]
     return sorted(every, key=lambda choice: choice.chosen.step_s)  # of equals that with less on the device
+
+
+def as_asked(
+    workload: Workload, hardware: Hardware, budgets: Budgets, fixed: Mapping[str, Any], batch_samples: int
+) -> tuple[Search, int | None]:
+    """The search of what the user wants to stay on the device, and the largest `states_on_device` that fits, to 1 in
+    1,000, where less than that is what is lacking; else None."""
+    asked = _asked(workload, hardware, budgets, fixed) or OnDevice()
+    search = _search(workload, hardware, budgets, fixed, batch_samples, asked)
+
+    def of(wanted: int) -> OnDevice:
+        return _asked(workload, hardware, budgets, {**fixed, STATES_ON_DEVICE: wanted}) or OnDevice()
+
+    def fits(wanted: int) -> bool:
+        return _search(workload, hardware, budgets, fixed, batch_samples, of(wanted)).fits(budgets)
+
+    if not asked or not fits(0):
+        return search, None
+    low, high = 0, min(fixed[STATES_ON_DEVICE], budgets.device_memory_nbytes)
+    while high - low > max(1, high // 1000):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return search, low if of(low) else 0
+
+
+def _search(
+    workload: Workload,
+    hardware: Hardware,
+    budgets: Budgets,
+    fixed: Mapping[str, Any],
+    batch_samples: int,
+    stays: OnDevice,
+) -> Search:
+    """Of the plans with this on the device."""
+    others = {name: value for name, value in fixed.items() if name != STATES_ON_DEVICE}
+    waits = _waits(budgets, others)
+    more = {"update": "backward"} if stays and not waits else {}
+    rest = streamed_workload(workload, state_format_of(workload), stays, keeps_gradients=waits)
+    return Search(rest, hardware, budgets, {**others, **more}, batch_samples)
 
 
 def _numbers(most: int, root: bool) -> Iterator[int]:

@@ -171,8 +171,9 @@ def _smallest(search: Search, with_value: Callable[[int], Budgets], start: int, 
     return found
 
 
-def why_not(search: Search, budgets: Budgets) -> str:
-    """The message of a BudgetError: what is lacking, and the nearest single changes that would do."""
+def why_not(search: Search, budgets: Budgets, states_on_device: int | None = None) -> str:
+    """The message of a BudgetError: what is lacking, and the nearest single changes that would do; with
+    `states_on_device` bytes instead of those that are asked for it fits too."""
     model, workload = search.model, search.workload
     everything = int(search.tables.params_cum[-1] + search.tables.states_cum[-1]) + sum(model.grad_nbytes)
     everything += model.batch * sum(
@@ -203,6 +204,8 @@ def why_not(search: Search, budgets: Budgets) -> str:
             changes.append(f"{_up(needed)} of storage (now {_now(limit)})")
     if not search.hardware.drives:
         changes.append("storage=[directory on an SSD]")
+    if states_on_device is not None:
+        changes.append(f"states_on_device={states_on_device}")
     smaller = _smaller_batch(search, budgets)
     if smaller:
         changes.append(f"a batch of {smaller} instead of {model.batch} samples")

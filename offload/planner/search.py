@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from offload.errors import BudgetError
-from offload.planner.choice import choices
+from offload.planner.choice import as_asked, choices
 from offload.planner.explain import why_not
 from offload.planner.hardware import Hardware
 from offload.planner.plan import Budgets, Plan
-from offload.planner.points import Search
 from offload.planner.realise import plan_of
 from offload.planner.workload import Workload
 
@@ -46,7 +45,8 @@ def make_plans(
     fixed = fixed or {}
     found = choices(workload, hardware, budgets, fixed, batch_samples)
     if not found:
-        raise BudgetError(why_not(Search(workload, hardware, budgets, fixed, batch_samples), budgets))
+        search, most_nbytes = as_asked(workload, hardware, budgets, fixed, batch_samples)
+        raise BudgetError(why_not(search, budgets, most_nbytes))
     limit_s = found[0].chosen.step_s * (1 + within)
     return [
         plan_of(choice.search, choice.chosen, budgets).model_copy(

@@ -1,11 +1,12 @@
 """Plans keep optimizer state in device memory where that makes steps shorter, and count what it takes and saves."""
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
 
-from offload.errors import ConfigError
+from offload.errors import BudgetError, ConfigError
 from offload.planner.explain import explain
 from offload.planner.plan import SPLIT_MASTER, Budgets, Plan
 from offload.planner.report import plan_lines
@@ -126,6 +127,27 @@ def test_what_is_asked_for_is_what_stays():
     assert staying(plan) == (True, 0)
     with pytest.raises(ConfigError, match="bytes of device memory"):
         planned(0.9, fixed={"states_on_device": 0.5})
+
+
+@pytest.mark.parametrize(("share_of_state", "n_blocks"), [(0.5, 0), (0.6, 1), (0.4, 0)])
+def test_more_than_fits_is_refused_with_figures_that_do(share_of_state, n_blocks):
+    asked = {"states_on_device": 2 * ROOM}
+    with pytest.raises(BudgetError) as refused:
+        planned(share_of_state, fixed=asked)
+    said = str(refused.value)
+    number, unit = re.search(r"device_memory='([\d.]+)(MB|GB)'", said).groups()
+    device_nbytes = int(float(number) * {"MB": 10**6, "GB": 10**9}[unit])
+    enough = planned(device_nbytes / ROOM, fixed=asked)
+    assert staying(enough) == (True, 6)
+    with pytest.raises(BudgetError):
+        planned(0.99 * device_nbytes / ROOM, fixed=asked)
+    most = int(re.search(r"states_on_device=(\d+)", said)[1])
+    assert staying(planned(share_of_state, fixed={"states_on_device": most})) == (most > 0, n_blocks)
+    block = blocks_of(WORK, SPLIT_MASTER)[0][0]
+    if not most:
+        return
+    with pytest.raises(BudgetError):
+        planned(share_of_state, fixed={"states_on_device": most + block.slot_nbytes + block.state_nbytes})
 
 
 def test_no_block_stays_whose_gradients_need_larger_buffers_than_what_is_streamed():
