@@ -319,10 +319,7 @@ def _signature(call: Call, micro: list[Any]) -> tuple[Any, ...]:
     shapes = tuple(
         (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in micro
     )
-    trained = tuple(
-        p.requires_grad for m in call.state.modules for p in m._parameters.values() if p is not None
-    )
-    return shapes, call.differentiated, trained, call.surroundings.key
+    return shapes, call.differentiated, call.state.parameters.trained(), call.surroundings.key
 
 
 def _forward_saving(call: Call, micro: list[Any]) -> list[Any]:

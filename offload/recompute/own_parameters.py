@@ -6,9 +6,14 @@ to another; and forward runs once more in backward. What changes them has to be 
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from torch import nn
 
 from offload.errors import UsageError
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
+"""Asked twice a micro-batch, so in calls that run no Python."""
 
 
 class OwnParameters:
@@ -18,6 +23,11 @@ class OwnParameters:
     def __init__(self, name: str, module: nn.Module) -> None:
         self._name = name
         self._parameters = list(module.named_parameters())
+        self._tensors = [parameter for _, parameter in self._parameters]
+
+    def trained(self) -> tuple[bool, ...]:
+        """Which of them have gradients now: a loop may freeze one, or train it again, between any two calls."""
+        return tuple(map(_REQUIRES_GRAD, self._tensors))
 
     def look(self) -> list[int]:
         """Before forward."""
