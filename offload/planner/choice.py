@@ -6,8 +6,8 @@ depends on the model alone, so that more memory never makes the chosen step long
 during backward, or wait where the user wants all of them to.
 
 [Note: when some wait] Where the CPU takes longer for all updates than the device for its arithmetic, backward waits for
-them while they leave the next forward nothing to do. Then the space is searched with a part of the blocks deferred too.
-That depends on no budget either.
+them while they leave the next forward nothing to do. Where host memory has no room for gradients of as many blocks,
+whose updates would give way (`Plan.held_blocks`), the space is searched with a part of the blocks deferred too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from offload.errors import ConfigError
 from offload.planner.hardware import Hardware
 from offload.planner.plan import Budgets, state_format_of
 from offload.planner.points import Chosen, Search
+from offload.planner.realise import plan_of
 from offload.planner.space import FIXABLE
 from offload.planner.states_on_device import (
     OnDevice,
@@ -73,7 +74,7 @@ def choices(
                 if found is None:
                     break
                 every.append(found)
-    if every and not every[0].stays and _some_may_wait(every[0].search, budgets, fixed):
+    if every and not every[0].stays and _some_may_wait(every[0], budgets, fixed):
         every += [c for part in SOME_WAIT if (c := of(OnDevice(), deferred_fraction=part)) is not None]
     return sorted(every, key=lambda choice: choice.chosen.step_s)  # of equals that with less on the device
 
@@ -132,15 +133,16 @@ def _waits(budgets: Budgets, fixed: Mapping[str, Any]) -> bool:
     return budgets.clips_gradients or fixed.get("update") == "deferred"
 
 
-def _some_may_wait(search: Search, budgets: Budgets, fixed: Mapping[str, Any]) -> bool:
+def _some_may_wait(choice: Choice, budgets: Budgets, fixed: Mapping[str, Any]) -> bool:
     """See [Note: when some wait]. Not where the user has decided which do."""
-    model, rates = search.model, search.model.rates
+    model, rates = choice.search.model, choice.search.model.rates
     if rates.shares_host or budgets.clips_gradients or "deferred_fraction" in fixed:
         return False
     computed_s = (model.forward_work + model.backward_work) / rates.flops_per_s
-    return fixed.get("update", "auto") == "auto" and bool(
-        model.trainable / rates.update_params_per_s > computed_s
-    )
+    if fixed.get("update", "auto") != "auto" or model.trainable / rates.update_params_per_s <= computed_s:
+        return False
+    n_held = len(plan_of(choice.search, choice.chosen, budgets).held_blocks)
+    return n_held < SOME_WAIT[0] * len(choice.search.workload.blocks)
 
 
 def _may(workload: Workload, hardware: Hardware, budgets: Budgets, fixed: Mapping[str, Any]) -> bool:

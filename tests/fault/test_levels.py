@@ -234,6 +234,7 @@ def test_a_copy_beside_training_rests_as_long_as_it_works_until_it_is_waited_for
     block.index, block.sides = 0, None
     items = [Item(block, Piece(0), 0, None, i) for i in range(40)]
     saving = beside.SaveBeside(items, [block], False, copy, lambda: done.append(1), lambda: None)
+    saving.start()
     while copy.n < 8:
         real(0.005)
     waited.set()
