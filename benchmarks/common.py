@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine's description, fio as peer and limit, rows written as JSON.
+"""What every benchmark shares: options, the machine's description, fio as peer and limit, rows written as JSON.
 
 [Note: fio in its fastest form] A transfer's memory decides its speed as much as its block size does: on 4 KiB pages
 a 1 MiB block is up to 256 segments, which a drive's queue may cut into several requests. Our arenas are on huge pages,
@@ -8,6 +8,7 @@ buffers, a registered file and direct I/O besides, this is the fastest fio we kn
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pathlib
@@ -79,6 +80,16 @@ def _output(*command: str) -> str:
 def _lines(path: str) -> list[str]:
     with open(path) as file:
         return file.readlines()
+
+
+def parser_of_turns(description: str | None) -> argparse.ArgumentParser:
+    """For a benchmark that measures several forms in turn; `description` is the script's docstring. It adds its own."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="measured, after two that are not")
+    parser.add_argument("--json", help="write the rows to this file")
+    return parser
 
 
 def command_line(script: str, argv: Sequence[str]) -> str:

@@ -10,11 +10,10 @@ the spans of the run; beside them what one block's gradients take over the bus.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import Any
 
-from common import ROOT, about, command_line, median, spread, write_rows
+from common import ROOT, about, command_line, median, parser_of_turns, spread, write_rows
 
 sys.path.insert(0, str(ROOT))
 
@@ -46,15 +45,11 @@ def backward_s(spans: list[offload.telemetry.Span]) -> float:
 
 def main() -> None:
     """Both forms in turn."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of_turns(__doc__)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=512, help="of the batch")
     parser.add_argument("--micro-batches", type=int, default=4)
     parser.add_argument("--bus-bytes-per-s", type=float, default=7e8)
-    parser.add_argument("--rounds", type=int, default=15, help="measured, after two that are not")
-    parser.add_argument("--json")
     options = parser.parse_args()
     torch.manual_seed(0)
     model: Any = nn.Sequential(*[Block(options.width) for _ in range(6)]).to(torch.bfloat16)

@@ -15,13 +15,12 @@ not in it. Rows: microseconds for each block and micro-batch, and how many times
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-from common import ROOT, about, command_line, median, spread, write_rows
+from common import ROOT, about, command_line, median, parser_of_turns, spread, write_rows
 
 sys.path.insert(0, str(ROOT))
 
@@ -80,13 +79,9 @@ def ours(batch: torch.Tensor, n_layers: int, saved_activations: str) -> tuple[St
 
 def main() -> None:
     """All sides in turn."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of_turns(__doc__)
     parser.add_argument("--layers", type=int, default=SHAPE.layers)
     parser.add_argument("--micro-batches", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=15, help="measured, after two that are not")
-    parser.add_argument("--json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     batch = torch.randint(

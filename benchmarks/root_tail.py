@@ -10,11 +10,10 @@ what each of the three stages takes alone in the whole form. One after another i
 
 from __future__ import annotations
 
-import argparse
 import sys
 from typing import Any
 
-from common import ROOT, about, command_line, median, spread, write_rows
+from common import ROOT, about, command_line, median, parser_of_turns, spread, write_rows
 
 sys.path.insert(0, str(ROOT))
 
@@ -54,13 +53,9 @@ def stages(spans: list[offload.telemetry.Span]) -> dict[str, tuple[float, float]
 
 def main() -> None:
     """Both forms in turn."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of_turns(__doc__)
     parser.add_argument("--vocab", type=int, default=131_072)
     parser.add_argument("--bus-bytes-per-s", type=float, default=3e9)
-    parser.add_argument("--rounds", type=int, default=15, help="measured, after two that are not")
-    parser.add_argument("--json")
     options = parser.parse_args()
     torch.manual_seed(0)
     model: Any = Tied(options.vocab).to(torch.bfloat16)

@@ -19,7 +19,7 @@ import sys
 import time
 from typing import Any
 
-from common import ROOT, about, command_line, median, spread, write_rows
+from common import ROOT, about, command_line, median, parser_of_turns, spread, write_rows
 
 sys.path.insert(0, str(ROOT))
 
@@ -103,16 +103,12 @@ def wrapped(
 
 def main() -> None:
     """Both forms in turn."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of_turns(__doc__)
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--rows", type=int, default=2, help="of the batch")
     parser.add_argument("--compute-ms", type=float, default=10.0, help="that a block's forward sleeps")
     parser.add_argument("--moments", default="8bit", help="encoding them makes the update slow")
-    parser.add_argument("--rounds", type=int, default=15, help="measured, after two that are not")
-    parser.add_argument("--json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     block_numel = 2 * HIDDEN * options.width**2
