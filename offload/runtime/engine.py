@@ -364,7 +364,7 @@ class OffloadEngine(OpenRun):
         self._backward_open = False
         self._scheduler.drop_undone()
         for block in [*self.blocks, self.root]:
-            if block.pending_update or block.tickets:
+            if block.pending_update:
                 continue
             block.touched.clear()
             block.grads_waiting = False

@@ -90,7 +90,7 @@ class Emptied:
         waiting = [
             segment
             for block in blocks
-            if block.touched and not block.pending_update and not block.tickets
+            if block.touched and not block.pending_update
             for buffer in block.layout.buffers
             for segment in buffer.segments
             if id(segment.parameter) in block.touched

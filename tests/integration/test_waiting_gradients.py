@@ -104,3 +104,25 @@ def test_a_step_is_made_again_after_a_backward_that_failed_with_one_gradient_buf
     model(torch.ones(1, 8)).sum().backward()
     optimizer.step()
     model.offload.close()
+
+
+def empty(model):
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+@pytest.mark.parametrize("forget", [lambda model, made: made.zero_grad(), lambda model, made: empty(model)])
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_gradients_are_forgotten_whose_block_is_being_fetched(tmp_path, device, forget):
+    """Blocks that run in another order, or now and then, are fetched ahead while their gradients wait."""
+    model, optimizer = make_run(tmp_path, layers=5, device=device)
+    before = parameters_of(model)
+    with model.offload.no_sync():
+        x = model.layers[2](model.layers[4](model.embed(torch.ones(1, 8))))
+        model.head(x).sum().backward()
+    assert any(block.touched and block.tickets for block in model.offload.blocks)
+    forget(model, optimizer)
+    optimizer.step()
+    after = parameters_of(model)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    model.offload.close()
