@@ -33,7 +33,9 @@ class DurableSteps:
 
     def before_update(self, optimizer: OffloadOptimizer) -> None:
         """The step before must be on its way to the drives: what an update writes waits for that, as it overwrites the
-        one before."""
+        one before. Before the first, which no forward of a block may have come before, that is the initial state."""
+        if not self.commits.started:
+            self.commits.start(optimizer)
         if self.commits.due:
             for block in self._blocks:
                 if block.pending_update:  # not used in this forward
@@ -43,6 +45,8 @@ class DurableSteps:
 
     def wait(self, optimizer: OffloadOptimizer) -> None:
         """Until the step before is on the drives."""
+        if not self.commits.started:
+            return  # nothing has been updated
         self.before_update(optimizer)
         with self._stalls.waiting("commit"):
             self.commits.wait()

@@ -317,6 +317,7 @@ class OffloadEngine(OpenRun):
         if any(b.pending_update for b in [*self.blocks, self.root]):
             self._scheduler.flush()  # a block was skipped by this step's forward
         waiting = [b for b in self.blocks if b.touched]
+        self._previous_step_durable()
         self.wait_committed()
         scale = self._norms.scale(optimizer)
         discarded = self._durable is not None and self._durable.discards(optimizer)
@@ -464,8 +465,7 @@ class OffloadEngine(OpenRun):
         self._scheduler.flush()
 
     def iter_blocks(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        """The parameters as they are computed with, block by block, the root first; valid until the next one. In host
-        memory."""
+        """Parameters as computed with, block by block, the root first; valid until the next one. In host memory."""
         self.refuse_what_is_not_kept()
         self.flush()
         for block in [self.root, *self.blocks]:

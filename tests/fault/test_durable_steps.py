@@ -16,7 +16,7 @@ from offload.tiers import storage
 from tests.child import end, start
 from tests.conftest import slow_but
 from tests.fault.test_checkpoint import assert_same_state
-from tests.fault.training import inject
+from tests.fault.training import inject, parameters_of
 from tests.fault.trajectory import Run
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(120)]
@@ -143,6 +143,31 @@ def test_a_first_step_that_is_discarded_leaves_the_initial_state(tmp_path):
     run.step()
     assert_same_blocks(before, run.save(tmp_path / "saved"))
     run.model.offload.close(remove=True)
+
+
+def step_without_blocks(run):
+    """Of a loss that no block takes part in."""
+    inner, x = run.model.inner, run.data.next().to(run.model.dtype)
+    inner.head(inner.embed(x)).float().square().mean().backward()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("limit", [{"update": "backward", "max_grad_norm": 1e-6}, {}], ids=str)
+def test_a_first_step_that_no_block_takes_part_in_is_discarded_and_committed_like_others(tmp_path, limit):
+    settings = {"host_memory": 10**8, "device_memory": 10**8, **limit}
+    run = durable(tmp_path / "d", **settings)
+    before = parameters_of(run.model)
+    step_without_blocks(run)
+    after = parameters_of(run.model)
+    assert run.optimizer.discarded_steps == len(limit) // 2
+    assert all(torch.equal(after[name], before[name]) for name in before) == bool(limit)
+    run.close()
+    again = durable(tmp_path / "d", **settings)
+    assert again.resume(tmp_path / "d").step == 1
+    kept = parameters_of(again.model)
+    assert all(torch.equal(kept[name], after[name]) for name in after)
+    again.model.offload.close(remove=True)
 
 
 def transfers_of_two_steps(place, monkeypatch, mode):
