@@ -78,7 +78,8 @@ class Call:
     ranges: list[tuple[int, int]]
     surroundings: surroundings.Surroundings
     differentiated: tuple[bool, ...]
-    """Of the tensors at `tensor_positions`: whether they have gradients."""
+    trained: tuple[bool, ...]
+    """Of the tensors at `tensor_positions`, and of the block's parameters: whether they have gradients."""
     random_states: list[Any] = field(default_factory=list)
     """Per micro-batch, as the next one."""
     seen: list[Seen] = field(default_factory=list)
@@ -248,7 +249,8 @@ def _run_again(
     device = call.runner.device
     before, outside = call.random_states[number], global_states(device)
     try:
-        with surroundings.again(call.surroundings, call.state.modules, device):
+        as_then = call.state.parameters.as_trained(call.trained)
+        with surroundings.again(call.surroundings, call.state.modules, device), as_then:
             inputs, outputs = _recompute(call, micro, number, outside, now)
         if not call.block.recomputed:
             opaque.tell_of_left_behind(call.state.modules)
@@ -319,7 +321,7 @@ def _signature(call: Call, micro: list[Any]) -> tuple[Any, ...]:
     shapes = tuple(
         (leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in micro
     )
-    return shapes, call.differentiated, call.state.parameters.trained(), call.surroundings.key
+    return shapes, call.differentiated, call.trained, call.surroundings.key
 
 
 def _forward_saving(call: Call, micro: list[Any]) -> list[Any]:
@@ -484,7 +486,10 @@ def run_block(
     around = surroundings.now(state.modules, runner.device)
     tensors = [leaves[i] for i in positions]
     wanted = tuple(tensor.requires_grad for tensor in tensors)
-    call = Call(forward, block, state, runner, leaves, spec, positions, n_samples, ranges, around, wanted)
+    trained = state.parameters.trained()
+    call = Call(
+        forward, block, state, runner, leaves, spec, positions, n_samples, ranges, around, wanted, trained
+    )
     call.captured_keys = captured.wanted_keys()
     # Blocks are trained even when their input needs no gradient (a frozen embedding): the anchor keeps the node.
     anchor = torch.empty(0, requires_grad=block.trains, device="cpu")

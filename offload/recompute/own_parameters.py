@@ -1,4 +1,7 @@
-"""Parameters that a block's forward changes by itself, past the optimizer: such a change would be lost.
+"""A block's own parameters: which of them are trained, and that forward does not change them past the optimizer.
+
+Torch settles in forward which parameters a graph leads to: one that is frozen then and trained again before backward
+(a critic, while what it judges is trained) gets no gradient. So what runs again is trained as it was then.
 
 A block's parameters are computed with where they have been fetched to, and are gone from there when it gives its memory
 to another; and forward runs once more in backward. What changes them has to be the update.
@@ -6,6 +9,8 @@ to another; and forward runs once more in backward. What changes them has to be 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import attrgetter
 
 from torch import nn
@@ -13,7 +18,7 @@ from torch import nn
 from offload.errors import UsageError
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
-"""Asked twice a micro-batch, so in calls that run no Python."""
+"""Asked in every forward and backward, so in calls that run no Python."""
 
 
 class OwnParameters:
@@ -28,6 +33,23 @@ class OwnParameters:
     def trained(self) -> tuple[bool, ...]:
         """Which of them have gradients now: a loop may freeze one, or train it again, between any two calls."""
         return tuple(map(_REQUIRES_GRAD, self._tensors))
+
+    @contextmanager
+    def as_trained(self, then: tuple[bool, ...]) -> Iterator[None]:
+        """Inside, those are trained that were `then`."""
+        now = self.trained()
+        changed = (
+            []
+            if now == then
+            else [p for p, is_, was in zip(self._tensors, now, then, strict=True) if is_ != was]
+        )
+        for parameter in changed:
+            parameter.requires_grad_(not parameter.requires_grad)
+        try:
+            yield
+        finally:
+            for parameter in changed:
+                parameter.requires_grad_(not parameter.requires_grad)
 
     def look(self) -> list[int]:
         """Before forward."""

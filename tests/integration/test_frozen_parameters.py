@@ -218,3 +218,26 @@ def test_what_is_trained_again_after_some_steps_has_its_gradients(poison, thawed
     for name, expected in results[0].items():
         torch.testing.assert_close(results[1][name], expected, rtol=1e-5, atol=1e-6)
     model.offload.close()
+
+
+@pytest.mark.parametrize("settings", [{}, {"activations": "keep"}, {"micro_batches": 2}], ids=str)
+@pytest.mark.parametrize("in_forward", [False, True], ids=["frozen in forward", "frozen in backward"])
+def test_what_is_frozen_in_forward_or_in_backward_alone_gets_no_gradient(tmp_path, in_forward, settings):
+    """As in memory: a critic is frozen while the loss of what it judges is made, and trained again before backward."""
+    model, optimizer = start(tmp_path, "none", step_aside="never", update="deferred", **settings)
+    for _ in range(2):
+        step(model, optimizer)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    critic = model.layers[1]
+    critic.requires_grad_(in_forward)
+    loss = model(torch.ones(4, 8)).square().mean()
+    critic.requires_grad_(not in_forward)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if not name.startswith("layers.1.")}
+    critic.requires_grad_(True)
+    step(model, optimizer)
+    assert not torch.equal(model.state_dict()["layers.1.mix.weight"], before["layers.1.mix.weight"])
+    model.offload.close()
