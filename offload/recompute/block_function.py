@@ -485,11 +485,9 @@ def run_block(
         microbatch.check_unambiguous(leaves, n_samples)
     around = surroundings.now(state.modules, runner.device)
     tensors = [leaves[i] for i in positions]
-    wanted = tuple(tensor.requires_grad for tensor in tensors)
-    trained = state.parameters.trained()
-    call = Call(
-        forward, block, state, runner, leaves, spec, positions, n_samples, ranges, around, wanted, trained
-    )
+    wanted, trained = tuple([tensor.requires_grad for tensor in tensors]), state.parameters.trained()
+    cut = n_samples, ranges
+    call = Call(forward, block, state, runner, leaves, spec, positions, *cut, around, wanted, trained)
     call.captured_keys = captured.wanted_keys()
     # Blocks are trained even when their input needs no gradient (a frozen embedding): the anchor keeps the node.
     anchor = torch.empty(0, requires_grad=block.trains, device="cpu")

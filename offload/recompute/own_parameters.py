@@ -37,12 +37,7 @@ class OwnParameters:
     @contextmanager
     def as_trained(self, then: tuple[bool, ...]) -> Iterator[None]:
         """Inside, those are trained that were `then`."""
-        now = self.trained()
-        changed = (
-            []
-            if now == then
-            else [p for p, is_, was in zip(self._tensors, now, then, strict=True) if is_ != was]
-        )
+        changed = [p for p, was in zip(self._tensors, then, strict=True) if p.requires_grad is not was]
         for parameter in changed:
             parameter.requires_grad_(not parameter.requires_grad)
         try:
