@@ -437,6 +437,8 @@ class Scheduler:
                 self._root_parts.turned()
         block.touched.clear()
         block.grads_waiting = False
+        if not block.tickets:  # as where the root's early update has moved every chunk
+            self._complete(block, "update")
 
     def _chunks_to_move(self, block: BlockRecord, part: Part, only: list[list[Range]] | None) -> list[Range]:
         """Of a part, of which those without gradients move only where there are two sides."""

@@ -8,6 +8,7 @@ import torch
 from offload.runtime.scheduler import Scheduler
 from tests.fault.test_checkpoint import assert_same_state
 from tests.fault.test_durable_steps import assert_same_blocks, poison
+from tests.fault.training import Model, parameters_of, steps, wrap_small
 from tests.fault.trajectory import Run
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(120)]
@@ -104,3 +105,27 @@ def test_a_backward_that_fails_after_the_early_update_leaves_the_last_committed_
     assert again.resume(tmp_path / "d").step == 3
     assert_same_state(again.save(tmp_path / "again"), before)
     again.model.offload.close(remove=True)
+
+
+@pytest.mark.parametrize("placement", CASES)
+def test_a_head_that_is_all_of_the_root_that_is_trained_is_updated_early_in_every_step(
+    tmp_path, early, placement
+):
+    """The step's last update of the root has nothing to move then."""
+    found = []
+    for place, settings in (
+        ("d", {"durability": "step", **PLACEMENTS[placement]}),
+        ("m", {"update": "deferred"}),
+    ):
+        torch.manual_seed(0)
+        model = Model(3, HEAD_WIDTH)
+        model.embed.requires_grad_(False)
+        made = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        model, optimizer = wrap_small(
+            model, made, storage=[str(tmp_path / place)], chunk_elements=2048, step_aside="never", **settings
+        )
+        steps(model, optimizer, 4)
+        found.append(parameters_of(model))
+        model.offload.close(remove=True)
+    assert len(early) == 3
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
