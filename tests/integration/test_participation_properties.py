@@ -1,0 +1,184 @@
+"""Whatever takes part in which forward, backward and step, training has the bits of plain torch in memory."""
+
+import tempfile
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from offload.errors import BudgetError
+from offload.runtime import gradients
+from tests.conftest import one_thread
+from tests.fault.training import smallest_budgets
+from tests.integration.participation import (
+    LR,
+    OPTIMIZERS,
+    Branch,
+    Call,
+    Pass,
+    Plain,
+    Program,
+    Step,
+    Streamed,
+    difference,
+    groups_of,
+    made,
+    run,
+)
+
+BLOCKS_MAX = 5
+N_PARAMETERS = 5 + 6 * BLOCKS_MAX
+NO_ROOM = "has to wait for backward and no room is left for it"
+"""What the smallest budgets may say to a step of many calls: the one refusal that a program may meet."""
+
+
+def often(value, *others):
+    """`value` in half of the draws, and where hypothesis shrinks to."""
+    return st.one_of(st.just(value), st.sampled_from([value, *others]))
+
+
+frozen = st.one_of(st.just(frozenset()), st.frozensets(st.integers(0, N_PARAMETERS - 1), max_size=20))
+
+
+@st.composite
+def paths(draw, n_blocks):
+    chosen = draw(
+        st.one_of(
+            st.just(list(range(n_blocks))),
+            st.sets(st.integers(0, n_blocks - 1)).map(sorted),
+            st.lists(st.integers(0, n_blocks - 1), max_size=n_blocks + 1),
+        )
+    )
+    how = often("", "detached", "no_grad")
+    calls = tuple(Call(block, draw(often(False, True)), draw(how)) for block in chosen)
+    return Branch(calls, draw(often(True, False)))
+
+
+def passes(n_blocks):
+    return st.builds(
+        Pass,
+        st.one_of(st.tuples(paths(n_blocks)), st.lists(paths(n_blocks), min_size=1, max_size=2).map(tuple)),
+        often("sum", "apart", "first", "none"),
+        st.booleans(),
+    )
+
+
+def steps(n_blocks):
+    return st.builds(
+        Step,
+        passes=st.lists(passes(n_blocks), min_size=1, max_size=3).map(tuple),
+        held=often(False, True),
+        backwards=st.booleans(),
+        frozen=frozen,
+        frozen_in_backward=st.one_of(st.none(), frozen),
+        ends=st.sampled_from(["step", "step", "forgets", "goes on"]),
+        looks=often(False, True),
+        reads=often(False, True),
+        evaluates=often(False, True),
+    )
+
+
+@st.composite
+def programs(draw):
+    hidden = draw(st.lists(st.sampled_from([48, 16, 80]), min_size=3, max_size=BLOCKS_MAX).map(tuple))
+    return Program(
+        hidden=hidden,
+        tied=draw(st.booleans()),
+        shared=draw(often(False, True)),
+        dtype=draw(st.sampled_from([torch.float32, torch.bfloat16])),
+        optimizer=draw(st.sampled_from(list(OPTIMIZERS))),
+        frozen=draw(frozen),
+        steps=draw(st.lists(steps(len(hidden)), min_size=2, max_size=4).map(tuple)),
+    )
+
+
+@st.composite
+def ways(draw):
+    """Settings, and where state goes."""
+    chosen = {
+        "device": draw(st.sampled_from(["cpu", "emulated"])),
+        "update": draw(often("auto", "deferred", "backward")),
+        "max_grad_norm": draw(often(None, 0.05)),
+        "durability": draw(often("checkpoint", "none", "step")),
+        "activations": draw(often("auto", "keep", "device", "host", "storage")),
+        "saved_activations": draw(often("recompute", "device", "host", "storage")),
+        "micro_batches": draw(often(1, 2)),
+        "prefetch_blocks": draw(often(None, 1, 2, 0)),
+        "chunk_buffers": draw(often(4, 2)),
+        "update_threads": draw(often(1, 2)),
+    }
+    if chosen["update"] == "backward" and chosen["max_grad_norm"] is not None:
+        chosen["durability"] = "step"
+    if chosen["device"] == "emulated":
+        if chosen["durability"] != "step":
+            chosen["states_on_device"] = draw(often("auto", 150_000, 600_000))
+        chosen["bus_bytes_per_s"] = draw(often(None, 1e8))
+    place = draw(st.sampled_from(["smallest", "half", "smallest", "host", "memory", "aside"]))
+    if chosen["durability"] == "step" and place in ("memory", "aside"):
+        place = "half"
+    if place in ("memory", "aside") and "storage" in (chosen["activations"], chosen["saved_activations"]):
+        place = "host"
+    return place, {key: value for key, value in chosen.items() if value is not None}, draw(st.booleans())
+
+
+def settings_of(place, chosen, program, directory):
+    """What `wrap` is told."""
+    told = {"chunk_elements": 2048, "step_aside": "never", "plan": "none", **chosen}
+    roomy = {"device_memory": "100MB", "host_memory": "100MB"}
+    if place in ("memory", "aside"):
+        return {**told, **roomy, "storage": [], "step_aside": "always" if place == "aside" else "never"}
+    told["storage"] = [directory]
+    if place == "host":
+        return {**told, **roomy}
+    model = made(program)
+    kind, options = OPTIMIZERS[program.optimizer]
+    on_device = told.pop("states_on_device", "auto")
+    told |= smallest_budgets(model, kind(groups_of(model), lr=LR, **options), told)
+    told["device_memory"] += 20_000  # for inputs that wait
+    if on_device != "auto":
+        told["device_memory"] += on_device
+        told["states_on_device"] = on_device
+    if place == "half":
+        told["host_memory"] += 150_000
+    return told
+
+
+def assert_same_bits(program, way):
+    place, chosen, leaves_alone = way
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        pytest.MonkeyPatch.context() as patch,
+        one_thread(),
+    ):
+        if leaves_alone:
+            patch.setattr(gradients, "LEAVES_ALONE_NBYTES", 0)
+        told = settings_of(place, chosen, program, directory)
+        expected = run(Plain(program, told), program, told)
+        side = Streamed(program, told)
+        try:
+            got = run(side, program, told)
+        except BudgetError as refused:
+            assume(NO_ROOM not in str(refused))
+            raise
+        finally:
+            side.engine.close()
+    wrong = difference(got, expected, told)
+    assert not wrong, wrong
+
+
+GIVEN = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+
+
+@settings(max_examples=40, **GIVEN)
+@given(program=programs(), way=ways())
+def test_whatever_takes_part_training_has_the_bits_of_plain_torch(program, way):
+    assert_same_bits(program, way)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@settings(max_examples=300, **GIVEN)
+@given(program=programs(), way=ways())
+def test_whatever_takes_part_training_has_the_bits_of_plain_torch_in_many_programs(program, way):
+    assert_same_bits(program, way)
