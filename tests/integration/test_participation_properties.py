@@ -170,7 +170,7 @@ def assert_same_bits(program, way):
 GIVEN = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 
-@settings(max_examples=40, **GIVEN)
+@settings(max_examples=30, **GIVEN)
 @given(program=programs(), way=ways())
 def test_whatever_takes_part_training_has_the_bits_of_plain_torch(program, way):
     assert_same_bits(program, way)
