@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from offload.errors import UsageError
 from offload.model import captured, microbatch, opaque
-from offload.recompute import block_inputs, surroundings, unseen
+from offload.recompute import block_inputs, other_backwards, surroundings, unseen
 from offload.recompute.block_inputs import Versions
 from offload.recompute.by_recipe import Departed, Keeper, Replayer, following, recording
 from offload.recompute.first_results import Samples
@@ -189,7 +189,7 @@ class _BlockFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor | None) -> tuple[Any, ...]:
         call: Call = ctx.call
-        _refuse_other_backwards(ctx)
+        other_backwards.refuse(ctx)
         runner, block = call.runner, call.block
         runner.refuse_unless_open()
         ctx.given.check(block.name, "between its forward and backward", _NOT_IN_PLACE)
@@ -260,28 +260,6 @@ def _run_again(
         call.state.ran_again(call.seen[number], now)
     call.block.recomputed = True
     return inputs, outputs
-
-
-def _refuse_other_backwards(ctx: Any) -> None:
-    """Raise UsageError for a backward whose results would not be torch's: a node gives its gradients once, none of
-    them can be differentiated again, and its parameters' go to the engine whoever asks."""
-    if ctx.call is None:
-        raise UsageError(
-            f"backward came to block {ctx.block_name} again through the same graph (retain_graph=True), and what the "
-            "block kept for it is gone: add the losses up and call backward once, or run forward again, all backwards "
-            "of a step but the last under `with model.offload.no_sync():`"
-        )
-    if torch.is_grad_enabled():
-        raise UsageError(
-            f"block {ctx.block_name}: its gradients cannot be differentiated again, as create_graph=True asks for; "
-            "step_aside='always' streams nothing and can"
-        )
-    if ctx.trains and not torch._C._will_engine_execute_node(ctx.next_functions[0][0]):
-        raise UsageError(
-            f"torch.autograd.grad, or backward(inputs=...), goes through block {ctx.block_name}, whose parameters "
-            "would be trained by it though nobody asked for their gradients: call backward(), and take the gradient of "
-            "another tensor in its register_hook or, of a leaf, from .grad; step_aside='always' streams nothing and can"
-        )
 
 
 def _forward_keeping(call: Call, micro: list[Any]) -> list[Any]:

@@ -327,12 +327,12 @@ class OffloadEngine(OpenRun):
         optimizer.grad_scale = scale
         for block in waiting:
             self._scheduler.update_later(block, self._hyper_of)
+            block.updated_since_step = True
         if self._scheduler.root_is_due():
             self._scheduler.update_now(self.root, self._hyper_of)
         optimizer.grad_scale = 1.0
         for block in [*self.blocks, self.root]:
-            block.updated_since_step = False
-            block.awaiting_backward.clear()
+            block.end_step()
         self._scheduler.rewind()
         self._scheduler.prefetch()
         self._plan_late()

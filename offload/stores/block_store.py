@@ -133,6 +133,8 @@ class BlockRecord:
     """step() has decided to apply them; the next fetch does so."""
     awaiting_backward: weakref.WeakSet[object] = field(default_factory=weakref.WeakSet)
     """Calls whose backward may still come; a graph that is dropped leaves it."""
+    outdated: weakref.WeakSet[object] = field(default_factory=weakref.WeakSet)
+    """Calls of which a step has updated the parameters, so that their backward cannot come any more."""
     updated_since_step: bool = False
     trains: bool = False
     """Its module has trainable parameters, its own or the root's."""
@@ -166,6 +168,13 @@ class BlockRecord:
     _watched_names: list[str] = field(default_factory=list)
     _writes: list[int] = field(default_factory=list)
     """Of each one watched: how often it had been written to from outside when it was looked at last."""
+
+    def end_step(self) -> None:
+        """optimizer.step() is over."""
+        if self.updated_since_step and self.awaiting_backward:
+            self.outdated.update(self.awaiting_backward)
+        self.updated_since_step = False
+        self.awaiting_backward.clear()
 
     def turn(self, side: int) -> None:
         """Read from the other set of extents from now on."""
