@@ -73,7 +73,11 @@ def test_operations_and_their_order_are_those_of_the_schedule(tmp_path, name):
     for kind in IN_ORDER:
         if kind == "recompute" and ("recompute", "0") not in listed:
             continue  # the schedule leaves out what costs no FLOPs; the run goes through it all the same
-        assert firsts(done, kind) == firsts(listed, kind), kind
+        did, should = firsts(done, kind), firsts(listed, kind)
+        if kind == "update by cpu":  # those that wait for the next forward may have begun when recording does
+            late = {str(block) for block in planned.plan.deferred_blocks}
+            did, should = (sorted(blocks, key=lambda block: block in late) for blocks in (did, should))
+        assert did == should, kind
     for kind in ("swap_out", "swap_in"):
         assert set(firsts(done, kind)) == set(firsts(listed, kind)), kind
 
