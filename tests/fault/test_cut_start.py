@@ -9,6 +9,7 @@ import pytest
 
 from offload.runtime.shutdown import abandon
 from offload.threads import JoinableThread
+from tests.conftest import slow_but
 from tests.fault.test_checkpoint import assert_same_state
 from tests.fault.trajectory import Run
 
@@ -62,7 +63,7 @@ def test_work_that_fails_has_ended(monkeypatch):
     assert thread.ended
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", slow_but(["yet to come"], MOMENTS))
 def test_a_step_whose_commit_was_cut_while_starting_is_not_lost(tmp_path, monkeypatch, moment):
     ideal = Run(storage=[str(tmp_path / "ideal")])
     losses = ideal.steps(4)
@@ -84,7 +85,7 @@ def test_a_step_whose_commit_was_cut_while_starting_is_not_lost(tmp_path, monkey
     ideal.close()
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", slow_but(["yet to come"], MOMENTS))
 def test_a_save_cut_while_starting_is_waited_for(tmp_path, monkeypatch, moment):
     run = Run(storage=[str(tmp_path / "d")])
     run.steps(1)
@@ -99,7 +100,7 @@ def test_a_save_cut_while_starting_is_waited_for(tmp_path, monkeypatch, moment):
     run.close()
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", slow_but(["yet to come"], MOMENTS))
 def test_a_run_whose_transfers_were_cut_while_starting_can_be_closed(tmp_path, monkeypatch, moment):
     run = Run(storage=[str(tmp_path / "d")], device="emulated")
     late = cut(monkeypatch, "offload-loads", moment)
