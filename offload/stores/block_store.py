@@ -136,6 +136,8 @@ class BlockRecord:
     outdated: weakref.WeakSet[object] = field(default_factory=weakref.WeakSet)
     """Calls of which a step has updated the parameters, so that their backward cannot come any more."""
     updated_since_step: bool = False
+    updated: set[int] = field(default_factory=set)
+    """id() of parameters that an update of this step changes."""
     trains: bool = False
     """Its module has trainable parameters, its own or the root's."""
     checked: bool = False
@@ -170,9 +172,13 @@ class BlockRecord:
     """Of each one watched: how often it had been written to from outside when it was looked at last."""
 
     def end_step(self) -> None:
-        """optimizer.step() is over."""
+        """optimizer.step() is over. Graphs of before it cannot go backward through what it has updated: a block refuses
+        its calls, the root's operations look, as torch's do, at how often a parameter has been changed in place."""
         if self.updated_since_step and self.awaiting_backward:
             self.outdated.update(self.awaiting_backward)
+        if self.is_root and self.updated:
+            self._count_updates()
+        self.updated.clear()
         self.updated_since_step = False
         self.awaiting_backward.clear()
 
@@ -268,6 +274,13 @@ class BlockRecord:
         counted = [segment for segment in segments if not segment.parameter.is_inference()]
         self._watched = [segment.parameter for segment in counted]
         self._watched_names = [segment.name for segment in counted]
+        self._writes = [parameter._version for parameter in self._watched]
+
+    def _count_updates(self) -> None:
+        self.note_writes()
+        for parameter in self._watched:
+            if id(parameter) in self.updated:
+                torch.autograd.graph.increment_version(parameter)
         self._writes = [parameter._version for parameter in self._watched]
 
     def note_writes(self) -> None:
