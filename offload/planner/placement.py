@@ -137,13 +137,10 @@ def place(
     these give way to others. `computes_nbytes`: what of `device_nbytes` is for what it computes with, where that is not
     half. Raises BudgetError with the smallest budgets.
     """
-    slot = max((b.slot_nbytes for b in blocks), default=0)
-    grad = max((b.grad_nbytes for b in blocks), default=0)
-    fixed = root.slot_nbytes + root.grad_nbytes
-    least_slots = min(2, len(blocks))
-    least_device = least_device_nbytes(blocks, root)
+    least = LeastDevice.of(blocks, root)
+    slot, grad, fixed = least.slot_nbytes, least.grad_nbytes, least.root_nbytes
     n_host_slots, n_host_grads, mirror = (
-        (0, 0, 0) if shares_host else (least_slots, min(1, len(blocks)), fixed)
+        (0, 0, 0) if shares_host else (least.n_slots, min(1, len(blocks)), fixed)
     )
     if not has_storage:
         n_host_slots = 0
@@ -153,20 +150,15 @@ def place(
     everything += root.state_nbytes
     least_host = always + (n_host_slots * slot if has_storage else everything)
     _refuse_what_cannot_fit(
-        device=(
-            device_nbytes,
-            least_device,
-            fixed,
-            least_slots,
-            slot,
-            grad,
-            device_own_nbytes,
-            staying_nbytes,
-        ),
-        host=(host_nbytes, least_host),
+        least,
+        device_nbytes,
+        staying_nbytes=staying_nbytes,
+        own_nbytes=device_own_nbytes,
+        host_nbytes=host_nbytes,
+        least_host_nbytes=least_host,
         has_storage=has_storage,
     )
-    spare = device_nbytes - least_device
+    spare = device_nbytes - least.nbytes
     if not shares_host and prefetch_blocks is None:
         computes = device_nbytes - device_nbytes // 2 if computes_nbytes is None else computes_nbytes
         spare = max(0, spare - computes)
@@ -175,7 +167,7 @@ def place(
         spare,
         slot,
         grad,
-        least_slots,
+        least.n_slots,
         wanted,
         grads_per_buffer,
         stays=shares_host and has_storage and wanted == len(blocks),
@@ -243,46 +235,73 @@ def state_nbytes_in_host(numel: int, state_nbytes: float, chunk_elements: int, f
     return sum(chunks[: first_chunks(chunks, fraction)])
 
 
-def least_device_nbytes(blocks: Sequence[BlockBytes], root: BlockBytes) -> int:
-    """Of the device's memory, what streaming these blocks needs: two slots, one gradient buffer, and the root."""
-    slot = max((b.slot_nbytes for b in blocks), default=0)
-    grad = max((b.grad_nbytes for b in blocks), default=0)
-    return root.slot_nbytes + root.grad_nbytes + min(2, len(blocks)) * slot + grad
+@dataclass(frozen=True)
+class LeastDevice:
+    """Of the device's memory, what streaming needs: slots, one gradient buffer, and the root. In bytes."""
+
+    root_nbytes: int
+    """Parameters and gradients."""
+    n_slots: int
+    slot_nbytes: int
+    grad_nbytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """All of it."""
+        return self.root_nbytes + self.n_slots * self.slot_nbytes + self.grad_nbytes
+
+    @classmethod
+    def of(cls, blocks: Sequence[BlockBytes], root: BlockBytes) -> LeastDevice:
+        """What these blocks need."""
+        return cls(
+            root.slot_nbytes + root.grad_nbytes,
+            min(2, len(blocks)),
+            max((b.slot_nbytes for b in blocks), default=0),
+            max((b.grad_nbytes for b in blocks), default=0),
+        )
+
+    def lacking(self, device_nbytes: int, *, staying_nbytes: int, own_nbytes: int) -> str:
+        """What to say where `device_nbytes` are less; the others are beside them, and named where there are any."""
+        beside = staying_nbytes + own_nbytes
+        said = (
+            f"device_memory={_gb(device_nbytes + beside)} but at least {_gb(self.nbytes + beside)} is needed: root "
+            f"{_gb(self.root_nbytes)} + {self.n_slots} block slots of {_gb(self.slot_nbytes)} + one gradient buffer of "
+            f"{_gb(self.grad_nbytes)}"
+        )
+        if staying_nbytes:
+            said += f" + {_gb(staying_nbytes)} for optimizer state that stays there and its parameters"
+        if own_nbytes:
+            said += f" + {_gb(own_nbytes)} for the libraries of the device, buffers and scales of quantized weights"
+        return said
 
 
 def _refuse_what_cannot_fit(
-    device: tuple[int, int, int, int, int, int, int, int], host: tuple[int, int], has_storage: bool
+    least: LeastDevice,
+    device_nbytes: int,
+    *,
+    staying_nbytes: int,
+    own_nbytes: int,
+    host_nbytes: int,
+    least_host_nbytes: int,
+    has_storage: bool,
 ) -> None:
-    device_nbytes, least_device, fixed, least_slots, slot, grad, own, staying = device
-    beside = own + staying
-    host_nbytes, least_host = host
     problems = []
-    if device_nbytes < least_device:
-        problems.append(
-            f"device_memory={_gb(device_nbytes + beside)} but at least {_gb(least_device + beside)} is needed: root "
-            f"{_gb(fixed)} + {least_slots} block slots of {_gb(slot)} + one gradient buffer of {_gb(grad)}"
-            + (
-                f" + {_gb(staying)} for optimizer state that stays there and its parameters"
-                if staying
-                else ""
-            )
-            + (
-                f" + {_gb(own)} for the libraries of the device, buffers and scales of quantized weights"
-                if own
-                else ""
-            )
-        )
-    if host_nbytes < least_host:
+    if device_nbytes < least.nbytes:
+        problems.append(least.lacking(device_nbytes, staying_nbytes=staying_nbytes, own_nbytes=own_nbytes))
+    if host_nbytes < least_host_nbytes:
         what = (
             "staging" if has_storage else "staging and all training state, since storage=[] means DRAM only"
         )
-        problems.append(f"host_memory={_gb(host_nbytes)} but at least {_gb(least_host)} is needed for {what}")
+        problems.append(
+            f"host_memory={_gb(host_nbytes)} but at least {_gb(least_host_nbytes)} is needed for {what}"
+        )
     if problems:
         raise BudgetError(
             "does not fit: "
             + "; ".join(problems)
-            + f". Smallest that would do: device_memory='{least_device + beside}', "
-            f"host_memory='{least_host}' (bytes)" + ("" if has_storage else ", or give storage=[directory]")
+            + f". Smallest that would do: device_memory='{least.nbytes + staying_nbytes + own_nbytes}', "
+            f"host_memory='{least_host_nbytes}' (bytes)"
+            + ("" if has_storage else ", or give storage=[directory]")
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from offload.planner.placement import BlockBytes, Placement, least_device_nbytes
+from offload.planner.placement import BlockBytes, LeastDevice, Placement
 from offload.planner.plan import Plan, StateFormat
 from offload.planner.workload import Workload
 
@@ -86,7 +86,7 @@ def most_to_ask_for(
     for asked in sorted({*sums, *(total + root.state_nbytes for total in sums)}, reverse=True):
         stays = fill_device(blocks, root, asked, keeps_gradients=keeps_gradients)
         nbytes = stays.nbytes(blocks, root, keeps_gradients=keeps_gradients)
-        if nbytes + least_device_nbytes(*streamed(blocks, root, stays)) <= device_nbytes:
+        if nbytes + LeastDevice.of(*streamed(blocks, root, stays)).nbytes <= device_nbytes:
             return asked if stays else 0
     return 0
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from offload.config import Config, parse_budget
 from offload.errors import BudgetError, ConfigError
-from offload.planner.placement import BlockBytes, Placement, least_device_nbytes, place
+from offload.planner.placement import BlockBytes, LeastDevice, Placement, place
 from offload.planner.plan import Plan
 from offload.planner.states_on_device import (
     OnDevice,
@@ -152,10 +152,10 @@ def place_run(
                 computes_nbytes=None if asked_nbytes(config, 0) is not None else -(-device_nbytes // 2),
             )
     except BudgetError as error:
-        if not stays or device_nbytes >= nbytes + least_device_nbytes(rest, rest_root):
+        if not stays or device_nbytes >= nbytes + LeastDevice.of(rest, rest_root).nbytes:
             raise
         most = most_to_ask_for(blocks, root, device_nbytes, keeps_gradients=waits)
-        least = least_device_nbytes(blocks, root)
+        least = LeastDevice.of(blocks, root).nbytes
         instead = f"states_on_device='{most}' (bytes)" if most else "states_on_device=0"
         if least > device_nbytes:
             instead += f" and device_memory='{least + device.own_nbytes}'"
