@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +31,15 @@ class Stepper(Protocol):
     def discard_gradients(self) -> None: ...
 
 
+@dataclass
+class _LastStep:
+    """An object of its own, because what stands for the optimizer in a loop (Lightning's) calls its methods on itself,
+    and keeps what they assign."""
+
+    has_left_gradients: bool = False
+    """Torch would have them still."""
+
+
 class OffloadOptimizer(torch.optim.Optimizer):
     """The user's optimizer over state kept by the engine.
 
@@ -47,7 +57,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._given: torch.optim.Optimizer | None = None
         self._steps: dict[torch.nn.Parameter, int] = {}
         self._used: dict[int, dict[str, Any]] = {}
-        self._has_warned = self._has_told = self._has_left_gradients = False
+        self._has_warned = self._has_told = False
+        self._last_step = _LastStep()
         self._n_emptied = taken_gradients.n_emptied()
         self.steps_made = 0
         """Calls of `step()` that ended, those before a resume included."""
@@ -242,7 +253,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def _tell_of_gradients_left(self) -> None:
         """Say once where torch would use the gradients of the step before again."""
-        left, self._has_left_gradients = self._has_left_gradients, True
+        left, self._last_step.has_left_gradients = self._last_step.has_left_gradients, True
         emptied, self._n_emptied = self._n_emptied, taken_gradients.n_emptied()
         if emptied != self._n_emptied:
             left = False
@@ -255,7 +266,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Discard gradients that no step has consumed; with `set_to_none` or without, `.grad` is None then."""
-        self._has_left_gradients = False
+        self._last_step.has_left_gradients = False
         if not set_to_none:
             _tell_of_zeros()
         taken_gradients.give_back(self._group_of)

@@ -5,7 +5,8 @@ parameter's `.grad` is empty. Code that reads it would go on as if there were no
 nothing, a GradScaler would unscale nothing, a log would show no norm. So from the moment its gradient is taken until
 `zero_grad`, a parameter is of a class of its own whose `.grad` raises, and of its own class again after that. The same
 goes the other way: what somebody puts into `.grad` by hand would be ignored, and `step()` refuses it. Who sets it to
-None wants the gradient forgotten: that of all parameters is what `zero_grad` does, that of some is refused.
+None, or calls the `zero_grad` of a module that the model is in, wants the gradient forgotten: that of all parameters is
+what the model's `zero_grad` does, that of some is refused.
 """
 
 from __future__ import annotations
@@ -113,8 +114,12 @@ def _refusing(kind: type[torch.Tensor]) -> type[torch.Tensor]:
         name = parameter.__dict__.get(_NAME)
         if name is None or torch.compiler.is_compiling():  # a copy; or the compiler, which asks every tensor
             return grad_of(parameter)
-        if sys._getframe(1).f_code is nn.Module._apply.__code__:
+        reader = sys._getframe(1).f_code
+        if reader is nn.Module._apply.__code__:
             return None  # for `model.cpu()` and the like there is none to move
+        if reader is nn.Module.zero_grad.__code__:  # of a module that the model is in
+            write(parameter, None)
+            return None
         raise UsageError(f"{name}: its gradient is not in .grad, the engine has taken it. {_REMEDY}")
 
     def write(parameter: torch.Tensor, value: torch.Tensor | None) -> None:

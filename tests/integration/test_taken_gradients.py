@@ -117,6 +117,7 @@ def empty(model):
 FORGET = {
     "optimizer": lambda model, optimizer: optimizer.zero_grad(),
     "model": lambda model, optimizer: model.zero_grad(),
+    "a module around it": lambda model, optimizer: nn.ModuleList([model]).zero_grad(),
     "every parameter": lambda model, optimizer: empty(model),
 }
 
