@@ -150,8 +150,8 @@ class Gradients:
 
     def last_come(self, block: BlockRecord, *, updates: bool) -> None:
         """What the block's backward gives from now on is final, and its update follows or (not `updates`) waits. See
-        [Note: the only buffer]."""
-        if len(self._buffers) == 1 and not self._device.shares_host:
+        [Note: the only buffer]. Of a block that is updated on the device nothing leaves it."""
+        if len(self._buffers) == 1 and not self._device.shares_host and not block.on_device:
             self._leaving = _Leaving(block, updates)
 
     def accumulate(
