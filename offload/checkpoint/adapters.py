@@ -17,6 +17,21 @@ from offload.runtime.hooks import without_state_hooks
 _PREFIX = "base_model.model."
 
 
+def _tuned(model: nn.Module) -> list[tuple[str, Any]]:
+    """Layers with adapters, by name; where peft has put them into a model of its own, or into this one."""
+    tuners: Any = sys.modules.get("peft.tuners.tuners_utils")
+    return (
+        []
+        if tuners is None
+        else [(n, m) for n, m in model.named_modules() if isinstance(m, tuners.BaseTunerLayer)]
+    )
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether an export merges any."""
+    return base_of(model) is not model or bool(_tuned(model))
+
+
 class Merge:
     """Turns the tensors of one block into those of the base model, with the active adapters merged.
 
@@ -27,15 +42,12 @@ class Merge:
         self._root = root
         self._layers: dict[str, Any] = {}
         self._saved: dict[str, str] = {}
-        tuners: Any = sys.modules.get("peft.tuners.tuners_utils")
+        for name, layer in _tuned(model):
+            if not any(name.startswith(outer + ".") for outer in self._layers):
+                self._layers[name] = layer
         other: Any = sys.modules.get("peft.utils.other")
-        for name, module in (
-            model.named_modules() if tuners is not None and base_of(model) is not model else ()
-        ):
-            if isinstance(module, tuners.BaseTunerLayer):
-                if not any(name.startswith(outer + ".") for outer in self._layers):
-                    self._layers[name] = module
-            elif isinstance(module, other.ModulesToSaveWrapper):
+        for name, module in model.named_modules() if other is not None else ():
+            if isinstance(module, other.ModulesToSaveWrapper):
                 self._saved[name] = module.active_adapters[0]
 
     def __call__(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -99,6 +111,9 @@ def _make_dense(layer: Any) -> None:
 def write_adapter(model: nn.Module, tensors: dict[str, torch.Tensor], out_dir: str) -> None:
     """Write the adapter's directory as peft does. Raises ConfigError for a model without one."""
     if base_of(model) is model:
-        raise ConfigError(f"{type(model).__name__} has no adapter: it was not made by peft.get_peft_model")
+        raise ConfigError(
+            f"{type(model).__name__} has no adapter of its own: it was not made by peft.get_peft_model. Of adapters "
+            "that were put into it, peft.get_peft_model_state_dict(model, model.state_dict()) has the tensors"
+        )
     save: Any = model.save_pretrained
     save(out_dir, state_dict=tensors, save_embedding_layers=False)

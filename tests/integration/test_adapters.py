@@ -146,6 +146,30 @@ def test_the_merged_export_is_what_peft_merges_in_memory(tmp_path, adapters, use
         )
 
 
+def test_adapters_that_were_put_into_the_model_itself_are_merged_too(tmp_path):
+    """As transformers' and diffusers' own `add_adapter` do it."""
+    model = FAMILIES["Llama"].build().requires_grad_(False)
+    torch.manual_seed(3)
+    peft.inject_adapter_in_model(
+        peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights="gaussian"), model
+    )
+    model, optimizer = streamed(model, tmp_path)
+    train(model, optimizer)
+    offload.export(model, str(tmp_path / "merged"), dtype=torch.float32)
+    with pytest.raises(ConfigError, match="get_peft_model_state_dict"):
+        offload.export(model, str(tmp_path / "adapter"), adapter_only=True)
+    batch = FAMILIES["Llama"].batch(torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = model(**batch).logits
+    model.offload.close()
+    merged, told = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path / "merged", output_loading_info=True
+    )
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    torch.testing.assert_close(merged(**batch).logits.detach(), expected, atol=1e-4, rtol=0.0)
+
+
 def test_the_chunked_loss_reaches_the_model_under_its_adapters(tmp_path):
     """Logits of a whole batch never exist, and the loss is the same."""
     plain = adapted(torch.float32)
