@@ -111,17 +111,30 @@ def cache_is_stopped(model: nn.Module) -> bool:
     return _CACHED in base_of(model).__dict__
 
 
+_TURN_OFF = (
+    "activation_checkpointing_disable",
+    "gradient_checkpointing_disable",
+    "disable_gradient_checkpointing",
+)
+"""Of transformers 5, of its older versions and of diffusers."""
+
+
 def stop_checkpointing(model: nn.Module) -> Callable[[], None]:
-    """Turn the gradient checkpointing of a Hugging Face model off, since blocks recompute by themselves; what is
-    returned turns it on again as it was."""
+    """Turn the gradient checkpointing of a model of transformers or diffusers off, since blocks recompute by
+    themselves; what is returned turns it on again as it was."""
     on = [
         (module, getattr(module, "_gradient_checkpointing_func", None))
         for module in model.modules()
         if getattr(module, "gradient_checkpointing", False)
     ]
     if on:
-        of_model = cast(Any, model)
-        getattr(of_model, "activation_checkpointing_disable", of_model.gradient_checkpointing_disable)()
+        turn_off = next(
+            (found for name in _TURN_OFF if (found := getattr(model, name, None)) is not None), None
+        )
+        if turn_off is not None:  # it may undo more than the flags say
+            turn_off()
+        for module, _ in on:
+            module.gradient_checkpointing = False  # type: ignore[assignment]
         logger.info(
             "gradient checkpointing of the model is off while blocks are streamed: they recompute by themselves"
         )

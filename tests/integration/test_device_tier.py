@@ -313,6 +313,28 @@ def test_a_model_keeps_its_own_gradient_checkpointing_where_nothing_is_streamed(
     assert step_aside == "never" or layer._gradient_checkpointing_func is before
 
 
+class Around(torch.nn.Module):
+    """A model of transformers as a part of a user's module, which cannot turn its checkpointing off."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.backbone = model
+
+    def forward(self, **batch):
+        return self.backbone(**batch)
+
+
+def test_gradient_checkpointing_is_off_in_a_model_inside_of_a_module_too():
+    model = build("llama")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = Around(model)
+    model, _ = offload.wrap(
+        model, two_groups(model), storage=[], device_memory="1GB", host_memory="1GB", step_aside="never"
+    )
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+    model.offload.close()
+
+
 @pytest.mark.parametrize("kind", ["streamed", "on the device"])
 def test_a_default_device_of_the_users_moves_nothing_that_belongs_in_host_memory(tmp_path, kind):
     model = build("llama")
