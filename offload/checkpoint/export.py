@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.checkpoint.adapters import Merge, write_adapter
+from offload.checkpoint.adapters import Merge, has_adapters, write_adapter
 from offload.checkpoint.masters import masters_of
 from offload.errors import ConfigError, StoreError, UsageError
 from offload.model import disk_names
 from offload.model.blocks import base_of
-from offload.model.loading import INDEX_FILE, SINGLE_FILE
+from offload.model.diffusion import is_of_diffusers
+from offload.model.loading import INDEX_SUFFIX, SUFFIX, stem_of
 from offload.model.quantized import quantized_weights
 from offload.runtime.engine import OffloadEngine
 from offload.runtime.hooks import cache_is_stopped
@@ -183,6 +184,9 @@ def _computed_in(model: nn.Module) -> torch.dtype:
 
 
 def _write_config(model: nn.Module, out_dir: str, dtype: torch.dtype | None) -> None:
+    if is_of_diffusers(model):
+        model.save_config(out_dir)  # type: ignore[operator]
+        return
     config = getattr(model, "config", None)
     if config is not None and hasattr(config, "save_pretrained"):
         config = copy.deepcopy(config)
@@ -213,7 +217,8 @@ def export(
     max_shard_nbytes: float = 2e9,
     adapter_only: bool = False,
 ) -> list[str]:
-    """Write a model returned by `offload.wrap` or `offload.load` as a Hugging Face directory. Returns its weight files.
+    """Write a model returned by `offload.wrap` or `offload.load` as a directory of transformers, or of diffusers where
+    it is a model of theirs. Returns its weight files.
 
     Memory used is one block; all files are on the drive when it returns. `tokenizer`: an object with
     `save_pretrained`, or a directory to copy the tokenizer's files from; a model made by `offload.load` brings its
@@ -239,7 +244,7 @@ def export(
         _write_tokenizer(tokenizer, out_dir)
         sync_files(out_dir)
         return [os.path.join(out_dir, "adapter_model.safetensors")]
-    with_masters = dtype == torch.float32 and base_of(model) is model
+    with_masters = dtype == torch.float32 and not has_adapters(model)
     if with_masters:
         engine.at_step_boundary("export with dtype=torch.float32")
     items = _items(model, engine, dtype)
@@ -251,9 +256,10 @@ def export(
             "another directory"
         )
     shards = plan_shards(items, max_shard_nbytes)
-    names = [SINGLE_FILE]
+    stem = stem_of(model)
+    names = [f"{stem}{SUFFIX}"]
     if len(shards) > 1:
-        names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+        names = [f"{stem}-{n:05d}-of-{len(shards):05d}{SUFFIX}" for n in range(1, len(shards) + 1)]
     tensors = _tensors(model, engine, with_masters)
     for file_name, shard in zip(names, shards, strict=True):
         with ShardWriter(os.path.join(out_dir, file_name), shard) as writer:
@@ -268,7 +274,7 @@ def export(
             "metadata": {"total_size": needed_nbytes},
             "weight_map": {i.name: n for n, shard in zip(names, shards, strict=True) for i in shard},
         }
-        with open(os.path.join(out_dir, INDEX_FILE), "w", encoding="utf-8") as file:
+        with open(os.path.join(out_dir, f"{stem}{INDEX_SUFFIX}"), "w", encoding="utf-8") as file:
             json.dump(index, file, indent=2, sort_keys=True)
     _write_tokenizer(tokenizer if tokenizer is not None else getattr(model, "offload_source", None), out_dir)
     _write_config(base_of(model), out_dir, dtype)

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from offload.errors import ConfigError
-from offload.model import disk_names
+from offload.model import diffusion, disk_names
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
+SINGLE_FILE = f"model{SUFFIX}"
 HEADER_NBYTES_MAX = 100_000_000
 """The limit of the format."""
 
@@ -121,15 +121,21 @@ class TensorFiles:
         return raw.view(entry.dtype).view(entry.shape)
 
 
+def stem_of(model: nn.Module) -> str:
+    """What its files of weights are called, without what says which and of what kind."""
+    return diffusion.STEM if diffusion.is_of_diffusers(model) else "model"
+
+
 def _safetensors_paths(directory: str) -> list[str]:
-    index_path = os.path.join(directory, INDEX_FILE)
-    single_path = os.path.join(directory, SINGLE_FILE)
-    if os.path.exists(single_path):
+    stems = [os.path.join(directory, stem) for stem in ("model", diffusion.STEM)]
+    single_path = next((stem + SUFFIX for stem in stems if os.path.exists(stem + SUFFIX)), None)
+    if single_path is not None:
         return [single_path]
-    if not os.path.exists(index_path):
+    index_path = next((stem + INDEX_SUFFIX for stem in stems if os.path.exists(stem + INDEX_SUFFIX)), None)
+    if index_path is None:
         raise ConfigError(
-            f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}: offload loads safetensors directories; save the "
-            "model with transformers' save_pretrained first"
+            f"{directory} has neither {SINGLE_FILE} nor model{INDEX_SUFFIX}: offload loads safetensors directories; "
+            "save the model with the save_pretrained of transformers or diffusers first"
         )
     try:
         with open(index_path, encoding="utf-8") as file:
@@ -249,14 +255,17 @@ def _store_parameters(model: nn.Module, files: TensorFiles) -> None:
 
 
 def build_model(directory: str, dtype: str | torch.dtype = "auto") -> nn.Module:
-    """The model of a Hugging Face directory, with every parameter a `StoredParameter`.
+    """The model of a directory of transformers or diffusers, with every parameter a `StoredParameter`.
 
     `dtype`: what it computes in; "auto" takes the config's, so that bf16 checkpoints train in bf16. An fp32 file keeps
     its full value as the master. Raises ConfigError when a tensor is missing or has another shape.
     """
+    files = TensorFiles(directory)
+    diffuses = diffusion.config_of(directory)
+    if diffuses is not None:
+        return _build_diffusion_model(diffuses, files, dtype)
     import transformers
 
-    files = TensorFiles(directory)
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{directory} is quantized: fine-tuning all parameters needs the unquantized model")
@@ -272,6 +281,18 @@ def build_model(directory: str, dtype: str | torch.dtype = "auto") -> nn.Module:
     if os.path.exists(os.path.join(directory, "generation_config.json")):
         settings = transformers.GenerationConfig.from_pretrained(directory, local_files_only=True)
         model.generation_config = settings  # type: ignore[assignment]  # HF attribute
+    return model.train()
+
+
+def _build_diffusion_model(config: dict[str, Any], files: TensorFiles, dtype: str | torch.dtype) -> nn.Module:
+    """Its configuration says no dtype: bf16 where all files are, else fp32."""
+    wanted = dtype if isinstance(dtype, torch.dtype) else dtype_of(dtype)
+    if wanted is None:
+        stored = {entry.dtype for entry in files.entries.values()}
+        wanted = torch.bfloat16 if stored == {torch.bfloat16} else torch.float32
+    with _parameters_without_memory():
+        model = diffusion.make(config, wanted)
+    _store_parameters(model, files)
     return model.train()
 
 

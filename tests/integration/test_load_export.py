@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -331,6 +332,14 @@ def test_missing_and_misshapen_tensors_are_refused_by_name(tmp_path):
     (tmp_path / "in" / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="neither"):
         build_model(directory)
+
+
+def test_a_model_of_diffusers_without_diffusers_is_told_what_to_install(tmp_path, monkeypatch):
+    save_file({"x": torch.zeros(2)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(ConfigError, match="pip install diffusers"):
+        load(str(tmp_path), storage=[str(tmp_path)])
 
 
 @pytest.mark.slow
