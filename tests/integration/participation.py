@@ -8,6 +8,7 @@ parameter, whose arithmetic tests/unit/test_update_rules.py compares with torch'
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +60,7 @@ class Step:
     `frozen`: numbers of parameters that are not trained; if `held`, and not None, `frozen_in_backward` those that are
     not from then on. `ends`: with a `step`, with nothing (it `goes on` in the next
     one) or with zero_grad() alone (it `forgets`). `looks`: at the norm before the step, `reads`: parameters after it,
-    `evaluates`: a forward without gradients.
+    `evaluates`: a forward without gradients, `restarts`: the run is saved after the step, and goes on in a new model.
     """
 
     passes: tuple[Pass, ...]
@@ -71,6 +72,7 @@ class Step:
     looks: bool = False
     reads: bool = False
     evaluates: bool = False
+    restarts: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,15 +167,38 @@ RULES = {
 
 
 class Streamed:
-    """Through the engine."""
+    """Through the engine. `later`: settings of after a restart; None for those of before it."""
 
-    def __init__(self, program, settings):
-        kind, options = OPTIMIZERS[program.optimizer]
-        model = made(program)
+    def __init__(self, program, settings, later=None):
+        self.program, self.settings, self.later = program, settings, later
+        self.n_starts = 0
+        self.start(settings)
+
+    def start(self, settings):
+        if settings["storage"]:
+            settings = {**settings, "storage": [f"{settings['storage'][0]}/{self.n_starts}"]}
+        self.n_starts += 1
+        self.started_with = settings
+        kind, options = OPTIMIZERS[self.program.optimizer]
+        model = made(self.program)
         self.model, self.optimizer = offload.wrap(model, kind(groups_of(model), lr=LR, **options), **settings)
         self.no_sync = self.model.offload.no_sync
         self.engine = self.model.offload
         self.zero_grad = self.optimizer.zero_grad
+
+    def restart(self):
+        """From a checkpoint; where every step is durable, from the store that the run leaves; not where neither is."""
+        if self.settings.get("durability") == "none":
+            return
+        before, settings = self.started_with, self.settings if self.later is None else self.later
+        with tempfile.TemporaryDirectory() as directory:
+            if before.get("durability") == "step":
+                directory = before["storage"][0]
+            else:
+                offload.save(self.model, directory)
+            self.engine.close()
+            self.start(settings)
+            offload.resume(self.model, directory)
 
     def grad_norm(self):
         found = self.engine.grad_norm()
@@ -276,6 +301,9 @@ class Plain(Model):
         self.lr *= 0.75
         return norm
 
+    def restart(self):
+        """There is nothing that it would change."""
+
     def parameters_now(self):
         return {name: value.detach().clone() for name, value in self.named_parameters()}
 
@@ -343,6 +371,9 @@ def run(side, program, settings):
                 tokens = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=generator)
                 every = tuple(Call(block) for block in range(len(program.hidden)))
                 found.append(("evaluated", model(tokens, [Branch(every)])[0].item()))
+        if step.restarts and step.ends == "step":
+            side.restart()
+            model, parameters = side.model, list(side.model.parameters())
         if step.reads and step.ends == "step":
             found.append(("parameters", read()))
     if program.steps[-1].ends != "step":

@@ -76,6 +76,7 @@ def steps(n_blocks):
         looks=often(False, True),
         reads=often(False, True),
         evaluates=often(False, True),
+        restarts=often(False, True),
     )
 
 
@@ -93,9 +94,18 @@ def programs(draw):
     )
 
 
+ELSEWHERE = {
+    "roomy": {"device_memory": "100MB", "host_memory": "100MB"},
+    "other chunks": {"device_memory": "100MB", "host_memory": "100MB", "chunk_elements": 6144},
+    "one device": {"device_memory": "100MB", "host_memory": "100MB", "device": "cpu"},
+}
+"""Settings that a run may go on with after a restart."""
+OF_A_BUS = ("states_on_device", "bus_bytes_per_s")
+
+
 @st.composite
 def ways(draw):
-    """Settings, and where state goes."""
+    """Settings, where state goes, whether small gradients leave alone, and what is else after a restart."""
     chosen = {
         "device": draw(st.sampled_from(["cpu", "emulated"])),
         "update": draw(often("auto", "deferred", "backward")),
@@ -119,7 +129,8 @@ def ways(draw):
         place = "half"
     if place in ("memory", "aside") and "storage" in (chosen["activations"], chosen["saved_activations"]):
         place = "host"
-    return place, {key: value for key, value in chosen.items() if value is not None}, draw(st.booleans())
+    told = {key: value for key, value in chosen.items() if value is not None}
+    return place, told, draw(st.booleans()), draw(often(None, *ELSEWHERE))
 
 
 def settings_of(place, chosen, program, directory):
@@ -145,7 +156,7 @@ def settings_of(place, chosen, program, directory):
 
 
 def assert_same_bits(program, way):
-    place, chosen, leaves_alone = way
+    place, chosen, leaves_alone, elsewhere = way
     with (
         tempfile.TemporaryDirectory() as directory,
         pytest.MonkeyPatch.context() as patch,
@@ -155,7 +166,11 @@ def assert_same_bits(program, way):
             patch.setattr(gradients, "LEAVES_ALONE_NBYTES", 0)
         told = settings_of(place, chosen, program, directory)
         expected = run(Plain(program, told), program, told)
-        side = Streamed(program, told)
+        later = None
+        if elsewhere is not None:
+            later = {**told, **ELSEWHERE[elsewhere]}
+            later = {key: later[key] for key in later if later["device"] != "cpu" or key not in OF_A_BUS}
+        side = Streamed(program, told, later)
         try:
             got = run(side, program, told)
         except BudgetError as refused:
