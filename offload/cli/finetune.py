@@ -22,6 +22,7 @@ from offload.cli.settings import Settings, check
 from offload.cli.stop import StopSignals
 from offload.cli.totals import Totals, summary_of
 from offload.errors import ConfigError, OffloadError
+from offload.model import diffusion
 from offload.model.causal_lm_loss import why_not_chunked
 from offload.model.loading import dtype_of, load_gguf
 from offload.planner.floor import FloorMeter, StorageRates
@@ -69,6 +70,11 @@ def _optimizer(parameters: Iterable[nn.Parameter], settings: Settings) -> torch.
 def _tokenizer(settings: Settings) -> Any:
     import transformers
 
+    if diffusion.config_of(settings.model) is not None:
+        raise ConfigError(
+            f"--model {settings.model} is a model of diffusers, and finetune trains language models on text: train it "
+            "in a loop of your own with offload.load (docs/models.md)"
+        )
     try:
         return transformers.AutoTokenizer.from_pretrained(settings.model, local_files_only=True)
     except (OSError, ValueError) as error:

@@ -318,6 +318,12 @@ def test_the_package_itself_is_the_command_line():
     assert "finetune" in ran.stdout
 
 
+def test_a_model_of_diffusers_is_refused_with_what_trains_it(workplace, capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "FluxTransformer2DModel"}')
+    assert finetune(workplace, "--model", str(tmp_path)) == 2
+    assert "in a loop of your own with offload.load" in capsys.readouterr().err
+
+
 def test_the_name_of_a_hub_model_is_refused_with_how_to_fetch_it(workplace, capsys):
     assert finetune(workplace, "--model", "HuggingFaceTB/SmolLM2-135M") == 2
     assert "hf download NAME --local-dir DIR" in capsys.readouterr().err
