@@ -29,7 +29,7 @@ def config_of(directory: str) -> dict[str, Any] | None:
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be understood: {error}") from error

@@ -332,7 +332,7 @@ class OffloadEngine(OpenRun):
             self._scheduler.update_now(self.root, self._hyper_of)
         optimizer.grad_scale = 1.0
         for block in [*self.blocks, self.root]:
-            block.end_step()
+            block.end_step(made=not discarded)
         self._scheduler.rewind()
         self._scheduler.prefetch()
         self._plan_late()

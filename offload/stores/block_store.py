@@ -171,12 +171,13 @@ class BlockRecord:
     _writes: list[int] = field(default_factory=list)
     """Of each one watched: how often it had been written to from outside when it was looked at last."""
 
-    def end_step(self) -> None:
-        """optimizer.step() is over. Graphs of before it cannot go backward through what it has updated: a block refuses
-        its calls, the root's operations look, as torch's do, at how often a parameter has been changed in place."""
-        if self.updated_since_step and self.awaiting_backward:
+    def end_step(self, *, made: bool) -> None:
+        """optimizer.step() is over, and has left the parameters as they were if not `made`. Graphs of before it cannot
+        go backward through what it has updated: a block refuses its calls, the root's operations look, as torch's do,
+        at how often a parameter has been changed in place."""
+        if made and self.updated_since_step and self.awaiting_backward:
             self.outdated.update(self.awaiting_backward)
-        if self.is_root and self.updated:
+        if made and self.is_root and self.updated:
             self._count_updates()
         self.updated.clear()
         self.updated_since_step = False

@@ -162,3 +162,21 @@ def test_a_backward_after_a_step_is_refused_as_in_torch_only_through_the_paramet
     got = late_through(model, wrapped_optimizer, 1)
     torch.testing.assert_close(got, late_through(plain, optimizer, 1))
     model.offload.close()
+
+
+def test_a_backward_after_a_step_that_was_discarded_has_the_gradients_of_its_forward(tmp_path):
+    x = torch.full((4, 8), 0.5, requires_grad=True)
+    torch.manual_seed(0)
+    loss_of(Model(), x).backward()
+    expected, x.grad = x.grad, None
+    model, optimizer = start(
+        tmp_path, "none", step_aside="never", durability="step", update="backward", max_grad_norm=1e-9
+    )
+    first, second = loss_of(model), loss_of(model, x)
+    first.backward()
+    optimizer.step()
+    assert optimizer.discarded_steps == 1
+    optimizer.zero_grad()
+    second.backward()
+    assert torch.equal(x.grad, expected)
+    model.offload.close()
