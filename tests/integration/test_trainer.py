@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import offload
 from offload.errors import CheckpointError, ConfigError
-from offload.transformers import OffloadSeq2SeqTrainer, OffloadTrainer, load_model
+from offload.transformers import OffloadMixin, OffloadSeq2SeqTrainer, OffloadTrainer, load_model
 from tests import child
 from tests.families import FAMILIES, VOCAB
 
@@ -114,6 +114,39 @@ def test_a_run_that_is_killed_and_resumed_has_the_curve_it_would_have_had(tmp_pa
     assert curve(resumed) == curve(whole)
     first = json.loads((tmp_path / "run" / "checkpoint-4" / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in first] == [1, 2, 3, 4]
+
+
+class OwnFiles(Trainer):
+    """A trainer of another library, whose models have directories of their own kind."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        torch.save(self.model.state_dict(), f"{output_dir}/own.pt")
+
+
+class Around(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, **batch):
+        return self.inner(**batch)
+
+
+@pytest.mark.parametrize("around", [False, True])
+def test_a_trainer_keeps_its_own_directories_for_models_that_are_not_of_transformers(tmp_path, around):
+    model = FAMILIES["Llama"].build()
+    kind = type("Streamed", (OffloadMixin, OwnFiles), {})
+    trainer = kind(
+        model=Around(model) if around else model, train_dataset=dataset(),
+        args=arguments(tmp_path, max_steps=1, remove_unused_columns=False),
+        offload=settings_in(tmp_path),
+    )  # fmt: skip
+    trainer.train()
+    (tmp_path / "out").mkdir()
+    trainer.save_model(str(tmp_path / "out"))
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert ("own.pt" in written, "model.safetensors" in written) == (around, not around)
+    trainer.close()
 
 
 def test_files_of_a_run_are_ready_for_from_pretrained_and_the_hub(tmp_path, monkeypatch):
