@@ -21,7 +21,11 @@ class Residency(Protocol):
 
     def holds(self, block: BlockRecord) -> bool: ...
     def needs_host_slot(self, phase: Phase) -> bool: ...
-    def load(self, block: BlockRecord, order: dict[int, int], *, must: bool) -> bool: ...
+    def load(
+        self, block: BlockRecord, order: dict[int, int], *, must: bool, kept: frozenset[int] = frozenset()
+    ) -> bool: ...
+    @property
+    def n_slots(self) -> int: ...
     def begin_use(self, block: BlockRecord) -> None: ...
     def end_use(self, block: BlockRecord) -> None: ...
     def outdated(self, block: BlockRecord, *, in_part: bool = False) -> None: ...
@@ -43,7 +47,14 @@ class SharedResidency:
         """It is what is computed with."""
         return True
 
-    def load(self, block: BlockRecord, order: dict[int, int], *, must: bool) -> bool:
+    @property
+    def n_slots(self) -> int:
+        """Of its own."""
+        return 0
+
+    def load(
+        self, block: BlockRecord, order: dict[int, int], *, must: bool, kept: frozenset[int] = frozenset()
+    ) -> bool:
         """Bind, when it is about to be used."""
         if must and block.index not in self._bound:
             block.bind()
@@ -88,15 +99,22 @@ class CopiedResidency:
         """After backward the update runs in it; forward needs no more than the copy."""
         return phase == "backward"
 
-    def load(self, block: BlockRecord, order: dict[int, int], *, must: bool) -> bool:
+    @property
+    def n_slots(self) -> int:
+        """How many blocks can be on the device at once."""
+        return len(self._slots)
+
+    def load(
+        self, block: BlockRecord, order: dict[int, int], *, must: bool, kept: frozenset[int] = frozenset()
+    ) -> bool:
         """Start copying the parameters from the host slot, once what is in flight for it has ended.
 
-        False when no slot can be spared.
+        False when no slot can be spared; those of `kept` blocks are not unless one `must`.
         """
         if self.holds(block) or block.slot is None:
             return self.holds(block)
         if block.device_slot is None:
-            slot = self._free_slot(block, order, must)
+            slot = self._free_slot(block, order, must, kept)
             if slot is None:
                 return False
             block.device_slot, slot.owner = slot, block
@@ -114,15 +132,19 @@ class CopiedResidency:
         block.device_stale = False
         return True
 
-    def _free_slot(self, wanted_by: BlockRecord, order: dict[int, int], must: bool) -> DeviceSlot | None:
+    def _free_slot(
+        self, wanted_by: BlockRecord, order: dict[int, int], must: bool, kept: frozenset[int]
+    ) -> DeviceSlot | None:
         held: list[tuple[int, DeviceSlot, BlockRecord]] = []
         for slot in self._slots:
             if slot.owner is None:
                 return slot
-            if not slot.owner.in_use:
+            if not slot.owner.in_use and slot.owner.index not in kept:
                 held.append((order.get(slot.owner.index, len(order)), slot, slot.owner))
         rank, chosen, victim = max(held, key=lambda item: item[0], default=(0, None, None))
         if chosen is None or victim is None:
+            if must and kept:
+                return self._free_slot(wanted_by, order, must, frozenset())
             if must:
                 raise BudgetError("every device slot is in use at once; raise device_memory")
             return None

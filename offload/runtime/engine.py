@@ -185,8 +185,8 @@ class OffloadEngine(OpenRun):
         if self._late_plan is not None:
             self._late_plan.saw(n_samples, tensors)
 
-    def begin_forward(self, block: BlockRecord) -> None:
-        """Before the block's forward."""
+    def begin_forward(self, block: BlockRecord, *, ends_there: bool = False) -> None:
+        """Before the block's forward. `ends_there`: no backward follows."""
         self.refuse_unless_open()
         self._written.refuse_of(block)
         look_at_forward(block)
@@ -194,7 +194,7 @@ class OffloadEngine(OpenRun):
             self._gradients.will_accumulate()
         if self.commits is not None:
             self.commits.next_forward(self._live_optimizer())
-        self._scheduler.begin(block, "forward")
+        self._scheduler.begin(block, "forward", ends_there=ends_there)
 
     def end_forward(self, block: BlockRecord) -> None:
         """After the block's forward."""

@@ -32,7 +32,7 @@ from offload.runtime.update_jobs import (
     parts_of,
     touched_segments,
 )
-from offload.schedule.operations import Phase, Use, UseCursor
+from offload.schedule.operations import ForwardCursor, Phase, Use, UseCursor, kept_in_forwards
 from offload.stores.block_store import BlockRecord, Slot
 from offload.stores.sides import Sides
 from offload.telemetry import SpanLog, Stalls
@@ -75,7 +75,9 @@ class Scheduler:
         self._spans = spans
         self._device_updates = device_updates
         self.gradients = make_gradients(self._complete)
-        self._cursor = UseCursor(len(blocks))
+        self._in_steps = UseCursor(len(blocks))
+        self._in_forwards = _forwards(blocks, len(slots), residency.n_slots)
+        self._cursor: UseCursor | ForwardCursor = self._in_steps
         self._to_hold = _to_hold(blocks) if holds else None
         self._pending_segments: dict[int, list[Segments]] = {}
         self._root_parts = RootParts(root)
@@ -141,7 +143,8 @@ class Scheduler:
         clean = [o for o in owners if o.state is BlockState.RESIDENT]
         if wanted_by.pending_update and not must:  # an update cannot be told to begin after a copy
             clean = [o for o in clean if o.loaded.done()]
-        victim = max(clean, key=self._next_host_use, default=None)
+        spared = [o for o in clean if o.index not in self._cursor.kept]
+        victim = max(spared or (clean if must else []), key=self._next_host_use, default=None)
         if victim and (must or self._next_host_use(victim) > self._next_host_use(wanted_by)):
             return self._evict(victim)
         if not must:
@@ -226,14 +229,19 @@ class Scheduler:
 
     # ---- uses ------------------------------------------------------------------------------------------------
 
-    def begin(self, block: BlockRecord, phase: Phase) -> None:
-        """Have `block` on the device for `phase`, then look ahead."""
+    def begin(self, block: BlockRecord, phase: Phase, *, ends_there: bool = False) -> None:
+        """Have `block` on the device for `phase`, then look ahead. `ends_there`: no backward follows this forward."""
+        if not ends_there:
+            self._cursor = self._in_steps
+        elif block.index == 0:  # the first, so that it is not a block here and there in a step
+            self._cursor = self._in_forwards
         self._cursor.at(Use(block.index, phase))
         block.in_use += 1
         block.host_in_use += 1
         if not self._residency.holds(block):
             self.fetch(block, must=True)
-            self._residency.load(block, self._cursor.ranks(), must=True)
+            order, kept = self._cursor.ranks(), self._cursor.kept_on_device
+            self._residency.load(block, order, must=True, kept=kept)
             if block.tickets:
                 self.prefetch()
         self.wait_resident(block)  # what it was loaded after has ended, and lets go of its gradients
@@ -258,7 +266,7 @@ class Scheduler:
         for block in self._to_fetch():
             if not self.fetch(block, must=False):
                 break
-        order, comes_back = self._cursor.ranks(), False
+        order, kept, comes_back = self._cursor.ranks(), self._cursor.kept_on_device, False
         for index in self._cursor.upcoming():
             block = self.blocks[index]
             comes_back = comes_back or block.in_use > 0
@@ -267,7 +275,7 @@ class Scheduler:
             self.settle(block)
             if block.slot is None or block.pending_update or (comes_back and block.tickets):
                 return
-            if not self._residency.load(block, order, must=False):
+            if not self._residency.load(block, order, must=False, kept=kept):
                 return
 
     def _to_fetch(self) -> Iterator[BlockRecord]:
@@ -470,7 +478,16 @@ class Scheduler:
 
     def rewind(self) -> None:
         """A step has ended: the next use is forward of the first block."""
-        self._cursor.rewind()
+        self._cursor = self._in_steps
+        self._in_steps.rewind()
+
+
+def _forwards(blocks: list[BlockRecord], n_slots: int, n_device_slots: int) -> ForwardCursor:
+    """Of blocks that share so many slots."""
+    loaded = [block.index for block in blocks if not block.on_device] if n_device_slots else []
+    on_device = kept_in_forwards(loaded, n_device_slots)
+    fetched = [block.index for block in blocks if block.param_offset >= 0 and block.index not in on_device]
+    return ForwardCursor(len(blocks), kept_in_forwards(fetched, n_slots), on_device)
 
 
 def _to_hold(blocks: list[BlockRecord]) -> BlockRecord | None:
