@@ -95,7 +95,8 @@ def test_every_failing_transfer_ends_in_an_error_with_a_path_or_in_the_right_num
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("mode", slow_but(["clipping"], MODES))
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
 def test_a_run_that_goes_on_after_a_failed_transfer_never_computes_with_wrong_bytes(
     tmp_path, monkeypatch, mode
 ):

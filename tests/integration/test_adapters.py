@@ -10,11 +10,13 @@ peft = pytest.importorskip("peft")
 
 import offload  # noqa: E402
 from offload.errors import ConfigError  # noqa: E402
+from tests.conftest import slow_but  # noqa: E402
 from tests.families import FAMILIES  # noqa: E402
 from tests.fault.training import smallest_budgets  # noqa: E402
 
 N_STEPS = 4
 ACTIVATIONS_NBYTES = 2**20
+ADAPTERS = ["resident", "streamed"]
 
 
 def adapted(dtype=torch.bfloat16, name="Llama", **changes):
@@ -53,7 +55,7 @@ def streamed(model, directory, **settings):
     return offload.wrap(model, optimizer, **budgets, **settings)
 
 
-@pytest.mark.parametrize("adapters", ["resident", "streamed"])
+@pytest.mark.parametrize("adapters", slow_but(["streamed"], ADAPTERS))
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_adapters_learn_what_they_learn_in_memory(tmp_path, dtype, use_dora, adapters):
@@ -119,7 +121,7 @@ def test_a_plan_and_resident_adapters_contradict_each_other(tmp_path):
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-@pytest.mark.parametrize("adapters", ["resident", "streamed"])
+@pytest.mark.parametrize("adapters", slow_but(["streamed"], ADAPTERS))
 def test_the_merged_export_is_what_peft_merges_in_memory(tmp_path, adapters, use_dora):
     model, optimizer = streamed(
         adapted(torch.float32, use_dora=use_dora, modules_to_save=["lm_head"]), tmp_path, adapters=adapters
@@ -202,7 +204,7 @@ def quantized(directory, bits, **changes):
     return peft.get_peft_model(model, peft.LoraConfig(**settings)).train()
 
 
-@pytest.mark.parametrize("adapters", ["resident", "streamed"])
+@pytest.mark.parametrize("adapters", slow_but(["streamed"], ADAPTERS))
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_merged_export_of_a_quantized_base_is_dense_and_what_peft_merges(
@@ -247,7 +249,7 @@ def test_a_merged_export_of_a_quantized_base_is_dense_and_what_peft_merges(
     assert moved.abs().max() > 1e-3, "the adapters changed nothing"
 
 
-@pytest.mark.parametrize("adapters", ["resident", "streamed"])
+@pytest.mark.parametrize("adapters", slow_but(["streamed"], ADAPTERS))
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_base_in_eight_or_four_bits_is_streamed_as_it_is(tmp_path, bits, use_dora, adapters):

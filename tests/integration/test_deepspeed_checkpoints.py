@@ -55,7 +55,7 @@ def weights(engine):
     return {name: t.clone() for block in engine.offload.iter_blocks() for name, t in block}
 
 
-@pytest.mark.parametrize("precision", [None, "bf16", "fp16"])
+@pytest.mark.parametrize("precision", slow_but([None, "fp16"], [None, "bf16", "fp16"]))
 @pytest.mark.parametrize(
     ("saved_in", "loaded_in"),
     slow_but([("nvme", "nvme"), *ACROSS], [("nvme", "nvme"), ("none", "nvme"), ("nvme", "cpu"), *ACROSS]),

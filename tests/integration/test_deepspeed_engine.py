@@ -12,7 +12,7 @@ import torch
 import offload
 import offload.deepspeed as deepspeed
 from offload.errors import ConfigError, UsageError
-from tests.conftest import batches, build
+from tests.conftest import batches, build, slow_but
 from tests.drive_order import recorded
 
 LR = 2e-3
@@ -90,7 +90,7 @@ def assert_near(got, expected, bound=BOUND):
         assert (got[1][name] - tensor).abs().max() <= bound, name
 
 
-@pytest.mark.parametrize("where", ["none", "cpu", "nvme"])
+@pytest.mark.parametrize("where", slow_but(["nvme"], ["none", "cpu", "nvme"]))
 @pytest.mark.parametrize(
     ("more", "options"),
     [

@@ -56,15 +56,15 @@ def test_no_load_that_waits_for_an_update_goes_before_that_of_a_block_needed_ear
     early, calls, backward = [], [], []
     load, begin = CopiedResidency.load, scheduler.Scheduler.begin
 
-    def noted(self, block, order, *, must):
+    def noted(self, block, order, *, must, **more):
         if not must and block.tickets:
             calls.append(block.index)
             early.extend(block.index for index in backward if index < block.index)
-        return load(self, block, order, must=must)
+        return load(self, block, order, must=must, **more)
 
-    def begins(self, block, phase):
+    def begins(self, block, phase, **more):
         backward[:] = [block.index] if phase == "backward" else []
-        begin(self, block, phase)
+        begin(self, block, phase, **more)
         backward.clear()
 
     monkeypatch.setattr(scheduler.Scheduler, "begin", begins)

@@ -392,6 +392,7 @@ def fill_the_staging_before_it_has_been_written(monkeypatch):
     monkeypatch.setattr(ActivationStore, "_write", hurried)
 
 
+@pytest.mark.slow
 def test_a_slow_drive_changes_no_number(tmp_path, kept_blocks, monkeypatch):
     on_a_slow_drive(monkeypatch)
     assert not differs(train_blocks(tmp_path / "slow", **slow("storage")), kept_blocks)

@@ -82,6 +82,7 @@ def test_simulate_in_json_adds_up() -> None:
     assert theirs["hardware_tflops"] > theirs["model_tflops"]
 
 
+@pytest.mark.slow
 def test_settings_reach_the_sources(asked) -> None:
     run("plan", *RUN, "--sequence-length", "512", "--override", "dram_bytes_per_s=5e10")
     assert asked == {"tokens": 512, "overrides": ["dram_bytes_per_s=5e10"]}

@@ -82,6 +82,7 @@ def test_no_tier_is_ever_above_its_budget_in_the_plan_or_in_the_simulation(case)
         assert simulated.written_nbytes <= budgets.written_nbytes_per_step * (1 + 1e-9) + 64
 
 
+@pytest.mark.slow
 @quick
 @given(cases())
 def test_the_simulated_step_moves_the_bytes_that_were_predicted(case) -> None:

@@ -78,6 +78,7 @@ def test_a_fixed_choice_that_makes_no_sense_is_refused(fixed, message) -> None:
         make_plan(work, small_machine(1, False), Budgets(80 * MB, 60 * MB), fixed, batch_samples=6)
 
 
+@pytest.mark.slow
 def test_some_updates_wait_where_the_cpu_limits_and_no_memory_is_left_for_gradients() -> None:
     """175 B parameters within 24 GB: the only gradient buffer, and updates of 140 s beside arithmetic of 117."""
     work, machine = gpt("175b", 96, 12288), lohan_machine()
@@ -140,6 +141,7 @@ def test_a_limit_on_writes_is_kept_with_host_memory() -> None:
         make_plan(work, machine, replace(budgets, host_memory_nbytes=5 * MB), batch_samples=2)
 
 
+@pytest.mark.slow
 def test_what_one_more_brings_is_what_planning_again_gives() -> None:
     work, machine = gpt("13b", 40, 5120), lohan_machine(1)
     budgets = Budgets(24 * 10**9, 64 * 10**9)
