@@ -86,6 +86,12 @@ CASES = {
     "validated in between": (Fitted, {"val_check_interval": 2}, {}, {}),
     "clipped by the engine": (Fitted, {}, {"gradient_clip_val": 1.0}, {"max_grad_norm": 1.0}),
     "accumulated, updates wait": (Fitted, {"accumulate_grad_batches": 2}, {}, {"update": "deferred"}),
+    "accumulated and clipped": (
+        Fitted,
+        {"accumulate_grad_batches": 2},
+        {"gradient_clip_val": 1.0},
+        {"max_grad_norm": 1.0},
+    ),
     "accumulated, updates in backward": (Holding, {"accumulate_grad_batches": 2}, {}, {}),
     "manual": (Manual, {}, {}, {}),
 }
