@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 
 from offload.errors import BudgetError
-from offload.schedule.operations import Phase
+from offload.schedule.use_order import Phase
 from offload.stores.block_store import BlockRecord, DeviceSlot
 from offload.tiers.device import PAST, DeviceTier, Event
 from offload.transfer.copies import Copies

@@ -32,7 +32,7 @@ from offload.runtime.update_jobs import (
     parts_of,
     touched_segments,
 )
-from offload.schedule.operations import ForwardCursor, Phase, Use, UseCursor, kept_in_forwards
+from offload.schedule.use_order import ForwardCursor, Phase, Use, UseCursor, kept_in_forwards
 from offload.stores.block_store import BlockRecord, Slot
 from offload.stores.sides import Sides
 from offload.telemetry import SpanLog, Stalls

@@ -5,7 +5,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.schedule.operations import ForwardCursor, Use, UseCursor, kept_in_forwards
+from offload.schedule.use_order import ForwardCursor, Use, UseCursor, kept_in_forwards
 
 
 @given(st.integers(1, 12), st.data())
