@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from common import ROOT, about, median, write_rows
+from common import ROOT, about, command_line, median, write_rows
 
 sys.path.insert(0, str(ROOT))
 
@@ -306,7 +306,7 @@ def main() -> None:
     finally:
         here.close()
         shutil.rmtree(storage, ignore_errors=True)
-    command = "python benchmarks/simulator_reality.py --storage DIR --json FILE"
+    command = command_line(sys.argv[0], sys.argv[1:])
     write_rows(options.json, [row | facts for row in [*rows, summary(rows)]], command)
 
 
