@@ -24,7 +24,7 @@ from offload.tiers.device import CudaDevice
 from offload.tiers.emulated_device import EmulatedDevice
 from offload.tiers.host import HostArena
 from offload.tiers.storage import Store
-from tests.conftest import batches, build, one_thread, slow_but, two_groups
+from tests.conftest import Around, batches, build, one_thread, slow_but, two_groups
 from tests.device_memory import allocations
 from tests.integration.test_exactness import (
     CHUNK,
@@ -311,17 +311,6 @@ def test_a_model_keeps_its_own_gradient_checkpointing_where_nothing_is_streamed(
     model.offload.close()
     assert layer.gradient_checkpointing == (step_aside == "always")
     assert step_aside == "never" or layer._gradient_checkpointing_func is before
-
-
-class Around(torch.nn.Module):
-    """A model of transformers as a part of a user's module, which cannot turn its checkpointing off."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.backbone = model
-
-    def forward(self, **batch):
-        return self.backbone(**batch)
 
 
 def test_gradient_checkpointing_is_off_in_a_model_inside_of_a_module_too():

@@ -15,6 +15,7 @@ import offload
 from offload.errors import CheckpointError, ConfigError
 from offload.transformers import OffloadMixin, OffloadSeq2SeqTrainer, OffloadTrainer, load_model
 from tests import child
+from tests.conftest import Around
 from tests.families import FAMILIES, VOCAB
 
 LOSS_BOUND = 5e-6
@@ -121,15 +122,6 @@ class OwnFiles(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         torch.save(self.model.state_dict(), f"{output_dir}/own.pt")
-
-
-class Around(torch.nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.inner = model
-
-    def forward(self, **batch):
-        return self.inner(**batch)
 
 
 @pytest.mark.parametrize("around", [False, True])
