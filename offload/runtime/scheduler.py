@@ -309,8 +309,8 @@ class Scheduler:
 
     def _segments(self, block: BlockRecord, hyper_of: HyperOf) -> list[Segments]:
         segments_of = touched_segments(block, hyper_of)
-        block.updated |= block.touched
         if block.is_root:
+            block.updated |= block.touched
             self._root_parts.add_rest(segments_of)
         return segments_of
 
@@ -327,7 +327,8 @@ class Scheduler:
         with self._stalls.waiting("save"):
             self.before_update(block)
         updates.update(block, touched_segments(block, hyper_of))
-        block.updated |= block.touched
+        if block.is_root:
+            block.updated |= block.touched
         self.gradients.drop(block)
         block.touched.clear()
 

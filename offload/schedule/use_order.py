@@ -92,20 +92,29 @@ class ForwardCursor:
         self._position = -1
         self._followed_by: dict[int, int] = {}
         self._ranks: dict[int, int] = {}
+        self._orders: dict[int, dict[int, int]] = {}
+        """Of every position that has been looked from, as long as blocks follow each other as they did."""
         self.kept, self.kept_on_device = kept, kept_on_device
 
     def at(self, use: Use) -> None:
         """Record that `use` begins now."""
-        self._followed_by[self._position] = use.block
+        if self._followed_by.get(self._position) != use.block:
+            self._followed_by[self._position] = use.block
+            self._orders.clear()
         self._position = use.block
-        circle = [(use.block + 1 + i) % self._n_blocks for i in range(self._n_blocks)]
-        self._ranks = {}
-        block = self._next(use.block)
-        while block not in self._ranks:
-            self._ranks[block] = len(self._ranks)
+        if use.block not in self._orders:
+            self._orders[use.block] = self._ranks_after(use.block)
+        self._ranks = self._orders[use.block]
+
+    def _ranks_after(self, position: int) -> dict[int, int]:
+        ranks: dict[int, int] = {}
+        block = self._next(position)
+        while block not in ranks:
+            ranks[block] = len(ranks)
             block = self._next(block)
-        for block in circle:
-            self._ranks.setdefault(block, len(self._ranks))
+        for i in range(self._n_blocks):
+            ranks.setdefault((position + 1 + i) % self._n_blocks, len(ranks))
+        return ranks
 
     def _next(self, block: int) -> int:
         return self._followed_by.get(block, (block + 1) % self._n_blocks)

@@ -137,7 +137,7 @@ class BlockRecord:
     """Calls of which a step has updated the parameters, so that their backward cannot come any more."""
     updated_since_step: bool = False
     updated: set[int] = field(default_factory=set)
-    """id() of parameters that an update of this step changes."""
+    """id() of parameters that an update of this step changes (the root's only)."""
     trains: bool = False
     """Its module has trainable parameters, its own or the root's."""
     checked: bool = False
