@@ -29,7 +29,7 @@ class DurableSteps:
         self.commits = commits
         self._root, self._blocks = root, blocks
         self._scheduler, self._stalls, self._limit = scheduler, stalls, limit
-        scheduler.gate, scheduler.check_commit = commits.gate, commits.check
+        scheduler.gate, scheduler.host.check_commit = commits.gate, commits.check
 
     def before_update(self, optimizer: OffloadOptimizer) -> None:
         """The step before must be on its way to the drives: what an update writes waits for that, as it overwrites the

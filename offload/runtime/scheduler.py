@@ -1,11 +1,6 @@
 """Moves blocks: issues fetches, loads and updates ahead of use, and waits only where data demands it.
 
-[Note: one owner per slot] A slot belongs to one block from the start of its fetch until its eviction. Eviction is
-lazy and picks the block whose next use is farthest, so that blocks near each turn (forward to backward, and
-backward to the next forward) stay and are not read again. A block with an update in flight keeps its slot: the
-update changes the parameters in place and writes them to storage, after which the copy is clean.
-
-[Note: two steps to the device] Slots are host memory: storage is read into them and updates run in them. A device that
+[Note: two steps to the device] Storage is read into host slots (`HostSlots`), and updates run in them. A device that
 shares the host's memory computes on them; for one with memory of its own a resident block is then loaded into a
 device slot (`Residency`), and an update makes that copy outdated.
 """
@@ -13,14 +8,13 @@ device slot (`Residency`), and an update makes that copy outdated.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 
-from offload.errors import BudgetError, CorruptError
 from offload.runtime.device_residency import Residency
 from offload.runtime.device_updates import DeviceUpdates
 from offload.runtime.early_root import Range
 from offload.runtime.gradients import Gradients
+from offload.runtime.host_slots import HostSlots
 from offload.runtime.update_jobs import (
     HyperOf,
     Part,
@@ -33,11 +27,9 @@ from offload.runtime.update_jobs import (
     touched_segments,
 )
 from offload.schedule.use_order import ForwardCursor, Phase, Use, UseCursor, kept_in_forwards
-from offload.stores.block_store import BlockRecord, Slot
-from offload.stores.sides import Sides
-from offload.telemetry import SpanLog, Stalls
+from offload.stores.block_store import BlockRecord
+from offload.telemetry import Stalls
 from offload.tiers.storage import Store
-from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Ticket, UpdatePipeline
 from offload.types import BlockState
 
@@ -52,109 +44,42 @@ class Scheduler:
         self,
         blocks: list[BlockRecord],
         root: BlockRecord,
-        slots: list[Slot],
+        host: HostSlots,
         store: Store | None,
         pipeline: UpdatePipeline,
         residency: Residency,
-        copies: Copies,
+        gradients: Gradients,
         stalls: Stalls,
-        spans: SpanLog,
         device_updates: DeviceUpdates | None,
-        make_gradients: Callable[[Callable[[BlockRecord, str], None]], Gradients],
         *,
         holds: bool,
     ) -> None:
         self.blocks = blocks
         self.root = root
-        self._slots = slots
+        self.host = host
         self._store = store
         self._pipeline = pipeline
         self._residency = residency
-        self._copies = copies
         self._stalls = stalls
-        self._spans = spans
         self._device_updates = device_updates
-        self.gradients = make_gradients(self._complete)
+        self.gradients = gradients
         self._in_steps = UseCursor(len(blocks))
-        self._in_forwards = _forwards(blocks, len(slots), residency.n_slots)
+        self._in_forwards = _forwards(blocks, len(host), residency.n_slots)
         self._cursor: UseCursor | ForwardCursor = self._in_steps
         self._to_hold = _to_hold(blocks) if holds else None
         self._pending_segments: dict[int, list[Segments]] = {}
         self._root_parts = RootParts(root)
         self._held: BlockRecord | None = None
-        self.verify_s = 0.0
-        """Spent in comparing fetched parameters with their checksums."""
         self.gate: Callable[[], Ticket | None] = lambda: None
         """What the writes of the next update have to wait for."""
-        self.check_commit: Callable[[], None] = lambda: None
-        """Raises when that has failed: an update that waited for it only repeats so."""
         self.before_update: Callable[[BlockRecord], None] = lambda _: None
         """Returns when what an update overwrites is not needed any more."""
 
-    # ---- host slots ------------------------------------------------------------------------------------------
-
-    def settle(self, block: BlockRecord) -> None:
-        """Complete a fetch or update that has ended, without waiting."""
-        if block.tickets and all(ticket.done() for ticket in block.tickets):
-            self._complete(block, "fetch")
-
-    def _complete(self, block: BlockRecord, cause: str) -> None:
-        with self._stalls.waiting(cause):
-            try:
-                for ticket in block.tickets:
-                    ticket.wait()  # a failed one stays, and fails every later use of the block too
-            except OSError:
-                self.check_commit()
-                raise
-        if block.state is BlockState.FETCHING and block.sides is not None and block.sides.verifies:
-            self._verify(block, block.sides)
-        block.tickets, block.arriving = [], []
-        updated = block.state is BlockState.UPDATING
-        if block.state is not BlockState.RESIDENT:
-            block.move(BlockState.RESIDENT)
-        if updated:
-            self.gradients.updated(block)
-
-    def _verify(self, block: BlockRecord, sides: Sides) -> None:
-        """Raise CorruptError when the parameters that were read are not those that were written."""
-        begin_s = time.perf_counter()
-        for position, buffer in enumerate(block.layout.buffers):
-            wrong = sides.wrong_chunk(position, buffer, block.plane(buffer).data_ptr())
-            if wrong is not None and self._store is not None:
-                raise CorruptError(
-                    f"store {self._store.paths[0]}: chunk {wrong} of the parameters of block {block.name} has another "
-                    "checksum than was written: the drive or another program has changed it; resume from the last "
-                    "committed step"
-                )
-        self.verify_s += time.perf_counter() - begin_s
+    # ---- parameters that come in -----------------------------------------------------------------------------
 
     def wait_resident(self, block: BlockRecord) -> None:
         """Block until the parameters are in the slot and no update is changing them."""
-        if block.tickets:
-            self._complete(block, "update" if block.state is BlockState.UPDATING else "fetch")
-
-    def _free_slot(self, wanted_by: BlockRecord, must: bool) -> Slot | None:
-        for slot in self._slots:
-            if slot.owner is None:
-                return slot
-        for held in self._slots:
-            self.settle(held.owner)  # type: ignore[arg-type]  # every slot has an owner here
-        owners = [s.owner for s in self._slots if s.owner is not None and not s.owner.host_in_use]
-        clean = [o for o in owners if o.state is BlockState.RESIDENT]
-        if wanted_by.pending_update and not must:  # an update cannot be told to begin after a copy
-            clean = [o for o in clean if o.loaded.done()]
-        spared = [o for o in clean if o.index not in self._cursor.kept]
-        victim = max(spared or (clean if must else []), key=self._next_host_use, default=None)
-        if victim and (must or self._next_host_use(victim) > self._next_host_use(wanted_by)):
-            return self._evict(victim)
-        if not must:
-            return None
-        busy = [o for o in owners if o.tickets]
-        if not busy:
-            raise BudgetError("every block slot is in use at once; raise device_memory or prefetch_blocks")
-        with self._stalls.waiting("slot"):
-            self._complete(busy[0], "slot")
-        return self._free_slot(wanted_by, must)
+        self.host.wait(block)
 
     def _next_host_use(self, block: BlockRecord) -> int:
         """How far ahead the host slot is needed: not for a forward before which the copy on the device is current."""
@@ -167,54 +92,23 @@ class Scheduler:
         """Whether the copy on the device will be current in forward."""
         return self._residency.holds(block) and not block.grads_waiting
 
-    def _evict(self, block: BlockRecord) -> Slot:
-        slot = block.slot
-        if slot is None:
-            raise BudgetError(f"block {block.name} has no slot to give up")
-        slot.free_after = self._residency.host_slot_leaves(block)
-        block.move(BlockState.STORED)
-        block.slot, slot.owner = None, None
-        return slot
-
     def fetch(self, block: BlockRecord, *, must: bool) -> bool:
         """Start bringing the parameters in (and the pending update, if any). False when no slot can be spared."""
         if block.state is BlockState.STORED:
             if not self._take_slot(block, must):
                 return False
             if block.pending_update:
-                self._wait_free(block)
+                self.host.wait_free(block)
                 self._submit_update(block, read_param=True)
             else:
-                self._read(block, urgent=must)
+                self.host.read(block, urgent=must)
         elif block.pending_update:
             self.wait_resident(block)
             self._submit_update(block, read_param=False)
         return True
 
     def _take_slot(self, block: BlockRecord, must: bool) -> bool:
-        slot = self._free_slot(block, must)
-        if slot is None:
-            return False
-        block.slot, slot.owner = slot, block
-        return True
-
-    def _wait_free(self, block: BlockRecord) -> None:
-        """Until nothing of its last owner is read in the block's slot."""
-        if block.slot is not None and not block.slot.free_after.done():
-            with self._stalls.waiting("slot"):
-                block.slot.free_after.wait()
-
-    def _read(self, block: BlockRecord, *, urgent: bool) -> None:
-        if self._store is None or block.slot is None:
-            raise BudgetError(f"block {block.name} is stored, but there is no storage")
-        block.move(BlockState.FETCHING)
-        slot, nbytes = block.slot, block.layout.slot_nbytes
-        gate = None if slot.free_after.done() else self._copies.gate(slot.free_after)
-        ticket = self._store.engine.read(
-            slot.bytes_tensor.data_ptr(), nbytes, block.param_offset, urgent=urgent, after=gate
-        )
-        self._spans.add_work("read", f"fetch {block.label}", ticket)
-        block.tickets = [ticket]
+        return self.host.take(block, self._next_host_use, self._cursor.kept, must=must)
 
     @contextlib.contextmanager
     def reading(self, block: BlockRecord) -> Iterator[None]:
@@ -272,7 +166,7 @@ class Scheduler:
             comes_back = comes_back or block.in_use > 0
             if block.in_use or self._residency.holds(block):
                 continue
-            self.settle(block)
+            self.host.settle(block)
             if block.slot is None or block.pending_update or (comes_back and block.tickets):
                 return
             if not self._residency.load(block, order, must=False, kept=kept):
@@ -342,7 +236,7 @@ class Scheduler:
         read_param = block.state is BlockState.STORED
         if read_param:
             self._take_slot(block, must=True)
-            self._wait_free(block)
+            self.host.wait_free(block)
         self._submit_update(block, read_param=read_param, only=only, parts=parts)
 
     def update_early(self, final: set[int], chunks: list[list[Range]], hyper_of: HyperOf) -> None:
@@ -449,7 +343,7 @@ class Scheduler:
         block.touched.clear()
         block.grads_waiting = False
         if not block.tickets:  # as where the root's early update has moved every chunk
-            self._complete(block, "update")
+            self.host.complete(block, "update")
 
     def _chunks_to_move(self, block: BlockRecord, part: Part, only: list[list[Range]] | None) -> list[Range]:
         """Of a part, of which those without gradients move only where there are two sides."""
@@ -475,7 +369,7 @@ class Scheduler:
         self.wait_resident(block)
         self._residency.outdated(block)
         if block.param_offset >= 0 and block.slot is not None:
-            self._evict(block)
+            self.host.evict(block)
 
     def rewind(self) -> None:
         """A step has ended: the next use is forward of the first block."""

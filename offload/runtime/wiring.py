@@ -18,6 +18,7 @@ from offload.runtime.device_residency import CopiedResidency, Residency, SharedR
 from offload.runtime.device_updates import DeviceUpdates
 from offload.runtime.durable_steps import DurableSteps
 from offload.runtime.gradients import Gradients
+from offload.runtime.host_slots import HostSlots
 from offload.runtime.planning import RunPlan, plan_run
 from offload.runtime.scheduler import Scheduler
 from offload.runtime.training_state import Stateful
@@ -43,31 +44,32 @@ def make_scheduler(parts: Assembly, stalls: Stalls, spans: SpanLog, *, pin: Pin,
     residency: Residency = SharedResidency(parts.resources.device.torch_device)
     if not parts.resources.device.shares_host:
         residency = CopiedResidency(parts.device_slots, parts.resources.device, parts.resources.copies)
+    host = HostSlots(parts.slots, parts.resources.store, residency, parts.resources.copies, stalls, spans)
+    gradients = Gradients(
+        parts.grad_buffers,
+        parts.out_buffers,
+        parts.resources.device,
+        parts.resources.copies,
+        parts.resources.store,
+        stalls,
+        spans,
+        parts.spare_host,
+        pin,
+        parts.one_gradient_each,
+        host.complete,
+    )
+    host.updated = gradients.updated
     on_device = [block for block in [*parts.blocks, parts.root] if block.on_device]
     return Scheduler(
         parts.blocks,
         parts.root,
-        parts.slots,
+        host,
         parts.resources.store,
         parts.resources.pipeline,
         residency,
-        parts.resources.copies,
+        gradients,
         stalls,
-        spans,
         DeviceUpdates(on_device, parts.resources.device, spans) if on_device else None,
-        lambda complete: Gradients(
-            parts.grad_buffers,
-            parts.out_buffers,
-            parts.resources.device,
-            parts.resources.copies,
-            parts.resources.store,
-            stalls,
-            spans,
-            parts.spare_host,
-            pin,
-            parts.one_gradient_each,
-            complete,
-        ),
         holds=holds,
     )
 
@@ -81,7 +83,7 @@ def make_commits(
         return None
     stats, n_threads = parts.resources.pipeline.stats, config.update_threads
     verification = Verification(
-        config.verify_reads, lambda: stats()["verify_s"] / n_threads + scheduler.verify_s
+        config.verify_reads, lambda: stats()["verify_s"] / n_threads + scheduler.host.verify_s
     )
     return StepCommits(
         model, [parts.root, *parts.blocks], store, config.chunk_elements, tracked, verification

@@ -25,6 +25,7 @@ import torch
 import offload
 from offload._C import Engine
 from offload.runtime.commits import StepCommits
+from offload.runtime.host_slots import HostSlots
 from offload.runtime.scheduler import Scheduler
 from offload.tiers import storage
 from offload.types import BlockState
@@ -74,18 +75,23 @@ class Phase:
 
     def watch_updates(self):
         """From the first update that is submitted until none is under way."""
-        submit, complete = Scheduler._submit_update, Scheduler._complete
+        submit, complete = Scheduler._submit_update, HostSlots.complete
+        schedulers = {}
 
         def submitted(scheduler, *arguments, **options):
+            schedulers[scheduler.host] = scheduler
             self.set("update", True)
             submit(scheduler, *arguments, **options)
 
-        def completed(scheduler, *arguments):
-            complete(scheduler, *arguments)
+        def completed(host, *arguments):
+            complete(host, *arguments)
+            if host not in schedulers:
+                return  # it has updated nothing yet
+            scheduler = schedulers[host]
             blocks = [*scheduler.blocks, scheduler.root]
             self.set("update", any(block.state is BlockState.UPDATING for block in blocks))
 
-        Scheduler._submit_update, Scheduler._complete = submitted, completed
+        Scheduler._submit_update, HostSlots.complete = submitted, completed
 
 
 def make_run(place, level, placement, budgets):

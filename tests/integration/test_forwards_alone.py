@@ -93,7 +93,7 @@ def test_of_what_is_on_storage_as_much_is_not_read_again(tmp_path, n_slots):
         Model(), storage=[str(tmp_path)], host_memory="400KB", device_memory=(n_slots + 2) * BLOCK_NBYTES,
         prefetch_blocks=n_slots - 1, activations="device",
     )  # fmt: skip
-    assert len(model.offload._scheduler._slots) == n_slots
+    assert len(model.offload._scheduler.host) == n_slots
     assert all(block.param_offset >= 0 for block in model.offload.blocks)
     with torch.no_grad():
         for x in inputs(3):

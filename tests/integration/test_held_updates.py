@@ -7,7 +7,7 @@ import torch
 
 from offload.planner.plan import Budgets
 from offload.planner.search import make_plan
-from offload.runtime import scheduler
+from offload.runtime import host_slots, scheduler
 from offload.runtime.device_residency import CopiedResidency
 from offload.runtime.gradients import Gradients
 from offload.schedule.held import held_nbytes
@@ -68,7 +68,7 @@ def test_no_load_that_waits_for_an_update_goes_before_that_of_a_block_needed_ear
         backward.clear()
 
     monkeypatch.setattr(scheduler.Scheduler, "begin", begins)
-    monkeypatch.setattr(scheduler.Scheduler, "settle", lambda self, block: None)
+    monkeypatch.setattr(host_slots.HostSlots, "settle", lambda self, block: None)
     monkeypatch.setattr(CopiedResidency, "load", noted)
     trained(tmp_path, "backward", once, device="emulated", **IN_HOST, host_memory="8MB")
     assert calls

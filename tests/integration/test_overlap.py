@@ -13,7 +13,7 @@ from torch import nn
 import offload
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from offload.runtime.gradients import Gradients
-from offload.runtime.scheduler import Scheduler
+from offload.runtime.host_slots import HostSlots
 from offload.types import BlockState
 from tests.conftest import one_thread, slow_but
 from tests.integration.stack import differs, train_stack
@@ -62,9 +62,9 @@ def skip_fetch_wait(monkeypatch):
             block.tickets = []
             block.move(BlockState.RESIDENT)
         elif block.tickets:
-            self._complete(block, "update")
+            self.complete(block, "update")
 
-    monkeypatch.setattr(Scheduler, "wait_resident", hurried)
+    monkeypatch.setattr(HostSlots, "wait", hurried)
 
 
 def skip_update_wait(monkeypatch):
@@ -75,9 +75,9 @@ def skip_update_wait(monkeypatch):
             self._late = [*getattr(self, "_late", []), *block.tickets]
             block.tickets = []
             block.move(BlockState.RESIDENT)
-            self.gradients.updated(block)
+            self.updated(block)
 
-    monkeypatch.setattr(Scheduler, "settle", hurried)
+    monkeypatch.setattr(HostSlots, "settle", hurried)
 
 
 def skip_gradient_wait(monkeypatch):

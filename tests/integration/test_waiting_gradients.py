@@ -7,7 +7,7 @@ import torch
 
 import offload
 from offload.errors import UsageError
-from offload.runtime.scheduler import Scheduler
+from offload.runtime.host_slots import HostSlots
 from offload.tiers.emulated_device import EmulatedDevice
 from tests.fault.training import Model, make_run, parameters_of, wrap_small
 
@@ -121,7 +121,7 @@ def being_fetched(request, tmp_path, monkeypatch):
     model, optimizer = make_run(tmp_path, layers=5, device=request.param)
     with model.offload.no_sync(), monkeypatch.context() as patch:
         patch.setattr(
-            Scheduler, "settle", lambda *_: None
+            HostSlots, "settle", lambda *_: None
         )  # however fast the drive: no fetch is seen to have ended
         x = model.layers[2](model.layers[4](model.embed(torch.ones(1, 8))))
         model.head(x).sum().backward()
