@@ -45,12 +45,36 @@ class Branch:
 class Pass:
     """A forward; its backward is of the sum of the branches' losses, of each `apart`, of the `first` or of `none`.
 
-    `waits`: the backward is inside of no_sync(), unless it has to be the one that ends a step.
+    `waits`: the backward is inside of no_sync(), unless it has to be the one that ends a step. `evaluates`: between the
+    two comes a forward without gradients.
     """
 
     branches: tuple[Branch, ...]
     backward: str = "sum"
     waits: bool = True
+    evaluates: bool = False
+
+
+@dataclass(frozen=True)
+class Stop:
+    """An error in the call of this number among a pass's: before it (`where` is "forward"), in the block itself
+    ("inside"), when the gradient of its result arrives ("backward"), or where the block runs again ("again")."""
+
+    one: int
+    call: int
+    where: str
+
+
+class Stopped(Exception):
+    """What a program stops with."""
+
+
+def stopped(_):
+    raise Stopped
+
+
+def turned(module, of_inputs, of_results):
+    return tuple(None if grad is None else -grad for grad in of_inputs)
 
 
 @dataclass(frozen=True)
@@ -61,6 +85,7 @@ class Step:
     not from then on. `ends`: with a `step`, with nothing (it `goes on` in the next
     one) or with zero_grad() alone (it `forgets`). `looks`: at the norm before the step, `reads`: parameters after it,
     `evaluates`: a forward without gradients, `restarts`: the run is saved after the step, and goes on in a new model.
+    `stops`: an error in one of the passes ends it, and the step `forgets` what it has.
     """
 
     passes: tuple[Pass, ...]
@@ -73,12 +98,15 @@ class Step:
     reads: bool = False
     evaluates: bool = False
     restarts: bool = False
+    stops: Stop | None = None
 
 
 @dataclass(frozen=True)
 class Program:
     """The model (hidden widths of its blocks, whether embedding and head are `tied` and all `extra` layers are one that
-    is `shared`), what is frozen for good, the optimizer, and the steps."""
+    is `shared`, which part of what blocks add is dropped at random), what is frozen for good, the optimizer, and the
+    steps. `halved`: parameters with a hook that halves their gradients; `turned`: blocks with one that turns the sign
+    of those of their inputs; `autocast`: forwards are made under it; `mixed`: `gate` is of fp32 in any case."""
 
     hidden: tuple[int, ...]
     tied: bool
@@ -87,19 +115,32 @@ class Program:
     optimizer: str
     frozen: frozenset[int]
     steps: tuple[Step, ...]
+    moments: str = "fp32"
+    dropout: float = 0.0
+    halved: frozenset[int] = frozenset()
+    autocast: bool = False
+    mixed: bool = False
+    turned: frozenset[int] = frozenset()
 
 
 class Block(nn.Module):
     """`gate` and `scale` need the result of an operation that nothing else does; `extra` is used when asked for."""
 
-    def __init__(self, hidden):
+    def __init__(self, hidden, dropout):
         super().__init__()
+        self.stops_in = 0
+        self.dropout = nn.Dropout(dropout)
         self.up, self.down = nn.Linear(WIDTH, hidden), nn.Linear(hidden, WIDTH)
         self.gate = nn.Parameter(torch.ones(WIDTH))
         self.extra = nn.Linear(WIDTH, WIDTH, bias=False)
 
     def forward(self, x, scale, extra):
-        y = (self.down(torch.tanh(self.up(x))) * self.gate) * (1 + torch.tanh(scale * 2.0))
+        self.stops_in -= 1
+        if self.stops_in == 0:
+            raise Stopped
+        y = self.down(torch.tanh(self.up(x)))
+        y = (y * self.gate.to(y.dtype)) * (1 + torch.tanh(scale * 2.0))
+        y = self.dropout(y)
         return x + (y + self.extra(x) if extra else y)
 
 
@@ -110,13 +151,25 @@ class Model(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(VOCAB, WIDTH)
         self.scale = nn.Linear(WIDTH, WIDTH)
-        self.layers = nn.ModuleList(Block(hidden) for hidden in program.hidden)
+        self.layers = nn.ModuleList(Block(hidden, program.dropout) for hidden in program.hidden)
         self.last = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, VOCAB, bias=not program.tied)
         if program.tied:
             self.head.weight = self.embedding.weight
         for layer in self.layers if program.shared else ():
             layer.extra = self.layers[0].extra
+        for number in program.turned & set(range(len(self.layers))):
+            self.layers[number].register_full_backward_hook(turned)
+        self.go_on()
+        self.to(program.dtype)
+        for layer in self.layers if program.mixed else ():
+            layer.gate.data = layer.gate.data.float()
+
+    def go_on(self):
+        """Without `stop`, where the next forward or its backward is to end."""
+        self.stop = None
+        for layer in self.layers:
+            layer.stops_in = 0
 
     def call(self, number, x, scale, extra):
         return self.layers[number](x, scale, extra)
@@ -125,13 +178,21 @@ class Model(nn.Module):
         """The loss of each branch."""
         start = self.embedding(tokens)
         scale = self.scale(start)
-        losses = []
+        losses, n_calls = [], 0
         for branch in branches:
             x = start
             for call in branch.calls:
+                where = self.stop.where if self.stop is not None and self.stop.call == n_calls else ""
+                n_calls += 1
+                if where == "forward":
+                    raise Stopped
+                if where in ("inside", "again"):
+                    self.layers[call.block].stops_in = 1 if where == "inside" else 2
                 with torch.no_grad() if call.how == "no_grad" else contextlib.nullcontext():
                     given = x.detach() if call.how == "detached" else x
                     x = self.call(call.block, given, scale, call.extra)
+                if where == "backward" and x.requires_grad:
+                    x.register_hook(stopped)
             x = self.last(x)
             losses.append((self.head(x) if branch.head else x * 3).float().square().mean())
         return losses
@@ -139,7 +200,7 @@ class Model(nn.Module):
 
 def made(program):
     torch.manual_seed(0)
-    model = Model(program).to(program.dtype)
+    model = Model(program)
     for number, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(number not in program.frozen)
     return model
@@ -159,11 +220,17 @@ OPTIMIZERS = {
     "lion": (offload.Lion, {"betas": (0.9, 0.98), "weight_decay": 0.0}),
 }
 RULES = {
-    "adamw": (kernel_rule("adamw"), {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}),
-    "momentum": (kernel_rule("sgd"), {"momentum": 0.9, "dampening": 0.1}),
-    "sgd": (kernel_rule("sgd", has_momentum=False), {}),
-    "lion": (kernel_rule("lion"), {"beta1": 0.9, "beta2": 0.98}),
+    "adamw": ("adamw", {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}),
+    "momentum": ("sgd", {"momentum": 0.9, "dampening": 0.1}),
+    "sgd": ("sgd", {}),
+    "lion": ("lion", {"beta1": 0.9, "beta2": 0.98}),
 }
+
+
+def rule_of(program):
+    """(the kernel's rule, its options)."""
+    name, options = RULES[program.optimizer]
+    return kernel_rule(name, program.moments, has_momentum=program.optimizer != "sgd"), options
 
 
 class Streamed:
@@ -181,7 +248,11 @@ class Streamed:
         self.started_with = settings
         kind, options = OPTIMIZERS[self.program.optimizer]
         model = made(self.program)
-        self.model, self.optimizer = offload.wrap(model, kind(groups_of(model), lr=LR, **options), **settings)
+        for number, parameter in enumerate(model.parameters()):
+            if number in self.program.halved and parameter.requires_grad:
+                parameter.register_hook(lambda grad: grad / 2)
+        made_of = kind(groups_of(model), lr=LR, **options)
+        self.model, self.optimizer = offload.wrap(model, made_of, **settings)
         self.no_sync = self.model.offload.no_sync
         self.engine = self.model.offload
         self.zero_grad = self.optimizer.zero_grad
@@ -225,7 +296,7 @@ class Plain(Model):
     def __init__(self, program, settings):
         torch.manual_seed(0)
         super().__init__(program)
-        self.model = self.to(program.dtype)
+        self.model = self
         self.no_sync = contextlib.nullcontext
         self.program = program
         self.is_whole = settings["step_aside"] == "always"
@@ -233,15 +304,16 @@ class Plain(Model):
         self.limit = settings.get("max_grad_norm")
         self.discards = settings.get("durability") == "step" and settings.get("update") == "backward"
         self.sums, self.n_updates, self.lr = {}, {}, 1.0
-        rule, _ = RULES[program.optimizer]
-        codec = "split_bf16" if program.dtype == torch.bfloat16 else "fp32"
+        rule, _ = rule_of(program)
         self.sides = {}
         for parameter in nn.Module.parameters(self):
+            codec = "split_bf16" if parameter.dtype == torch.bfloat16 else "fp32"
             master = parameter.detach().float().flatten()
             self.sides[parameter] = Side(rule, codec, master, [torch.zeros_like(master) for _ in rule.planes])
         self.trained = list(self.sides)
         for number, parameter in enumerate(self.trained):
             parameter.requires_grad_(number not in program.frozen)
+        self.halved = {p for number, p in enumerate(self.trained) if number in program.halved}
         for name, parameter in self.named_parameters():
             if (self.is_whole or not name.startswith("layers.")) and parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda p: self.received(p, p))
@@ -251,6 +323,8 @@ class Plain(Model):
             alias.grad = None  # frozen since forward
             return
         grad, alias.grad = alias.grad.float(), None
+        if parameter in self.halved:
+            grad /= 2
         if parameter in self.sums:
             self.sums[parameter].add_(grad)
         else:
@@ -273,7 +347,10 @@ class Plain(Model):
         return torch.cat(results) if len(results) > 1 else results[0]
 
     def grad_norm(self):
-        norms = [torch.linalg.vector_norm(self.sums[p]) for p in self.trained if p in self.sums]
+        always = [p for number, p in enumerate(self.trained) if number not in self.program.frozen]
+        dtypes = list(dict.fromkeys(p.dtype for p in always))
+        in_order = sorted((p for p in self.trained if p in self.sums), key=lambda p: dtypes.index(p.dtype))
+        norms = [torch.linalg.vector_norm(self.sums[p]) for p in in_order]
         return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else None
 
     def zero_grad(self):
@@ -286,7 +363,7 @@ class Plain(Model):
             scale = min(1.0, float(self.limit / (torch.tensor(norm) + 1e-6)))
             if self.discards and norm > self.limit:
                 self.sums.clear()
-        _, options = RULES[self.program.optimizer]
+        _, options = rule_of(self.program)
         for parameter, grad in self.sums.items():
             self.n_updates[parameter] = self.n_updates.get(parameter, 0) + 1
             decays = parameter.dim() >= 2
@@ -319,7 +396,7 @@ def run(side, program, settings):
     model, found = side.model, []
     read = side.parameters_now if isinstance(side, Plain) else side.parameters
     parameters = list(model.parameters())
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator()
     eager = not is_deferred(settings)
 
     def backward(losses, one, ends):
@@ -337,46 +414,64 @@ def run(side, program, settings):
         for number, parameter in enumerate(parameters):
             parameter.requires_grad_(number not in numbers | program.frozen)
 
-    for step in program.steps:
-        freeze(step.frozen)
+    def evaluate():
+        tokens = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=generator)
+        every = tuple(Call(block) for block in range(len(program.hidden)))
+        with torch.no_grad(), computing:
+            found.append(("evaluated", model(tokens, [Branch(every)])[0].item()))
+
+    def passes(step, ends):
         waiting = []
         having = [number for number, one in enumerate(step.passes) if one.backward != "none"]
         last = (having[0] if step.held and step.backwards else having[-1]) if having else -1
         if not step.held and last < len(step.passes) - 1:
-            last = (
-                -1
-            )  # a forward that comes after an update made in backward computes with what that has changed
+            last = -1  # a forward after an update made in backward computes with what that has changed
         for number, one in enumerate(step.passes):
             tokens = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=generator)
-            losses = model(tokens, one.branches)
-            found += [("loss", loss.item()) for loss in losses]
-            waiting.append((losses, one, step.ends == "step" and number == last))
+            model.stop = step.stops if step.stops is not None and step.stops.one == number else None
+            with computing:
+                losses = model(tokens, one.branches)
+            found.extend(("loss", loss.item()) for loss in losses)
+            if one.evaluates:
+                evaluate()
+            waiting.append((losses, one, ends == "step" and number == last))
             if not step.held and one.backward != "none":
                 backward(*waiting.pop())
             del losses
         if step.held and step.frozen_in_backward is not None:
             freeze(step.frozen_in_backward)
-        for losses, one, ends in reversed(waiting) if step.backwards else waiting:
+        for losses, one, is_last in reversed(waiting) if step.backwards else waiting:
             if one.backward != "none":
-                backward(losses, one, ends)
-        waiting.clear()
+                backward(losses, one, is_last)
+
+    computing = torch.autocast("cpu", torch.bfloat16, enabled=program.autocast)
+    for number, step in enumerate(program.steps):
+        torch.manual_seed(number)
+        generator.manual_seed(number)
+        freeze(step.frozen)
+        ends, n_found = step.ends, len(found)
+        if step.stops is None:
+            passes(step, ends)
+        else:
+            ends = "forgets"
+            with contextlib.suppress(Stopped):
+                passes(step, ends)
+            model.go_on()
+            del found[n_found:]  # plain torch runs no block again, and stops elsewhere or not at all
         if step.looks and settings.get("max_grad_norm") is not None:
             found.append(("norm", side.grad_norm()))
-        if step.ends == "step":
+        if ends == "step":
             found.append(("norm of the step", side.step()))
-        elif step.ends == "forgets":
+        elif ends == "forgets":
             side.zero_grad()
-        if step.evaluates and (step.ends == "step" or not eager):
-            with torch.no_grad():
-                tokens = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=generator)
-                every = tuple(Call(block) for block in range(len(program.hidden)))
-                found.append(("evaluated", model(tokens, [Branch(every)])[0].item()))
-        if step.restarts and step.ends == "step":
+        if step.evaluates and (ends == "step" or not eager):
+            evaluate()
+        if step.restarts and ends == "step":
             side.restart()
             model, parameters = side.model, list(side.model.parameters())
-        if step.reads and step.ends == "step":
+        if step.reads and ends == "step":
             found.append(("parameters", read()))
-    if program.steps[-1].ends != "step":
+    if ends != "step":
         found.append(("norm of the step", side.step()))
     found.append(("parameters", read()))
     return found

@@ -20,6 +20,7 @@ from tests.integration.participation import (
     Plain,
     Program,
     Step,
+    Stop,
     Streamed,
     difference,
     groups_of,
@@ -61,13 +62,23 @@ def passes(n_blocks):
         st.one_of(st.tuples(paths(n_blocks)), st.lists(paths(n_blocks), min_size=1, max_size=2).map(tuple)),
         often("sum", "apart", "first", "none"),
         st.booleans(),
+        often(False, True),
     )
+
+
+stops = st.builds(
+    Stop,
+    st.integers(0, 2),
+    st.integers(0, BLOCKS_MAX),
+    st.sampled_from(["forward", "inside", "backward", "again"]),
+)
 
 
 def steps(n_blocks):
     return st.builds(
         Step,
         passes=st.lists(passes(n_blocks), min_size=1, max_size=3).map(tuple),
+        stops=st.one_of(st.none(), st.none(), st.none(), stops),
         held=often(False, True),
         backwards=st.booleans(),
         frozen=frozen,
@@ -91,6 +102,12 @@ def programs(draw):
         optimizer=draw(st.sampled_from(list(OPTIMIZERS))),
         frozen=draw(frozen),
         steps=draw(st.lists(steps(len(hidden)), min_size=2, max_size=4).map(tuple)),
+        moments=draw(often("fp32", "8bit")),
+        dropout=draw(often(0.0, 0.25)),
+        halved=draw(frozen),
+        autocast=draw(often(False, True)),
+        mixed=draw(often(False, True)),
+        turned=draw(st.frozensets(st.integers(0, BLOCKS_MAX - 1), max_size=2)),
     )
 
 
@@ -135,7 +152,13 @@ def ways(draw):
 
 def settings_of(place, chosen, program, directory):
     """What `wrap` is told."""
-    told = {"chunk_elements": 2048, "step_aside": "never", "plan": "none", **chosen}
+    told = {
+        "chunk_elements": 2048,
+        "step_aside": "never",
+        "plan": "none",
+        "optimizer_state": program.moments,
+        **chosen,
+    }
     roomy = {"device_memory": "100MB", "host_memory": "100MB"}
     if place in ("memory", "aside"):
         return {**told, **roomy, "storage": [], "step_aside": "always" if place == "aside" else "never"}
@@ -157,6 +180,8 @@ def settings_of(place, chosen, program, directory):
 
 def assert_same_bits(program, way):
     place, chosen, leaves_alone, elsewhere = way
+    if program.moments != "fp32":  # the device, and torch where nothing is streamed, update nothing else
+        place, chosen = "memory" if place == "aside" else place, {**chosen, "states_on_device": "auto"}
     with (
         tempfile.TemporaryDirectory() as directory,
         pytest.MonkeyPatch.context() as patch,
