@@ -90,6 +90,12 @@ def host_available_nbytes() -> int:
     return max(0, min(available))
 
 
+def stays_the_same(path: str) -> str:
+    """The same place whatever the working directory is by then; `~` is the user's own directory, as in a shell."""
+    path = os.path.expanduser(path)
+    return path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
+
+
 NO_PLAN = "none"
 """Value of `Config.plan` that places by budget alone."""
 
@@ -172,11 +178,12 @@ class Config(BaseModel):
     @field_validator("storage", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
-        """One directory, or several; strings or paths."""
+        """One directory, or several; strings or paths. They stay the same ones when the process goes elsewhere."""
         several = [value] if isinstance(value, (str, os.PathLike)) else value
         if not isinstance(several, (list, tuple)):
             return several
-        return [os.fspath(one) if isinstance(one, os.PathLike) else one for one in several]
+        paths = [os.fspath(one) if isinstance(one, os.PathLike) else one for one in several]
+        return [stays_the_same(path) if isinstance(path, str) and path else path for path in paths]
 
     @classmethod
     def checked(cls, **settings: object) -> Config:

@@ -18,6 +18,7 @@ from offload.checkpoint.beside import SaveBeside
 from offload.checkpoint.copying import Item, StreamingCopy, share
 from offload.checkpoint.directory import EXTENTS_FILE, MANIFEST_FILE, NewCheckpoint, locked
 from offload.checkpoint.pieces import on_sides, pieces_of
+from offload.config import stays_the_same
 from offload.errors import ConfigError, StoreError, UsageError
 from offload.model.flat import FlatBuffer
 from offload.runtime.engine import OffloadEngine
@@ -359,6 +360,7 @@ def save(
             f"keep_last={keep_last}: at least the new checkpoint has to stay; give 1 or more, or None"
         )
     optimizer = engine.at_step_boundary("save")
+    directory = stays_the_same(directory)  # until what is written beside training is complete
     try:
         os.makedirs(directory, mode=0o700, exist_ok=True)
     except OSError as error:
