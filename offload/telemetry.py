@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from offload.cut_short import leavable
+
 
 @dataclass(frozen=True)
 class Span:
@@ -104,7 +106,7 @@ class Stalls:
         """Charge the time spent inside to `cause`."""
         start = time.perf_counter()
         try:
-            with self._annotate(cause):
+            with self._annotate(cause), leavable():
                 yield
         finally:
             self.seconds_by_cause[cause] += time.perf_counter() - start

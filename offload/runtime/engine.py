@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from offload.config import Config
+from offload.cut_short import MayBeCutShort, begun_or_not, whole, whole_but_for_waits
 from offload.errors import UsageError
 from offload.model.blocks import Cut
 from offload.model.blocks import cut as cut_model
@@ -38,7 +39,7 @@ from offload.runtime.resident import place_adapters
 from offload.runtime.saves import SavesBeside
 from offload.runtime.state_dicts import StateDicts
 from offload.runtime.trained_parameters import TrainedParameters
-from offload.runtime.training_state import Stateful, checked_stateful
+from offload.runtime.training_state import Stateful
 from offload.runtime.written_parameters import WrittenParameters, let_go
 from offload.stores.activations import Tier
 from offload.stores.block_store import BlockRecord
@@ -159,7 +160,12 @@ class OffloadEngine(OpenRun):
 
     # ---- called by blocks and hooks --------------------------------------------------------------------------
 
+    def _may_be_cut_short(self) -> list[MayBeCutShort]:
+        return [self, self._scheduler, self._gradients, self.activations]
+
+    @whole_but_for_waits
     def _root_needed(self) -> None:
+        self.refuse_cut_short()
         self._measure_parameters()
         self._scheduler.hold_root()
         if self.root.written:  # noted when it was bound; every module that owns a part of it comes by here
@@ -173,6 +179,7 @@ class OffloadEngine(OpenRun):
             layouts = [block.layout for block in [self.root, *self.blocks]]
             adafactor.start(layouts, itertools.chain.from_iterable(self.iter_blocks()))
 
+    @whole
     def _receive_root_gradient(
         self, block: BlockRecord, buffer: FlatBuffer, position: int, parameter: nn.Parameter
     ) -> None:
@@ -185,6 +192,7 @@ class OffloadEngine(OpenRun):
         if self._late_plan is not None:
             self._late_plan.saw(n_samples, tensors)
 
+    @whole_but_for_waits
     def begin_forward(self, block: BlockRecord, *, ends_there: bool = False) -> None:
         """Before the block's forward. `ends_there`: no backward follows."""
         self.refuse_unless_open()
@@ -194,13 +202,16 @@ class OffloadEngine(OpenRun):
             self._gradients.will_accumulate()
         if self.commits is not None:
             self.commits.next_forward(self._live_optimizer())
-        self._scheduler.begin(block, "forward", ends_there=ends_there)
+        with begun_or_not(block):
+            self._scheduler.begin(block, "forward", ends_there=ends_there)
 
+    @whole
     def end_forward(self, block: BlockRecord) -> None:
         """After the block's forward."""
         self._scheduler.end(block, "forward")
         self._written.refuse_of(block)
 
+    @whole
     def begin_backward(self, block: BlockRecord) -> None:
         """Before the block's backward."""
         self._open_backward()
@@ -209,10 +220,12 @@ class OffloadEngine(OpenRun):
         self._scheduler.begin(block, "backward")
         self._gradients.begin(block)
 
+    @whole
     def last_backward(self, block: BlockRecord) -> None:
         """The last micro-batch of the block's backward comes now."""
         self._gradients.last_come(block, updates=self._updates_now(block))
 
+    @whole
     def end_backward(self, block: BlockRecord) -> None:
         """After the block's backward: its gradients leave at once."""
         self._dispatch_gradients(block)
@@ -276,6 +289,7 @@ class OffloadEngine(OpenRun):
         self._scheduler.update_early(final, chunks, self._hyper_of)
         self.root.updated_since_step = True
 
+    @whole
     def _backward_ended(self) -> None:
         self._backward_open = False
         self._scheduler.update_held(self._hyper_of)
@@ -306,6 +320,7 @@ class OffloadEngine(OpenRun):
         self._trained.refuse_unfrozen()
         self._emptied.settle([*self.blocks, self.root], self.discard_gradients)
 
+    @whole
     def optimizer_step(self) -> None:
         """Decide the updates of this step that have not been made during backward."""
         optimizer = self._live_optimizer()
@@ -360,6 +375,7 @@ class OffloadEngine(OpenRun):
             self._planned, self.plan = planned, planned.plan
             self.activations.allow_on_device(wiring.left_to_compute_nbytes(self._assembly))
 
+    @whole
     def discard_gradients(self) -> None:
         """Forget gradients that no step has consumed."""
         self._backward_open = False
@@ -371,14 +387,6 @@ class OffloadEngine(OpenRun):
             block.grads_waiting = False
 
     # ---- for the user ----------------------------------------------------------------------------------------
-
-    def grad_norm(self) -> torch.Tensor | None:
-        """Global norm of the gradients that wait for `optimizer.step()`, divided by the loss scale.
-
-        None without `max_grad_norm` (which may be infinite) or durability 'step', and when there is no gradient.
-        """
-        optimizer = self._optimizer()
-        return None if optimizer is None else self._norms.total(optimizer)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -424,24 +432,13 @@ class OffloadEngine(OpenRun):
         self.wait_committed()
         return optimizer
 
-    def wait_saved(self) -> None:
-        """Until the checkpoint that `offload.save(..., wait=False)` began is complete.
-
-        Raises StoreError when it could not be written; earlier ones are intact, and training may go on.
-        """
-        with self.stalls.waiting("save"):
-            self.saves.wait()
-
-    def track(self, **state: Any) -> None:
-        """With durability 'step': whose state_dict() belongs to a step: LR schedulers, the position in the data."""
-        self.tracked.update(checked_stateful(state))
-
     def begin_replacing_state(self) -> None:
         """All parameters and optimizer states are about to be written to where they live."""
         self.drop_copies()
         if self.commits is not None:
             self.commits.replace()
 
+    @whole
     def drop_copies(self) -> None:
         """Everything a block has on the device or in a slot is outdated: its home has been written anew."""
         for block in [*self.blocks, self.root]:
@@ -460,6 +457,7 @@ class OffloadEngine(OpenRun):
         if self.aside:
             self._scheduler.hold_root()
 
+    @whole_but_for_waits
     def flush(self) -> None:
         """Finish every decided update; afterwards the store holds the parameters of the last step."""
         self._scheduler.flush()
@@ -485,9 +483,10 @@ class OffloadEngine(OpenRun):
         if remove and store is not None:
             store.keep = False
         try:
-            self.flush()
-            if self.commits is not None and not remove:
-                self.wait_committed()
+            if not any(part.is_cut_short for part in self._may_be_cut_short()):
+                self.flush()
+                if self.commits is not None and not remove:
+                    self.wait_committed()
             self.wait_saved()
         finally:
             self.saves.end()

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from offload.cut_short import MayBeCutShort, whole
 from offload.errors import BudgetError, UsageError
 from offload.model.flat import FlatBuffer
 from offload.runtime import taken_gradients
@@ -76,7 +77,7 @@ def _tell_of_forward_before_step() -> None:
     )
 
 
-class Gradients:
+class Gradients(MayBeCutShort):
     """Owns the gradient buffers. `buffers` are in device memory, `out_buffers` in host memory (none when shared).
 
     `one_each`: every block's gradients come once a step, as long as nobody calls `will_accumulate`.
@@ -154,6 +155,7 @@ class Gradients:
         if len(self._buffers) == 1 and not self._device.shares_host and not block.on_device:
             self._leaving = _Leaving(block, updates)
 
+    @whole
     def accumulate(
         self, block: BlockRecord, buffer: FlatBuffer, position: int, parameter: torch.nn.Parameter
     ) -> None:

@@ -112,11 +112,12 @@ class HostSlots:
     def take(self, block: BlockRecord, next_use: NextUse, kept: Container[int], *, must: bool) -> bool:
         """A slot for `block`. False when none can be spared: never with `must`, which takes one of a `kept` block too,
         and waits. Its last owner may still be read from: see `wait_free`."""
-        slot = self._free(block, next_use, kept, must=must)
-        if slot is None:
-            return False
-        block.slot, slot.owner = slot, block
-        return True
+        slot = block.slot or self._free(
+            block, next_use, kept, must=must
+        )  # it has one where a wait was left after that
+        if slot is not None:
+            block.slot, slot.owner = slot, block
+        return slot is not None
 
     def _free(
         self, wanted_by: BlockRecord, next_use: NextUse, kept: Container[int], *, must: bool
@@ -139,8 +140,7 @@ class HostSlots:
         busy = [o for o in owners if o.tickets]
         if not busy:
             raise BudgetError("every block slot is in use at once; raise device_memory or prefetch_blocks")
-        with self._stalls.waiting("slot"):
-            self.complete(busy[0], "slot")
+        self.complete(busy[0], "slot")
         return self._free(wanted_by, next_use, kept, must=must)
 
     def wait_free(self, block: BlockRecord) -> None:

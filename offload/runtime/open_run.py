@@ -10,13 +10,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from offload.cut_short import MayBeCutShort
 from offload.errors import UsageError
 from offload.runtime.assembly import Assembly
+from offload.runtime.gradient_norms import GradientNorms
 from offload.runtime.optimizer import OffloadOptimizer
+from offload.runtime.saves import SavesBeside
 from offload.runtime.state_dicts import Uncopied
 from offload.runtime.trained_parameters import TrainedParameters
+from offload.runtime.training_state import Stateful, checked_stateful
 from offload.runtime.written_parameters import WrittenParameters
 from offload.stores.block_store import BlockRecord
+from offload.telemetry import Stalls
 
 CLOSED = (
     "the offload engine is closed, and the parameters went with it: load the model again and offload.wrap it; "
@@ -24,8 +29,15 @@ CLOSED = (
     "Call model.state_dict(), offload.export or offload.save before close()"
 )
 
+CUT_SHORT = (
+    "Ctrl-C (KeyboardInterrupt) came while the engine was moving or updating blocks, and this run cannot go on with "
+    "what was left in the middle: call model.offload.close(), load the model again and offload.wrap it; offload.resume "
+    "then goes on from the last checkpoint, or with durability='step' from the last committed step. To stop where a "
+    "run can go on, let a handler of SIGINT set a flag, and look at it after optimizer.step()"
+)
 
-class OpenRun(Uncopied):
+
+class OpenRun(Uncopied, MayBeCutShort):
     """The part of an engine that does nothing to blocks."""
 
     root: BlockRecord
@@ -34,11 +46,19 @@ class OpenRun(Uncopied):
     _trained: TrainedParameters
     _written: WrittenParameters
     _optimizer: weakref.ref[OffloadOptimizer]
+    _norms: GradientNorms
+    stalls: Stalls
+    saves: SavesBeside
+    tracked: dict[str, Stateful]
 
     def __init__(self) -> None:
         self._closed = False
         self._pid = os.getpid()
         self._undo: list[Callable[[], None]] = []
+
+    def _may_be_cut_short(self) -> list[MayBeCutShort]:
+        """Everything whose methods may have been left in the middle."""
+        raise NotImplementedError
 
     @property
     def closed(self) -> bool:
@@ -50,14 +70,21 @@ class OpenRun(Uncopied):
         self._undo.append(undo)
 
     def refuse_unless_open(self) -> None:
-        """Raise UsageError after `close`, and in a process that was forked from the run's."""
+        """Raise UsageError after `close`, after Ctrl-C in the middle of what cannot be left, and in a process that was
+        forked from the run's."""
         if self._closed:
             raise UsageError(CLOSED)
+        self.refuse_cut_short()
         if os.getpid() != self._pid:
             raise UsageError(
                 "this process was forked from the one that trains and has neither the model's memory nor its drives: "
                 "compute there, or export the model and load it here"
             )
+
+    def refuse_cut_short(self) -> None:
+        """Raise UsageError after Ctrl-C in the middle of what cannot be left."""
+        if any(part.is_cut_short for part in self._may_be_cut_short()):
+            raise UsageError(CUT_SHORT)
 
     def refuse_what_is_lost(self) -> None:
         """Raise UsageError after `close`, and where something was done to a parameter from outside that is lost."""
@@ -100,3 +127,23 @@ class OpenRun(Uncopied):
         """Trainable parameters."""
         trainable = (s for block in [*self.blocks, self.root] for s in block.layout.trainable_segments)
         return sum(segment.numel for segment in trainable)
+
+    def grad_norm(self) -> torch.Tensor | None:
+        """Global norm of the gradients that wait for `optimizer.step()`, divided by the loss scale.
+
+        None without `max_grad_norm` (which may be infinite) or durability 'step', and when there is no gradient.
+        """
+        optimizer = self._optimizer()
+        return None if optimizer is None else self._norms.total(optimizer)
+
+    def wait_saved(self) -> None:
+        """Until the checkpoint that `offload.save(..., wait=False)` began is complete.
+
+        Raises StoreError when it could not be written; earlier ones are intact, and training may go on.
+        """
+        with self.stalls.waiting("save"):
+            self.saves.wait()
+
+    def track(self, **state: Any) -> None:
+        """With durability 'step': whose state_dict() belongs to a step: LR schedulers, the position in the data."""
+        self.tracked.update(checked_stateful(state))

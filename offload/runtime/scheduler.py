@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+from offload.cut_short import MayBeCutShort, whole_but_for_waits
 from offload.runtime.device_residency import Residency
 from offload.runtime.device_updates import DeviceUpdates
 from offload.runtime.early_root import Range
@@ -34,7 +35,7 @@ from offload.transfer.io_engine import Ticket, UpdatePipeline
 from offload.types import BlockState
 
 
-class Scheduler:
+class Scheduler(MayBeCutShort):
     """The executor over real resources. `blocks` in order of use; `root` is always resident.
 
     `holds`: whether one update may be held until backward has ended (a plan says whether its schedule holds it).
@@ -77,6 +78,7 @@ class Scheduler:
 
     # ---- parameters that come in -----------------------------------------------------------------------------
 
+    @whole_but_for_waits
     def wait_resident(self, block: BlockRecord) -> None:
         """Block until the parameters are in the slot and no update is changing them."""
         self.host.wait(block)
@@ -92,6 +94,7 @@ class Scheduler:
         """Whether the copy on the device will be current in forward."""
         return self._residency.holds(block) and not block.grads_waiting
 
+    @whole_but_for_waits
     def fetch(self, block: BlockRecord, *, must: bool) -> bool:
         """Start bringing the parameters in (and the pending update, if any). False when no slot can be spared."""
         if block.state is BlockState.STORED:
@@ -134,8 +137,7 @@ class Scheduler:
         block.host_in_use += 1
         if not self._residency.holds(block):
             self.fetch(block, must=True)
-            order, kept = self._cursor.ranks(), self._cursor.kept_on_device
-            self._residency.load(block, order, must=True, kept=kept)
+            self._residency.load(block, self._cursor.ranks(), must=True, kept=self._cursor.kept_on_device)
             if block.tickets:
                 self.prefetch()
         self.wait_resident(block)  # what it was loaded after has ended, and lets go of its gradients

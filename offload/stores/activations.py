@@ -24,6 +24,7 @@ from typing import Literal
 
 import torch
 
+from offload.cut_short import MayBeCutShort, whole, whole_but_for_waits
 from offload.errors import BudgetError, UsageError
 from offload.telemetry import SpanLog, Stalls
 from offload.tiers.device import PAST, DeviceTier, Event, Pin
@@ -74,7 +75,7 @@ class Activation:
         self.held = held
 
 
-class ActivationStore:
+class ActivationStore(MayBeCutShort):
     """Holds activations within `device_nbytes` and `spare_host`, further ones on `store`.
 
     `staging` is host memory through which bytes pass to storage and back. `tier` fixes where activations go; None
@@ -130,6 +131,7 @@ class ActivationStore:
 
     # ---- away ------------------------------------------------------------------------------------------------
 
+    @whole_but_for_waits
     def swap_out(self, tensor: torch.Tensor, tier: Tier | None = None, label: str = "") -> Activation:
         """Take `tensor` until `swap_in`; the caller drops it at once. It must be dense, with strides in any order.
 
@@ -139,6 +141,7 @@ class ActivationStore:
         self._reap()
         return self._take(tensor, self._tier_for(tensor.nbytes, tier or self._tier), label)
 
+    @whole_but_for_waits
     def swap_out_where_room(self, tensor: torch.Tensor, tier: Tier, label: str = "") -> Activation | None:
         """The same; None, and nothing done, where `tier` has no room for it."""
         return self._take(tensor, tier, label) if self.has_room(tensor.nbytes, tier) else None
@@ -160,6 +163,7 @@ class ActivationStore:
         weakref.finalize(activation, self._forget, held)
         return activation
 
+    @whole
     def order_after_left(self, but_of: str | None = None) -> None:
         """Compute given from now on comes after what is on its way out of the device, and may use its memory: all of it
         but what has the label `but_of`. So no more is in transfer than that and what is swapped out next."""
@@ -293,6 +297,7 @@ class ActivationStore:
 
     # ---- back ------------------------------------------------------------------------------------------------
 
+    @whole
     def swap_in(self, activations: Sequence[Activation]) -> list[torch.Tensor]:
         """The tensors again, on the device. Those that forward gave before them start to come back too."""
         self._reap()
@@ -318,6 +323,7 @@ class ActivationStore:
         self._start_ahead(self._ahead_nbytes)
         return tensors
 
+    @whole
     def left_block(self) -> None:
         """Backward has left a block: until it takes the next there is room for two micro-batches that come back, ahead
         of the parameters that are loaded in its place."""
