@@ -6,6 +6,7 @@ import difflib
 import math
 import os
 import re
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import psutil
@@ -52,14 +53,17 @@ def parse_budget(text: str | int | float, total_nbytes: int) -> int:
 
 
 _CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "/sys/fs/cgroup/memory.stat"),
+    ("/sys/fs/cgroup", "", ("memory.max", "memory.current", "memory.stat")),
     (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        "/sys/fs/cgroup/memory/memory.stat",
+        "/sys/fs/cgroup/memory",
+        "memory",
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"),
     ),
 )
-"""Of both versions: the limit in bytes, what is used of it, and of what kind that is."""
+"""Of both versions: where they are mounted, the controller, and the files with the limit in bytes, what is used of it,
+and of what kind that is."""
+
+_CGROUPS_OF_THIS_PROCESS = "/proc/self/cgroup"
 
 
 def _text_of(path: str) -> str:
@@ -70,10 +74,25 @@ def _text_of(path: str) -> str:
         return ""
 
 
+def _limits() -> Iterator[tuple[int, str, str]]:
+    """Every limit in bytes on this process's memory, with the files that say what is used of it.
+
+    A batch system or systemd limits a cgroup further down than the mounted one, and all above it count too. In a
+    container the mounted one may be the process's own, whose path is of outside and leads nowhere.
+    """
+    lines = [line.split(":", 2) for line in _text_of(_CGROUPS_OF_THIS_PROCESS).splitlines()]
+    for mounted, controller, files in _CGROUPS:
+        paths = [path for _, controllers, path in lines if controller in controllers.split(",")]
+        inner = [part for part in "".join(paths[:1]).split("/") if part]
+        for depth in range(len(inner) + 1):
+            limit, used, kinds = (os.path.join(mounted, *inner[:depth], name) for name in files)
+            if (text := _text_of(limit)).isdigit():
+                yield int(text), used, kinds
+
+
 def host_total_nbytes() -> int:
     """DRAM this process may use, in bytes: the machine's, or its cgroup's limit where that is lower."""
-    limits = (_text_of(limit) for limit, _, _ in _CGROUPS)
-    return min([int(psutil.virtual_memory().total), *(int(text) for text in limits if text.isdigit())])
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _, _ in _limits())])
 
 
 def host_available_nbytes() -> int:
@@ -82,11 +101,10 @@ def host_available_nbytes() -> int:
     Pages of files that have not been used lately make room, and count as left.
     """
     available = [int(psutil.virtual_memory().available)]
-    for limit, used, kinds in _CGROUPS:
-        of_limit, of_used = _text_of(limit), _text_of(used)
-        if of_limit.isdigit() and of_used.isdigit():
-            cached = re.search(r"^(?:total_)?inactive_file (\d+)$", _text_of(kinds), re.MULTILINE)
-            available.append(int(of_limit) - int(of_used) + (int(cached[1]) if cached else 0))
+    for limit_nbytes, used, kinds in _limits():
+        if (of_used := _text_of(used)).isdigit():
+            cached = re.findall(r"^(?:total_)?inactive_file (\d+)$", _text_of(kinds), re.MULTILINE)
+            available.append(limit_nbytes - int(of_used) + max(map(int, cached), default=0))
     return max(0, min(available))
 
 
