@@ -63,7 +63,8 @@ def wrap(
     checkpoint_again = stop_checkpointing(model)
     chunked = chunk_loss(base_of(model)) if chunked_loss else None
     try:
-        engine = OffloadEngine(model, wrapped, config, blocks, compute_dtype)
+        with torch.inference_mode(False):  # gradients are added to memory that is made here
+            engine = OffloadEngine(model, wrapped, config, blocks, compute_dtype)
     except BaseException:
         checkpoint_again()
         cache_again()

@@ -11,7 +11,7 @@ import offload
 from offload.errors import OffloadError, UsageError
 from offload.tiers.host import HostArena
 from tests.fault.test_durable_steps import durable
-from tests.fault.training import STREAMING, Model, make_run, smallest_budgets
+from tests.fault.training import STREAMING, Model, make_run, smallest_budgets, steps
 from tests.fault.trajectory import Run
 
 pytestmark = pytest.mark.fault
@@ -73,14 +73,28 @@ def test_a_batch_of_another_shape_in_every_step_gives_the_numbers_of_memory(tmp_
     theirs = torch.optim.AdamW(plain.parameters(), lr=1e-2)
     for batch in batches:
         losses = []
-        for trained, steps in ((model, optimizer), (plain, theirs)):
+        for trained, its in ((model, optimizer), (plain, theirs)):
             loss = trained(batch).square().mean()
             loss.backward()
-            steps.step()
-            steps.zero_grad()
+            its.step()
+            its.zero_grad()
             losses.append(loss.item())
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     model.offload.close(remove=True)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_a_model_wrapped_where_no_gradients_are_computed_trains_with_the_same_numbers(tmp_path, mode):
+    expected = steps(*make_run(tmp_path / "a"), 2)
+    torch.manual_seed(0)
+    model = Model(3)
+    made = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    settings = {"storage": [str(tmp_path / "b")], **STREAMING, "device_memory": "1MB", "host_memory": "100MB"}
+    with mode():
+        model, optimizer = offload.wrap(model, made, **settings)
+    got = steps(model, optimizer, 2)
+    assert all(torch.equal(got[name], values) for name, values in expected.items())
+    model.offload.close()
 
 
 def test_an_arena_that_cannot_be_had_names_host_memory():
