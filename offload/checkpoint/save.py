@@ -173,8 +173,9 @@ class _File:
             raise
 
     def share(self, items: list[Item], paths: list[str]) -> list[Item]:
-        """Take over extents of the store, where that is one file and the file system can; what is left to do."""
-        if len(paths) == 1:
+        """Take over extents of the store, where that is one file and the file system can; what is left to do. One that
+        has been deleted is copied: the store has it open."""
+        if len(paths) == 1 and os.path.exists(paths[0]):
             source = os.open(paths[0], os.O_RDONLY | os.O_CLOEXEC)
             try:
                 items = share(items, source, self._descriptor)

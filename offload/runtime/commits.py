@@ -245,9 +245,12 @@ class StepCommits:
         return self._early is not None
 
     def next_forward(self, optimizer: OffloadOptimizer) -> None:
-        """A forward begins: the first one starts it all, each later one commits the step before, if it can be."""
+        """A forward begins: the first one starts it all, each later one commits the step before, if it can be. Raises
+        StoreError where no process could resume from the files any more: here, between two steps, all can be saved."""
         if not self.started:
             self.start(optimizer)
+        if self.due:
+            self._store.refuse_deleted()
         if self.due and not any(block.pending_update for block in self._blocks):
             self.begin(optimizer)
 

@@ -132,7 +132,7 @@ class Store:
         self._end_nbytes = 0
         self._stripe_nbytes = self.stripe_nbytes = stripe_nbytes
         self.capacity_nbytes = capacity_nbytes
-        self.closed = False
+        self.closed = self._told_of_deleted = False
         self._file_nbytes = self._file_nbytes_for(max(capacity_nbytes, 1), len(directories))
         try:
             for drive, directory in enumerate(directories):
@@ -222,15 +222,34 @@ class Store:
 
     def check_intact(self) -> None:
         """Raise StoreError when a file has been cut short by somebody else: what was behind the cut reads as zeros.
+        One that has been deleted serves to the end of the run, which is said once.
 
         The engine never writes a file's last page, so no write of ours makes a cut file as long as it was.
         """
         for path, descriptor in zip(self.paths, self._descriptors, strict=True):
-            found_nbytes = os.fstat(descriptor).st_size
+            found = os.fstat(descriptor)
+            if found.st_nlink == 0 and not self._told_of_deleted:
+                self._told_of_deleted = True
+                logger.warning(
+                    "%s: has been deleted by another program; training goes on in it, and its room is free only when "
+                    "the run ends: name storage directories that nothing else cleans",
+                    path,
+                )
+            found_nbytes = found.st_size
             if found_nbytes < self._file_nbytes:
                 raise StoreError(
                     f"{path}: has been truncated to {found_nbytes} of {self._file_nbytes} bytes by another program; "
                     "training state is lost: start again, with storage directories that nothing else cleans"
+                )
+
+    def refuse_deleted(self) -> None:
+        """Raise StoreError when a file has been deleted by somebody else: nothing could be resumed from it."""
+        for path, descriptor in zip(self.paths, self._descriptors, strict=True):
+            if os.fstat(descriptor).st_nlink == 0:
+                raise StoreError(
+                    f"{path}: has been deleted by another program, and no process could resume this run: offload.save "
+                    "still writes all of it elsewhere; go on from there with offload.resume, with storage directories "
+                    "that nothing else cleans"
                 )
 
     def grow(self, nbytes: int) -> None:

@@ -17,7 +17,7 @@ from offload.errors import StoreError
 from offload.tiers import storage
 from offload.tiers.host import HostArena
 from tests.fault import disks
-from tests.fault.training import GIVEN_UP, make_run, steps
+from tests.fault.training import GIVEN_UP, make_run, parameters_of, steps
 from tests.unit.test_store import files_in, make_store
 
 pytestmark = pytest.mark.fault
@@ -149,6 +149,39 @@ def test_a_store_file_unlinked_behind_our_back_changes_no_number(tmp_path):
     got = steps(model, optimizer, 3)
     model.offload.close()
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_a_run_whose_store_file_was_deleted_says_so_once_and_can_be_saved(tmp_path, caplog):
+    expected = steps(*make_run(tmp_path / "a"), 2)
+    model, optimizer = make_run(tmp_path / "b")
+    (path,) = glob.glob(f"{tmp_path}/b/*.store")
+    os.unlink(path)
+    steps(model, optimizer, 2)
+    assert caplog.text.count(f"{path}: has been deleted by another program") == 1
+    offload.save(model, str(tmp_path / "saved"))
+    model.offload.close()
+    assert_goes_on_from(tmp_path, expected)
+
+
+def test_a_durable_run_whose_store_file_was_deleted_is_refused_between_two_steps_and_can_be_saved(tmp_path):
+    expected = steps(*make_run(tmp_path / "a"), 2)
+    model, optimizer = make_run(tmp_path / "b", durability="step")
+    steps(model, optimizer, 2)
+    (path,) = glob.glob(f"{tmp_path}/b/*.store")
+    os.unlink(path)
+    with pytest.raises(StoreError, match=rf"{path}: has been deleted .*offload\.save.*offload\.resume"):
+        steps(model, optimizer, 1)
+    offload.save(model, str(tmp_path / "saved"))
+    model.offload.close(remove=True)
+    assert_goes_on_from(tmp_path, expected)
+
+
+def assert_goes_on_from(tmp_path, expected):
+    model, _ = make_run(tmp_path / "c")
+    offload.resume(model, str(tmp_path / "saved"))
+    got = parameters_of(model)
+    assert all(torch.equal(got[name], values) for name, values in expected.items())
+    model.offload.close()
 
 
 def test_a_full_disk_leaves_the_users_model_alone(small_disk, monkeypatch):
