@@ -36,6 +36,9 @@ CUT_SHORT = (
     "run can go on, let a handler of SIGINT set a flag, and look at it after optimizer.step()"
 )
 
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+"""Torch 2.4 does not tell."""
+
 
 class OpenRun(Uncopied, MayBeCutShort):
     """The part of an engine that does nothing to blocks."""
@@ -70,8 +73,8 @@ class OpenRun(Uncopied, MayBeCutShort):
         self._undo.append(undo)
 
     def refuse_unless_open(self) -> None:
-        """Raise UsageError after `close`, after Ctrl-C in the middle of what cannot be left, and in a process that was
-        forked from the run's."""
+        """Raise UsageError after `close`, after Ctrl-C in the middle of what cannot be left, in a process that was
+        forked from the run's, and where the model is being traced."""
         if self._closed:
             raise UsageError(CLOSED)
         self.refuse_cut_short()
@@ -79,6 +82,11 @@ class OpenRun(Uncopied, MayBeCutShort):
             raise UsageError(
                 "this process was forked from the one that trains and has neither the model's memory nor its drives: "
                 "compute there, or export the model and load it here"
+            )
+        if torch.jit.is_tracing() or _is_exporting():  # type: ignore[attr-defined]  # it is documented
+            raise UsageError(
+                "torch.export and torch.jit.trace would keep what happens to be where a block's parameters pass: "
+                "give model.state_dict() to a model made anew, or load what offload.export writes, and take that one"
             )
 
     def refuse_cut_short(self) -> None:

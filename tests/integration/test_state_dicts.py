@@ -239,6 +239,21 @@ def test_the_lowest_limit_on_the_way_to_the_process_own_cgroup_counts(
     assert config.host_available_nbytes() == 1500
 
 
+@pytest.mark.parametrize("take", ["torch.export.export", "torch.jit.trace"])
+def test_a_graph_of_a_streamed_model_which_would_have_no_parameters_is_refused_and_training_goes_on(
+    tmp_path, take
+):
+    model, optimizer = wrapped("storage", tmp_path)
+    take_steps(model, optimizer, 1)
+    before = model.state_dict()
+    x = torch.ones(4, 8)
+    with torch.no_grad(), pytest.raises(UsageError, match=r"state_dict.*offload\.export"):
+        torch.jit.trace(model, x) if take == "torch.jit.trace" else torch.export.export(model, (x,))
+    same(model.state_dict(), before, rtol=0, atol=0)
+    take_steps(model, optimizer, 1)
+    model.offload.close()
+
+
 def test_keep_vars_gives_the_parameters_that_stay_and_refuses_those_that_do_not(tmp_path):
     model, optimizer = wrapped("nothing streamed", tmp_path)
     take_steps(model, optimizer, 1)
