@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import torch
@@ -75,6 +76,12 @@ def wrap(
         checkpoint_again()
     if torch.bfloat16 in dtypes and n_parameters >= SLOW_BFLOAT16_PARAMETERS and engine.device.type == "cpu":
         _warn_of_slow_bfloat16()
+    if (n_ranks := _n_ranks()) > 1:
+        logger.warning(
+            "this is one of %d ranks, and offload neither shards nor averages gradients over ranks: each trains a "
+            "model of its own, on what its own data loader gives it; run one process",
+            n_ranks,
+        )
     engine.when_closed(cache_again)
     wrapped.engine = engine
     if optimizer is not None:
@@ -128,6 +135,14 @@ def _refuse_sparse_gradients(model: nn.Module) -> None:
                 f"{name} has sparse gradients, which no update here knows: gradients are kept dense, and give the same "
                 f"numbers. Make it with sparse=False, or set model.{name}.sparse = False before offload.wrap"
             )
+
+
+def _n_ranks() -> int:
+    """Of the process group, or those that a launcher (torchrun, accelerate) has started."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    told = os.environ.get("WORLD_SIZE", "1")
+    return int(told) if told.isdigit() else 1
 
 
 def _warn_of_slow_bfloat16() -> None:

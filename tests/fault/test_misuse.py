@@ -97,6 +97,13 @@ def test_a_model_wrapped_where_no_gradients_are_computed_trains_with_the_same_nu
     model.offload.close()
 
 
+@pytest.mark.parametrize(("n_ranks", "said"), [("1", 0), ("2", 1)])
+def test_several_ranks_are_told_that_each_trains_by_itself(tmp_path, monkeypatch, caplog, n_ranks, said):
+    monkeypatch.setenv("WORLD_SIZE", n_ranks)
+    make_run(tmp_path)[0].offload.close()
+    assert caplog.text.count("one of 2 ranks, and offload neither shards nor averages gradients") == said
+
+
 def test_an_arena_that_cannot_be_had_names_host_memory():
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (1 << 40, hard))
