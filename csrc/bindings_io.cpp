@@ -29,7 +29,7 @@ void delete_engine(io::Engine* engine) {
     delete engine;
     return;
   }
-  py::gil_scoped_release release;
+  const ReleasedGil released;
   delete engine;
 }
 
@@ -39,7 +39,7 @@ void delete_file_engine(io::FileEngine* engine) {
     delete engine;
     return;
   }
-  py::gil_scoped_release release;
+  const ReleasedGil released;
   delete engine;
 }
 
@@ -56,7 +56,7 @@ void wait_ticket(const std::shared_ptr<io::Ticket>& ticket, const std::optional<
   while (true) {
     bool complete = false;
     {
-      py::gil_scoped_release release;
+      const ReleasedGil released;
       complete = ticket->wait_for(std::chrono::milliseconds(50));
     }
     if (complete) break;
@@ -137,7 +137,7 @@ void bind_io(py::module_& module) {
       "crc32c",
       [](std::uintptr_t address, std::size_t nbytes, std::uint32_t crc, const std::string& level) {
         const void* const from = reinterpret_cast<const void*>(address);
-        py::gil_scoped_release release;
+        const ReleasedGil released;
         return level == "auto" ? crc32c(from, nbytes, crc) : crc32c_at(level, from, nbytes, crc);
       },
       py::arg("address"), py::arg("nbytes"), py::arg("crc") = 0, py::arg("level") = "auto");
@@ -167,7 +167,7 @@ void bind_io(py::module_& module) {
             if (ticket.done()) throw py::value_error("this ticket has completed already");
             ticket.settle_piece({failure.empty() ? 0 : EIO, failure});
           },
-          py::arg("failure") = "", py::call_guard<py::gil_scoped_release>())
+          py::arg("failure") = "", py::call_guard<ReleasedGil>())
       .def("wait", &wait_ticket, py::arg("timeout_s") = py::none())
       .def("done", &io::Ticket::done)
       .def("times", [](const io::Ticket& ticket) {
@@ -214,12 +214,12 @@ void bind_io(py::module_& module) {
           [](io::Engine& engine, std::uintptr_t address, std::size_t nbytes) {
             return engine.register_buffer(reinterpret_cast<void*>(address), nbytes);
           },
-          py::call_guard<py::gil_scoped_release>())
+          py::call_guard<ReleasedGil>())
       .def("counters", &counters)
-      .def("reopen", &io::Engine::reopen, py::arg("paths"), py::call_guard<py::gil_scoped_release>())
-      .def("sync", &io::Engine::sync, py::call_guard<py::gil_scoped_release>())
-      .def("cancel", &io::Engine::cancel, py::call_guard<py::gil_scoped_release>())
-      .def("close", &io::Engine::close, py::call_guard<py::gil_scoped_release>())
+      .def("reopen", &io::Engine::reopen, py::arg("paths"), py::call_guard<ReleasedGil>())
+      .def("sync", &io::Engine::sync, py::call_guard<ReleasedGil>())
+      .def("cancel", &io::Engine::cancel, py::call_guard<ReleasedGil>())
+      .def("close", &io::Engine::close, py::call_guard<ReleasedGil>())
       .def_property_readonly("backend", &io::Engine::backend)
       .def_property_readonly("backend_reason", &io::Engine::backend_reason)
       .def_property_readonly("direct", &io::Engine::direct);
@@ -238,22 +238,20 @@ void bind_io(py::module_& module) {
           [](io::FileEngine& engine, const std::variant<int, std::string>& file, std::uintptr_t address,
              std::size_t nbytes,
              std::uint64_t offset) { return transfer_file(engine, io::Op::read, file, address, nbytes, offset); },
-          py::arg("file"), py::arg("address"), py::arg("nbytes"), py::arg("offset") = 0,
-          py::call_guard<py::gil_scoped_release>())
+          py::arg("file"), py::arg("address"), py::arg("nbytes"), py::arg("offset") = 0, py::call_guard<ReleasedGil>())
       .def(
           "write",
           [](io::FileEngine& engine, const std::variant<int, std::string>& file, std::uintptr_t address,
              std::size_t nbytes,
              std::uint64_t offset) { return transfer_file(engine, io::Op::write, file, address, nbytes, offset); },
-          py::arg("file"), py::arg("address"), py::arg("nbytes"), py::arg("offset") = 0,
-          py::call_guard<py::gil_scoped_release>())
+          py::arg("file"), py::arg("address"), py::arg("nbytes"), py::arg("offset") = 0, py::call_guard<ReleasedGil>())
       .def("counters",
            [](const io::FileEngine& engine) {
              const io::Counters& counted = engine.counters();
              return py::dict(py::arg("read_bytes") = counted.read_nbytes.load(),
                              py::arg("written_bytes") = counted.written_nbytes.load());
            })
-      .def("close", &io::FileEngine::close, py::call_guard<py::gil_scoped_release>())
+      .def("close", &io::FileEngine::close, py::call_guard<ReleasedGil>())
       .def_property_readonly("backend", &io::FileEngine::backend)
       .def_property_readonly("backend_reason", &io::FileEngine::backend_reason);
 }

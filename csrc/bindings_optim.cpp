@@ -67,7 +67,7 @@ T* at(std::uintptr_t address) {
 struct DeletePipeline {
   void operator()(optim::UpdatePipeline* pipeline) const {
     if (pipeline->inherited()) return;  // after a fork its threads cannot be joined: the child leaves it alone
-    py::gil_scoped_release release;
+    const ReleasedGil released;
     delete pipeline;
   }
 };
@@ -150,7 +150,7 @@ void bind_optim(py::module_& module) {
       "split_master",
       [](std::uintptr_t source, std::uintptr_t hi, std::uintptr_t lo, std::size_t n, const std::string& level) {
         const optim::Kernels& chosen = optim::kernels_at(level);
-        py::gil_scoped_release release;
+        const ReleasedGil released;
         chosen.split(at<const float>(source), at<std::uint16_t>(hi), at<std::int16_t>(lo), n);
       },
       py::arg("source"), py::arg("hi"), py::arg("lo"), py::arg("n"), py::arg("level") = "auto");
@@ -158,14 +158,14 @@ void bind_optim(py::module_& module) {
       "merge_master",
       [](std::uintptr_t hi, std::uintptr_t lo, std::uintptr_t destination, std::size_t n, const std::string& level) {
         const optim::Kernels& chosen = optim::kernels_at(level);
-        py::gil_scoped_release release;
+        const ReleasedGil released;
         chosen.merge(at<const std::uint16_t>(hi), at<const std::int16_t>(lo), at<float>(destination), n);
       },
       py::arg("hi"), py::arg("lo"), py::arg("destination"), py::arg("n"), py::arg("level") = "auto");
   module.def(
       "canonicalize_nan",
       [](std::uintptr_t values, std::size_t n) { optim::kernels().back().canonicalize_nan(at<float>(values), n); },
-      py::arg("values"), py::arg("n"), py::call_guard<py::gil_scoped_release>());
+      py::arg("values"), py::arg("n"), py::call_guard<ReleasedGil>());
 
   py::class_<Hyper>(module, "Hyper")
       .def(py::init([](double lr, double beta1, double beta2, double eps, double weight_decay, std::int64_t step,
@@ -228,7 +228,7 @@ void bind_optim(py::module_& module) {
         const auto codec = codec_of(param_codec);
         const auto dtype = grad_dtype_of(grad_dtype);
         const optim::Kernels& chosen = optim::kernels_at(level);
-        py::gil_scoped_release release;
+        const ReleasedGil released;
         chosen.update(which, codec, dtype, kinds, planes, n, optim::scalars_of(which, hyper));
       },
       py::arg("rule"), py::arg("state_planes"), py::arg("param_codec"), py::arg("param"), py::arg("lo"),
@@ -248,7 +248,7 @@ void bind_optim(py::module_& module) {
         const auto codec = codec_of(param_codec);
         const auto dtype = grad_dtype_of(grad_dtype);
         const optim::Kernels& chosen = optim::kernels_at(level);
-        py::gil_scoped_release release;
+        const ReleasedGil released;
         constexpr auto rule = optim::Rule::adamw;
         const optim::StatePlanes kinds(2, optim::PlaneKind::float32);
         chosen.update(rule, codec, dtype, kinds, planes, n, optim::scalars_of(rule, hyper));
@@ -281,8 +281,8 @@ void bind_optim(py::module_& module) {
            py::arg("record_nbytes_per_element") = optim::kRecordNbytesPerElement)
       .def_static("buffer_nbytes_required", &optim::UpdatePipeline::buffer_nbytes_required, py::arg("chunk_elements"),
                   py::arg("n_buffers"), py::arg("record_nbytes_per_element") = optim::kRecordNbytesPerElement)
-      .def("submit", &optim::UpdatePipeline::submit, py::arg("job"), py::call_guard<py::gil_scoped_release>())
-      .def("turn", &optim::UpdatePipeline::turn, py::call_guard<py::gil_scoped_release>())
+      .def("submit", &optim::UpdatePipeline::submit, py::arg("job"), py::call_guard<ReleasedGil>())
+      .def("turn", &optim::UpdatePipeline::turn, py::call_guard<ReleasedGil>())
       .def("stats",
            [](const optim::UpdatePipeline& pipeline) {
              return py::dict(
@@ -298,7 +298,7 @@ void bind_optim(py::module_& module) {
              return spans;
            })
       .def("kernel_seconds", &optim::UpdatePipeline::kernel_seconds)
-      .def("close", &optim::UpdatePipeline::close, py::call_guard<py::gil_scoped_release>());
+      .def("close", &optim::UpdatePipeline::close, py::call_guard<ReleasedGil>());
 }
 
 }  // namespace offload

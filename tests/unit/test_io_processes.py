@@ -62,6 +62,22 @@ def test_buffers_stay_registered_with_other_files_where_they_can_be_locked_only_
     assert int(out) >= 4096
 
 
+ENDING = f"""{ALONE}
+import threading
+class Last:
+    def __del__(self, sleep=time.sleep): sleep(0.3)  # the interpreter is still ending when the thread comes back
+last, ticket = Last(), C.Ticket()
+threading.Thread(target=ticket.wait, daemon=True).start()
+time.sleep(0.1)
+sys.exit(3)
+"""
+
+
+def test_a_process_ends_with_its_own_status_while_a_daemon_thread_waits_for_a_transfer():
+    status, _, err = run(ENDING, _C.__file__)
+    assert status == 3, err
+
+
 CROWDED = f"""{ALONE}
 used_nbytes = 4096 * int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (used_nbytes + int(sys.argv[3]), resource.RLIM_INFINITY))
