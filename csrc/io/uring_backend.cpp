@@ -31,9 +31,32 @@ constexpr unsigned kSetups[] = {
 #if defined(IORING_SETUP_DEFER_TASKRUN) && defined(IORING_SETUP_SINGLE_ISSUER)
     IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
 #endif
+#ifdef IORING_SETUP_COOP_TASKRUN
     IORING_SETUP_COOP_TASKRUN,
+#endif
     0,
 };
+
+// Makes room for buffers: empty ones, which Linux takes from 5.13 on, where flags that say so are of 5.19.
+int register_room([[maybe_unused]] io_uring* ring) {
+#ifdef IORING_FEAT_RSRC_TAGS  // liburing 2.1
+  const std::vector<iovec> none(kRegisteredMax, iovec{});
+  const std::vector<__u64> tags(kRegisteredMax);
+  return io_uring_register_buffers_tags(ring, none.data(), tags.data(), kRegisteredMax);
+#else
+  return -EOPNOTSUPP;
+#endif
+}
+
+int register_at([[maybe_unused]] io_uring* ring, [[maybe_unused]] std::size_t index,
+                [[maybe_unused]] const iovec& buffer) {
+#ifdef IORING_FEAT_RSRC_TAGS
+  const __u64 tag = 0;
+  return io_uring_register_buffers_update_tag(ring, static_cast<unsigned>(index), &buffer, &tag, 1);
+#else
+  return -EOPNOTSUPP;
+#endif
+}
 
 struct Registered {
   char* address = nullptr;
@@ -164,7 +187,7 @@ class UringBackend final : public Backend {
       return -EOPNOTSUPP;
     }
     file_registered_ = options_.descriptor >= 0 && io_uring_register_files(&ring_, &options_.descriptor, 1) == 0;
-    sparse_buffers_ = io_uring_register_buffers_sparse(&ring_, kRegisteredMax) == 0;
+    has_room_ = register_room(&ring_) == 0;
     return 0;
   }
 
@@ -175,15 +198,12 @@ class UringBackend final : public Backend {
   }
 
   bool register_with_kernel(const Registered& buffer) {
-    if (!sparse_buffers_) return false;
+    if (!has_room_) return false;
     for (std::size_t start = 0; start < buffer.nbytes; start += kRegisteredPieceNbytes) {
       const std::size_t piece_nbytes = std::min(kRegisteredPieceNbytes, buffer.nbytes - start);
       if (registered_.size() == kRegisteredMax) return false;
-      const iovec vector{buffer.address + start, piece_nbytes};
-      const __u64 tag = 0;
-      const int result =
-          io_uring_register_buffers_update_tag(&ring_, static_cast<unsigned>(registered_.size()), &vector, &tag, 1);
-      if (result < 0) return false;
+      const iovec piece{buffer.address + start, piece_nbytes};
+      if (register_at(&ring_, registered_.size(), piece) < 0) return false;
       registered_.push_back({buffer.address + start, piece_nbytes});
     }
     return true;
@@ -215,7 +235,7 @@ class UringBackend final : public Backend {
         io_uring_prep_write(sqe, file, piece.address, nbytes, piece.offset);
     }
     if (registered) sqe->flags |= IOSQE_FIXED_FILE;
-    io_uring_sqe_set_data64(sqe, slot);  // after prep, which clears it
+    sqe->user_data = slot;  // after prep, which clears it
   }
 
   // Registers what waits for it and moves queued pieces into free slots, urgent ones first. False when nothing is left
@@ -258,7 +278,7 @@ class UringBackend final : public Backend {
       if (!wake_armed) {
         io_uring_sqe* sqe = io_uring_get_sqe(&ring_);
         io_uring_prep_read(sqe, wake_descriptor_, &wake_value_, sizeof wake_value_, 0);
-        io_uring_sqe_set_data64(sqe, kWake);
+        sqe->user_data = kWake;
         wake_armed = true;
       }
       const int submitted = io_uring_submit_and_wait(&ring_, completions_wanted());
@@ -329,7 +349,7 @@ class UringBackend final : public Backend {
   std::vector<std::shared_ptr<Registration>> registrations_;
   bool closing_ = false;
   // The I/O thread's own:
-  bool file_registered_ = false, sparse_buffers_ = false;
+  bool file_registered_ = false, has_room_ = false;
   std::vector<Piece> in_flight_;
   std::vector<unsigned> free_, filled_;
   std::vector<Registered> registered_;

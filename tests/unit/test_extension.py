@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -86,6 +87,36 @@ print(json.dumps(started))
 def test_nothing_is_compiled_at_first_use(tmp_path):
     """A first step with no compiler in reach starts no program."""
     assert run(FIRST_USE, str(tmp_path), PATH="/nonexistent") == []
+
+
+# What the headers of Ubuntu 22.04 (2.1) lack of those that are here, and those of 2.0.
+LIBURING_2_1 = """
+#include_next <liburing.h>
+#undef IORING_SETUP_COOP_TASKRUN
+#undef IORING_SETUP_SINGLE_ISSUER
+#undef IORING_SETUP_DEFER_TASKRUN
+#undef IORING_RSRC_REGISTER_SPARSE
+#define io_uring_register_buffers_sparse not_there
+#define io_uring_sqe_set_data64 not_there
+"""
+LIBURING_2_0 = f"""{LIBURING_2_1}
+#undef IORING_FEAT_RSRC_TAGS
+#define io_uring_register_buffers_tags not_there
+#define io_uring_register_buffers_update_tag not_there
+"""
+
+
+@pytest.mark.parametrize("header", [LIBURING_2_1, LIBURING_2_0], ids=["2.1", "2.0"])
+def test_the_extension_is_built_with_an_older_liburing_too(tmp_path, header):
+    compiler = shutil.which("g++")
+    if compiler is None or not pathlib.Path("/usr/include/liburing.h").exists():
+        pytest.skip("there is no compiler here, or no liburing to build with")
+    (tmp_path / "liburing.h").write_text(header, encoding="ascii")
+    options = ["-std=c++17", "-fsyntax-only", "-DOFFLOAD_HAVE_URING=1", f"-I{tmp_path}", f"-I{ROOT / 'csrc'}"]
+    done = subprocess.run(
+        [compiler, *options, ROOT / "csrc/io/uring_backend.cpp"], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
 
 
 REFUSED = """
