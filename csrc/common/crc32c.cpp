@@ -153,7 +153,7 @@ __attribute__((target("avx512f,vpclmulqdq,sse4.2"))) std::uint32_t update_by_pro
   const __m512i by_256 = broadcast(on_by_256), by_64 = broadcast(on_by_64);
   __m512i sums[4];
   for (std::size_t i = 0; i < 4; ++i) sums[i] = _mm512_loadu_si512(at + 64 * i);
-  sums[0] = _mm512_xor_si512(sums[0], _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(state))));
+  sums[0] = _mm512_xor_si512(sums[0], _mm512_maskz_set1_epi32(1, static_cast<int>(state)));
   for (at += kFolded, nbytes -= kFolded; nbytes >= kFolded; at += kFolded, nbytes -= kFolded)
     for (std::size_t i = 0; i < 4; ++i) sums[i] = folded(sums[i], by_256, _mm512_loadu_si512(at + 64 * i));
   for (std::size_t i = 0; i < 3; ++i) sums[i + 1] = folded(sums[i], by_64, sums[i + 1]);
