@@ -198,7 +198,8 @@ void Engine::sync() {
   refuse_forked(owner_pid_);
   std::lock_guard<std::mutex> lock(close_mutex_);
   if (closed_) throw std::system_error(ECANCELED, std::generic_category(), "the engine is closed");
-  const auto how = files_.size() > 1 ? std::launch::async : std::launch::deferred;
+  const auto one_by_one = std::launch::deferred;  // also where the system has no room for another thread
+  const auto how = files_.size() > 1 ? std::launch::async | one_by_one : one_by_one;
   std::vector<std::future<int>> flushes;
   for (const File& file : files_)
     flushes.push_back(std::async(how, [&file] { return ::fdatasync(file.descriptor) == 0 ? 0 : errno; }));

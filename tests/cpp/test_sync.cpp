@@ -1,8 +1,11 @@
 // Several drives are flushed at the same time, and a flush that fails is told when all have ended.
 //
-// `fdatasync` below stands in for the system's in this program: the engine under test calls it.
+// `fdatasync` and `pthread_create` below stand in for the system's in this program: the engine under test calls them.
+#include <dlfcn.h>
+#include <pthread.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
@@ -27,7 +30,8 @@ std::size_t wanted = 0;  // flushes that have to be under way before any of them
 std::size_t under_way = 0, ended = 0;
 std::size_t fails = 0;  // which of them, from 1 on in the order of descriptors; 0: none
 bool met = true;
-std::set<int> descriptors;  // that have been flushed
+std::set<int> descriptors;         // that have been flushed
+std::atomic<bool> no_room{false};  // for another thread
 
 void expect_flushes(std::size_t n, std::size_t which_fails) {
   std::lock_guard<std::mutex> lock(mutex);
@@ -80,7 +84,32 @@ void flushes(std::size_t n_drives) {
   for (const std::string& path : options.paths) ::unlink(path.c_str());
 }
 
+void flushes_where_no_thread_can_be_had(std::size_t n_drives) {
+  EngineOptions options;
+  options.paths = make_files(n_drives);
+  options.backend = "posix";
+  {
+    Engine engine(options);
+    expect_flushes(1, 0);
+    no_room = true;
+    try {
+      engine.sync();
+    } catch (const std::system_error&) {
+      expect(false, "drives are flushed one after the other where no thread can be had");
+    }
+    no_room = false;
+    expect(ended == n_drives && descriptors.size() == n_drives, "every drive has been flushed then too");
+  }
+  for (const std::string& path : options.paths) ::unlink(path.c_str());
+}
+
 }  // namespace
+
+extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*run)(void*), void* with) {
+  if (no_room) return EAGAIN;
+  static const auto create = reinterpret_cast<decltype(&pthread_create)>(::dlsym(RTLD_NEXT, "pthread_create"));
+  return create(thread, attributes, run, with);
+}
 
 extern "C" int fdatasync(int descriptor) {
   std::unique_lock<std::mutex> lock(mutex);
@@ -100,5 +129,6 @@ extern "C" int fdatasync(int descriptor) {
 int main() {
   flushes(1);
   flushes(3);
+  flushes_where_no_thread_can_be_had(3);
   return failures == 0 ? 0 : 1;
 }
