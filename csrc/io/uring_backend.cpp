@@ -82,14 +82,16 @@ class UringBackend final : public Backend {
     in_flight_.resize(options.queue_depth);
     for (unsigned i = options.queue_depth; i-- > 0;) free_.push_back(i);
     const auto set_up = std::make_shared<std::promise<int>>();
-    thread_ = std::thread([this, set_up] {
-      const int result = set_up_ring();
-      set_up->set_value(result);
-      if (result != 0) return;
-      loop();
-      // The ring's end would do so too, but some time after it: until then the memory stays locked.
-      if (!registered_.empty() && free_.size() == in_flight_.size()) io_uring_unregister_buffers(&ring_);
-    });
+    try {
+      thread_ = std::thread([this, set_up] {
+        const int result = set_up_ring();
+        set_up->set_value(result);
+        if (result == 0) run();
+      });
+    } catch (...) {  // the system has no room for a thread: nobody else closes it
+      ::close(wake_descriptor_);
+      throw;
+    }
     const int result = set_up->get_future().get();
     usable_ = result == 0;
     if (usable_) return;
@@ -268,6 +270,12 @@ class UringBackend final : public Backend {
   unsigned completions_wanted() const {
     if (!free_.empty()) return 1;
     return std::clamp(static_cast<unsigned>(in_flight_.size()) / 8, 1u, kCompletionBatchMax);
+  }
+
+  void run() {
+    loop();
+    // The ring's end would do so too, but some time after it: until then the memory stays locked.
+    if (!registered_.empty() && free_.size() == in_flight_.size()) io_uring_unregister_buffers(&ring_);
   }
 
   void loop() {

@@ -81,20 +81,25 @@ def test_a_process_ends_with_its_own_status_while_a_daemon_thread_waits_for_a_tr
 CROWDED = f"""{ALONE}
 used_nbytes = 4096 * int(open("/proc/self/statm").read().split()[0])
 resource.setrlimit(resource.RLIMIT_AS, (used_nbytes + int(sys.argv[3]), resource.RLIM_INFINITY))
+n_open = len(os.listdir("/proc/self/fd"))
 try:
-    C.Engine([sys.argv[2]], backend="posix")
+    C.Engine([sys.argv[2]], backend=sys.argv[4])
 except OSError as error:
-    print(error.errno)
+    print(error.errno, len(os.listdir("/proc/self/fd")) - n_open)
 """
 
 
-def test_an_engine_that_gets_only_some_of_its_threads_is_an_error(tmp_path):
+@pytest.mark.parametrize(("backend", "half_stacks"), [("posix", 5), ("uring", 1)])
+def test_an_engine_that_gets_only_some_of_its_threads_is_an_error_and_leaves_nothing_open(
+    tmp_path, backend, half_stacks
+):
     (path,) = make_files(tmp_path, 1, MIB)
+    make_engine([path], backend).close()
     stack_nbytes = resource.getrlimit(resource.RLIMIT_STACK)[0]
     if stack_nbytes == resource.RLIM_INFINITY:
         pytest.skip("the stack of a thread has no known size here")
-    status, out, err = run(CROWDED, _C.__file__, path, 5 * stack_nbytes // 2)
-    assert (status, out.strip()) == (0, str(errno.EAGAIN)), err
+    status, out, err = run(CROWDED, _C.__file__, path, half_stacks * stack_nbytes // 2, backend)
+    assert (status, out.split()) == (0, [str(errno.EAGAIN), "0"]), err
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
