@@ -4,6 +4,7 @@
 #pragma once
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <cstddef>
@@ -37,9 +38,11 @@ class AlignedBuffer {
   AlignedBuffer(const AlignedBuffer&) = delete;
   AlignedBuffer& operator=(const AlignedBuffer&) = delete;
 
-  // Whole pages of it that a forked child is to have too.
+  // Bytes of it that a forked child is to have too, with what shares a page of the system's with them: those of some
+  // kernels are larger than ours.
   void keep_on_fork(std::size_t offset, std::size_t nbytes) {
-    ::madvise(static_cast<char*>(address_) + offset, nbytes, MADV_KEEPONFORK);
+    const std::size_t before = offset % static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+    ::madvise(static_cast<char*>(address_) + offset - before, before + nbytes, MADV_KEEPONFORK);
   }
 
   void* address() const { return address_; }

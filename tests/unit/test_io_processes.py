@@ -144,3 +144,18 @@ def test_a_forked_process_is_refused_what_nobody_would_complete(tmp_path, backen
     pipeline.submit(job).wait(timeout_s=20)
     pipeline.close()
     engine.close()
+
+
+def test_a_forked_process_has_what_is_kept_wherever_it_lies_in_a_page():
+    arena = Arena(MIB)
+    memory = memoryview(arena)
+    first, last = (
+        3 * 4096 + 512,
+        5 * 4096 + 512,
+    )  # as pages of ours may lie in those of a system that has larger ones
+    memory[first], memory[last], memory[-1] = 7, 8, 9
+    arena.keep_on_fork(first, last + 1 - first)
+    child = os.fork()
+    if child == 0:
+        os._exit(int((memory[first], memory[last], memory[-1]) == (7, 8, 0)))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
