@@ -61,6 +61,7 @@ setup(
         Extension(
             "offload._C",
             sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp")),
+            depends=sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h")),
             include_dirs=["csrc"],
             define_macros=macros,
             extra_compile_args=compile_args,
