@@ -15,6 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "benchmarks
 import gpu_common
 import gpu_giant
 import gpu_rates
+import gpu_touch
 import gpu_train
 import torch
 
@@ -186,3 +187,29 @@ def test_the_emulated_device_of_a_giant_has_memory_of_its_own_with_a_profile_of_
     hardware = gpu_giant.rates_for(gpu_common.Device("emulated"), path)
     assert not hardware.shares_host
     assert hardware.h2d_bytes_per_s == hardware.dram_bytes_per_s
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("total_gb", "comes"),
+    [([8, 8, 8, 16], True), ([8], False), ([8, 9, 9], False), ([128], True)],
+    ids=["grows", "does not", "grows too little", "is all there"],
+)
+def test_memory_that_a_machine_is_given_as_it_is_used_is_waited_for_and_no_other(
+    monkeypatch, total_gb, comes
+):
+    """7 GB are in use, and 2 GB more are wanted of which a tenth of all is to be left."""
+    monkeypatch.setattr(gpu_touch, "LOOK_AGAIN_S", 0.005)
+    looks = iter(total_gb)
+
+    def memory():
+        memory.total = next(looks, memory.total)
+        return memory.total * GB, (memory.total - 7) * GB
+
+    memory.total = 0
+    begin_s = time.monotonic()
+    assert gpu_touch.comes_in(2 * GB, 0.9, 0.1, begin_s + 60.0, memory) == comes
+    assert time.monotonic() - begin_s < 10.0
+    assert not gpu_touch.comes_in(2 * GB, 0.9, 0.1, begin_s - 1.0, memory)  # its time is over
