@@ -131,8 +131,8 @@ run_train() {  # model, tokens a step, placements, seconds, name of the file, mo
 
 giant() {  # with all state in host memory; then one of 175b's layers on the drive, where time and room allow
   local end=$((SECONDS + $1)) status=0 slice=$RESULTS/gpu_giant_175b.json
-  run_giant gpt3-175b "$(($1 * 4 / 10))" "$slice" || status=$?
-  run_giant llama-70b "$(((end - SECONDS) / 2))" "$RESULTS/gpu_giant_70b.json" || status=$?
+  run_giant gpt3-175b "$(($1 * 5 / 10))" "$slice" || status=$?
+  run_giant llama-70b "$(((end - SECONDS) * 7 / 10))" "$RESULTS/gpu_giant_70b.json" || status=$?
   [ ! -e "$slice" ] || run_giant gpt3-175b "$((end - SECONDS))" "$RESULTS/gpu_giant_175b_storage.json" \
     --in-host 0.5 --steps 1 --warm-up 1 --rates-of "$slice" || status=$?
   return $status

@@ -25,7 +25,7 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import common
@@ -65,6 +65,8 @@ WHOLE_COLUMNS = (
 RATES_COLUMNS = ("work_tflops",)
 LAYERS = {"gpt3-175b": 2, "llama-70b": 4}
 VOCAB = 1024
+CLOSING_S = 8.0
+"""What giving back page-locked memory and simulating the plan take."""
 KINDS = {"forward": ("forward",), "backward": ("recompute", "backward"), "update": ("update",)}
 
 
@@ -143,6 +145,21 @@ def fixed_plan(
     return plan.model_copy(update={"chunk_elements": Config().chunk_elements})
 
 
+def left_s(options: argparse.Namespace) -> float:
+    """Of --seconds, without what the end takes."""
+    return options.seconds - CLOSING_S - gpu_common.process_age_s()
+
+
+def steps_in_time(
+    step: Callable[[], float], n_steps: int, n_after: int, left_s: Callable[[], float]
+) -> list[float]:
+    """Seconds of so many steps; of at least one, where there is no time for one more and the `n_after` that follow."""
+    seconds = [step()]
+    while len(seconds) < n_steps and (n_after + 1) * seconds[-1] < left_s():
+        seconds.append(step())
+    return seconds
+
+
 def measured(
     model: nn.Module,
     plan: Plan,
@@ -174,18 +191,19 @@ def measured(
         return time.perf_counter() - start
 
     try:
-        for _ in range(options.warm_up):
-            step()
+        if options.warm_up:
+            steps_in_time(step, options.warm_up, 2, lambda: left_s(options))
         before = gpu_common.counted(engine)
-        times = [step() for _ in range(options.steps)]
+        times = steps_in_time(step, options.steps, 1, lambda: left_s(options))  # and the recorded one
         after = gpu_common.counted(engine)
         stalls = dict(engine.last_step["stall_s"])
         with engine.record() as spans:
             step()
-        moved = {key: (after[key] - before[key]) / options.steps for key in after}
+        moved = {key: (after[key] - before[key]) / len(times) for key in after}
         memory = device.memory()
         return {
             "step_s": common.median(times),
+            "n_steps": len(times),
             "numel": numel,
             "state_on_storage_bytes": engine.placement.storage_nbytes,
             "layers_s": layer_seconds(spans),
@@ -273,9 +291,9 @@ def why_not_run(
     if nbytes > 0.7 * free_nbytes:
         return f"{nbytes / 1e9:.0f} GB do not fit in 0.7 of the {free_nbytes / 1e9:.0f} GB that are free on the drive"
     n_steps = options.warm_up + options.steps + 2  # the recorded one, and the first state's way to the drive
-    left_s = max(0.0, options.seconds - gpu_common.process_age_s())
-    if nbytes > 0 and n_steps * predicted.step_s > left_s:
-        return f"{n_steps} times {predicted.step_s:.1f} s a step are predicted, {left_s:.0f} s are left"
+    left = max(0.0, left_s(options))
+    if nbytes > 0 and n_steps * predicted.step_s > left:
+        return f"{n_steps} times {predicted.step_s:.1f} s a step are predicted, {left:.0f} s are left"
     return None
 
 

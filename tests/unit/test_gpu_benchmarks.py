@@ -213,3 +213,15 @@ def test_memory_that_a_machine_is_given_as_it_is_used_is_waited_for_and_no_other
     assert gpu_touch.comes_in(2 * GB, 0.9, 0.1, begin_s + 60.0, memory) == comes
     assert time.monotonic() - begin_s < 10.0
     assert not gpu_touch.comes_in(2 * GB, 0.9, 0.1, begin_s - 1.0, memory)  # its time is over
+
+
+@pytest.mark.parametrize(("seconds", "n_steps"), [(100.0, 4), (9.0, 2), (0.0, 1)])
+def test_a_giants_row_has_as_many_steps_as_there_is_time_for_beside_those_that_follow(seconds, n_steps):
+    """Each takes 2 s, and two more follow."""
+    left = [seconds]
+
+    def step():
+        left[0] -= 2.0
+        return 2.0
+
+    assert len(gpu_giant.steps_in_time(step, 4, 2, lambda: left[0] + 0.5)) == n_steps
