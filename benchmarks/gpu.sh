@@ -70,15 +70,20 @@ build_extension() {
     "$PYTHON" setup.py -q build_ext --inplace && "$PYTHON" -m offload.cli doctor --storage "$STORAGE"
 }
 
-tests() {  # only files that have such tests: others need packages that a bare machine may lack
-  local workers=() files status=0
+tests() {  # only files that have such tests: others need packages that a bare machine may lack. Late copies take time: last
+  local workers=() bounded=() files status=0 end=$((SECONDS + $1))
   "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 4)
-  mapfile -t files < <(grep -rlE "mark\.gpu|import .*\bCUDA\b" tests --include='test_*.py' | grep -v test_probe)
+  # What has failed by then is told; a stage that is stopped tells nothing.
+  "$PYTHON" -c 'import pytest_timeout; pytest_timeout.SESSION_TIMEOUT_KEY' 2>/dev/null && bounded=(--session-timeout)
+  mapfile -t files < <(grep -rlE "mark\.gpu|import .*\bCUDA\b" tests --include='test_*.py' | grep -v test_probe | sort)
+  mapfile -t files < <(grep -L sleepy_copies "${files[@]}"; grep -l sleepy_copies "${files[@]}")
   export CUBLAS_WORKSPACE_CONFIG=:4096:8
-  "$PYTHON" -m pytest -q --tb=short -p no:cacheprovider "${workers[@]}" -m gpu "${files[@]}" || status=$?
-  "$PYTHON" -m pytest -q --tb=short -p no:cacheprovider -m gpu tests/integration/test_probe.py || status=$?  # it measures
+  run_tests "${workers[@]}" "${bounded[@]/%/=$(($1 * 8 / 10))}" "${files[@]}" || status=$?
+  run_tests "${bounded[@]/%/=$((end - SECONDS))}" tests/integration/test_probe.py || status=$?  # it measures
   return $status
 }
+
+run_tests() { "$PYTHON" -m pytest -q --tb=short -p no:cacheprovider -m gpu "$@"; }
 
 rates() {
   "$PYTHON" benchmarks/gpu_rates.py "${device[@]}" --seconds "$(($1 * 6 / 10))" --profile "$PROFILE" --json "$RESULTS/gpu_rates.json"

@@ -321,6 +321,22 @@ def test_a_machine_without_a_profile_takes_the_carried_one_of_its_card_and_of_no
         assert (tmp_path / "results" / "gpu_hardware.json").read_text() == whole
 
 
+def test_the_tests_on_a_gpu_end_in_time_to_say_what_has_failed_and_let_copies_come_late_last(tmp_path):
+    _, told, commands = stages(tmp_path, "tests", SECONDS_MAX="103")
+    whole, alone = (line.split() for line in commands.splitlines() if line.startswith("-m pytest"))
+    limit, rest = (
+        next(int(word.partition("=")[2]) for word in words if word.startswith("--session-timeout="))
+        for words in (whole, alone)
+    )
+    assert 0 < limit < 90, told
+    assert 0 < rest <= 100
+    late = whole.index("tests/integration/test_device_order.py")
+    assert whole.index("tests/integration/test_exactness.py") < late
+    assert whole.index("tests/unit/test_device_rules.py") < late
+    assert "tests/integration/test_probe.py" in alone
+    assert "tests/integration/test_probe.py" not in whole
+
+
 @pytest.mark.slow
 def test_a_stage_is_stopped_at_its_limit_and_the_next_has_the_rest_of_the_time(tmp_path):
     hangs = '[[ "$*" != *gpu_rates* ]] || sleep 60'
