@@ -163,6 +163,7 @@ run_profile() {  # tokens a step, placements, seconds, name of the file, more op
 }
 
 if [ "${1:-}" = --stage ]; then  # one stage in a process of its own, which `timeout` can end
+  trap 'exit 143' TERM  # once its command has ended, which may have much page-locked memory to give back
   "$2" "$3"
   exit
 fi

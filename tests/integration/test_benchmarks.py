@@ -338,6 +338,15 @@ def test_the_tests_on_a_gpu_end_in_time_to_say_what_has_failed_and_let_copies_co
 
 
 @pytest.mark.slow
+def test_a_stage_that_is_stopped_has_given_its_memory_back_when_the_next_begins(tmp_path):
+    ends = f"sleep 2; echo ended >>{tmp_path / 'commands'}; exit"
+    slow_to_end = f"""if [[ "$*" = *gpu_rates* ]]; then trap "{ends}" TERM; sleep 60 & wait; fi"""
+    _, told, commands = stages(tmp_path, "rates", "profile", python=slow_to_end, LIMIT="4")
+    assert "rates: stopped after 4 s" in told
+    assert 0 <= commands.index("ended") < commands.index("gpu_profile")
+
+
+@pytest.mark.slow
 def test_a_stage_is_stopped_at_its_limit_and_the_next_has_the_rest_of_the_time(tmp_path):
     hangs = '[[ "$*" != *gpu_rates* ]] || sleep 60'
     status, told, _ = stages(tmp_path, "rates", "profile", python=hangs, LIMIT="4")
