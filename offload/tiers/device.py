@@ -21,6 +21,7 @@ import torch
 
 from offload.errors import BudgetError
 from offload.telemetry import Times
+from offload.tiers.pages import make_present
 
 logger = logging.getLogger("offload")
 
@@ -313,6 +314,8 @@ class CudaDevice:
         if pin == "auto" and self._was_refused:
             return False
         cudart = torch.cuda.cudart()
+        if pin != "never":
+            make_present(address, nbytes)
         try:
             with torch.cuda.device(self.torch_device):
                 locked, code = register_pages(

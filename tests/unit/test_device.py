@@ -131,6 +131,17 @@ def test_pin_always_refuses_and_pin_never_asks_for_nothing():
     assert driver.calls == []
 
 
+def test_pages_are_present_before_the_driver_takes_them_one_by_one(cuda, monkeypatch):
+    done, driver = [], Driver()
+    monkeypatch.setattr(
+        "offload.tiers.device.make_present", lambda *given: done.append((*given, len(driver.calls)))
+    )
+    device = cuda(driver)
+    for number, pin in enumerate(("always", "auto", "never")):
+        device.page_lock(8192 * number, 4096, pin)
+    assert done == [(0, 4096, 0), (8192, 4096, 1)]
+
+
 def test_what_pin_always_registered_before_a_refusal_is_unregistered_at_once_and_the_refusal_forgotten(cuda):
     """The memory is unmapped when the refusal reaches the caller, and the next launch is not to fail for it."""
     driver = Driver(refuse_at=4)
