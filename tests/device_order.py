@@ -100,7 +100,9 @@ class OrderedDevice:
         return lambda: 0.0
 
     def allocate(self, nbytes):
-        return torch.full((nbytes,), 0xFF, dtype=torch.uint8)
+        memory = torch.full((nbytes,), 0xFF, dtype=torch.uint8)
+        self.computed((), (extent(memory),), "allocate")  # which may fill it
+        return memory
 
     def trim(self):
         pass
