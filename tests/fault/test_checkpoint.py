@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 import stat
 import sys
 import threading
@@ -16,8 +17,10 @@ import offload
 from offload._C import Ticket
 from offload.checkpoint.copying import StreamingCopy
 from offload.checkpoint.read import ChunkReader, read_manifest
+from offload.checkpoint.save import KIND
 from offload.errors import CheckpointError, ConfigError, CorruptError, StoreError, UsageError
 from offload.tiers.encoding import dtype_named
+from offload.tiers.manifest import frame
 from tests.child import end, start
 from tests.drive_order import recorded
 from tests.fault.trajectory import Run
@@ -376,6 +379,19 @@ def test_another_model_is_named_by_its_first_difference(tmp_path, uninterrupted)
     with pytest.raises(CheckpointError, match=r"it has no parameter inner\.layers\.3"):
         more.resume(early)
     more.close()
+
+
+def test_a_manifest_that_says_it_is_of_another_model_than_it_describes_is_refused(tmp_path, uninterrupted):
+    early, _, _ = uninterrupted
+    manifest = read_manifest(early)
+    place = tmp_path / "copy"
+    shutil.copytree(early, place)
+    manifest = manifest.model_copy(update={"fingerprint": "0" * len(manifest.fingerprint)})
+    (place / "manifest.jsonl").write_bytes(frame(KIND, manifest.model_dump_json()))
+    run = Run(storage=[str(tmp_path / "a")])
+    with pytest.raises(CheckpointError, match="it has been edited"):
+        run.resume(place)
+    run.close()
 
 
 def test_what_cannot_say_where_it_is_cannot_be_tracked(tmp_path, uninterrupted):

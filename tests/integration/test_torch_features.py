@@ -147,6 +147,7 @@ def test_one_autocast_around_everything_keeps_no_copies_of_blocks(tmp_path):
         before = evaluate()
         train(model, optimizer, 1, autocast=True)
         inside = evaluate()
+        assert torch.is_autocast_cache_enabled()  # of what is around the blocks copies are kept
     with torch.autocast("cpu", torch.bfloat16):
         outside = evaluate()
     model.offload.close()
