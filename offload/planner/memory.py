@@ -62,20 +62,17 @@ def device_need(
     be alive too (`BlockWork.working`).
     """
     samples = samples_of_micro_batch(batch_samples, shape.micro_batches)
-    blocks = workload.blocks
-    slot = max((state.param_nbytes * (b.stored_numel + b.frozen_numel) for b in blocks), default=0)
-    grad = max((state.grad_nbytes * b.stored_numel for b in blocks), default=0)
-    tensors = max((micro_nbytes_per_sample(workload, i) for i in range(len(blocks))), default=0)
-    largest = max((t.nbytes_per_sample for b in blocks for t in b.saved), default=0)
-    widest = max((b.input_nbytes_per_sample for b in blocks), default=0)
+    largest = workload.largest
+    slot = state.param_nbytes * largest.slot_numel
+    grad = state.grad_nbytes * largest.stored_numel
+    widest = largest.input_nbytes_per_sample
     root_numel = workload.root_stored_numel + workload.root_frozen_numel
-    working = samples * (2 * tensors + 2 * largest) + 2 * max(
-        (b.saved_fixed_nbytes for b in blocks), default=0
-    )
+    working = samples * 2 * (largest.micro_nbytes_per_sample + largest.tensor_nbytes_per_sample)
+    working += 2 * largest.saved_fixed_nbytes
     boundary = 2 * widest * (batch_samples if shape.boundary_on_device else samples)
     logits = 2 * workload.logits_nbytes_per_sample
     if shares_host and is_traced(workload):
-        working = max(block_working_nbytes(workload, i, batch_samples, samples) for i in range(len(blocks)))
+        working = _with_root_nbytes(workload, peak_of(largest.working, samples), batch_samples)
         boundary = boundary_nbytes(workload, batch_samples, shape.micro_batches)
         logits = max(0, root_working_nbytes(workload, batch_samples) - working - boundary)
     else:
@@ -107,13 +104,17 @@ def _own_device_root_nbytes(workload: Workload, batch_samples: int) -> int:
 
 def is_traced(workload: Workload) -> bool:
     """Whether it is known what is alive in backward, for every block and the root."""
-    return bool(workload.root_working) and all(b.working for b in workload.blocks)
+    return bool(workload.root_working) and bool(workload.largest.working or not workload.blocks)
 
 
 def block_working_nbytes(workload: Workload, index: int, batch_samples: int, samples: float) -> int:
     """Bytes alive while a micro-batch of a block goes backward, with what the root holds meanwhile (traced ones)."""
-    own = workload.blocks[index].working_nbytes(samples) or 0
-    return own + (peak_of(workload.root_held, batch_samples) or 0) + KERNEL_SCRATCH_NBYTES
+    return _with_root_nbytes(workload, workload.blocks[index].working_nbytes(samples), batch_samples)
+
+
+def _with_root_nbytes(workload: Workload, own_nbytes: int | None, batch_samples: int) -> int:
+    """A block's `own_nbytes` with what else is alive meanwhile."""
+    return (own_nbytes or 0) + (peak_of(workload.root_held, batch_samples) or 0) + KERNEL_SCRATCH_NBYTES
 
 
 def root_working_nbytes(workload: Workload, batch_samples: int) -> int:
@@ -126,19 +127,12 @@ def read_ahead_nbytes(workload: Workload, samples: int, *, shares_host: bool) ->
     the working memory is that of one micro-batch."""
     if not (shares_host and is_traced(workload)):
         return 0
-    return samples * max(micro_nbytes_per_sample(workload, i) for i in range(len(workload.blocks)))
+    return samples * workload.largest.micro_nbytes_per_sample
 
 
 def boundary_nbytes(workload: Workload, batch_samples: int, micro_batches: int) -> int:
     """The gradients of a block's output and input for the whole batch; with one micro-batch they are in `working`."""
-    widest = max((b.input_nbytes_per_sample for b in workload.blocks), default=0)
-    return 2 * widest * batch_samples if micro_batches > 1 else 0
-
-
-def micro_nbytes_per_sample(workload: Workload, index: int) -> int:
-    """All tensors of one block that backward needs, input included."""
-    block = workload.blocks[index]
-    return block.input_nbytes_per_sample + sum(t.nbytes_per_sample for t in block.saved)
+    return 2 * workload.largest.input_nbytes_per_sample * batch_samples if micro_batches > 1 else 0
 
 
 def activation_staging_nbytes(micro_nbytes: float) -> int:
@@ -177,20 +171,21 @@ def host_need(
     """Host memory for staging: the update pipeline's; three fetched blocks, two planes of gradients and the root's
     parameters and gradients on their way over the bus; two micro-batches of tensors on their way to storage
     (`activation_staging` bytes; None: all that a block saves); and the boundary where it is not on the device."""
-    blocks = workload.blocks
+    largest = workload.largest
     samples = samples_of_micro_batch(batch_samples, shape.micro_batches)
     need = staging_nbytes
     if not shares_host:
-        slot = max((state.param_nbytes * (b.stored_numel + b.frozen_numel) for b in blocks), default=0)
-        grad = max((state.grad_nbytes * b.stored_numel for b in blocks), default=0)
+        slot = state.param_nbytes * largest.slot_numel
+        grad = state.grad_nbytes * largest.stored_numel
         root = state.param_nbytes * (workload.root_stored_numel + workload.root_frozen_numel)
         root += state.grad_nbytes * workload.root_stored_numel
         need += root + 2 * grad + (HOST_SLOTS * slot if has_storage else 0)
     if has_storage:
-        widest = max((micro_nbytes_per_sample(workload, i) for i in range(len(blocks))), default=0)
         need += (
-            activation_staging_nbytes(samples * widest) if activation_staging is None else activation_staging
+            activation_staging_nbytes(samples * largest.micro_nbytes_per_sample)
+            if activation_staging is None
+            else activation_staging
         )
     if not shape.boundary_on_device:
-        need += 2 * batch_samples * max((b.input_nbytes_per_sample for b in blocks), default=0)
+        need += 2 * batch_samples * largest.input_nbytes_per_sample
     return need

@@ -6,6 +6,7 @@ All per-sample quantities are for one sequence of `tokens_per_sample` tokens; th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from offload.update_rules import ADAMW, UpdateRule
 
@@ -63,6 +64,40 @@ class BlockWork:
 
 
 @dataclass(frozen=True)
+class Largest:
+    """Of all blocks the largest of each figure, which memory has to be there for. 0 without blocks."""
+
+    stored_numel: int
+    slot_numel: int
+    """Trainable (with padding) and frozen parameters."""
+    input_nbytes_per_sample: int
+    tensor_nbytes_per_sample: int
+    """Of one saved tensor."""
+    micro_nbytes_per_sample: int
+    """All tensors of a block that backward needs, input included."""
+    saved_fixed_nbytes: int
+    working: tuple[tuple[int, int], ...]
+    """The lines of all blocks' `working`; empty where a block was not traced."""
+
+    @classmethod
+    def of(cls, blocks: tuple[BlockWork, ...]) -> Largest:
+        """What is largest among these."""
+        traced = all(b.working for b in blocks)
+        return cls(
+            stored_numel=max((b.stored_numel for b in blocks), default=0),
+            slot_numel=max((b.stored_numel + b.frozen_numel for b in blocks), default=0),
+            input_nbytes_per_sample=max((b.input_nbytes_per_sample for b in blocks), default=0),
+            tensor_nbytes_per_sample=max((t.nbytes_per_sample for b in blocks for t in b.saved), default=0),
+            micro_nbytes_per_sample=max(
+                (b.input_nbytes_per_sample + sum(t.nbytes_per_sample for t in b.saved) for b in blocks),
+                default=0,
+            ),
+            saved_fixed_nbytes=max((b.saved_fixed_nbytes for b in blocks), default=0),
+            working=tuple(sorted({line for b in blocks for line in b.working})) if traced else (),
+        )
+
+
+@dataclass(frozen=True)
 class Workload:
     """A whole model at one sequence length. The root is everything outside the blocks; head and loss are in it."""
 
@@ -114,7 +149,12 @@ class Workload:
         """As `BlockWork.stored_numel`."""
         return self.root_trainable_numel + self.root_padding_numel
 
-    @property
+    @cached_property
+    def largest(self) -> Largest:
+        """Of the blocks. A search asks for it with every shape of working memory."""
+        return Largest.of(self.blocks)
+
+    @cached_property
     def head_numel(self) -> int:
         """The output head's matrix, the one with the most rows; 0 where shapes are not known."""
         rows, columns = max((shape for shape in self.trainable_shapes if len(shape) == 2), default=(0, 0))
