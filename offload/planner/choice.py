@@ -57,35 +57,57 @@ def choices(
 ) -> list[Choice]:
     """The fastest that fits for each amount of state on the device, and where some updates wait; the fastest of all
     first."""
-    asked = _asked(workload, hardware, budgets, fixed)
-
-    def of(stays: OnDevice, **more: Any) -> Choice | None:
-        search = _search(workload, hardware, budgets, {**fixed, **more}, batch_samples, stays)
+    every = []
+    for stays, search in searches(workload, hardware, budgets, fixed, batch_samples):
         chosen = search.best(budgets)
-        return None if chosen is None else Choice(search, chosen, stays)
-
-    found = of(OnDevice() if asked is None else asked)
-    every = [] if found is None else [found]
-    may = _may(workload, hardware, budgets, fixed) and hardware.device_adam_params_per_s is not None
-    if asked is None and may:
-        for root in (False, True) if workload.root_stored_numel else (False,):
-            for n_blocks in _numbers(blocks_max([block.stored_numel for block in workload.blocks]), root):
-                found = of(OnDevice(root, n_blocks))
-                if found is None:
-                    break
-                every.append(found)
+        if chosen is not None:
+            every.append(Choice(search, chosen, stays))
     if every and not every[0].stays and _some_may_wait(every[0], budgets, fixed):
-        every += [c for part in SOME_WAIT if (c := of(OnDevice(), deferred_fraction=part)) is not None]
+        for part in SOME_WAIT:
+            more = {**fixed, "deferred_fraction": part}
+            search = _search(workload, hardware, budgets, more, batch_samples, OnDevice())
+            chosen = search.best(budgets)
+            if chosen is not None:
+                every.append(Choice(search, chosen, OnDevice()))
     return sorted(every, key=lambda choice: choice.chosen.step_s)  # of equals that with less on the device
+
+
+def searches(
+    workload: Workload,
+    hardware: Hardware,
+    budgets: Budgets,
+    fixed: Mapping[str, Any],
+    batch_samples: int,
+    *,
+    in_any_room: bool = False,
+) -> Iterator[tuple[OnDevice, Search]]:
+    """What stays on the device and the search of the rest: as the user wants it, or with nothing there and then with
+    more and more, as far as the budget has room. More on the device may fit where less does not: host memory has less
+    to hold then. `in_any_room`: whatever the budget is."""
+    asked = _asked(workload, hardware, budgets, fixed)
+    first = OnDevice() if asked is None else asked
+    yield first, _search(workload, hardware, budgets, fixed, batch_samples, first)
+    may = _may(workload, hardware, budgets, fixed) and hardware.device_adam_params_per_s is not None
+    if asked is not None or not may:
+        return
+    most = blocks_max([block.stored_numel for block in workload.blocks])
+    for root in (False, True) if workload.root_stored_numel else (False,):
+        for n_blocks in _numbers(most, root):
+            stays = OnDevice(root, n_blocks)
+            search = _search(workload, hardware, budgets, fixed, batch_samples, stays)
+            if not in_any_room and next(search.shapes_that_fit(budgets), None) is None:
+                break
+            yield stays, search
 
 
 def as_asked(
     workload: Workload, hardware: Hardware, budgets: Budgets, fixed: Mapping[str, Any], batch_samples: int
-) -> tuple[Search, int | None]:
-    """The search of what the user wants to stay on the device, and the largest `states_on_device` that fits, to 1 in
-    1,000, where less than that is what is lacking; else None."""
+) -> tuple[list[Search], int | None]:
+    """The searches of what the user wants to stay on the device, or of all that may, and the largest
+    `states_on_device` that fits, to 1 in 1,000, where less than that is what is lacking; else None."""
     asked = _asked(workload, hardware, budgets, fixed) or OnDevice()
-    search = _search(workload, hardware, budgets, fixed, batch_samples, asked)
+    every = searches(workload, hardware, budgets, fixed, batch_samples, in_any_room=True)
+    found = [search for _, search in every]
 
     def of(wanted: int) -> OnDevice:
         return _asked(workload, hardware, budgets, {**fixed, STATES_ON_DEVICE: wanted}) or OnDevice()
@@ -94,12 +116,12 @@ def as_asked(
         return _search(workload, hardware, budgets, fixed, batch_samples, of(wanted)).fits(budgets)
 
     if not asked or not fits(0):
-        return search, None
+        return found, None
     low, high = 0, min(fixed[STATES_ON_DEVICE], budgets.device_memory_nbytes)
     while high - low > max(1, high // 1000):
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return search, low if of(low) else 0
+    return found, low if of(low) else 0
 
 
 def _search(

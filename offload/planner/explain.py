@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,6 @@ import numpy as np
 from offload.errors import ConfigError
 from offload.planner.choice import choose
 from offload.planner.hardware import Hardware
-from offload.planner.memory import Shape, host_need
-from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from offload.planner.plan import Budgets, Plan
 from offload.planner.points import Search, shapes
 from offload.planner.tables import storage_limit
@@ -117,46 +115,26 @@ class LowerBounds:
     host_memory_nbytes: int
 
 
-def lower_bounds(search: Search) -> LowerBounds:
-    """Least device and least host memory over all shapes; without drives, host memory holds all state."""
-    everything = list(shapes(search.space))
-    device = min(search.tables.device_nbytes(shape) for shape in everything)
-    host = min(_least_host(search, shape, 0) for shape in everything)
+def lower_bounds(searches: Sequence[Search]) -> LowerBounds:
+    """Least device and least host memory over all shapes; without drives, host memory holds all state that does not
+    stay on the device."""
+    every = [(search, shape) for search in searches for shape in shapes(search.space)]
+    device = min(search.tables.device_nbytes(shape) for search, shape in every)
+    host = min(search.least_host_nbytes(shape) for search, shape in every)
     return LowerBounds(device, host)
 
 
-def _least_host(search: Search, shape: Shape, staging_nbytes: int) -> int:
-    """Host memory below which this shape cannot run, device memory unlimited."""
-    model = search.model
-    has_storage = model.rates.storage is not None
-    need = host_need(
-        model.workload,
-        model.format,
-        model.batch,
-        shape,
-        staging_nbytes=staging_nbytes,
-        shares_host=model.rates.shares_host,
-        has_storage=has_storage,
-        activation_staging=ACTIVATION_STAGING_NBYTES_MIN,
-    )
-    if not has_storage:
-        need += int(search.tables.params_cum[-1] + search.tables.states_cum[-1])
-        need += min(
-            sum(model.grad_nbytes) if count == len(model.grad_nbytes) else 0
-            for count in search.space.deferred_blocks
-        )
-    return need
-
-
-def _smallest(search: Search, with_value: Callable[[int], Budgets], start: int, stop: int) -> int | None:
+def _smallest(
+    searches: Sequence[Search], with_value: Callable[[int], Budgets], start: int, stop: int
+) -> int | None:
     """Smallest value of one budget, to 1 in 1,000, with which something fits; None if `stop` does not do.
 
     Most shapes need more than the best one so far, which one question settles, when they come in no order of need.
     """
     found: int | None = None
-    order = list(shapes(search.space))
+    order = [(search, shape) for search in searches for shape in shapes(search.space)]
     random.Random(0).shuffle(order)
-    for shape in order:
+    for search, shape in order:
         high = stop if found is None else found - max(1, found // 1000)
         if high < start or not search.shape_fits(shape, with_value(high)):
             continue
@@ -171,9 +149,11 @@ def _smallest(search: Search, with_value: Callable[[int], Budgets], start: int, 
     return found
 
 
-def why_not(search: Search, budgets: Budgets, states_on_device: int | None = None) -> str:
-    """The message of a BudgetError: what is lacking, and the nearest single changes that would do; with
-    `states_on_device` bytes instead of those that are asked for it fits too."""
+def why_not(searches: Sequence[Search], budgets: Budgets, states_on_device: int | None = None) -> str:
+    """The message of a BudgetError: what is lacking, and the nearest single changes that would do in any of `searches`,
+    the first of which has the least on the device; with `states_on_device` bytes instead of those that are asked for
+    it fits too."""
+    search = searches[0]
     model, workload = search.model, search.workload
     everything = int(search.tables.params_cum[-1] + search.tables.states_cum[-1]) + sum(model.grad_nbytes)
     everything += model.batch * sum(
@@ -186,19 +166,19 @@ def why_not(search: Search, budgets: Budgets, states_on_device: int | None = Non
         budgets.host_memory_nbytes,
         budgets.written_nbytes_per_step,
     )
-    needed = _smallest(search, lambda n: replace(budgets, device_memory_nbytes=n), device, ceiling)
+    needed = _smallest(searches, lambda n: replace(budgets, device_memory_nbytes=n), device, ceiling)
     if needed is not None:
         changes.append(f"device_memory='{_up(needed)}' (now {_now(device)})")
-    needed = _smallest(search, lambda n: replace(budgets, host_memory_nbytes=n), host, ceiling)
+    needed = _smallest(searches, lambda n: replace(budgets, host_memory_nbytes=n), host, ceiling)
     if needed is not None:
         changes.append(f"host_memory='{_up(needed)}' (now {_now(host)})")
     if written is not None:
-        needed = _smallest(search, lambda n: replace(budgets, written_nbytes_per_step=n), written, ceiling)
+        needed = _smallest(searches, lambda n: replace(budgets, written_nbytes_per_step=n), written, ceiling)
         if needed is not None:
             changes.append(f"{_up(needed)} written a step (now {_now(written)})")
     limit = storage_limit(search.hardware, budgets)
     if search.hardware.drives and np.isfinite(limit):
-        wider = search.without_capacity()
+        wider = [one.without_capacity() for one in searches]
         needed = _smallest(wider, lambda n: replace(budgets, storage_nbytes=n), int(limit), ceiling)
         if needed is not None:
             changes.append(f"{_up(needed)} of storage (now {_now(limit)})")
@@ -206,10 +186,10 @@ def why_not(search: Search, budgets: Budgets, states_on_device: int | None = Non
         changes.append("storage=[directory on an SSD]")
     if states_on_device is not None:
         changes.append(f"states_on_device={states_on_device}")
-    smaller = _smaller_batch(search, budgets)
+    smaller = _smaller_batch(searches, budgets)
     if smaller:
         changes.append(f"a batch of {smaller} instead of {model.batch} samples")
-    bounds = lower_bounds(search)
+    bounds = lower_bounds(searches)
     text = (
         f"{workload.name} with {model.batch} samples of {workload.tokens_per_sample} tokens does not fit on "
         f"{search.hardware.name}. "
@@ -234,15 +214,14 @@ def _now(nbytes: float) -> str:
     return f"{nbytes / GB:.2f} GB" if nbytes >= GB else f"{nbytes / 1e6:.2f} MB"
 
 
-def _smaller_batch(search: Search, budgets: Budgets) -> int | None:
+def _smaller_batch(searches: Sequence[Search], budgets: Budgets) -> int | None:
     """Largest half, quarter, ... of the batch that fits."""
-    batch = search.model.batch // 2
+    batch = searches[0].model.batch // 2
     while batch:
         try:
-            smaller = search.with_batch(batch)
+            if any(search.with_batch(batch).fits(budgets) for search in searches):
+                return batch
         except ConfigError:
             return None
-        if smaller.fits(budgets):
-            return batch
         batch //= 2
     return None

@@ -11,7 +11,8 @@ import numpy as np
 from offload.errors import ConfigError
 from offload.planner.cost_model import CostModel
 from offload.planner.hardware import Hardware
-from offload.planner.memory import Shape
+from offload.planner.memory import Shape, host_need
+from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from offload.planner.plan import Budgets, state_format_of
 from offload.planner.space import Space, space_of
 from offload.planner.tables import Needs, Tables
@@ -87,9 +88,32 @@ class Search:
             if self.tables.device_nbytes(shape) <= budgets.device_nbytes:
                 yield shape
 
+    def least_host_nbytes(self, shape: Shape) -> int:
+        """Host memory below which this shape cannot run, device memory unlimited, without the update's staging."""
+        model, has_storage = self.model, self.model.rates.storage is not None
+        need = host_need(
+            model.workload,
+            model.format,
+            model.batch,
+            shape,
+            staging_nbytes=0,
+            shares_host=model.rates.shares_host,
+            has_storage=has_storage,
+            activation_staging=ACTIVATION_STAGING_NBYTES_MIN,
+        )
+        if not has_storage:
+            need += int(self.tables.params_cum[-1] + self.tables.states_cum[-1])
+            need += min(
+                sum(model.grad_nbytes) if count == len(model.grad_nbytes) else 0
+                for count in self.space.deferred_blocks
+            )
+        return need
+
     def shape_fits(self, shape: Shape, budgets: Budgets) -> bool:
         """Whether any plan of this shape keeps to these budgets."""
         if self.tables.device_nbytes(shape) > budgets.device_nbytes:
+            return False
+        if self.least_host_nbytes(shape) > budgets.host_memory_nbytes:
             return False
         return bool(self.tables.needs(shape, budgets).fits.any())
 

@@ -45,8 +45,8 @@ def make_plans(
     fixed = fixed or {}
     found = choices(workload, hardware, budgets, fixed, batch_samples)
     if not found:
-        search, most_nbytes = as_asked(workload, hardware, budgets, fixed, batch_samples)
-        raise BudgetError(why_not(search, budgets, most_nbytes))
+        searches, most_nbytes = as_asked(workload, hardware, budgets, fixed, batch_samples)
+        raise BudgetError(why_not(searches, budgets, most_nbytes))
     limit_s = found[0].chosen.step_s * (1 + within)
     return [
         plan_of(choice.search, choice.chosen, budgets).model_copy(

@@ -9,10 +9,10 @@ from hypothesis import HealthCheck, assume, given, reject, settings
 from hypothesis import strategies as st
 
 from offload.errors import BudgetError
+from offload.planner.choice import searches
 from offload.planner.explain import lower_bounds
 from offload.planner.memory import Shape, device_need, host_need
 from offload.planner.plan import SPLIT_MASTER, Budgets, Plan
-from offload.planner.points import Search
 from offload.planner.search import make_plan
 from offload.planner.space import OFF_DEVICE_MICRO_BATCHES_MIN
 from offload.schedule.run import simulate_plan
@@ -130,8 +130,8 @@ def test_refused_only_where_the_stated_bound_says_so(case) -> None:
     work, machine, budgets, batch = case
     assume(machine.drives)
     budgets = replace(budgets, storage_nbytes=None, written_nbytes_per_step=None)
-    search = Search(work, machine, budgets, {}, batch)
-    bounds = lower_bounds(search)
+    every = searches(work, machine, budgets, {}, batch, in_any_room=True)
+    bounds = lower_bounds([search for _, search in every])
     try:
         make_plan(work, machine, budgets, batch_samples=batch)
     except BudgetError as error:

@@ -115,7 +115,7 @@ def test_clipping_defers_every_update_and_contradicts_backward() -> None:
 def test_a_refusal_names_changes_that_do_help() -> None:
     work, machine = gpt("small", 4, 128, tokens=64, vocab=200), small_machine(1, False)
     plenty = Budgets(80 * MB, 60 * MB, staging_nbytes=STAGING)
-    least = lower_bounds(Search(work, machine, plenty, {}, 8))
+    least = lower_bounds([Search(work, machine, plenty, {}, 8)])
     for short, name in (
         (replace(plenty, device_memory_nbytes=int(least.device_memory_nbytes * 0.6)), "device_memory"),
         (replace(plenty, host_memory_nbytes=STAGING), "host_memory"),

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 
 from offload.errors import BudgetError, ConfigError
-from offload.planner.explain import explain
+from offload.planner.choice import searches
+from offload.planner.explain import explain, lower_bounds
 from offload.planner.plan import SPLIT_MASTER, Budgets, Plan
+from offload.planner.points import Search
 from offload.planner.report import plan_lines
 from offload.planner.search import make_plan
 from offload.planner.states_on_device import (
@@ -196,3 +198,37 @@ def test_a_plan_says_so_survives_its_file_and_explains_itself():
     more = replace(more, device_memory_nbytes=more.device_memory_nbytes + 10**9)
     then = make_plan(WORK, n, more, QUICK, batch_samples=8)
     assert why.one_more_gb_device_s == pytest.approx(plan.predicted.step_s - then.predicted.step_s)
+
+
+def test_a_plan_is_found_where_only_more_state_on_the_device_leaves_host_memory_enough():
+    """Without drives host memory has to hold what does not stay: with two blocks more than there is, with six not."""
+    on, room = machine(), 14 * sum(b.stored_numel for b in WORK.blocks[6:]) + 10 * WORK.numel // 4
+    host = Budgets(4 * ROOM, room, staging_nbytes=STAGING)
+    fixed = {**QUICK, "states_on_device": 4 * ROOM}
+    assert make_plan(WORK, on, host, fixed, batch_samples=8).on_device_blocks == 6
+    with pytest.raises(BudgetError):
+        make_plan(WORK, on, host, {**QUICK, "states_on_device": 0}, batch_samples=8)
+    with pytest.raises(BudgetError):
+        make_plan(WORK, on, host, {**QUICK, "states_on_device": 12 * WORK.numel // 4}, batch_samples=8)
+    assert make_plan(WORK, on, host, QUICK, batch_samples=8).on_device_blocks > 2
+
+
+@pytest.mark.parametrize("n_drives", [0, 1])
+def test_a_refusal_names_what_would_do_with_state_on_the_device(n_drives):
+    """Where host memory is too small for what is streamed with nothing there, more device memory may do."""
+    on = machine(n_drives=n_drives)
+    plenty = Budgets(4 * ROOM, 4 * ROOM, staging_nbytes=STAGING)
+    nothing = lower_bounds([Search(WORK, on, plenty, QUICK, 8)])
+    every = [search for _, search in searches(WORK, on, plenty, QUICK, 8, in_any_room=True)]
+    least = lower_bounds(every)
+    assert least.host_memory_nbytes < nothing.host_memory_nbytes
+    host_nbytes = nothing.host_memory_nbytes - 1
+    with pytest.raises(BudgetError, match="device_memory='") as refused:
+        make_plan(WORK, on, Budgets(ROOM // 5, host_nbytes, staging_nbytes=STAGING), QUICK, batch_samples=8)
+    number, unit = re.search(r"device_memory='([\d.]+)(MB|GB)'", str(refused.value)).groups()
+    enough = int(float(number) * {"MB": 10**6, "GB": 10**9}[unit])
+    make_plan(WORK, on, Budgets(enough, host_nbytes, staging_nbytes=STAGING), QUICK, batch_samples=8)
+    with pytest.raises(BudgetError):
+        make_plan(
+            WORK, on, Budgets(int(0.99 * enough), host_nbytes, staging_nbytes=STAGING), QUICK, batch_samples=8
+        )
