@@ -52,6 +52,18 @@ def parse_budget(text: str | int | float, total_nbytes: int) -> int:
     return nbytes
 
 
+def parse_nbytes(text: str | int | float) -> int:
+    """Bytes meant by `"20GB"` or a number, where there is no total that a part could be of.
+
+    Raises ConfigError when it cannot be read, or is a part.
+    """
+    if isinstance(text, str) and ("%" in text or text.strip().startswith("-")):
+        raise ConfigError(
+            f"{text!r}: there is nothing that this is a part of; write bytes, as in 500MB or 20GB"
+        )
+    return parse_budget(text, 0)
+
+
 _CGROUPS = (
     ("/sys/fs/cgroup", "", ("memory.max", "memory.current", "memory.stat")),
     (
@@ -179,7 +191,15 @@ class Config(BaseModel):
     pin: Literal["auto", "always", "never"] = "auto"
     bus_bytes_per_s: float | None = Field(default=None, gt=0)
 
-    @field_validator("device_memory", "host_memory", "written_per_step", mode="before")
+    @field_validator("written_per_step", mode="before")
+    @classmethod
+    def _nbytes(cls, value: Any) -> Any:
+        """As `_budget`, but for shares."""
+        if isinstance(value, (str, int, float)):
+            parse_nbytes(value)
+        return value
+
+    @field_validator("device_memory", "host_memory", mode="before")
     @classmethod
     def _budget(cls, value: Any) -> Any:
         """Refused at once if it cannot be read, whatever the machine has."""
@@ -258,7 +278,7 @@ class Config(BaseModel):
     @property
     def written_nbytes_per_step(self) -> int | None:
         """`written_per_step` in bytes."""
-        return None if self.written_per_step is None else parse_budget(self.written_per_step, 0)
+        return None if self.written_per_step is None else parse_nbytes(self.written_per_step)
 
     @property
     def deferred(self) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from offload.checkpoint import resume, save
 from offload.cli.output import Output
 from offload.cli.settings import Settings
-from offload.config import parse_budget
+from offload.config import parse_nbytes
 from offload.errors import StoreError
 from offload.runtime.engine import OffloadEngine
 
@@ -134,7 +134,7 @@ class WriteBudget:
     """
 
     def __init__(self, budget: str | None, checkpoints: Checkpoints, engine: OffloadEngine) -> None:
-        self._nbytes = None if budget is None else parse_budget(budget, 0)
+        self._nbytes = None if budget is None else parse_nbytes(budget)
         self._checkpoints, self._engine = checkpoints, engine
         self._before_nbytes, self._most_nbytes = self._written_nbytes(), 0
 

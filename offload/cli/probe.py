@@ -13,7 +13,7 @@ import typer
 from torch import nn
 
 from offload.cli.finetune import Interrupted
-from offload.config import parse_budget
+from offload.config import parse_nbytes
 from offload.errors import ConfigError
 from offload.model.on_meta import model_on_meta
 from offload.planner.hardware import Hardware, load_hardware, override, save_hardware
@@ -159,9 +159,10 @@ def with_model_rates(profile: Hardware, model: nn.Module, name: str, line: Progr
 
 
 def _write_limit(text: str) -> int:
-    if "%" in text or text.strip().startswith("-"):
-        raise ConfigError(f"--write-limit {text}: write a number of bytes, as in 500MB or 2GB")
-    return parse_budget(text, 0)
+    try:
+        return parse_nbytes(text)
+    except ConfigError as error:
+        raise ConfigError(f"--write-limit {error}") from error
 
 
 def _rate(value: float | None, unit: str = "B/s") -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from offload.checkpoint.directory import checkpoints_in
 from offload.cli.data import check_kind
 from offload.cli.optimizers import rule_of
-from offload.config import Config, host_total_nbytes, parse_budget
+from offload.config import Config, host_total_nbytes, parse_budget, parse_nbytes
 from offload.errors import ConfigError
 from offload.model.loading import dtype_of
 from offload.runtime.chosen_device import torch_device_named
@@ -86,8 +86,12 @@ def check(settings: Settings) -> None:
     rule_of(settings.optimizer, settings.optimizer_state)
     dtype_of(settings.dtype)
     for option in ("device_memory", "host_memory", "written_per_step", "write_budget"):
+        value = getattr(settings, option) or 0
         try:
-            parse_budget(getattr(settings, option) or 0, host_total_nbytes())
+            if option.startswith("wr"):
+                parse_nbytes(value)
+            else:
+                parse_budget(value, host_total_nbytes())
         except ConfigError as error:
             raise ConfigError(f"--{option.replace('_', '-')}: {error}") from error
     for directory in settings.storage:

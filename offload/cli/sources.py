@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from offload.config import parse_budget
+from offload.config import parse_budget, parse_nbytes
 from offload.errors import ConfigError
 from offload.planner.hardware import Hardware
 from offload.planner.plan import Budgets
@@ -51,12 +51,15 @@ class BudgetTexts:
         What of the model stays on a device with memory of its own is taken from that, as a run does.
         """
 
-        def optional(text: str | None) -> int | None:
-            return None if text is None else parse_budget(text, 0)
+        def optional(option: str, text: str | None) -> int | None:
+            try:
+                return None if text is None else parse_nbytes(text)
+            except ConfigError as error:
+                raise ConfigError(f"{option} {error}") from error
 
         if self.durability not in ("none", "checkpoint", "step"):
             raise ConfigError(f"--durability {self.durability}: it must be none, checkpoint or step")
-        limit = optional(self.storage)
+        limit = optional("--storage-limit", self.storage)
         if self.directories:
             free = free_nbytes(self.directories)
             limit = free if limit is None else min(limit, free)
@@ -64,7 +67,7 @@ class BudgetTexts:
             device_memory_nbytes=parse_budget(self.device_memory, machine.device_memory_nbytes),
             host_memory_nbytes=parse_budget(self.host_memory, machine.host_memory_nbytes),
             storage_nbytes=limit,
-            written_nbytes_per_step=optional(self.written_per_step),
+            written_nbytes_per_step=optional("--written-per-step", self.written_per_step),
             clips_gradients=self.clips_gradients,
             durable_steps=self.durability == "step",
             device_own_nbytes=0 if machine.shares_host else CUDA_OWN_NBYTES + work.stays_nbytes,

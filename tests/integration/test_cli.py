@@ -116,6 +116,8 @@ def test_refusals_say_what_to_change_and_write_nothing(workplace, capsys, more, 
         (["--saved-activations", "somewhere"], "'device', 'host' or 'storage'"),
         (["--written-per-step", "lots"], "--written-per-step: memory budget 'lots'"),
         (["--write-budget", "lots"], "--write-budget: memory budget 'lots'"),
+        (["--written-per-step", "10%"], "--written-per-step: '10%': there is nothing that this is a part of"),
+        (["--write-budget", "-2TB"], "--write-budget: '-2TB': there is nothing that this is a part of"),
         (["--data", "x.csv"], "Make JSON lines of it"),
     ],
 )

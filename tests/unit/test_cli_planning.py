@@ -104,6 +104,15 @@ def test_what_cannot_be_is_said(tmp_path) -> None:
         run("simulate", *RUN, "--plan", str(tmp_path / "no.json"))
 
 
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+@pytest.mark.parametrize("option", ["--written-per-step", "--storage-limit"])
+@pytest.mark.parametrize("part", ["10%", "-5GB"])
+def test_a_part_of_what_has_no_total_is_refused(command, option, part) -> None:
+    """It counted from nothing: 10% was a limit of 0 bytes."""
+    with pytest.raises(ConfigError, match=f"^{option} '{part}': .* write bytes, as in 500MB or 20GB"):
+        run(command, *RUN, f"{option}={part}")
+
+
 def test_choices_are_read_as_numbers_truth_or_words() -> None:
     found = sources.fixed_choices(["a=3", "b=0.5", "c=False", "d=save"])
     assert found == {"a": 3, "b": 0.5, "c": False, "d": "save"}
