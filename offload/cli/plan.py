@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TextIO
 
 from offload.cli import sources
+from offload.cli.results import check_file
 from offload.errors import ConfigError
 from offload.planner.explain import explain
 from offload.planner.plan import Plan
@@ -44,6 +45,7 @@ def load_plan(path: str) -> Plan:
 
 def run_plan(settings: PlanSettings, out: TextIO) -> Plan:
     """Make the plan and print it with its explanation. Raises BudgetError, with what would do, when nothing fits."""
+    check_file("--save", settings.save)
     machine = sources.hardware(settings.hardware, settings.overrides)
     machine = sources.worn(machine, settings.budgets.directories)
     work = sources.workload(settings.model, settings.tokens, settings.optimizer, settings.optimizer_state)

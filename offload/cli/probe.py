@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -13,6 +14,7 @@ import typer
 from torch import nn
 
 from offload.cli.finetune import Interrupted
+from offload.cli.results import can_be_made
 from offload.config import parse_nbytes
 from offload.errors import ConfigError
 from offload.model.on_meta import model_on_meta
@@ -108,6 +110,9 @@ def probe_command(
 
     Example: `offload probe --storage /mnt/nvme0 --storage /mnt/nvme1 --model llama-7b`
     """
+    written = output or (None if from_profile is not None else profile_path())
+    if written is not None and (os.path.isdir(written) or not can_be_made(os.path.dirname(written) or ".")):
+        raise ConfigError(f"--output {written}: no file can be written there; choose another")
     if from_profile is not None:
         if storage or model:
             raise ConfigError("--from takes a profile as it is: leave --storage and --model out")
@@ -133,13 +138,12 @@ def probe_command(
         finally:
             line.end()
         profile = override(profile, overrides or [])
-        output = output or profile_path()
-    if output is not None:
-        save_hardware(profile, output)
+    if written is not None:
+        save_hardware(profile, written)
     if json_lines:
         print(profile.model_dump_json())
     else:
-        print("\n".join([*describe(profile), *([f"stored in    {output}"] if output else [])]))
+        print("\n".join([*describe(profile), *([f"stored in    {written}"] if written else [])]))
 
 
 def with_model_rates(profile: Hardware, model: nn.Module, name: str, line: ProgressLine) -> Hardware:

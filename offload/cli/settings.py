@@ -9,6 +9,7 @@ from typing import Any
 from offload.checkpoint.directory import checkpoints_in
 from offload.cli.data import check_kind
 from offload.cli.optimizers import rule_of
+from offload.cli.results import can_be_made, check_file
 from offload.config import Config, host_total_nbytes, parse_budget, parse_nbytes
 from offload.errors import ConfigError
 from offload.model.loading import dtype_of
@@ -104,7 +105,7 @@ def check(settings: Settings) -> None:
         )
     if settings.output is not None and os.path.isdir(settings.output) and os.listdir(settings.output):
         raise ConfigError(f"--output {settings.output} is not empty: choose another directory")
-    if settings.output is not None and not _can_be_made(settings.output):
+    if settings.output is not None and not can_be_made(settings.output):
         raise ConfigError(
             f"--output {settings.output} cannot be written by this user: choose another directory"
         )
@@ -116,7 +117,7 @@ def check(settings: Settings) -> None:
         )
     if settings.save_every is not None and settings.checkpoints is None:
         raise ConfigError("--save-every needs --checkpoints DIR: where the checkpoints are to be written")
-    if settings.checkpoints is not None and not _can_be_made(settings.checkpoints):
+    if settings.checkpoints is not None and not can_be_made(settings.checkpoints):
         raise ConfigError(
             f"--checkpoints {settings.checkpoints} cannot be written by this user: choose another directory"
         )
@@ -130,20 +131,8 @@ def check(settings: Settings) -> None:
     if settings.resume is not None and not os.path.isdir(settings.resume):
         raise ConfigError(f"--resume {settings.resume}: no such directory")
     for option in ("trace", "plot", "save_plan"):
-        path = getattr(settings, option)
-        if path is not None and not _can_be_made(os.path.dirname(os.path.abspath(path))):
-            raise ConfigError(
-                f"--{option.replace('_', '-')} {path} cannot be written by this user: choose another file"
-            )
+        check_file(f"--{option.replace('_', '-')}", getattr(settings, option))
     if settings.plot is not None:
         check_picture(settings.plot)
     check_kind(settings.data)
     _check_for_wrap(settings)
-
-
-def _can_be_made(directory: str) -> bool:
-    """Whether `directory` exists or can be created, and be written to; nothing is created."""
-    place = os.path.abspath(directory)
-    while not os.path.exists(place):
-        place = os.path.dirname(place)
-    return os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)

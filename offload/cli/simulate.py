@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 from offload.cli import sources
 from offload.cli.plan import load_plan
+from offload.cli.results import check_file
 from offload.errors import ConfigError
 from offload.planner.hardware import Hardware
 from offload.planner.peers import lohan_plan, lohan_workload
@@ -120,6 +121,8 @@ def run_simulate(settings: SimulateSettings, out: TextIO) -> SimulatedStep:
     """Plan (or load a plan), simulate, print, draw and write."""
     if settings.plot:
         check_picture(settings.plot)
+    check_file("--plot", settings.plot)
+    check_file("--trace", settings.trace)
     machine = sources.hardware(settings.hardware, settings.overrides)
     machine = sources.worn(machine, settings.budgets.directories)
     work = sources.workload(settings.model, settings.tokens, settings.optimizer, settings.optimizer_state)

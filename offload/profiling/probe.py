@@ -19,7 +19,7 @@ from offload.errors import ConfigError
 from offload.planner.hardware import Hardware
 from offload.planner.rates import ADAM_DRAM_NBYTES
 from offload.profiling import compute_probe
-from offload.profiling.storage_probe import probe_drives
+from offload.profiling.storage_probe import check_limit, probe_drives
 from offload.tiers.device import CudaDevice
 
 WRITTEN_NBYTES_MAX = 2 * 10**9
@@ -56,6 +56,12 @@ def probe(
     for directory in storage:
         if not os.path.isdir(directory):
             raise ConfigError(f"{directory}: no such directory; make it on the drive to be measured")
+        if not os.access(directory, os.W_OK | os.X_OK):
+            raise ConfigError(
+                f"{directory}: this user cannot write there; name another directory on the drive"
+            )
+    if storage:
+        check_limit(written_nbytes_max)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     phase_s = (1 - _STORAGE_SHARE if storage else 1.0) * seconds / _N_COMPUTE_PHASES
     found = _compute_rates(

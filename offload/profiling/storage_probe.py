@@ -35,6 +35,8 @@ IN_FLIGHT = 8
 """Requests in flight."""
 
 STRIPE_NBYTES = 1 << 20
+_STEP_NBYTES = 4 * CHUNK_NBYTES
+"""Of a drive's file. Half of it, as all drives together use, is still two requests."""
 _WRITES_PER_FILE = 3.75
 """How often, at most, the bytes of a drive's file are written: filled, written, mixed; half of that by all drives."""
 
@@ -47,6 +49,15 @@ class Rates:
     write_bytes_per_s: float
     mixed_bytes_per_s: float
     is_direct: bool
+
+
+def check_limit(written_nbytes_max: int) -> None:
+    """Raise ConfigError for a limit of bytes written a drive that is too low to measure with."""
+    smallest = int(_WRITES_PER_FILE * _STEP_NBYTES)
+    if written_nbytes_max < smallest:
+        raise ConfigError(
+            f"a write limit of {written_nbytes_max} bytes a drive is too low to measure with: at least {smallest}"
+        )
 
 
 def probe_drives(
@@ -63,13 +74,8 @@ def probe_drives(
     whatever happens. `backend` is that of the I/O engine. Raises ConfigError for a limit that is too low to measure
     with, StoreError for a full disk.
     """
-    step_nbytes = 4 * CHUNK_NBYTES  # half of it, as all drives together use, is still two requests
-    smallest = int(_WRITES_PER_FILE * step_nbytes)
-    if written_nbytes_max < smallest:
-        raise ConfigError(
-            f"a write limit of {written_nbytes_max} bytes a drive is too low to measure with: at least {smallest}"
-        )
-    file_nbytes = int(written_nbytes_max / _WRITES_PER_FILE) // step_nbytes * step_nbytes
+    check_limit(written_nbytes_max)
+    file_nbytes = int(written_nbytes_max / _WRITES_PER_FILE) // _STEP_NBYTES * _STEP_NBYTES
     n_phases = 4 * (len(directories) + (len(directories) > 1))
     phase_s = seconds / n_phases
     rates = []

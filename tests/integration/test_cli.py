@@ -118,6 +118,8 @@ def test_refusals_say_what_to_change_and_write_nothing(workplace, capsys, more, 
         (["--write-budget", "lots"], "--write-budget: memory budget 'lots'"),
         (["--written-per-step", "10%"], "--written-per-step: '10%': there is nothing that this is a part of"),
         (["--write-budget", "-2TB"], "--write-budget: '-2TB': there is nothing that this is a part of"),
+        (["--trace", "no/such/place.json"], "make it first"),
+        (["--save-plan", "."], "is a directory: name a file"),
         (["--data", "x.csv"], "Make JSON lines of it"),
     ],
 )

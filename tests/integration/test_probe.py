@@ -274,13 +274,17 @@ def test_a_profile_by_hand_starts_from_one_that_comes_with_the_library(small_pro
         (["--from", "rtx1"], "rtx4090"),
         (["--from", "rtx4090", "--model", "7b"], "leave --storage"),
         (["--write-limit", "50%"], "500MB"),
+        (["--write-limit", "1MB", "--storage", "."], "too low to measure with"),
+        (["--output", "/dev/null/profile.json"], "choose another"),
         (["--model", "no-such-model"], "gpt3-13b"),
         (["--storage", "/nowhere/at/all"], "no such directory"),
     ],
 )
 def test_refusals_of_the_command(small_probe, capsys, options, message):
     assert run_cli(*options) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said
+    assert "measuring" not in said
     assert not (small_probe / "config").exists()
 
 

@@ -113,6 +113,17 @@ def test_a_part_of_what_has_no_total_is_refused(command, option, part) -> None:
         run(command, *RUN, f"{option}={part}")
 
 
+@pytest.mark.parametrize(
+    "options", [("plan", "--save"), ("simulate", "--plot"), ("simulate", "--trace")], ids=lambda o: o[1]
+)
+def test_files_that_cannot_be_written_are_refused_before_anything_is_planned(monkeypatch, tmp_path, options):
+    monkeypatch.setattr(sources, "workload", None)
+    command, option = options
+    for place, message in ((tmp_path, "name a file"), (tmp_path / "no" / "file.png", "make it first")):
+        with pytest.raises(ConfigError, match=f"^{option} .*{message}"):
+            run(command, *RUN, option, str(place))
+
+
 def test_choices_are_read_as_numbers_truth_or_words() -> None:
     found = sources.fixed_choices(["a=3", "b=0.5", "c=False", "d=save"])
     assert found == {"a": 3, "b": 0.5, "c": False, "d": "save"}
