@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from offload.planner.memory import block_working_nbytes, root_working_nbytes
+from offload.planner.memory import block_working_nbytes, boundary_nbytes, root_working_nbytes
 from offload.planner.placement import HOST_SLOTS
 from offload.planner.plan import INPUT, Plan
 from offload.planner.workload import Workload
@@ -53,7 +53,11 @@ class Unroller(Emitter):
             self.free_slots.append(last)
         self.in_window = deque([self.last_compute, self.out_window[-1]])
         flops = self.workload.root_flops_per_sample * self.samples
-        alive = root_working_nbytes(self.workload, self.plan.batch_samples) if self.traced else 0
+        alive = 0
+        if self.traced:  # the boundary's room is held throughout, and is the root's while no block computes
+            batch = self.plan.batch_samples
+            boundary = boundary_nbytes(self.workload, batch, self.plan.micro_batches)
+            alive = max(0, root_working_nbytes(self.workload, batch) - boundary)
         for micro in micros:
             acquired = (("device", alive),) if micro == 0 else ()
             self.compute("forward", flops, root_ready, acquires=acquired)

@@ -67,6 +67,15 @@ def test_forward_waits_for_the_update_of_its_own_block(update, shares_host) -> N
             assert pieces <= before[index]
 
 
+def test_the_simulated_root_is_within_what_the_plan_counts_for_it():
+    """With several micro-batches a batch's boundary is counted beside a block's backward; the root has its room."""
+    traced = tuple(replace(b, working=((0, 40 * b.input_nbytes_per_sample),)) for b in WORK.blocks[:6])
+    work = replace(WORK, blocks=traced, root_working=((0, 100 * WORK.blocks[0].input_nbytes_per_sample),))
+    fixed = {"micro_batches": 4, "activations": "recompute", "inputs": "device"}
+    plan, machine = plan_of(8, 1, 64, fixed, work, shares_host=True)
+    assert simulate_plan(plan, work, machine).peak_nbytes["device"] <= plan.predicted.peak_nbytes["device"]
+
+
 def test_no_deferred_update_starts_before_the_step_has_closed() -> None:
     """The global norm is known only after the last backward."""
     plan, _ = plan_of(fixed={"update": "deferred"})
