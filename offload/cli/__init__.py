@@ -186,7 +186,12 @@ def finetune_command(
             rich_help_panel=_TRAINING,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Order of the data, dropout.", rich_help_panel=_TRAINING)] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=-(1 << 63), max=(1 << 63) - 1, help="Order of the data, dropout.", rich_help_panel=_TRAINING
+        ),
+    ] = 0,
     output: Annotated[
         str | None,
         typer.Option(

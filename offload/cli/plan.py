@@ -36,9 +36,13 @@ class PlanSettings:
 def load_plan(path: str) -> Plan:
     """A plan saved by `offload plan --save`. Raises ConfigError when it is none or cannot be read."""
     try:
-        return Plan.from_json(pathlib.Path(path).read_text())
+        return Plan.from_json(pathlib.Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: this is no saved plan, as `offload plan --save` writes: {error}"
+        ) from error
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 

@@ -18,7 +18,7 @@ class Drive(BaseModel):
     """One drive. `mixed_bytes_per_s` is the sum of both directions when equal parts are read and written at once;
     None means that reads and writes share the drive's time (their seconds add)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     read_bytes_per_s: float = Field(gt=0)
     write_bytes_per_s: float = Field(gt=0)
@@ -33,7 +33,7 @@ class Drive(BaseModel):
 class Hardware(BaseModel):
     """One machine: a device, its host and its drives. `shares_host` is set where the device tier is DRAM (no bus)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
     source: str

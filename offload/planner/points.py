@@ -18,6 +18,8 @@ from offload.planner.space import Space, space_of
 from offload.planner.tables import Needs, Tables
 from offload.planner.workload import Workload
 
+NBYTES_MAX = 1 << 59
+"""Of activations: sums with them stay whole numbers of 64 bits."""
 TIE = 1e-9
 """Steps that differ by less than this fraction count as equally long: then the plan that writes less is taken."""
 
@@ -59,6 +61,14 @@ class Search:
             raise ConfigError(f"model {workload.name} has no blocks: there is nothing to stream")
         if batch_samples < 1:
             raise ConfigError(f"batch_samples={batch_samples} must be 1 or more")
+        needed = batch_samples * sum(
+            b.input_nbytes_per_sample + sum(t.nbytes_per_sample for t in b.saved) for b in workload.blocks
+        )
+        if needed > NBYTES_MAX:
+            raise ConfigError(
+                f"batch_samples={batch_samples}: backward needs {needed:.2g} bytes of so many sequences of "
+                f"{workload.tokens_per_sample} tokens; give a smaller batch"
+            )
         self.workload = workload
         self.hardware = hardware
         self._again = (budgets, fixed)

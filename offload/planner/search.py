@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from offload.errors import BudgetError
+from offload.errors import BudgetError, ConfigError
 from offload.planner.choice import as_asked, choices
 from offload.planner.explain import why_not
 from offload.planner.hardware import Hardware
@@ -47,6 +48,8 @@ def make_plans(
     if not found:
         searches, most_nbytes = as_asked(workload, hardware, budgets, fixed, batch_samples)
         raise BudgetError(why_not(searches, budgets, most_nbytes))
+    if not math.isfinite(found[0].chosen.step_s):
+        raise ConfigError(f"hardware profile {hardware.name!r}: at its rates a step never ends; correct them")
     limit_s = found[0].chosen.step_s * (1 + within)
     return [
         plan_of(choice.search, choice.chosen, budgets).model_copy(

@@ -35,7 +35,7 @@ FIXABLE = {
     "activations": "'auto', 'recompute' (only block inputs are saved), 'save' (nothing is recomputed) or 'keep' "
     "(nothing is recomputed or leaves the device)",
     "inputs": "'auto', 'device', 'host' or 'storage': where block inputs wait for backward",
-    "activations_on_device": "False: nothing is kept on the device but what computes",
+    "activations_on_device": "True, or False: nothing is kept on the device but what computes",
     "activations_host_fraction": "share of the swapped tensors that go to host memory, 0 to 1",
     "grads_host_fraction": "share of the deferred blocks whose gradients wait in host memory, 0 to 1",
     "params_host_fraction": "share of the blocks whose parameters live in host memory, 0 to 1",
@@ -67,9 +67,18 @@ def _fraction(fixed: Mapping[str, Any], name: str) -> float | None:
     value = fixed.get(name)
     if value is None:
         return None
-    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
         raise ConfigError(f"{name}={value!r}: it must be {FIXABLE[name]}")
     return float(value)
+
+
+def _truth(fixed: Mapping[str, Any], name: str) -> bool | None:
+    value = fixed.get(name)
+    if value is None:
+        return None
+    if value not in (0, 1):
+        raise ConfigError(f"{name}={value!r}: it must be {FIXABLE[name]}")
+    return bool(value)
 
 
 def _whole(fixed: Mapping[str, Any], name: str, least: int) -> int | None:
@@ -134,7 +143,8 @@ def space_of(
     n_blocks = len(workload.blocks)
     micro = _whole(fixed, "micro_batches", 1)
     prefetch, grad_buffers = _whole(fixed, "prefetch_blocks", 0), _whole(fixed, "grad_buffers", 1)
-    boundary, activations = fixed.get("boundary_on_device"), fixed.get("activations", "auto")
+    boundary, keeps = _truth(fixed, "boundary_on_device"), _truth(fixed, "activations_on_device")
+    activations = fixed.get("activations", "auto")
     if activations not in ("auto", "recompute", "save", "keep"):
         raise ConfigError(f"activations={activations!r}: it must be {FIXABLE['activations']}")
     inputs = "device" if activations == "keep" else fixed.get("inputs", "auto")
@@ -158,12 +168,12 @@ def space_of(
         if shares_host or inputs == "device"
         else (True, False)
         if boundary is None
-        else (bool(boundary),),
+        else (boundary,),
         off_device_micro_batches_min=OFF_DEVICE_MICRO_BATCHES_MIN if boundary is None else 1,
         deferred_blocks=_deferred(fixed, n_blocks, budgets.clips_gradients, budgets.durable_steps),
         activations=activations,
         inputs=inputs,
-        keeps_on_device=bool(fixed.get("activations_on_device", True)),
+        keeps_on_device=keeps is not False,
         swapped_host_fractions=EIGHTHS if host_fraction is None else (host_fraction,),
         grads_host_fractions=QUARTERS if grads_fraction is None else (grads_fraction,),
         params_host_fractions=EIGHTHS if params_fraction is None else (params_fraction,),

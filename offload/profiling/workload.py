@@ -33,6 +33,8 @@ logger = logging.getLogger("offload")
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of the model's forward."""
 
+TOKENS_MAX = 1 << 24
+"""Of a sequence of a model that is only described. Its token ids are in memory while it is traced."""
 N_SAMPLES = (2, 3)
 """Batches that are traced."""
 
@@ -254,5 +256,7 @@ def _saved_tensor(first: Kept, second: Kept) -> SavedTensor:
 
 def workload_of(source: str, tokens_per_sample: int, dtype: str = "auto") -> Workload:
     """The workload of a preset, a model directory or a `config.json`; see `offload.model.on_meta.model_on_meta`."""
+    if not 0 < tokens_per_sample <= TOKENS_MAX:
+        raise ConfigError(f"sequences of {tokens_per_sample} tokens: give 1 to {TOKENS_MAX}")
     name = os.path.basename(os.path.normpath(os.path.abspath(source))) if os.path.exists(source) else source
     return profile_model(model_on_meta(source, dtype), tokens_per_sample, name=name)

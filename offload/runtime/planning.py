@@ -276,6 +276,8 @@ def _read_plan(source: str) -> Plan:
         return Plan.from_json(pathlib.Path(source).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"plan {source}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"plan {source}: this is no saved plan: {error}") from error
 
 
 def placement_of(

@@ -11,7 +11,9 @@ from typer.testing import CliRunner
 from offload.cli import app, sources
 from offload.errors import BudgetError, ConfigError
 from offload.planner.hardware import save_hardware
-from offload.planner.plan import Plan
+from offload.planner.plan import Budgets, Plan
+from offload.profiling.workload import workload_of
+from offload.schedule.fastest import make_simulated_plan
 from offload.tiers.wear import Wear
 from tests.planning import gpt, lohan_machine
 
@@ -102,6 +104,32 @@ def test_what_cannot_be_is_said(tmp_path) -> None:
     (tmp_path / "no.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"no\.json: this is no saved plan, as .*: Field required$"):
         run("simulate", *RUN, "--plan", str(tmp_path / "no.json"))
+    (tmp_path / "no.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"no\.json: this is no saved plan, as .*can't decode"):
+        run("simulate", *RUN, "--plan", str(tmp_path / "no.json"))
+    for wrong in ("boundary_on_device=maybe", "activations_on_device=no", "params_host_fraction=true"):
+        with pytest.raises(ConfigError, match="it must be"):
+            run("plan", *RUN, "--fix", wrong)
+
+
+@pytest.mark.parametrize("batch", [10**9, 10**23])
+def test_a_batch_too_large_for_any_machine_is_refused(batch) -> None:
+    with pytest.raises(ConfigError, match="give a smaller batch"):
+        run("plan", *RUN, "--batch", str(batch))
+
+
+def test_rates_at_which_a_step_never_ends_are_refused() -> None:
+    work, machine = gpt("small", 4, 512, tokens=64), lohan_machine(1)
+    machine = machine.model_copy(update={"launch_overhead_s": 1e308})
+    budgets = Budgets(machine.device_memory_nbytes, machine.host_memory_nbytes)
+    with pytest.raises(ConfigError, match="a step never ends"):
+        make_simulated_plan(work, machine, budgets, batch_samples=8)
+
+
+@pytest.mark.parametrize("tokens", [0, 10**11])
+def test_a_sequence_too_long_to_be_traced_is_refused(tokens) -> None:
+    with pytest.raises(ConfigError, match="tokens: give 1 to"):
+        workload_of("smollm2-135m", tokens)
 
 
 @pytest.mark.parametrize("command", ["plan", "simulate"])
