@@ -32,7 +32,9 @@ app = typer.Typer(
 _MODEL, _MEMORY, _TRAINING, _RESULT = "Model and data", "Memory and storage", "Training", "Result"
 _MACHINE = "Machine"
 
-
+_SEED = typer.Option(
+    min=-(1 << 63), max=(1 << 63) - 1, help="Order of the data, dropout.", rich_help_panel=_TRAINING
+)
 _Optimizer = Annotated[
     str,
     typer.Option(
@@ -186,12 +188,7 @@ def finetune_command(
             rich_help_panel=_TRAINING,
         ),
     ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            min=-(1 << 63), max=(1 << 63) - 1, help="Order of the data, dropout.", rich_help_panel=_TRAINING
-        ),
-    ] = 0,
+    seed: Annotated[int, _SEED] = 0,
     output: Annotated[
         str | None,
         typer.Option(
@@ -432,7 +429,10 @@ def simulate_command(
     storage: _Directories = None,
     plan: Annotated[
         str | None,
-        typer.Option(help="Simulate this saved plan instead of making one.", rich_help_panel=_TRAINING),
+        typer.Option(
+            help="Simulate this saved plan, for its own batch and sequence length, instead of making one.",
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     policy: Annotated[
         str,

@@ -12,7 +12,7 @@ from offload.cli.results import check_file
 from offload.errors import ConfigError
 from offload.planner.hardware import Hardware
 from offload.planner.peers import lohan_plan, lohan_workload
-from offload.planner.plan import Budgets, Plan
+from offload.planner.plan import Budgets, Plan, state_format_of
 from offload.planner.workload import Workload
 from offload.schedule.fastest import make_simulated_plan
 from offload.schedule.run import SimulatedStep, simulate_plan
@@ -41,12 +41,20 @@ class SimulateSettings:
     optimizer_state: str = "fp32"
 
 
-def _plan(settings: SimulateSettings, work: Workload, machine: Hardware, budgets: Budgets) -> Plan:
-    if settings.plan is not None:
-        plan = load_plan(settings.plan)
+def _plan(
+    settings: SimulateSettings, plan: Plan | None, work: Workload, machine: Hardware, budgets: Budgets
+) -> Plan:
+    """The saved `plan`, where it is one for this model, or one that is made."""
+    if plan is not None:
         if len(plan.activations) != len(work.blocks):
             raise ConfigError(
                 f"{settings.plan} is a plan for {len(plan.activations)} blocks, but {work.name} has {len(work.blocks)}"
+            )
+        wanted = state_format_of(work)
+        if plan.policy == "offload" and plan.state_format != wanted:
+            raise ConfigError(
+                f"{settings.plan} is a plan for state as {plan.state_format.name}, {work.name} here has "
+                f"{wanted.name}: give the --model and --optimizer that it was made with"
             )
         return plan
     if settings.policy == "lohan":
@@ -125,10 +133,12 @@ def run_simulate(settings: SimulateSettings, out: TextIO) -> SimulatedStep:
     check_file("--trace", settings.trace)
     machine = sources.hardware(settings.hardware, settings.overrides)
     machine = sources.worn(machine, settings.budgets.directories)
-    work = sources.workload(settings.model, settings.tokens, settings.optimizer, settings.optimizer_state)
+    saved = None if settings.plan is None else load_plan(settings.plan)
+    tokens = settings.tokens if saved is None else saved.tokens_per_sample
+    work = sources.workload(settings.model, tokens, settings.optimizer, settings.optimizer_state)
     if settings.policy == "lohan":
         work = lohan_workload(work)
-    plan = _plan(settings, work, machine, settings.budgets.of(machine, work))
+    plan = _plan(settings, saved, work, machine, settings.budgets.of(machine, work))
     step = simulate_plan(plan, work, machine)
     if settings.plot:
         title = (

@@ -15,6 +15,7 @@ from offload.planner.plan import Budgets, Plan
 from offload.profiling.workload import workload_of
 from offload.schedule.fastest import make_simulated_plan
 from offload.tiers.wear import Wear
+from offload.update_rules import kernel_rule
 from tests.planning import gpt, lohan_machine
 
 RUN = ["--model", "4b", "--hardware", "rtx4090-2ssd", "--batch", "4", "--host-memory", "20GB"]
@@ -63,6 +64,25 @@ def test_a_saved_plan_is_simulated_as_it_is(tmp_path) -> None:
     step = json.loads(run("simulate", *RUN, "--plan", path, "--json"))
     assert step["micro_batches"] == 4
     assert step["predicted_step_s"] == pytest.approx(saved.predicted.step_s)
+
+
+def test_a_saved_plan_is_simulated_for_its_own_batch_and_sequence_length(tmp_path, asked) -> None:
+    """Tokens a second were the plan's, and the arithmetic that of what is planned for without other settings."""
+    path = str(tmp_path / "plan.json")
+    run("plan", *RUN, "--sequence-length", "256", "--save", path)
+    step = json.loads(run("simulate", *RUN[:4], "--plan", path, "--json"))
+    assert asked["tokens"] == 256
+    assert step["tokens_per_s"] == pytest.approx(4 * 256 / step["step_s"])
+    assert step["step_s"] == pytest.approx(step["predicted_step_s"], rel=0.15)
+
+
+def test_a_saved_plan_for_other_state_is_refused(monkeypatch, tmp_path) -> None:
+    path = str(tmp_path / "plan.json")
+    run("plan", *RUN, "--save", path)
+    other = replace(gpt("4b", LAYERS, HIDDEN), rule=kernel_rule("lion", "fp32"))
+    monkeypatch.setattr(sources, "workload", lambda *_: other)
+    with pytest.raises(ConfigError, match="--optimizer that it was made with"):
+        run("simulate", *RUN, "--plan", path)
 
 
 def test_simulate_draws_traces_and_prints(tmp_path) -> None:
