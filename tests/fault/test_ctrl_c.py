@@ -126,7 +126,9 @@ def test_ctrl_c_while_forward_waits_for_a_block_leaves_the_run_as_it_was(tmp_pat
         wait(block, cause)
 
     monkeypatch.setattr(host, "complete", interrupted)
-    monkeypatch.setattr(host, "settle", lambda block: None)  # however fast the drive: every fetch is waited for
+    monkeypatch.setattr(
+        host, "settle", lambda block: None
+    )  # however fast the drive: every fetch is waited for
     n_interrupted = 0
     for _ in range(4):
         try:

@@ -20,6 +20,7 @@ from offload.transfer.copies import Copies
 from offload.transfer.io_engine import Ticket
 from tests.conftest import one_thread
 from tests.cuda import deterministic_cuda, sleepy_copies
+from tests.fault.training import make_run
 from tests.integration.stack import differs, train_stack
 
 WIDTH = 128
@@ -218,3 +219,50 @@ def test_the_next_block_goes_backward_while_the_gradients_of_the_last_leave_the_
     left = {span.name: span.end_s for span in spans if span.name.startswith("grad_out")}
     for index in (1, 2, 3):
         assert began[f"backward {index - 1}"] < left[f"grad_out {index}"]
+
+
+class Reads:
+    """A store's engine that notes the reads into memory from which a copy to the device has not ended."""
+
+    def __init__(self, engine, copies):
+        self._engine, self._copies = engine, copies
+        self.early, self.n_after_copies = [], 0
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+    def read(self, address, nbytes, *args, **kwargs):
+        from_there = [
+            event for start, end, event in self._copies if start < address + nbytes and address < end
+        ]
+        self.n_after_copies += bool(from_there)
+        if not kwargs.get("after") and not all(event.done() for event in from_there):
+            self.early.append((address, nbytes))
+        return self._engine.read(address, nbytes, *args, **kwargs)
+
+
+def test_storage_is_read_into_no_host_memory_that_is_still_being_copied(tmp_path, monkeypatch):
+    """As on a GPU, where compute does not hold up the thread that gives it. Gradients wait on storage and come back."""
+    copies, copy_in = [], EmulatedDevice.copy_in
+
+    def noted(self, target, source, after=()):
+        event = copy_in(self, target, source, after)
+        copies.append((source.data_ptr(), source.data_ptr() + source.nbytes, event))
+        return event
+
+    monkeypatch.setattr(EmulatedDevice, "copy_in", noted)
+    monkeypatch.setattr(EmulatedDevice, "compute_waits", lambda self, event: None)
+    model, optimizer = make_run(
+        tmp_path, layers=4, device="emulated", bus_bytes_per_s=2e6, update="deferred", activations="keep"
+    )
+    store = model.offload.parts.resources.store
+    store.engine = reads = Reads(store.engine, copies)
+    for _ in range(2):
+        for _ in range(2):
+            with model.offload.no_sync():
+                model(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.offload.close()
+    assert reads.n_after_copies > 0
+    assert reads.early == []
