@@ -147,3 +147,14 @@ def test_gradients_whose_block_is_being_fetched_are_not_forgotten_with_those_of_
             parameter.grad = None
     with pytest.raises(UsageError, match="those of other parameters have not"):
         optimizer.step()
+
+
+def test_a_backward_after_no_sync_updates_blocks_as_it_goes(tmp_path):
+    model, optimizer = make_run(tmp_path, update="backward")
+    with model.offload.no_sync():
+        model(torch.ones(1, 8)).sum().backward()
+    assert not any(block.updated_since_step for block in model.offload.blocks)
+    model(torch.ones(1, 8)).sum().backward()
+    assert all(block.updated_since_step for block in model.offload.blocks)
+    optimizer.step()
+    model.offload.close()
