@@ -43,8 +43,8 @@ class Block(UpDown):
         return super().forward(x)
 
 
-def train(device, directory, n_steps=3, **settings):
-    """(parameters by name, conflicts found by the ordered device)."""
+def train(device, directory, n_steps=3, then=lambda model: None, **settings):
+    """(parameters by name, conflicts found by the ordered device); `then` is called with the trained model."""
     chunk = 4096
     settings = {
         "device_memory": "400KB", "storage": [str(directory)], "prefetch_blocks": 1,
@@ -60,6 +60,7 @@ def train(device, directory, n_steps=3, **settings):
         x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1)).to(model.offload.device)
         with watching() if device == "ordered" else contextlib.nullcontext() as conflicts:
             take_steps(model, optimizer, x, n_steps)
+        then(model)
         return parameters_of(model), conflicts
     finally:
         model.offload.close()
@@ -245,6 +246,19 @@ def store_in_host_memory():
         device, copies, None, Stalls(), SpanLog(), tier="host", device_nbytes=0, spare_host=Spare(1 << 20),
         staging=torch.empty(0, dtype=torch.uint8),
     )  # fmt: skip
+
+
+def test_a_flush_waits_for_the_updates_that_the_device_makes(tmp_path, monkeypatch):
+    monkeypatch.setattr(chosen_device, "EmulatedDevice", OrderedDevice)
+    known = []
+
+    def flushed(model):
+        known.append(OrderedDevice.made.mark().done())
+        model.offload.flush()
+        known.append(OrderedDevice.made.mark().done())
+
+    train("ordered", tmp_path, then=flushed, **PLACEMENTS["state on the device"])
+    assert known == [False, True]
 
 
 @pytest.mark.parametrize("is_waited_for", [True, False])

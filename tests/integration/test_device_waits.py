@@ -13,6 +13,7 @@ import offload
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from offload.recompute.first_results import Samples
 from offload.runtime.device_residency import CopiedResidency
+from offload.runtime.scheduler import Scheduler
 from offload.stores.activations import ActivationStore
 from offload.tiers.device import PAST
 from offload.tiers.emulated_device import EmulatedDevice
@@ -266,3 +267,17 @@ def test_storage_is_read_into_no_host_memory_that_is_still_being_copied(tmp_path
     model.offload.close()
     assert reads.n_after_copies > 0
     assert reads.early == []
+
+
+def test_an_update_reads_parameters_into_no_slot_that_is_still_being_copied(tmp_path, monkeypatch):
+    submit, free = Scheduler._submit_update, []
+
+    def noted(self, block, *, read_param, **more):
+        if read_param:
+            free.append(block.slot.free_after.done())
+        submit(self, block, read_param=read_param, **more)
+
+    monkeypatch.setattr(Scheduler, "_submit_update", noted)
+    train_blocks(slow_bus(tmp_path, update="deferred"))
+    assert free
+    assert all(free)
