@@ -49,6 +49,9 @@ def _leftovers_hint(directory: str) -> str:
     )
 
 
+_LESS_HERE = "add another directory to storage=[...], or raise host_memory"
+
+
 def _preallocate(path: str, descriptor: int, file_nbytes: int, reserved_nbytes: int = 0) -> None:
     """Reserve the whole file, of which the first bytes may be so already, so that a full disk shows before training.
     Raises StoreError."""
@@ -56,9 +59,13 @@ def _preallocate(path: str, descriptor: int, file_nbytes: int, reserved_nbytes: 
         os.posix_fallocate(descriptor, reserved_nbytes, file_nbytes - reserved_nbytes)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            remedy = f"free some space, {_LESS_HERE}{_leftovers_hint(os.path.dirname(path))}"
+            if error.errno == errno.EFBIG:
+                remedy = (
+                    f"raise the limit on the size of a file (ulimit -f, or the file system's), {_LESS_HERE}"
+                )
             raise StoreError(
-                f"{path}: cannot preallocate {file_nbytes} bytes: {error.strerror}: free some space, add another "
-                f"directory to storage=[...], or raise host_memory{_leftovers_hint(os.path.dirname(path))}"
+                f"{path}: cannot preallocate {file_nbytes} bytes: {error.strerror}: {remedy}"
             ) from error
         logger.warning(
             "%s: this file system cannot reserve space; a full disk will show during training", path

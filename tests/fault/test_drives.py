@@ -6,6 +6,7 @@ import contextlib
 import errno
 import glob
 import os
+import resource
 import shutil
 
 import pytest
@@ -198,3 +199,16 @@ def test_a_full_disk_leaves_the_users_model_alone(small_disk, monkeypatch):
     assert files_in(small_disk) == []
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert storage.leftover_stores(str(small_disk)) == []
+
+
+def test_a_limit_on_the_size_of_files_is_named(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    try:
+        with pytest.raises(
+            StoreError, match=r"File too large: raise the limit .*ulimit -f.*add another directory"
+        ):
+            make_run(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
