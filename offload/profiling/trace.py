@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from offload.errors import ConfigError
 from offload.profiling import flops, meta_device
 
 ROOT = -1
@@ -86,6 +87,11 @@ class Trace(TorchDispatchMode):
         self._kept: dict[int, int] = {}
 
     def _key(self, tensor: torch.Tensor) -> int:
+        if tensor.layout is not torch.strided:
+            raise ConfigError(
+                "the model cannot be traced, because it computes with sparse tensors: leave batch= out, and it trains "
+                "without a plan"
+            )
         storage = tensor.untyped_storage()
         key = int(storage._cdata)
         self._alive.setdefault(key, storage)

@@ -15,6 +15,8 @@ def saved_by_reference(block: BlockRecord) -> torch.autograd.graph.saved_tensors
 
     def pack(tensor: torch.Tensor) -> Any:
         held = block.compute_bytes
+        if tensor.layout is not torch.strided:  # it has values and indices, and no memory of its own
+            return tensor
         if held is None or tensor.untyped_storage().data_ptr() != held.untyped_storage().data_ptr():
             return tensor
         first = held.data_ptr()

@@ -29,6 +29,8 @@ SMALL_NBYTES = 64
 """Tensors of so few bytes stay where they are."""
 UNCOUNTED = frozenset({"detach", "alias"})
 """Comes and goes with autograd, and computes nothing."""
+NO_STORAGE = -1
+"""In place of a storage number: a sparse tensor has values and indices, and no storage of its own."""
 
 
 @dataclass(frozen=True)
@@ -173,12 +175,12 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self._refs: dict[int, StorageWeakRef] = {}
         self._numbers: dict[int, int] = {}
-        self._given = {self._number(t) for t in given}
+        self._why_not = ""
+        self._given = {NO_STORAGE, *(self._number(t) for t in given)}
         self._writers: dict[int, list[int]] = {}
         self._ops: list[RecordedOp] = []
         self._saved: dict[int, SavedValue] = {}
         self._output: dict[int, int] = {}
-        self._why_not = ""
         self._depends_on_data = False
         self._statistics: dict[int, list[int]] = {}
         self._entries: list[Entry] = []
@@ -196,6 +198,9 @@ class Recorder(TorchDispatchMode):
             self._entries.append(Entry(module, self._n_entered[module], len(self._ops)))
 
     def _number(self, tensor: torch.Tensor) -> int:
+        if tensor.layout is not torch.strided:
+            self.cannot("it computes with sparse tensors")
+            return NO_STORAGE
         storage = tensor.untyped_storage()
         key = int(storage._cdata)
         if key not in self._refs:
@@ -236,6 +241,7 @@ class Recorder(TorchDispatchMode):
         needs = tuple(dict.fromkeys(w for number in reads for w in self._writers.get(number, ())))
         known = all(isinstance(leaf, torch.Tensor | Constant) for leaf in leaves)
         plain = not mutates and bool(outputs) and known and len(leaves) == len(func._schema.returns)
+        plain = plain and NO_STORAGE not in made
         random = _draws_random_numbers(func, args, kwargs)
         index = len(self._ops)
         self._ops.append(
@@ -273,7 +279,9 @@ class Recorder(TorchDispatchMode):
 
     def read(self, tensor: torch.Tensor) -> None:
         """Backward reads `tensor`, as if autograd had saved it; of one that was there before, nothing follows."""
-        if int(tensor.untyped_storage()._cdata) in self._refs and self._writers.get(self._number(tensor)):
+        if tensor.layout is not torch.strided:
+            self.cannot("it computes with sparse tensors")
+        elif int(tensor.untyped_storage()._cdata) in self._refs and self._writers.get(self._number(tensor)):
             self.save(tensor)
 
     def _check_known(self, reads: list[int]) -> None:

@@ -7,8 +7,10 @@ import torch
 
 import offload
 from offload.errors import ConfigError
+from offload.profiling.workload import profile_model
 from tests.conftest import slow_but
 from tests.families import FAMILIES
+from tests.integration.test_between_passes import Base, Model, both
 
 pytest.importorskip("transformers")
 
@@ -210,3 +212,31 @@ def test_modules_that_are_compiled_before_wrap_are_named(tmp_path, caplog):
     model.model.layers[1] = torch.compile(model.model.layers[1], backend="aot_eager")
     with pytest.raises(ConfigError, match=r"model\.layers\.1 is the compiled form .*compile_blocks=True"):
         offload.wrap(model, torch.optim.AdamW(model.parameters()), storage=[str(tmp_path)])
+
+
+class SparseWeight(Base):
+    """Makes a sparse tensor of what it learns, as PEFT's SHiRA does."""
+
+    def forward(self, x):
+        weight = self.mix.weight
+        few = torch.arange(0, weight.numel(), 5)
+        at = torch.stack([few // weight.shape[1], few % weight.shape[1]])
+        sparse = torch.sparse_coo_tensor(at, weight.flatten()[few], weight.shape, check_invariants=False)
+        return x + torch.tanh(
+            torch.sigmoid(torch.sparse.mm(sparse, x.T)).T + self.mix(x) + sparse.to_dense()[0]
+        )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    slow_but([{}], [{}, {"saved_activations": "host"}, {"activations": "keep"}]),
+    ids=str,
+)
+def test_a_block_that_computes_with_sparse_tensors_trains_as_in_memory(tmp_path, settings):
+    got, expected = both(SparseWeight, tmp_path, settings=settings)
+    assert got == expected
+
+
+def test_a_plan_for_a_block_that_computes_with_sparse_tensors_is_refused_with_the_remedy():
+    with pytest.raises(ConfigError, match="sparse tensors: leave batch= out"):
+        profile_model(Model(SparseWeight), 1, inputs=lambda n: ((torch.empty(n, 8, device="meta"),), {}))
