@@ -172,7 +172,8 @@ class OffloadMixin(_Base):
         """Create the optimizer as the arguments say, and hand the model's training state to the engine."""
         engine = self.engine
         if engine is None:
-            super().create_optimizer(model)
+            # A subclass written for an older release of transformers takes no model.
+            super().create_optimizer(*(() if model is None else (model,)))
             source: Any = self.optimizer
             clip = self._max_grad_norm
             _, self.optimizer = wrap(self.model, source, max_grad_norm=clip, **self._settings)  # type: ignore[arg-type]

@@ -285,6 +285,33 @@ def test_an_optimizer_and_a_scheduler_of_the_users_own_are_used(tmp_path):
     assert len({rate for _, _, rate in curves[0][1]}) == 3
 
 
+class OwnGroups(Trainer):
+    """As scripts have it that were written when `create_optimizer` took no model."""
+
+    def create_optimizer(self):
+        if self.optimizer is None:
+            named = list(self.model.named_parameters())
+            head = {"params": [p for n, p in named if "lm_head" in n], "lr": 3e-2, "weight_decay": 0.0}
+            kind, settings = Trainer.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = kind([{"params": [p for n, p in named if "lm_head" not in n]}, head], **settings)
+        return super().create_optimizer()
+
+
+class OffloadOwnGroups(OffloadMixin, OwnGroups):
+    pass
+
+
+def test_a_subclass_whose_create_optimizer_takes_no_model_keeps_its_groups(tmp_path):
+    curves = []
+    for kind, more in ((OwnGroups, {}), (OffloadOwnGroups, {"offload": settings_in(tmp_path)})):
+        trainer = make(kind, tmp_path / kind.__name__, more=more)
+        trainer.train()
+        curves.append(curve(trainer))
+        assert [len(group["params"]) > 1 for group in trainer.optimizer.param_groups] == [True, False]
+    trainer.close()
+    assert_close(curves[1], curves[0])
+
+
 def test_what_the_refusal_of_adafactor_names_trains_as_in_memory(tmp_path):
     curves = []
     for kind in (Trainer, OffloadTrainer):
