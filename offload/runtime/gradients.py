@@ -8,7 +8,8 @@ good; micro-batches and updates that wait have fp32 from the start.
 [Note: the only buffer] Of two buffers on a device one is emptied while the next block fills the other. Where blocks
 are so large that there is one, all gradients of a block would cross the bus before the next block's could begin. What
 the last micro-batch gives of a parameter is final, so it leaves at once, and the next block's may take its place once
-it has left: both come in the same order, a block apart.
+it has left: both come in the same order, a block apart. A block whose gradients go out at once (one that is updated on
+the device, and accumulates) is followed by one that waits for all of them.
 """
 
 from __future__ import annotations
@@ -152,8 +153,8 @@ class Gradients(MayBeCutShort):
     def last_come(self, block: BlockRecord, *, updates: bool) -> None:
         """What the block's backward gives from now on is final, and its update follows or (not `updates`) waits. See
         [Note: the only buffer]. Of a block that is updated on the device nothing leaves it."""
-        if len(self._buffers) == 1 and not self._device.shares_host and not block.on_device:
-            self._leaving = _Leaving(block, updates)
+        leaves = len(self._buffers) == 1 and not self._device.shares_host and not block.on_device
+        self._leaving = _Leaving(block, updates) if leaves else None
 
     @whole
     def accumulate(
@@ -293,6 +294,8 @@ class Gradients(MayBeCutShort):
             )
             if self._leaving is not None:
                 buffer.leaving.append((start, stop, buffer.free_after))
+        if ranges and self._leaving is None:
+            buffer.leaving.clear()  # copies end in order: `free_after` is behind all of them
 
     def _leave(self, leaving: _Leaving, buffer: GradBuffer, elements: Range) -> None:
         """These are final, unless more comes: then they leave again, behind what has left."""

@@ -84,6 +84,7 @@ CASES = {
     "in backward": {},
     "in backward, first blocks on the device": ON_DEVICE,
     "deferred, first blocks on the device": {"update": "deferred", **ON_DEVICE},
+    "accumulated, first blocks on the device": {"accumulate": 2, **ON_DEVICE},
     "in backward, micro-batches": {"micro_batches": 3},
     "accumulated": {"accumulate": 2},
     "deferred": {"update": "deferred", "micro_batches": 2},
