@@ -4,23 +4,25 @@ On a GPU compute, copies to the device and copies from it run by themselves, ord
 happens at once, in the order in which it is given, so numbers are always right; what is checked is whether events would
 have kept the order on a GPU. Each stream has a vector clock: how far into every stream what it does now is known to
 come after. A copy conflicts with compute, or with a copy of the other direction, that touches the same bytes, unless
-both only read. Compute is what torch dispatches in the thread that trains, below `watching()`.
+both only read. Compute is what torch dispatches in the thread that trains, below `watching()`; where it touches host
+memory, that thread waits for it.
 
-What is not seen: reads and writes of host memory by storage and by the update, but for what follows from having waited
-for a write of activations. Those are provoked with a slow bus.
+Reads and writes of the store and updates are each a stream of their own (`follow_storage`), which touch host memory.
+Not seen: what a checkpoint reads.
 """
 
 import contextlib
+import itertools
 import threading
-import types
 from dataclasses import dataclass
 
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from offload.stores.activations import ActivationStore
+from offload import _C
 from offload.tiers.device import PAST
+from offload.transfer import copies
 from offload.transfer.copies import Copies
 
 ALLOCATIONS = ("empty", "new_empty", "resize_")
@@ -51,23 +53,28 @@ class OrderedEvent:
         return self
 
     def done(self):
-        return all(self.device.known.get(key, 0) >= n for key, n in self.clock.items())
+        known = self.device.now_known()
+        return all(known.get(key, 0) >= n for key, n in self.clock.items())
 
     def wait(self):
-        if threading.get_ident() == self.device.launcher:
-            self.device.known = join(self.device.known, self.clock)
+        self.device.has_seen(self.clock)
 
     def times(self):
         return 0.0, 0.0
 
 
 @dataclass(eq=False)
-class Copy:
+class Work:
+    """A copy, or what storage or an update does with some bytes of host memory."""
+
     stream: str
     number: int
     clock: dict
     reads: tuple
     writes: tuple
+
+    def __str__(self):
+        return f"{self.stream} {self.number}"
 
 
 class OrderedDevice:
@@ -84,14 +91,19 @@ class OrderedDevice:
         self.torch_device = torch.device("cpu")
         self.launcher = threading.get_ident()
         self.conflicts = []
-        self.known = {}
+        self._known = {}
+        """By thread: what it has waited for, as a clock."""
         self._clock = {stream: {} for stream in ("compute", "h2d", "d2h")}
         self._lock = threading.Lock()
         self._touched = {}
         """By range: the last compute that read it, and that wrote it."""
         self._open = []
-        """Copies that compute has not been ordered after."""
-        self._copies = []
+        """Copies and work of storage that compute has not been ordered after."""
+        self._others = []
+        """Those that others may not have been ordered after."""
+        self._host = []
+        """Ranges of host memory."""
+        self._numbers = itertools.count()
         OrderedDevice.made = self
 
     # ---- what the runtime calls ------------------------------------------------------------------------------
@@ -126,6 +138,7 @@ class OrderedDevice:
         return self._copy("d2h", target, source, after)
 
     def page_lock(self, address, nbytes, pin):
+        self._host.append((address, address + nbytes))
         return False
 
     def enter_thread(self):
@@ -134,38 +147,28 @@ class OrderedDevice:
     def close(self):
         pass
 
+    # ---- what threads have waited for ------------------------------------------------------------------------
+
+    def now_known(self):
+        return self._known.get(threading.get_ident(), {})
+
+    def has_seen(self, clock):
+        """The calling thread has waited for this."""
+        self._known[threading.get_ident()] = join(self.now_known(), clock)
+
     # ---- what is checked -------------------------------------------------------------------------------------
 
     def _copy(self, stream, target, source, after):
         clocks = [event.clock for event in (e.issued() for e in after) if event is not PAST]
-        if threading.get_ident() == self.launcher:
-            clocks.append(self.known)
         with self._lock:
-            clock = join(self._clock[stream], *clocks)
+            clock = join(self._clock[stream], self.now_known(), *clocks)
             clock[stream] = number = clock.get(stream, 0) + 1
             self._clock[stream] = clock
-            copy = Copy(stream, number, clock, extent(source), extent(target))
-            for touched, (read, written) in self._touched.items():
-                last = max(
-                    written if overlap(touched, copy.reads) else 0,
-                    max(read, written) if overlap(touched, copy.writes) else 0,
-                )
-                if last > clock.get("compute", 0):
-                    self.conflicts.append(
-                        f"{stream} copy {number} and compute {last} that it does not wait for"
-                    )
-            for other in self._copies:
-                if (
-                    other.stream != stream
-                    and clock.get(other.stream, 0) < other.number
-                    and clash(copy, other)
-                ):
-                    self.conflicts.append(
-                        f"{stream} copy {number} and {other.stream} copy {other.number}, unordered"
-                    )
-            self._copies = [
+            copy = Work(stream, number, clock, extent(source), extent(target))
+            self._check(copy)
+            self._others = [
                 c
-                for c in self._copies
+                for c in self._others
                 if c.stream != stream or (c.reads, c.writes) != (copy.reads, copy.writes)
             ] + [copy]
             self._open.append(copy)
@@ -173,23 +176,54 @@ class OrderedDevice:
             target.copy_(source)
         return OrderedEvent(self, dict(clock))
 
+    def _check(self, work):
+        """Whether `work` comes after all that has been given before it and touches the same bytes."""
+        clock = work.clock
+        for touched, (read, written) in self._touched.items():
+            last = max(
+                written if overlap(touched, work.reads) else 0,
+                max(read, written) if overlap(touched, work.writes) else 0,
+            )
+            if last > clock.get("compute", 0):
+                self.conflicts.append(f"{work} and compute {last} that it does not wait for")
+        for other in self._others:
+            is_ordered = other.stream == work.stream or clock.get(other.stream, 0) >= other.number
+            if not is_ordered and clash(work, other):
+                self.conflicts.append(f"{work} and {other}, unordered")
+
+    def moves(self, name, accesses):
+        """Storage or an update is told to touch host memory: for each part (clock of what it comes after besides what
+        the calling thread has waited for, range read, range written). The clock of its end."""
+        with self._lock:
+            stream = f"{name} {next(self._numbers)}"
+            end = {stream: 1}
+            works = [Work(stream, 1, join(self.now_known(), after), *ranges) for after, *ranges in accesses]
+            for work in works:
+                self._check(work)
+                end = join(end, work.clock)
+            known = self._known.get(self.launcher, {})
+            self._others = [o for o in self._others if known.get(o.stream, 0) < o.number] + works
+            self._open += works
+        return end
+
     def computed(self, reads, writes, name):
         """The thread that launches has given compute that touches these ranges."""
         with self._lock:
-            clock = self._clock["compute"] = join(self._clock["compute"], self.known)
+            clock = self._clock["compute"] = join(self._clock["compute"], self.now_known())
             clock["compute"] = number = clock.get("compute", 0) + 1
             for ranges, is_write in ((reads, False), (writes, True)):
                 for touched in ranges:
-                    for copy in self._open:
-                        conflict = overlap(touched, copy.writes) or (
-                            is_write and overlap(touched, copy.reads)
+                    for work in self._open:
+                        conflict = overlap(touched, work.writes) or (
+                            is_write and overlap(touched, work.reads)
                         )
-                        if conflict and clock.get(copy.stream, 0) < copy.number:
-                            self.conflicts.append(
-                                f"compute {number} ({name}) and {copy.stream} copy {copy.number}, unordered"
-                            )
+                        if conflict and clock.get(work.stream, 0) < work.number:
+                            self.conflicts.append(f"compute {number} ({name}) and {work}, unordered")
                     read, written = self._touched.get(touched, (0, 0))
                     self._touched[touched] = (read, number) if is_write else (number, written)
+            in_host = any(overlap(touched, host) for host in self._host for touched in {*reads, *writes})
+        if in_host:
+            self.has_seen(dict(clock))
 
 
 def clash(one, other):
@@ -237,56 +271,88 @@ def watching():
     conflicts += OrderedDevice.made.conflicts
 
 
-class FollowedTicket:
-    """A write behind a gate: who has seen it completed knows that the copy before the gate has ended."""
-
-    def __init__(self, ticket, device, clock):
-        self._ticket, self._device, self._clock = ticket, device, clock
-        self.times = ticket.times
-
-    def _seen(self):
-        if threading.get_ident() == self._device.launcher:
-            self._device.known = join(self._device.known, self._clock)
-
-    def wait(self):
-        self._ticket.wait()
-        self._seen()
-
-    def done(self):
-        if self._ticket.done():
-            self._seen()
-            return True
-        return False
+NOTHING = (0, 0)
 
 
-class _FollowedEngine:
-    def __init__(self, engine, device, clocks):
-        self.read, self._engine, self._device, self._clocks = engine.read, engine, device, clocks
+def follow_storage(patch):
+    """Tell the ordered device made last what storage reads and writes, what updates do, and who has waited for which
+    of them."""
+    clocks, jobs = {}, {}
+    engine, ticket_of = _C.Engine, _C.UpdatePipeline.submit
+    read, write, init = engine.read, engine.write, _C.UpdateJob.__init__
+    wait, done, gate_of, give = _C.Ticket.wait, _C.Ticket.done, Copies.gate, copies._Keeper.give
 
-    def write(self, address, nbytes, offset, after=None):
-        ticket = self._engine.write(address, nbytes, offset, after=after)
-        return FollowedTicket(ticket, self._device, self._clocks.get(after, {}))
+    def clock_of(ticket):
+        return {} if ticket is None else clocks.get(ticket, {})
 
+    def seen(ticket):
+        if ticket in clocks:
+            OrderedDevice.made.has_seen(clocks[ticket])
 
-def follow_writes_of_activations(patch):
-    """Let waiting for what an activation store has written count as waiting for the copies it was written after."""
-    clocks, gate_of, storage_of, when = {}, Copies.gate, ActivationStore._storage, Copies.h2d_when
+    def waited(self, *args, **kwargs):
+        wait(self, *args, **kwargs)
+        seen(self)
+
+    def is_done(self):
+        ended = done(self)
+        if ended:
+            seen(self)
+        return ended
+
+    def reads(self, address, nbytes, *args, after=None, **kwargs):
+        end = OrderedDevice.made.moves("read", [(clock_of(after), NOTHING, (address, address + nbytes))])
+        ticket = read(self, address, nbytes, *args, after=after, **kwargs)
+        clocks[ticket] = end
+        return ticket
+
+    def writes(self, address, nbytes, offset, *, after=None):
+        end = OrderedDevice.made.moves("write", [(clock_of(after), (address, address + nbytes), NOTHING)])
+        ticket = write(self, address, nbytes, offset, after=after)
+        clocks[ticket] = end
+        return ticket
+
+    def job(self, **settings):
+        init(self, **settings)
+        jobs[self] = settings
+
+    def submit(self, job):
+        told = jobs.pop(job)
+        param_nbytes = 2 if told["param_codec"] == "split_bf16" else 4
+        grad_nbytes = 4 if told["grad_dtype"] == "float32" else 2
+        pieces = [(start, start + n) for start, n, _ in told["segments"]]
+        gate, at = clock_of(told["grad_gate"]), told["param_address"]
+        accesses = [
+            ({}, NOTHING, (at, at + told["n_elements"] * param_nbytes) if told["read_param"] else NOTHING)
+        ]
+        for start, stop in pieces:
+            param = (at + start * param_nbytes, at + stop * param_nbytes)
+            grad = [told["grad_address"] + element * grad_nbytes for element in (start, stop)]
+            accesses.append((gate, NOTHING, param))
+            accesses.append((gate, NOTHING if told["grad_offset"] >= 0 else tuple(grad), NOTHING))
+        end = OrderedDevice.made.moves("update", accesses)
+        ticket = ticket_of(self, job)
+        clocks[ticket] = join(end, clock_of(told["write_gate"]))
+        return ticket
 
     def gate(self, event):
-        made = gate_of(self, event)
-        clocks[made] = getattr(event.issued(), "clock", {})
-        return made
+        ticket = gate_of(self, event)
+        clocks[ticket] = getattr(event.issued(), "clock", {})
+        return ticket
 
-    def storage(self):
-        store, staging = storage_of(self)
-        engine = _FollowedEngine(store.engine, self._device, clocks)
-        return types.SimpleNamespace(engine=engine, grow=store.grow, allocate=store.allocate), staging
+    def given(self, work):
+        known = dict(OrderedDevice.made.now_known())
 
-    def h2d_when(self, tickets, name, target, source, after=(), **more):
-        """What the thread that trains has waited for before it asks for a copy has happened when another starts it."""
-        seen = OrderedEvent(self._device, dict(self._device.known))
-        return when(self, tickets, name, target, source, [*after, seen], **more)
+        def works():
+            OrderedDevice.made.has_seen(known)
+            work()
 
+        give(self, works)
+
+    patch.setattr(_C.Ticket, "wait", waited)
+    patch.setattr(_C.Ticket, "done", is_done)
+    patch.setattr(engine, "read", reads)
+    patch.setattr(engine, "write", writes)
+    patch.setattr(_C.UpdateJob, "__init__", job)
+    patch.setattr(_C.UpdatePipeline, "submit", submit)
     patch.setattr(Copies, "gate", gate)
-    patch.setattr(Copies, "h2d_when", h2d_when)
-    patch.setattr(ActivationStore, "_storage", storage)
+    patch.setattr(copies._Keeper, "give", given)

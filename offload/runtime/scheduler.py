@@ -310,6 +310,11 @@ class Scheduler(MayBeCutShort):
     ) -> None:
         with self._stalls.waiting("save"):
             self.before_update(block)
+        if (
+            block.grads_waiting and not read_param
+        ):  # computed with since, maybe: what that has loaded is read from here
+            with self._stalls.waiting("load"):
+                block.loaded.wait()
         block.move(BlockState.UPDATING)
         block.pending_update = False
         segments_of = self._pending_segments.pop(block.index)

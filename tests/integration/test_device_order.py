@@ -20,12 +20,12 @@ from offload.runtime.gradients import Gradients
 from offload.runtime.scheduler import Scheduler
 from offload.stores.activations import ActivationStore
 from offload.telemetry import SpanLog, Stalls
-from offload.tiers.device import CudaDevice
+from offload.tiers.device import PAST, CudaDevice
 from offload.tiers.host import Spare
 from offload.transfer.copies import Copies
 from tests.cuda import CUDA, ready, sleepy_copies
-from tests.device_order import OrderedDevice, follow_writes_of_activations, watching
-from tests.integration.stack import UpDown, parameters_of, take_steps
+from tests.device_order import OrderedDevice, follow_storage, watching
+from tests.integration.stack import UpDown, parameters_of
 
 WIDTH, ROWS = 64, 64
 BLOCK_CYCLES = 4_000_000
@@ -43,8 +43,9 @@ class Block(UpDown):
         return super().forward(x)
 
 
-def train(device, directory, n_steps=3, then=lambda model: None, **settings):
-    """(parameters by name, conflicts found by the ordered device); `then` is called with the trained model."""
+def train(device, directory, n_steps=3, then=lambda model: None, evaluates=False, **settings):
+    """(parameters by name, conflicts found by the ordered device); `then` is called with the trained model.
+    `evaluates`: before every step comes a forward without gradients, whose results are returned too."""
     chunk = 4096
     settings = {
         "device_memory": "400KB", "storage": [str(directory)], "prefetch_blocks": 1,
@@ -59,9 +60,17 @@ def train(device, directory, n_steps=3, then=lambda model: None, **settings):
     try:
         x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(1)).to(model.offload.device)
         with watching() if device == "ordered" else contextlib.nullcontext() as conflicts:
-            take_steps(model, optimizer, x, n_steps)
+            results = {}
+            for number in range(n_steps):
+                model(x).square().mean().backward()
+                if evaluates:
+                    with torch.no_grad():
+                        results[f"evaluated {number}"] = model(x)
+                optimizer.step()
+                optimizer.zero_grad()
         then(model)
-        return parameters_of(model), conflicts
+        found = {name: result.cpu() for name, result in results.items()}
+        return {**parameters_of(model), **found}, conflicts
     finally:
         model.offload.close()
 
@@ -78,7 +87,7 @@ def races(device, directory, without=None, **settings):
     """Whether training shows a race: conflicts of the ordered device, or other numbers on a CUDA device."""
     with pytest.MonkeyPatch.context() as patch:
         if device == "ordered":
-            follow_writes_of_activations(patch)
+            follow_storage(patch)
             if without:
                 without(patch)
             return train(device, directory, **settings)[1]
@@ -105,6 +114,13 @@ PLACEMENTS = {
     "storage": {},
     "host": {"storage": [], "host_memory": "20MB"},
     "deferred": {"update": "deferred"},
+    "deferred, evaluated before the step": {"update": "deferred", "evaluates": True},
+    "in host memory, evaluated before the step": {
+        "update": "deferred",
+        "evaluates": True,
+        "storage": [],
+        "host_memory": "20MB",
+    },
     "clipping": {"max_grad_norm": 0.05},
     "inputs in host memory": {"activations": "host", "host_memory": "20MB"},
     "inputs on storage": {"activations": "storage"},
@@ -180,8 +196,21 @@ def drop_what_leaves_at_once(patch):
     patch.setattr(ActivationStore, "order_after_left", forget)
 
 
+def without_wait_for_loads(patch):
+    """Updates of what waits start at once."""
+    submit = Scheduler._submit_update
+
+    def hurried(self, block, **how):
+        loaded, block.loaded = block.loaded, PAST
+        submit(self, block, **how)
+        block.loaded = loaded
+
+    patch.setattr(Scheduler, "_submit_update", hurried)
+
+
 IN_HOST = PLACEMENTS["inputs in host memory"]
 SAVED = PLACEMENTS["saved in host memory"]
+EVALUATED = PLACEMENTS["in host memory, evaluated before the step"]
 DELETED = {
     "compute before the parameters have arrived": ({}, without_waits_in(CopiedResidency, "begin_use")),
     "load into a slot that is computed with": ({}, copies_without("h2d", "load")),
@@ -204,6 +233,7 @@ DELETED = {
         {"activations": "storage"}, copies_without("h2d", "swap_in", lambda device, after: after[1:]),
     ),
     "use the memory of what is still leaving": (SAVED, drop_what_leaves_at_once),
+    "update parameters that an evaluation still loads": (EVALUATED, without_wait_for_loads),
 }  # fmt: skip
 
 

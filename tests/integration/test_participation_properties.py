@@ -1,15 +1,19 @@
-"""Whatever takes part in which forward, backward and step, training has the bits of plain torch in memory."""
+"""Whatever takes part in which forward, backward and step, training has the bits of plain torch in memory, and nothing
+that a device does by itself comes before what it needs."""
 
+import contextlib
 import tempfile
 
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import _disable_current_modes
 
 from offload.errors import BudgetError
-from offload.runtime import gradients
+from offload.runtime import chosen_device, gradients
 from tests.conftest import one_thread
+from tests.device_order import OrderedDevice, follow_storage, watching
 from tests.fault.training import smallest_budgets
 from tests.integration.participation import (
     LR,
@@ -178,7 +182,8 @@ def settings_of(place, chosen, program, directory):
     return told
 
 
-def assert_same_bits(program, way):
+def assert_same_bits(program, way, kind=Streamed, watch=contextlib.nullcontext):
+    """`watch()` is entered around the training, and gives a list of what else is wrong."""
     place, chosen, leaves_alone, elsewhere = way
     if program.moments != "fp32":  # the device, and torch where nothing is streamed, update nothing else
         place, chosen = "memory" if place == "aside" else place, {**chosen, "states_on_device": "auto"}
@@ -195,9 +200,10 @@ def assert_same_bits(program, way):
         if elsewhere is not None:
             later = {**told, **ELSEWHERE[elsewhere]}
             later = {key: later[key] for key in later if later["device"] != "cpu" or key not in OF_A_BUS}
-        side = Streamed(program, told, later)
+        side = kind(program, told, later)
         try:
-            got = run(side, program, told)
+            with watch() as conflicts:
+                got = run(side, program, told)
         except BudgetError as refused:
             assume(NO_ROOM not in str(refused))
             raise
@@ -205,6 +211,25 @@ def assert_same_bits(program, way):
             side.engine.close()
     wrong = difference(got, expected, told)
     assert not wrong, wrong
+    assert not conflicts
+
+
+class Watched(Streamed):
+    """Its training is watched; that it takes a model over, or a checkpoint, is not."""
+
+    def restart(self):
+        with _disable_current_modes():
+            super().restart()
+
+
+def assert_ordered(program, way):
+    """On a device that checks the order of all that it, storage and updates do."""
+    place, chosen, leaves_alone, _ = way
+    told = {**chosen, "device": "emulated"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chosen_device, "EmulatedDevice", OrderedDevice)
+        follow_storage(patch)
+        assert_same_bits(program, (place, told, leaves_alone, None), Watched, watching)
 
 
 GIVEN = dict(deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
@@ -222,3 +247,17 @@ def test_whatever_takes_part_training_has_the_bits_of_plain_torch(program, way):
 @given(program=programs(), way=ways())
 def test_whatever_takes_part_training_has_the_bits_of_plain_torch_in_many_programs(program, way):
     assert_same_bits(program, way)
+
+
+@settings(max_examples=15, **GIVEN)
+@given(program=programs(), way=ways())
+def test_whatever_takes_part_every_hand_over_is_ordered(program, way):
+    assert_ordered(program, way)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@settings(max_examples=200, **GIVEN)
+@given(program=programs(), way=ways())
+def test_whatever_takes_part_every_hand_over_is_ordered_in_many_programs(program, way):
+    assert_ordered(program, way)
