@@ -10,10 +10,10 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from offload.deepspeed import keys
+from offload.deepspeed import keys, values
 from offload.deepspeed.keys import Fate
 from offload.errors import ConfigError
 
@@ -36,17 +36,22 @@ _TRAINER_DEFAULTS: dict[str, Any] = {
 }
 """`transformers.TrainingArguments` without arguments; the Trainer fills "auto" from these."""
 
+_ZERO_FILLED = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+_FILLED = ("fp16.enabled", "bf16.enabled", *(f"zero_optimization.{name}" for name in _ZERO_FILLED))
+"""Where the Trainer puts a value in place of "auto", in the sections that DeepSpeed has models for."""
+
 
 def load(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
     """The configuration as a dict of our own, from a JSON file, a base64 text of JSON, or a dict.
 
-    Raises ConfigError for what is none of these, and for JSON that names a key twice.
+    Comments and commas too many are read where `hjson` is installed, with which DeepSpeed reads. Raises ConfigError for
+    what is none of these, and for JSON that names a key twice.
     """
     if isinstance(source, Mapping):
         return copy.deepcopy(dict(source))
     path = os.fspath(source)
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return _parse(file.read(), path)
     except OSError as error:
         try:
@@ -67,10 +72,24 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         parsed = json.loads(text, object_pairs_hook=unique)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{where}: not JSON: {error}") from error
+        parsed = _parse_loosely(text, unique, f"{where}: not JSON: {error}")
     if not isinstance(parsed, dict):
         raise ConfigError(f"{where}: is {type(parsed).__name__}, a JSON object is needed")
     return parsed
+
+
+def _parse_loosely(text: str, hook: Callable[..., Any], not_json: str) -> Any:
+    """JSON as DeepSpeed takes it, which is Hjson: with comments, commas too many, words without quotes."""
+    try:
+        import hjson
+    except ImportError:
+        raise ConfigError(
+            f"{not_json}; a file with comments, which DeepSpeed takes, needs: pip install hjson"
+        ) from None
+    try:
+        return hjson.loads(text, object_pairs_hook=hook)
+    except hjson.HjsonDecodeError as error:
+        raise ConfigError(f"{not_json}; nor Hjson: {error}") from None
 
 
 def get(config: Mapping[str, Any], path: str, default: Any = None) -> Any:
@@ -113,9 +132,25 @@ def modernise(config: dict[str, Any]) -> None:
         logger.warning("%s is an older spelling; reading it as %s", old, new)
         _remove(config, old)
         if new.endswith(".device"):
-            value = "cpu" if value else "none"
+            value = "cpu" if value != "auto" and values.boolean(old, value) else "none"
         if get(config, new) is None:
             put(config, new, value)
+
+
+_MODELLED = (
+    *("zero_optimization.", "fp16.", "bf16.", "compile.", "hybrid_engine.", "tensor_parallel."),
+    *("tensorboard.", "wandb.", "csv_monitor.", "comet.", "comms_logger.", "timers."),
+)
+"""Sections that DeepSpeed reads through a model, which leaves "auto" out."""
+
+
+def leave_out_auto(config: dict[str, Any]) -> None:
+    """Delete each "auto" that DeepSpeed deletes too, in place: in a section that it has a model for, where the Trainer
+    fills nothing in. The key then has its default."""
+    for path, value in list(_leaves(config)):
+        is_modelled = path.startswith(_MODELLED) and not path.startswith("zero_optimization.zenflow.")
+        if value == "auto" and is_modelled and path not in _FILLED:
+            _remove(config, path)
 
 
 def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -129,8 +164,10 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _suggest(path: str) -> str:
-    """The known key that `path` most likely means: the same name elsewhere, else the nearest."""
+    """What to do about an unknown `path`: the same name elsewhere, else the nearest key. Empty when nothing is near."""
     section, _, name = path.rpartition(".")
+    if section in ("optimizer", "scheduler"):
+        return f": {section} has type and params; move it into {section}.params"
     known = {key.path for key in keys.KEYS} | set(keys.OLDER_SPELLINGS)
     known |= {".".join(k.split(".")[:n]) for k in known for n in range(1, k.count(".") + 1)}
     same = sorted((k for k in known if k.rpartition(".")[2] == name), key=len)
@@ -139,7 +176,7 @@ def _suggest(path: str) -> str:
     if section and same[:1] == [name]:
         return f": {name} stands beside {section.partition('.')[0]}, not in it; move it out of {section}"
     found = same or near or difflib.get_close_matches(path, sorted(known), n=1, cutoff=0.6)
-    return f"; did you mean {found[0]}?" if found else ": delete it"
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 CLIPPING = "gradient_clipping"
@@ -158,12 +195,37 @@ def judge(config: Mapping[str, Any]) -> None:
                 is_switch = any(known.path == f"{path}.enabled" for known in keys.KEYS)
                 switch = f'{{"{path}": {{"enabled": true}}}}' if is_switch else "an object"
                 raise ConfigError(f"{path}={json.dumps(value, default=str)}: is a section: write {switch}")
-            raise ConfigError(f"{path}: not a key of DeepSpeed's training configuration{_suggest(path)}")
-        if key.fate is Fate.REFUSED and value not in key.neutral:
+            _unknown(path)
+            continue
+        if key.fate is Fate.REFUSED and not _asks_for_nothing(key, value):
             raise ConfigError(f"{path}={json.dumps(value, default=str)} is refused: {key.note}")
         if key.fate is Fate.WITHOUT_EFFECT and key.path not in _told:
             _told.add(key.path)
             logger.info("%s has no effect: %s", path, key.note)
+
+
+def _asks_for_nothing(key: keys.Key, value: Any) -> bool:
+    """Whether a refused key has a value with which it does nothing; a section, one that is switched off."""
+    if isinstance(value, Mapping) and value.get("enabled", True) in (False, "false", "auto"):
+        return {"enabled": False} in key.neutral
+    return value in key.neutral
+
+
+def _unknown(path: str) -> None:
+    """Raise ConfigError for a key that DeepSpeed refuses or that looks like another; tell of one that it passes over.
+
+    Names that begin as comments do are comments.
+    """
+    if path.startswith(("_", "#", "//", "$")) or path in ("comment", "comments"):
+        return
+    suggestion = _suggest(path)
+    if suggestion or "." in path:
+        raise ConfigError(
+            f"{path}: not a key of DeepSpeed's training configuration{suggestion or ': delete it'}"
+        )
+    if path not in _told:
+        _told.add(path)
+        logger.warning("%s is read by neither DeepSpeed nor this library: it has no effect", path)
 
 
 def tell_defaults(config: Mapping[str, Any]) -> None:
@@ -200,9 +262,13 @@ def check_with_deepspeed(config: Mapping[str, Any]) -> bool:
         "fp16": get_float16_config,
         "bf16": get_bfloat16_config,
     }
+    ours = copy.deepcopy(dict(config))
+    for path in keys.OF_OLDER_RELEASES:
+        if get(ours, path) is not None:
+            _remove(ours, path)
     for name, read in sections.items():
         try:
-            read(copy.deepcopy(dict(config)))
+            read(copy.deepcopy(ours))
         except (ValueError, AssertionError, TypeError) as error:
             raise ConfigError(f"{name}: DeepSpeed's own check says: {error}") from error
     return True
@@ -219,7 +285,7 @@ class _Trainer:
         return _TRAINER_DEFAULTS[name] if value is None else value
 
     def hidden(self) -> int:
-        """0 where the model does not say: what it would fill in has no effect here."""
+        """0 where the model does not say."""
         config = getattr(self._model, "config", None)
         for owner in (config, getattr(config, "text_config", None)):
             sizes = getattr(owner, "hidden_size", None) or getattr(owner, "hidden_sizes", None)
@@ -276,14 +342,11 @@ def resolve_auto(
     fill(warmup, lambda: trainer.warmup(int(get(config, total, 0) or _steps_or_none(trainer, batch_samples))))
     fill("fp16.enabled", bool(trainer.fp16))
     fill("bf16.enabled", bool(trainer.bf16))
-    zero = "zero_optimization."
-    fill(zero + "reduce_bucket_size", lambda: trainer.hidden() ** 2)
-    prefetch = zero + "stage3_prefetch_bucket_size"
-    fill(prefetch, lambda: int(0.9 * trainer.hidden() ** 2))
-    threshold = zero + "stage3_param_persistence_threshold"
-    fill(threshold, lambda: 10 * trainer.hidden())
+    _fill_sizes(config, trainer.hidden())
     for path, value in _leaves(config):
-        if value == "auto" and not path.startswith(("pipeline.", "zero_optimization.zenflow", "offload.")):
+        key = keys.find(path)
+        is_read = key is not None and key.fate is not Fate.WITHOUT_EFFECT
+        if value == "auto" and is_read and not path.startswith("offload."):
             raise ConfigError(f'{path}="auto": the Trainer does not fill this one: write a value')
     for section in ("optimizer.params", "scheduler.params"):
         for name, value in get(config, section, {}).items():
@@ -291,6 +354,18 @@ def resolve_auto(
                 raise ConfigError(
                     f'{section}.{name}="auto": the Trainer does not fill this one: write a value'
                 )
+
+
+def _fill_sizes(config: dict[str, Any], hidden: int) -> None:
+    """What the Trainer makes of the model's width; left out where the model does not say it."""
+    sizes = (hidden**2, int(0.9 * hidden**2), 10 * hidden)
+    for name, size in zip(_ZERO_FILLED, sizes, strict=True):
+        if get(config, f"zero_optimization.{name}") != "auto":
+            continue
+        if hidden:
+            config["zero_optimization"][name] = size
+        else:
+            del config["zero_optimization"][name]
 
 
 def _steps_or_none(trainer: _Trainer, batch_samples: int) -> int:
@@ -320,8 +395,15 @@ def batch_sizes(config: Mapping[str, Any]) -> tuple[int, int, int]:
     if batch is None:
         batch = micro * accumulation
     if batch != micro * accumulation:
+        n_processes, rest = divmod(batch, micro * accumulation)
+        remedy = "correct one"
+        if n_processes and not rest:
+            remedy = (
+                f"the file is for {n_processes} processes; for the same steps write {names[2]}="
+                f"{accumulation * n_processes}"
+            )
         raise ConfigError(
-            f"{names[0]}={batch} is not {names[1]}={micro} times {names[2]}={accumulation} in one process: correct one"
+            f"{names[0]}={batch} is not {names[1]}={micro} times {names[2]}={accumulation} in one process: {remedy}"
         )
     return int(batch), int(micro), int(accumulation)
 
@@ -333,10 +415,12 @@ def read(
     model: Any = None,
     n_samples: int | None = None,
 ) -> dict[str, Any]:
-    """The whole of it: load, modernise, judge, resolve "auto", and let DeepSpeed check where it is installed."""
+    """The whole of it: load, modernise, judge, settle values, resolve "auto", and let DeepSpeed check where it is."""
     config = load(source)
     modernise(config)
+    leave_out_auto(config)
     judge(config)
+    values.settle(config)
     resolve_auto(config, args, model, n_samples)
     check_with_deepspeed(config)
     return config

@@ -54,6 +54,15 @@ def _refused(
     return [(name, Fate.REFUSED, remedy, neutral) for name in names]
 
 
+_OF_FP16 = (
+    *("auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window"),
+    *("hysteresis", "consecutive_hysteresis", "min_loss_scale"),
+)
+"""Keys of `fp16` that stand in `bf16` in many files. DeepSpeed 0.19 refuses them there, older releases did not."""
+
+OF_OLDER_RELEASES = ("fp16.opt_level", *(f"bf16.{name}" for name in _OF_FP16))
+"""What this library accepts and DeepSpeed 0.19 does not."""
+
 _Rows = list[tuple[str, Fate, str, tuple[Any, ...]]]
 
 _TOP: _Rows = [
@@ -81,7 +90,21 @@ _TOP: _Rows = [
     *_without_effect("a steady step makes no reference cycles worth a pause", "disable_python_gc"),
     *_without_effect("`model.offload.counters()` and `offload plan` say what is where", "memory_breakdown"),
     *_without_effect("only a hint for a warning in DeepSpeed", "vocabulary_size"),
-    *_refused("one process: remove it, or set it to 1", "sequence_parallel_size", neutral=(*_OFF, 1)),
+    *_refused(
+        "one process: remove it, or set it to 1",
+        *("sequence_parallel_size", "pipeline_parallel_size", "model_parallel_size", "tensor_parallel_size"),
+        neutral=(*_OFF, 1),
+    ),
+    *_refused("one process: delete it", "sequence_parallel", neutral=(*_OFF, {"enabled": False})),
+    *_refused(
+        "nothing is computed in fp8 here, nor by DeepSpeed: delete it",
+        "fp8",
+        neutral=(*_OFF, {"enabled": False}),
+    ),
+    *_refused("DeepSpeed does not read it: write `gradient_clipping`", "max_grad_norm"),
+    *_refused("DeepSpeed does not read it: the section is called `scheduler`", "lr_scheduler"),
+    *_without_effect("DeepSpeed does not read it either", "comms_config.*", "monitor_config.*"),
+    *_without_effect("every block recomputes from its input already", "gradient_checkpointing"),
     *_refused(
         "DeepSpeed 0.19 has removed it and refuses it as well: delete it",
         *("nebula", "compression_training", "amp", "quantize_training", "sparse_gradients", "eigenvalue"),
@@ -126,6 +149,7 @@ _SECTIONS: dict[str, _Rows] = {
             min_loss_scale="smallest dynamic scale; an overflow there is an error",
         ),
         *_without_effect("autocast casts what an operation needs in fp16", "auto_cast"),
+        *_without_effect("was of apex, which DeepSpeed has removed", "opt_level"),
         *_refused("set it to false: masters and gradients are fp32", "fp16_master_weights_and_grads"),
     ],
     "bf16": [
@@ -134,6 +158,7 @@ _SECTIONS: dict[str, _Rows] = {
             check_grad_overflow="a step whose gradients are not finite is skipped; updates then wait for `step()`",
         ),
         *_without_effect("gradients go straight into an fp32 plane", "immediate_grad_update"),
+        *_without_effect("bf16 has the range of fp32: no loss is scaled", *_OF_FP16),
         *_refused(
             "set it to false: masters and gradients are fp32; `optimizer_state` in the section `offload` has moments "
             "in bf16 or 8 bits",
@@ -163,6 +188,7 @@ _SECTIONS: dict[str, _Rows] = {
                 "contiguous_memory_optimization",
                 "synchronize_checkpoint_boundary",
                 "profile",
+                "enabled",
             ),
         ),
     ],
@@ -238,7 +264,7 @@ _SECTIONS: dict[str, _Rows] = {
 
 _SECTIONS["zero_optimization"] = [
     *_honoured(
-        stage="0 to 3: all train alike here, since nothing is sharded; nvme needs 3, cpu needs 1 or more"
+        stage="0 to 3: all train alike here, since nothing is sharded; nvme needs 3, optimizer states on the cpu 1"
     ),
     *_without_effect(
         _ONE_PROCESS,
@@ -286,7 +312,7 @@ _SECTIONS["zero_optimization"] = [
     *_honoured(
         **{
             "offload_param.device": "nvme: parameters live on storage; cpu: in host memory; none: on the device when "
-            "they fit, streamed otherwise",
+            "they fit, streamed otherwise. cpu below stage 3 means none, as in DeepSpeed",
             "offload_param.nvme_path": "directory of the store",
             "offload_param.max_in_cpu": "elements of parameters that host memory may hold beside storage",
             "offload_param.pin_memory": "false: host memory is never page-locked",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from offload.runtime.assembly import block_bytes
 from offload.runtime.chosen_device import choose_device
 from offload.transfer.io_engine import UpdatePipeline
 from offload.types import PAGE_NBYTES, round_up
+
+logger = logging.getLogger("offload")
 
 WRAP_ONLY = ("blocks", "chunked_loss")
 """What the section `offload` may say to `offload.wrap` that is no setting of `Config`."""
@@ -56,7 +59,14 @@ def offloading(config: Mapping[str, Any]) -> Offloading:
         device = get(config, f"{zero}{name}.device", "none")
         if device not in _DEVICES:
             raise ConfigError(f'zero_optimization.{name}.device={device!r}: write "none", "cpu" or "nvme"')
-        needed = 3 if device == "nvme" or name == "offload_param" else 1
+        if name == "offload_param" and device == "cpu" and stage < 3:
+            logger.warning(
+                "zero_optimization.offload_param has no effect at stage %d, as in DeepSpeed: set stage to 3 to keep "
+                "parameters in host memory",
+                stage,
+            )
+            device = "none"
+        needed = 3 if device == "nvme" else 1
         if device != "none" and stage < needed:
             raise ConfigError(
                 f"zero_optimization.{name}.device={device!r} needs stage {needed}, the configuration has {stage}: "

@@ -222,7 +222,6 @@ def test_an_auto_that_nobody_can_fill_is_refused(read, message):
     ("zero", "message"),
     [
         ({"stage": 4}, "stage"),
-        ({"stage": 2, "offload_param": {"device": "cpu"}}, "needs stage 3"),
         ({"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}, "needs stage 3"),
         ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "needs stage 1"),
         ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "nvme_path"),
@@ -298,4 +297,4 @@ def test_auto_where_a_key_has_no_effect_needs_nothing_of_the_model(name):
     given = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 3, name: "auto"}}
     resolved = config.read(given)
     config.resolve_auto(resolved, model=types.SimpleNamespace())
-    assert resolved["zero_optimization"][name] == 0
+    assert name not in resolved["zero_optimization"]  # as DeepSpeed leaves out what stays "auto"
