@@ -5,9 +5,10 @@
 
 from typing import Any
 
-from offload.deepspeed import comm, elsewhere, ops, zero
+from offload.deepspeed import accelerator, comm, elsewhere, ops, utils, zero
+from offload.deepspeed.accelerator import get_accelerator
 from offload.deepspeed.aio import aio_handle, use_io_engine
-from offload.deepspeed.comm import get_accelerator, init_distributed
+from offload.deepspeed.comm import init_distributed
 from offload.deepspeed.engine import DeepSpeedEngine
 from offload.deepspeed.initialize import add_config_arguments, initialize
 from offload.deepspeed.keys import KEYS, Fate
@@ -16,6 +17,7 @@ __all__ = [
     "KEYS",
     "DeepSpeedEngine",
     "Fate",
+    "accelerator",
     "add_config_arguments",
     "aio_handle",
     "comm",
@@ -24,8 +26,13 @@ __all__ = [
     "initialize",
     "ops",
     "use_io_engine",
+    "utils",
     "zero",
 ]
+
+
+__version__ = "0.19.8"
+"""Of the DeepSpeed whose manners these are, for scripts that compare it."""
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,8 @@ _PLAIN_MODULE = "give the plain module to initialize: its blocks are streamed on
 _ASKED_BY_FILE = "any key of the configuration that asks for it is answered in docs/deepspeed.md"
 
 _INSTEAD = {
-    "accelerator": "deepspeed.get_accelerator() answers for the device: from offload.deepspeed import get_accelerator",
+    "accelerator": "deepspeed.get_accelerator() answers for the device",
+    "checkpoint": "engine.save_checkpoint and engine.module_state_dict() copy what they write: leave it out",
     "checkpointing": "blocks recompute by themselves: call them without deepspeed.checkpointing",
     "compression": _ASKED_BY_FILE,
     "elasticity": _ASKED_BY_FILE,
@@ -27,14 +28,27 @@ _INSTEAD = {
     "PipelineModule": _PLAIN_MODULE,
     "profiling": "offload plan counts FLOPs before the run",
     "runtime": 'its inner classes have no counterpart. WarmupLR and the like are named in "scheduler" of the '
-    "configuration, or are given to initialize(lr_scheduler=) as torch.optim.lr_scheduler has them; what asks whether "
-    "a parameter is partitioned (ZeroParamStatus) may read it in deepspeed.zero.GatheredParameters in any case; the "
-    "engine's class is deepspeed.DeepSpeedEngine",
+    "configuration, or are given to initialize(lr_scheduler=) as torch.optim.lr_scheduler has them",
     "tp_model_init": "one process: leave it out",
     "utils": "engine.module_state_dict() and deepspeed.zero.GatheredParameters give whole parameters; in place of "
-    "zero_to_fp32, offload.export(engine.module, DIR, dtype=torch.float32) writes the masters; in place of its logger, "
-    'logging.getLogger("offload")',
+    "zero_to_fp32, offload.export(engine.module, DIR, dtype=torch.float32) writes the masters",
 }
+
+_INSTEAD_OF_ENGINES = {
+    "monitor": _INSTEAD["monitor"],
+    "timers": "engine.offload.last_step has the seconds of the last step and what it waited for",
+    "_config": "engine.config is the configuration, as a dict",
+    "load_module_state_dict": "load into the module before initialize, or a checkpoint with engine.load_checkpoint",
+    "offload_states": "the engine keeps within device_memory by itself: give less of it in the section offload",
+    "reload_states": "the engine fetches what it computes with: leave it out",
+    "data_parallel_group": "one process: there is no group",
+    "mpu": "one process: there is no group",
+}
+
+
+def engine_says(name: str) -> str:
+    """What to do instead of an attribute of DeepSpeed's engine."""
+    return _INSTEAD_OF_ENGINES.get(name, "docs/deepspeed.md says what there is instead")
 
 
 def says(name: str, present: Sequence[str]) -> str:

@@ -11,18 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from offload.deepspeed import checkpoint, mapping
+from offload.deepspeed import checkpoint, elsewhere, mapping
+from offload.deepspeed.accelerator import get_accelerator
+from offload.deepspeed.answers import Answers
 from offload.deepspeed.config import batch_sizes, get
 from offload.deepspeed.loss_scale import LossScale, from_config
+from offload.deepspeed.throughput import ThroughputTimer
 from offload.deepspeed.weights import state_dict, write_16bit
-from offload.errors import ConfigError, UsageError
+from offload.errors import UsageError
 from offload.runtime.engine import OffloadEngine
 from offload.runtime.optimizer import OffloadOptimizer
 
 logger = logging.getLogger("offload")
 
 
-class DeepSpeedEngine(nn.Module):
+class DeepSpeedEngine(Answers, nn.Module):
     """A wrapped model with DeepSpeed's manners: `engine(batch)`, `engine.backward(loss)`, `engine.step()`.
 
     `backward` divides the loss by the accumulation steps and multiplies it with the loss scale; `step` updates at
@@ -47,6 +50,7 @@ class DeepSpeedEngine(nn.Module):
         self._loss_scale: LossScale = from_config(config, is_fp16=mapping.is_fp16(config))
         self._checks_overflow = mapping.checks_overflow(config)
         self._autocast_dtype = mapping.autocast_dtype(config)
+        self.tput_timer = ThroughputTimer(self._batch)
         self._boundary: bool | None = None
         self._inside_no_sync = False
         self._inside_step = False
@@ -64,6 +68,8 @@ class DeepSpeedEngine(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward, under autocast where the configuration says fp16 or torch_autocast."""
+        if self.module.training:
+            self.tput_timer.start()
         if self._autocast_dtype is None:
             found = self.module(*args, **kwargs)
         else:
@@ -128,10 +134,12 @@ class DeepSpeedEngine(nn.Module):
         self._step_applied = False
         self._inside_step = True
         try:
-            if self.is_gradient_accumulation_boundary():
+            is_boundary = self.is_gradient_accumulation_boundary()
+            if is_boundary:
                 self._take_step(lr_kwargs or {})
         finally:
             self._inside_step = False
+        self.tput_timer.stop(global_step=is_boundary)
         self.micro_steps += 1
 
     def _take_step(self, lr_kwargs: dict[str, Any]) -> None:
@@ -146,7 +154,7 @@ class DeepSpeedEngine(nn.Module):
             self.optimizer.step()
             self.optimizer.zero_grad()
         self._loss_scale.update(overflow)
-        self._publish_scale()
+        self._publish_scale(overflow)
         self._step_applied = not overflow
         if not overflow and self.lr_scheduler is not None:
             self.lr_scheduler.step(**lr_kwargs)
@@ -215,6 +223,13 @@ class DeepSpeedEngine(nn.Module):
 
     eval_batch = train_batch
 
+    def allreduce_gradients(self, bucket_size: int = 0) -> None:
+        """One process: gradients are whole."""
+
+    def empty_partition_cache(self) -> None:
+        """Give memory that torch has cached back to the device; blocks keep within `device_memory` by themselves."""
+        get_accelerator().empty_cache()
+
     def compile(self, *_args: Any, **_settings: Any) -> None:
         """Refused: the whole model cannot be compiled while its blocks move."""
         raise UsageError('engine.compile(): put {"offload": {"compile_blocks": true}} into the configuration')
@@ -231,92 +246,11 @@ class DeepSpeedEngine(nn.Module):
         """Where inputs belong."""
         return self.offload.device
 
-    def get_lr(self) -> list[float]:
-        """Learning rate of each group."""
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
-
-    def get_mom(self) -> list[Any]:
-        """Betas of each group; of SGD its momentum, of Adafactor nothing."""
-        groups = self.optimizer.param_groups
-        return [group.get("momentum", tuple(group.get("betas", ()))) for group in groups]
-
-    def get_global_grad_norm(self) -> float | None:
-        """Norm of all gradients before clipping, of the last step; None where no norm is computed."""
-        return self._global_grad_norm
-
-    @property
-    def cur_scale(self) -> float:
-        """The loss scale that the next backward uses; 1 without fp16."""
-        return self._loss_scale.scale
-
-    def loss_scale(self) -> float:
-        """`fp16.loss_scale` of the configuration: 0 means dynamic."""
-        return float(get(self.config, "fp16.loss_scale", 0))
-
-    def dynamic_loss_scale(self) -> bool:
-        """Whether the scale is searched for."""
-        return self.loss_scale() == 0
-
-    def was_step_applied(self) -> bool:
-        """Whether the last `step()` updated: false between boundaries and for a skipped step."""
-        return self._step_applied
-
-    def train_batch_size(self) -> int:
-        """Samples a step."""
-        return self._batch
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        """Samples a micro-batch."""
-        return self._micro
-
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-batches a step."""
-        return self._accumulation
-
-    def managed_gradient_accumulation(self) -> bool:
-        """Whether the engine counts micro-steps."""
-        return self._managed
-
-    def get_batch_info(self) -> tuple[int, int, int]:
-        """(samples a step, samples a micro-batch, micro-batches a step)."""
-        return self._batch, self._micro, self._accumulation
-
-    def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Change the samples a step by changing the accumulation steps."""
-        if train_batch_size < self._micro or train_batch_size % self._micro:
-            raise ConfigError(f"train_batch_size={train_batch_size} must be a multiple of {self._micro}")
-        self._batch, self._accumulation = train_batch_size, train_batch_size // self._micro
-
-    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
-        """Change the samples a micro-batch; the accumulation steps stay."""
-        self._micro, self._batch = micro_batch_size, micro_batch_size * self._accumulation
-
-    def gradient_clipping(self) -> float:
-        """Largest global norm; 0: no clipping."""
-        return float(get(self.config, "gradient_clipping", 1.0))
-
-    def zero_optimization_stage(self) -> int:
-        """As the configuration has it."""
-        return int(get(self.config, "zero_optimization.stage", 0))
-
-    def zero_optimization(self) -> bool:
-        """Whether the stage is above 0."""
-        return self.zero_optimization_stage() > 0
-
-    def steps_per_print(self) -> int | None:
-        """As the configuration has it."""
-        return get(self.config, "steps_per_print")
-
-    def fp16_enabled(self) -> bool:
-        """As the configuration has it."""
-        return bool(get(self.config, "fp16.enabled", False))
-
-    def bfloat16_enabled(self) -> bool:
-        """As the configuration has it."""
-        return bool(get(self.config, "bf16.enabled", False))
-
-    def _publish_scale(self) -> None:
-        self.optimizer.loss_scale = self._loss_scale.scale
+    def _publish_scale(self, overflow: bool = False) -> None:
+        """Where scripts look for them: `engine.optimizer` of DeepSpeed has these three."""
+        published: Any = self.optimizer
+        published.loss_scale = published.cur_scale = self._loss_scale.scale
+        published.overflow = overflow
 
     def deepspeed_io(
         self,
@@ -381,12 +315,10 @@ class DeepSpeedEngine(nn.Module):
         """Go on from a checkpoint (default: the one that `load_dir`/latest names). Returns (its path, client_state).
 
         (None, None), with a warning, when it is not there. May be called at any accumulation boundary. Raises
-        CheckpointError for another model's.
+        CheckpointError for another model's, with `load_module_strict` and without: every checkpoint has all parameters.
         """
-        if custom_load_fn is not None or not load_module_strict:
-            raise UsageError(
-                "custom_load_fn and load_module_strict=False: load into the module before initialize"
-            )
+        if custom_load_fn is not None:
+            raise UsageError("custom_load_fn: load into the module before initialize")
         found = checkpoint.read(
             self.module,
             self.optimizer,
@@ -459,6 +391,15 @@ class DeepSpeedEngine(nn.Module):
             held[prefix + name] = tensor
         return held
 
+    def _consolidated_16bit_state_dict(
+        self, exclude_frozen_parameters: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """`module_state_dict` at any stage, in fp16 with fp16: what scripts write at the end of a run."""
+        dtype = torch.float16 if self.fp16_enabled() else None
+        return state_dict(self.module, dtype=dtype, with_frozen=not exclude_frozen_parameters)
+
+    _zero3_consolidated_16bit_state_dict = _consolidated_16bit_state_dict
+
     def destroy(self) -> None:
         """End the run: finish what is in flight, drop hooks and remove the store."""
         self.offload.close()
@@ -476,5 +417,5 @@ class DeepSpeedEngine(nn.Module):
             except AttributeError:
                 raise AttributeError(
                     f"neither this library's DeepSpeedEngine nor {type(module).__name__} has {name!r}: "
-                    "docs/deepspeed.md says what there is instead"
+                    f"{elsewhere.engine_says(name)}"
                 ) from None

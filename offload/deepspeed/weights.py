@@ -86,7 +86,12 @@ def write_16bit(
     return path
 
 
-def state_dict(model: nn.Module, *, with_frozen: bool = True) -> dict[str, torch.Tensor]:
-    """A copy of all weights in host memory, as they are computed with, under all their names."""
-    state = {name: tensor.detach().to("cpu", copy=True) for name, tensor in _tensors(model, with_frozen)}
+def state_dict(
+    model: nn.Module, *, dtype: torch.dtype | None = None, with_frozen: bool = True
+) -> dict[str, torch.Tensor]:
+    """A copy of all weights in host memory, as they are computed with or in `dtype`, under all their names."""
+    state = {
+        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True)
+        for name, tensor in _tensors(model, with_frozen)
+    }
     return state | {alias: state[name] for alias, name in _aliases(model).items() if name in state}

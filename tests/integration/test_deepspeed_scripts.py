@@ -242,7 +242,7 @@ def test_what_has_no_counterpart_says_what_to_do(tmp_path):
     with pytest.raises(UsageError, match="compile_blocks"):
         engine.compile()
     engine.destroy()
-    for name in ("pipe", "init_inference", "checkpointing", "utils", "something"):
+    for name in ("pipe", "init_inference", "checkpointing", "monitor", "something"):
         with pytest.raises(AttributeError, match=rf"offload\.deepspeed has no {name}"):
             getattr(deepspeed, name)
     parameters = [nn.Parameter(torch.zeros(1))]
@@ -262,14 +262,9 @@ def test_what_has_no_counterpart_says_what_to_do(tmp_path):
             "from offload.deepspeed.utils.zero_to_fp32 import load_state_dict_from_zero_checkpoint",
             r"offload\.export",
         ),
-        (
-            "from offload.deepspeed.runtime.zero.partition_parameters import ZeroParamStatus",
-            "GatheredParameters",
-        ),
         ("from offload.deepspeed.runtime.lr_schedules import WarmupLR", '"scheduler" of the configuration'),
-        ("import offload.deepspeed.accelerator", "import get_accelerator"),
         ("from offload.deepspeed.ops.lamb import FusedLamb", r"optimizers\.md"),
-        ("from offload.deepspeed import utils", "GatheredParameters"),
+        ("from offload.deepspeed.utils import groups", "GatheredParameters"),
         ("from offload.deepspeed import pipe", "plain module"),
         ("import offload.deepspeed.something", "it has .*initialize"),
     ],
@@ -304,7 +299,7 @@ def test_what_neither_engine_nor_module_has_is_said_of_both(tmp_path):
     engine, *_ = deepspeed.initialize(model=build("llama"), config=configuration(tmp_path))
     assert engine.num_parameters() == engine.module.num_parameters()
     with pytest.raises(
-        AttributeError, match="neither this library's DeepSpeedEngine nor LlamaForCausalLM has 'monitor'"
+        AttributeError, match="neither this library's DeepSpeedEngine nor LlamaForCausalLM has 'monitor': log"
     ):
         engine.monitor  # noqa: B018
     assert not hasattr(engine, "monitor")
