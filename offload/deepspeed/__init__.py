@@ -5,7 +5,7 @@
 
 from typing import Any
 
-from offload.deepspeed import accelerator, comm, elsewhere, ops, utils, zero
+from offload.deepspeed import accelerator, comm, elsewhere, ops, runtime, utils, zero
 from offload.deepspeed.accelerator import get_accelerator
 from offload.deepspeed.aio import aio_handle, use_io_engine
 from offload.deepspeed.comm import init_distributed
@@ -25,6 +25,7 @@ __all__ = [
     "init_distributed",
     "initialize",
     "ops",
+    "runtime",
     "use_io_engine",
     "utils",
     "zero",

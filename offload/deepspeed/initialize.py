@@ -75,7 +75,7 @@ def initialize(
     settings |= mapping.host_nbytes(model, read, settings)
     module, wrapped = wrap(model, source, compute_dtype=compute_dtype, **settings)
     engine = DeepSpeedEngine(module, wrapped, read)
-    zero.remember(engine.offload)
+    zero.remember(engine.offload, engine.zero_optimization_stage())
     if training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(training_data, collate_fn=collate_fn)
     engine.lr_scheduler = _scheduler(lr_scheduler, read, wrapped)

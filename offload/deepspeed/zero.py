@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from offload.deepspeed.partition import ZeroParamStatus as ZeroParamStatus
+from offload.deepspeed.partition import mark, set_status
 from offload.errors import UsageError
 from offload.model import guarded
 from offload.runtime.engine import OffloadEngine
@@ -25,9 +27,11 @@ logger = logging.getLogger("offload")
 _engines: weakref.WeakSet[OffloadEngine] = weakref.WeakSet()
 
 
-def remember(engine: OffloadEngine) -> None:
-    """Let `GatheredParameters` find the engine's parameters."""
+def remember(engine: OffloadEngine, stage: int) -> None:
+    """Let `GatheredParameters` find the engine's parameters; at stage 3 they say that they are to be gathered."""
     _engines.add(engine)
+    if stage == 3:
+        mark(engine)
 
 
 class Init:
@@ -77,6 +81,7 @@ class GatheredParameters:
             if block.is_bound:
                 self._bound[id(parameter)] = block
             guarded.put(parameter, shown)
+            set_status(parameter, ZeroParamStatus.AVAILABLE)
         for block in self._bound.values():  # who computes with it meanwhile has to bind it again
             block.is_bound = False
 
@@ -87,6 +92,7 @@ class GatheredParameters:
         bound, self._bound = self._bound, {}
         changed = [tuple(shown.shape) for _, _, value, shown in before if not torch.equal(shown, value)]
         for parameter, data, _, shown in before:
+            set_status(parameter, ZeroParamStatus.NOT_AVAILABLE)
             if parameter.data_ptr() == shown.data_ptr():  # else a forward inside has fetched it
                 guarded.put(parameter, data)
                 if id(parameter) in bound:
