@@ -58,6 +58,12 @@ optim::StatePlanes planes_of(const std::vector<std::string>& names) {
   return planes;
 }
 
+optim::PlaneKind quantised_of(const std::string& name) {
+  const optim::PlaneKind kind = planes_of({name}).front();
+  if (!optim::is_quantised(kind)) throw py::value_error("a plane of codes is int8 or uint8, not " + name);
+  return kind;
+}
+
 template <typename T>
 T* at(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -205,6 +211,28 @@ void bind_optim(py::module_& module) {
         return std::vector<float>(map.value, map.value + 256);
       },
       py::arg("is_signed"));
+  module.def(
+      "quantise",
+      [](const std::string& plane, std::uintptr_t moments, std::uintptr_t codes, std::uintptr_t absmax, std::size_t n,
+         const std::string& level) {
+        const optim::PlaneKind kind = quantised_of(plane);
+        const optim::Kernels& chosen = optim::kernels_at(level);
+        const ReleasedGil released;
+        chosen.quantise(kind, at<const float>(moments), at<std::uint8_t>(codes), at<float>(absmax), n);
+      },
+      py::arg("plane"), py::arg("moments"), py::arg("codes"), py::arg("absmax"), py::arg("n"),
+      py::arg("level") = "auto");
+  module.def(
+      "dequantise",
+      [](const std::string& plane, std::uintptr_t codes, std::uintptr_t absmax, std::uintptr_t moments, std::size_t n,
+         const std::string& level) {
+        const optim::PlaneKind kind = quantised_of(plane);
+        const optim::Kernels& chosen = optim::kernels_at(level);
+        const ReleasedGil released;
+        chosen.dequantise(kind, at<const std::uint8_t>(codes), at<const float>(absmax), at<float>(moments), n);
+      },
+      py::arg("plane"), py::arg("codes"), py::arg("absmax"), py::arg("moments"), py::arg("n"),
+      py::arg("level") = "auto");
   module.def(
       "rule_update",
       [](const std::string& rule, const std::vector<std::string>& state_planes, const std::string& param_codec,

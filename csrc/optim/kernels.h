@@ -54,6 +54,10 @@ struct Kernels {
   void (*split)(const float*, std::uint16_t* hi, std::int16_t* lo, std::size_t n);
   void (*merge)(const std::uint16_t* hi, const std::int16_t* lo, float*, std::size_t n);
   void (*canonicalize_nan)(float*, std::size_t n);
+  // Planes of codes, int8 or uint8, with the absmax of their blocks; as every update of such planes makes and reads
+  // them.
+  void (*quantise)(PlaneKind, const float*, std::uint8_t* codes, float* absmax, std::size_t n);
+  void (*dequantise)(PlaneKind, const std::uint8_t* codes, const float* absmax, float*, std::size_t n);
 };
 
 // What this processor and operating system can run; scalar first, the best last.

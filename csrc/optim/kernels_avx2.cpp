@@ -12,7 +12,7 @@ namespace {
 #include "optim/kernels_body.h"
 }  // namespace
 
-Kernels table() { return {"avx2", &update, &split, &merge, &canonicalize_nan}; }
+Kernels table() { return {"avx2", &update, &split, &merge, &canonicalize_nan, &quantise, &dequantise}; }
 
 }  // namespace offload::optim::level_avx2
 

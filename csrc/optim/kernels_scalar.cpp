@@ -14,6 +14,6 @@ namespace {
 #include "optim/kernels_body.h"
 }  // namespace
 
-Kernels table() { return {"scalar", &update, &split, &merge, &canonicalize_nan}; }
+Kernels table() { return {"scalar", &update, &split, &merge, &canonicalize_nan, &quantise, &dequantise}; }
 
 }  // namespace offload::optim::level_scalar

@@ -5,8 +5,7 @@
 // octave would lose every time. The noise is a function of the seed, the step, and the element's place in its parameter
 // alone: neither placement, chunks nor threads change a bit.
 //
-// 8-bit moments are the nearest value of a dynamic map (quant_map.h) times the largest magnitude of their block. A
-// second moment above zero never becomes zero: an update divides by its root.
+// 8-bit moments are the nearest value of a dynamic map (quant_map.h) times the largest magnitude of their block.
 
 OFFLOAD_TARGET inline std::uint32_t noise(std::uint32_t counter, const std::uint32_t* keys) {
   std::uint32_t x = counter + keys[0];
@@ -31,15 +30,25 @@ OFFLOAD_TARGET inline void encode_bfloat16(const float* __restrict__ moments, st
   }
 }
 
-OFFLOAD_TARGET inline void decode_quantised(const std::uint8_t* __restrict__ codes, float absmax,
-                                            float* __restrict__ moments, std::size_t n, const QuantMap& map) {
+// A second moment above zero never becomes zero: an update divides by its root.
+template <bool is_signed>
+OFFLOAD_TARGET inline std::uint8_t code_of(const QuantMap& map, float moment, float share) {
+  const unsigned code = map.nearest(share);
+  const unsigned least = static_cast<unsigned>(!is_signed) & static_cast<unsigned>(moment > 0.0f);
+  return static_cast<std::uint8_t>(code + (static_cast<unsigned>(code == 0) & least));
+}
+
+template <bool is_signed>
+OFFLOAD_TARGET void decode_quantised(const std::uint8_t* __restrict__ codes, float absmax, float* __restrict__ moments,
+                                     std::size_t n) {
+  const QuantMap& map = quant_map(is_signed);
   for (std::size_t i = 0; i < n; ++i) moments[i] = map.value[codes[i]] * absmax;
 }
 
 // The largest of a block is found among the bits of magnitudes, where a NaN is larger than everything.
-OFFLOAD_TARGET inline void encode_quantised(float* __restrict__ moments, std::uint8_t* __restrict__ codes,
-                                            float* __restrict__ absmax, std::size_t n, const QuantMap& map,
-                                            bool stays_above_zero) {
+template <bool is_signed>
+OFFLOAD_TARGET void encode_quantised(const float* __restrict__ moments, std::uint8_t* __restrict__ codes, float* absmax,
+                                     std::size_t n) {
   std::uint32_t largest = 0;
   for (std::size_t i = 0; i < n; ++i) {
     const std::uint32_t magnitude = bits_of(moments[i]) & 0x7FFFFFFFu;
@@ -47,13 +56,25 @@ OFFLOAD_TARGET inline void encode_quantised(float* __restrict__ moments, std::ui
   }
   *absmax = float_of(largest);
   const float divisor = largest == 0 ? 1.0f : float_of(largest);
-  const unsigned least = stays_above_zero ? 1 : 0;
+  const QuantMap& map = quant_map(is_signed);
   alignas(64) float share[kQuantBlock];
   for (std::size_t i = 0; i < n; ++i) share[i] = moments[i] / divisor;
-  for (std::size_t i = 0; i < n; ++i) {
-    const unsigned code = map.nearest(share[i]);
-    codes[i] = static_cast<std::uint8_t>(code + (static_cast<unsigned>(code == 0) & (moments[i] > 0.0f) & least));
-  }
+  for (std::size_t i = 0; i < n; ++i) codes[i] = code_of<is_signed>(map, moments[i], share[i]);
+}
+
+OFFLOAD_TARGET void quantise(PlaneKind kind, const float* moments, std::uint8_t* codes, float* absmax, std::size_t n) {
+  const auto encode_block = kind == PlaneKind::int8 ? &encode_quantised<true> : &encode_quantised<false>;
+  for (std::size_t start = 0; start < n; start += kQuantBlock)
+    encode_block(moments + start, codes + start, absmax + start / kQuantBlock,
+                 n - start < kQuantBlock ? n - start : kQuantBlock);
+}
+
+OFFLOAD_TARGET void dequantise(PlaneKind kind, const std::uint8_t* codes, const float* absmax, float* moments,
+                               std::size_t n) {
+  const auto decode_block = kind == PlaneKind::int8 ? &decode_quantised<true> : &decode_quantised<false>;
+  for (std::size_t start = 0; start < n; start += kQuantBlock)
+    decode_block(codes + start, absmax[start / kQuantBlock], moments + start,
+                 n - start < kQuantBlock ? n - start : kQuantBlock);
 }
 
 OFFLOAD_TARGET void decode(PlaneKind kind, const Planes& planes, std::size_t plane, std::size_t start, std::size_t n,
@@ -64,12 +85,12 @@ OFFLOAD_TARGET void decode(PlaneKind kind, const Planes& planes, std::size_t pla
   else if (kind == PlaneKind::bfloat16)
     decode_bfloat16(static_cast<const std::uint16_t*>(source) + start, moments, n);
   else
-    decode_quantised(static_cast<const std::uint8_t*>(source) + start, planes.absmax[plane][start / kQuantBlock],
-                     moments, n, quant_map(kind == PlaneKind::int8));
+    dequantise(kind, static_cast<const std::uint8_t*>(source) + start, planes.absmax[plane] + start / kQuantBlock,
+               moments, n);
 }
 
 OFFLOAD_TARGET void encode(PlaneKind kind, const Planes& planes, std::size_t plane, std::size_t start, std::size_t n,
-                           float* moments, const Scalars& s) {
+                           const float* moments, const Scalars& s) {
   void* target = planes.state[plane];
   if (kind == PlaneKind::float32)
     __builtin_memcpy(static_cast<float*>(target) + start, moments, n * sizeof(float));
@@ -77,6 +98,5 @@ OFFLOAD_TARGET void encode(PlaneKind kind, const Planes& planes, std::size_t pla
     encode_bfloat16(moments, static_cast<std::uint16_t*>(target) + start, n,
                     static_cast<std::uint32_t>(planes.element + start) - s.noise_origin, plane, s);
   else
-    encode_quantised(moments, static_cast<std::uint8_t*>(target) + start, &planes.absmax[plane][start / kQuantBlock], n,
-                     quant_map(kind == PlaneKind::int8), kind == PlaneKind::uint8);
+    quantise(kind, moments, static_cast<std::uint8_t*>(target) + start, planes.absmax[plane] + start / kQuantBlock, n);
 }
