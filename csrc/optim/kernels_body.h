@@ -1,6 +1,7 @@
 // What every rule shares, written once. Included inside one namespace per instruction set, with OFFLOAD_TARGET set to
 // the function attributes of that set; there is no include guard on purpose. No fused multiply-add anywhere
-// (-ffp-contract=off), so every instruction set gives the same bits.
+// (-ffp-contract=off), so every instruction set gives the same bits; but where 8-bit moments are codes on lines, whose
+// every value and code a test compares (moments_vectors_body.h).
 //
 // A rule is a loop over fp32 moments (rules_body.h). Moments of another kind are decoded to fp32, updated and encoded
 // again, kQuantBlock elements at a time in the first-level cache (moments_body.h): the rule does not know.

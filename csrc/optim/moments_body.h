@@ -38,11 +38,19 @@ OFFLOAD_TARGET inline std::uint8_t code_of(const QuantMap& map, float moment, fl
   return static_cast<std::uint8_t>(code + (static_cast<unsigned>(code == 0) & least));
 }
 
+#if defined(OFFLOAD_HAS_VECTORS)
+#include "optim/moments_vectors_body.h"
+#endif
+
 template <bool is_signed>
 OFFLOAD_TARGET void decode_quantised(const std::uint8_t* __restrict__ codes, float absmax, float* __restrict__ moments,
                                      std::size_t n) {
   const QuantMap& map = quant_map(is_signed);
-  for (std::size_t i = 0; i < n; ++i) moments[i] = map.value[codes[i]] * absmax;
+  std::size_t i = 0;
+#if defined(OFFLOAD_HAS_VECTORS)
+  i = decode_vectors<is_signed>(codes, absmax, moments, n);
+#endif
+  for (; i < n; ++i) moments[i] = map.value[codes[i]] * absmax;
 }
 
 // The largest of a block is found among the bits of magnitudes, where a NaN is larger than everything.
@@ -57,9 +65,13 @@ OFFLOAD_TARGET void encode_quantised(const float* __restrict__ moments, std::uin
   *absmax = float_of(largest);
   const float divisor = largest == 0 ? 1.0f : float_of(largest);
   const QuantMap& map = quant_map(is_signed);
+  std::size_t done = 0;
+#if defined(OFFLOAD_HAS_VECTORS)
+  if (divisor >= 0x1p-126f && divisor <= 0x1p126f) done = encode_vectors<is_signed>(moments, codes, divisor, n);
+#endif
   alignas(64) float share[kQuantBlock];
-  for (std::size_t i = 0; i < n; ++i) share[i] = moments[i] / divisor;
-  for (std::size_t i = 0; i < n; ++i) codes[i] = code_of<is_signed>(map, moments[i], share[i]);
+  for (std::size_t i = done; i < n; ++i) share[i] = moments[i] / divisor;
+  for (std::size_t i = done; i < n; ++i) codes[i] = code_of<is_signed>(map, moments[i], share[i]);
 }
 
 OFFLOAD_TARGET void quantise(PlaneKind kind, const float* moments, std::uint8_t* codes, float* absmax, std::size_t n) {

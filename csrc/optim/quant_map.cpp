@@ -8,8 +8,6 @@ namespace offload::optim {
 
 namespace {
 
-constexpr int kDecades = 7;
-
 float float_of(std::uint32_t bits) {
   float value;
   __builtin_memcpy(&value, &bits, sizeof value);
@@ -18,13 +16,19 @@ float float_of(std::uint32_t bits) {
 
 }  // namespace
 
+unsigned quant_items(bool is_signed, int decade) { return 1u << (is_signed ? decade : decade + 1); }
+
+double quant_top(int decade) { return std::pow(10.0, decade - (kQuantDecades - 1)); }
+
+double quant_value(bool is_signed, int decade, unsigned item) {
+  return quant_top(decade) * (0.1 + 0.9 * (item + 0.5) / quant_items(is_signed, decade));
+}
+
 QuantMap::QuantMap(bool is_signed) : first(std::size_t{1} << 16), zero(0) {
   std::vector<double> values{0.0, 1.0};
-  for (int decade = 0; decade < kDecades; ++decade) {
-    const int items = 1 << (is_signed ? decade : decade + 1);
-    const double top = std::pow(10.0, decade - (kDecades - 1));
-    for (int i = 0; i < items; ++i) {
-      const double mean = top * (0.1 + 0.9 * (i + 0.5) / items);
+  for (int decade = 0; decade < kQuantDecades; ++decade) {
+    for (unsigned i = 0; i < quant_items(is_signed, decade); ++i) {
+      const double mean = quant_value(is_signed, decade, i);
       values.push_back(mean);
       if (is_signed) values.push_back(-mean);
     }

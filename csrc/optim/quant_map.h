@@ -8,6 +8,12 @@
 
 namespace offload::optim {
 
+// The values of a decade: `items` of each sign, equally spaced between a tenth of its top and its top.
+constexpr int kQuantDecades = 7;
+unsigned quant_items(bool is_signed, int decade);
+double quant_top(int decade);
+double quant_value(bool is_signed, int decade, unsigned item);
+
 struct QuantMap {
   explicit QuantMap(bool is_signed);
 
