@@ -3,7 +3,7 @@
 In memory: `ratio` is bytes moved per second by our kernel over bytes moved per second by the best peer, one thread
 each, as the median over interleaved rounds. The peers are torch's fused AdamW and, where it is installed,
 DeepSpeedCPUAdam, both in fp32. An fp32 update moves 28 bytes a parameter (reads and writes p, m and v, reads g), a
-split-master one as many (2 + 2 for p). A bf16 gradient makes it 26.
+split-master one as many (2 + 2 for p). A bf16 gradient makes it 26, moments in bf16 20, in 8 bits 16 and a bit.
 
 Out of core: `floor_s` is the time fio needs beside it for the bytes the engine counted, at the same depth, in its
 fastest form (see common.py): in blocks of ours or of 1 MiB, mixed in the same proportion or reads and then writes,
@@ -30,7 +30,7 @@ from out_of_core import OutOfCore, Step, fio_floor_s, moved, seconds_of
 
 from offload import _C
 from offload.config import Config
-from offload.update_rules import kernel_rule
+from offload.update_rules import QUANT_BLOCK_ELEMENTS, Moments, kernel_rule
 
 HYPER = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.01}
 
@@ -64,8 +64,10 @@ def make_peers(n: int) -> dict[str, Step]:
     return peers
 
 
-def our_kernel(n: int, codec: str, grad_dtype: str, level: str) -> Step:
-    master, exp_avg, exp_avg_sq = torch.randn(n), torch.zeros(n), torch.zeros(n)
+def our_kernel(n: int, codec: str, grad_dtype: str, moments: Moments, level: str) -> Step:
+    master, rule = torch.randn(n), kernel_rule("adamw", moments)
+    state = [torch.zeros(plane.nbytes(n), dtype=torch.uint8) for plane in rule.planes]
+    scales = [torch.zeros(-(-n // QUANT_BLOCK_ELEMENTS)) for _ in rule.planes]
     grad = torch.randn(n).to(getattr(torch, grad_dtype))
     param, lo = master, torch.empty(n, dtype=torch.int16)
     if codec == "split_bf16":
@@ -74,27 +76,38 @@ def our_kernel(n: int, codec: str, grad_dtype: str, level: str) -> Step:
     hyper = _C.Hyper(**HYPER, step=10)
 
     def step() -> None:
-        _C.adamw_update(
-            codec, param.data_ptr(), lo.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
-            grad.data_ptr(), grad_dtype, n, hyper, level,
+        _C.rule_update(
+            rule.name, rule.kinds, codec, param.data_ptr(), lo.data_ptr(), [p.data_ptr() for p in state],
+            [s.data_ptr() for s in scales], grad.data_ptr(), grad_dtype, n, hyper, level=level,
         )  # fmt: skip
 
     return step
 
 
+def nbytes_moved(n: int, grad_dtype: str, moments: Moments) -> int:
+    state = sum(plane.nbytes(n) for plane in kernel_rule("adamw", moments).planes)
+    return 8 * n + 2 * state + n * (4 if grad_dtype == "float32" else 2)
+
+
 def in_memory_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     n = arguments.elements
     levels = _C.simd_levels() if arguments.all_levels else _C.simd_levels()[-1:]
-    cases = [("fp32", "float32"), ("split_bf16", "float32"), ("split_bf16", "bfloat16")]
+    cases: list[tuple[str, str, Moments]] = [
+        ("fp32", "float32", "fp32"),
+        ("split_bf16", "float32", "fp32"),
+        ("split_bf16", "bfloat16", "fp32"),
+        ("split_bf16", "float32", "bf16"),
+        ("split_bf16", "float32", "8bit"),
+    ]
     peers = make_peers(n)
     return [in_memory_row(n, *case, level, peers, arguments.rounds) for case in cases for level in levels]
 
 
 def in_memory_row(
-    n: int, codec: str, grad_dtype: str, level: str, peers: dict[str, Step], rounds: int
+    n: int, codec: str, grad_dtype: str, moments: Moments, level: str, peers: dict[str, Step], rounds: int
 ) -> dict[str, Any]:
-    sides = {"offload": our_kernel(n, codec, grad_dtype, level), **peers}
-    nbytes = dict.fromkeys(peers, 28 * n) | {"offload": n * (28 if grad_dtype == "float32" else 26)}
+    sides = {"offload": our_kernel(n, codec, grad_dtype, moments, level), **peers}
+    nbytes = dict.fromkeys(peers, 28 * n) | {"offload": nbytes_moved(n, grad_dtype, moments)}
     samples: dict[str, list[float]] = {name: [] for name in sides}
     order, shuffler = list(sides), random.Random(0)
     for round_index in range(4 * rounds + 1):
@@ -106,12 +119,14 @@ def in_memory_row(
     rate = {name: median(values) for name, values in samples.items()}
     best = max(peers, key=lambda name: rate[name])
     ratios = [ours / peer for ours, peer in zip(samples["offload"], samples[best], strict=True)]
+    which = "" if moments == "fp32" else f"{moments}_"
     return {
-        "name": f"kernel_{codec}_grad_{grad_dtype}_{level}",
+        "name": f"kernel_{codec}_grad_{grad_dtype}_{which}{level}",
         "ratio": round(median(ratios), 3),
         "ratio_spread": spread(ratios),
         "gb_per_s": round(rate["offload"], 2),
         "gb_per_s_spread": spread(samples["offload"], 2),
+        "params_per_s": round(rate["offload"] * 1e9 / nbytes["offload"] * n),
         "peer": f"{best}, fp32",
         "peer_gb_per_s": round(rate[best], 2),
         "peer_gb_per_s_spread": spread(samples[best], 2),

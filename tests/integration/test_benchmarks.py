@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from offload import _C
 from offload.planner.hardware import load_hardware, save_hardware
 
 BENCHMARKS = pathlib.Path(__file__).resolve().parents[2] / "benchmarks"
@@ -390,6 +391,8 @@ def test_the_optimizer_benchmarks_give_their_rows(tmp_path):
     kernels = rows("optimizer.py", tmp_path, "--only", "memory", "--elements", "65536", "--rounds", "2")
     assert kernels
     assert all(row["ratio"] > 0 and row["gb_per_s"] > 0 for row in kernels.values())
+    rates = {name: row["params_per_s"] for name, row in kernels.items()}
+    assert rates[f"kernel_split_bf16_grad_float32_8bit_{_C.simd_levels()[-1]}"] > 0
     rules = rows(
         "optimizer_rules.py", tmp_path, "--bytes-only", "--only", "adamw_8bit", "sgd_without_momentum",
         "--storage-elements", "1048576", "--steps", "2", "--directory", str(tmp_path),
