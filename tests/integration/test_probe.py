@@ -338,7 +338,7 @@ def test_a_probe_with_its_defaults_takes_less_than_a_minute(tmp_path):
 
 @pytest.mark.slow
 def test_every_rule_of_update_has_its_rate():
-    """Plain SGD keeps nothing; 8-bit moments are looked up and rounded."""
+    """Plain SGD keeps nothing. Which AdamW is the faster depends on cores and memory: 8-bit moments are fewer bytes."""
     rules = {rule.key: rule for rule in compute_probe.other_rules()}
     assert len(rules) == 9
     assert {"adamw_bf16", "adamw_8bit", "lion_fp32", "sgd_8bit", "sgd"} <= set(rules)
@@ -355,7 +355,7 @@ def test_every_rule_of_update_has_its_rate():
     finally:
         for loop in loops.values():
             loop.close()
-    assert seconds["sgd"] < seconds["adamw"] < seconds["adamw_8bit"]
+    assert seconds["sgd"] < min(seconds["adamw"], seconds["adamw_8bit"])
 
 
 @pytest.mark.parametrize("rate", [1e8, 4e8])
