@@ -32,6 +32,9 @@ STALL_CAUSES = {
 }
 """Cause under which the device's waiting for an operation of this kind is counted (the names of `telemetry.Stalls`)."""
 
+Changes = tuple[tuple[str, int], ...]
+"""Of memory: tiers and bytes."""
+
 
 class SimulationError(OffloadError):
     """The list of operations cannot be worked off."""
@@ -112,7 +115,8 @@ class _Simulation:
             self.timeline.memory[tier] = [(0.0, nbytes)]
         self.missing = [0] * n
         self.followers: list[list[int]] = [[] for _ in range(n)]
-        self.ready: dict[Lane, list[tuple[int, int]]] = {lane: [] for lane in LANES}
+        self.ready: dict[Lane, dict[Changes, list[tuple[int, int]]]] = {lane: {} for lane in LANES}
+        """By lane, and by what they acquire: those that want the same memory have room or have none together."""
         self.running: dict[Lane, int] = {}
         self.left: dict[Lane, float] = {}
         self.alone_s = [duration_alone_s(o, rates) for o in operations]
@@ -126,32 +130,34 @@ class _Simulation:
                 self.followers[before].append(index)
             self.missing[index] = len(operation.after)
             if not operation.after:
-                heapq.heappush(self.ready[operation.lane], (operation.rank, index))
+                self._make_ready(index)
 
-    def _change(self, changes: tuple[tuple[str, int], ...], sign: int) -> None:
+    def _make_ready(self, index: int) -> None:
+        operation = self.operations[index]
+        queue = self.ready[operation.lane].setdefault(operation.acquires, [])
+        heapq.heappush(queue, (operation.rank, index))
+
+    def _change(self, changes: Changes, sign: int) -> None:
         for tier, nbytes in changes:
             self.held[tier] += sign * nbytes
             self.timeline.memory.setdefault(tier, []).append((self.now, self.held[tier]))
 
-    def _fits(self, operation: Operation) -> bool:
+    def _fits(self, acquires: Changes) -> bool:
         return all(
             tier not in self.limits or self.held[tier] + nbytes <= self.limits[tier]
-            for tier, nbytes in operation.acquires
+            for tier, nbytes in acquires
         )
 
     def _start_what_can(self) -> None:
-        for lane, queue in self.ready.items():
-            if lane in self.running or not queue:
+        for lane, queues in self.ready.items():
+            if lane in self.running:
                 continue
-            waiting: list[tuple[int, int]] = []
-            while queue:
-                entry = heapq.heappop(queue)
-                if self._fits(self.operations[entry[1]]):
-                    self._start(lane, entry[1])
-                    break
-                waiting.append(entry)
-            for entry in waiting:
-                heapq.heappush(queue, entry)
+            first: list[tuple[int, int]] | None = None
+            for acquires, queue in queues.items():
+                if queue and (first is None or queue[0] < first[0]) and self._fits(acquires):
+                    first = queue
+            if first is not None:
+                self._start(lane, heapq.heappop(first)[1])
 
     def _start(self, lane: Lane, index: int) -> None:
         self._change(self.operations[index].acquires, 1)
@@ -193,8 +199,7 @@ class _Simulation:
         for follower in self.followers[index]:
             self.missing[follower] -= 1
             if not self.missing[follower]:
-                operation = self.operations[follower]
-                heapq.heappush(self.ready[operation.lane], (operation.rank, follower))
+                self._make_ready(follower)
 
     def run(self) -> Timeline:
         """Work everything off."""
@@ -215,7 +220,8 @@ class _Simulation:
         return self.timeline
 
     def _refuse(self) -> None:
-        stuck = [self.operations[queue[0][1]] for queue in self.ready.values() if queue]
+        heads = [[queue[0] for queue in queues.values() if queue] for queues in self.ready.values()]
+        stuck = [self.operations[min(head)[1]] for head in heads if head]
         if not stuck:
             raise SimulationError("nothing is ready and nothing runs; the list of operations is inconsistent")
         first = stuck[0]
