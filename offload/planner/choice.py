@@ -32,6 +32,8 @@ from offload.planner.states_on_device import (
 from offload.planner.workload import Workload
 
 STATES_ON_DEVICE = "states_on_device"
+LARGEST = {STATES_ON_DEVICE: 0, "grad_buffers": 1, "prefetch_blocks": 1}
+"""Fixed choices that take the more device memory the larger they are, and the least of each."""
 SOME_WAIT = (0.25, 0.5)
 """The parts of the blocks that are deferred. More of them fill forward with what backward had room for."""
 
@@ -102,26 +104,32 @@ def searches(
 
 def as_asked(
     workload: Workload, hardware: Hardware, budgets: Budgets, fixed: Mapping[str, Any], batch_samples: int
-) -> tuple[list[Search], int | None]:
-    """The searches of what the user wants to stay on the device, or of all that may, and the largest
-    `states_on_device` that fits, to 1 in 1,000, where less than that is what is lacking; else None."""
-    asked = _asked(workload, hardware, budgets, fixed) or OnDevice()
+) -> tuple[list[Search], dict[str, int]]:
+    """The searches of what the user wants to stay on the device, or of all that may, and by name the largest value of
+    a fixed choice with which it fits (`LARGEST`), where less than what is asked for is what is lacking."""
     every = searches(workload, hardware, budgets, fixed, batch_samples, in_any_room=True)
     found = [search for _, search in every]
 
-    def of(wanted: int) -> OnDevice:
-        return _asked(workload, hardware, budgets, {**fixed, STATES_ON_DEVICE: wanted}) or OnDevice()
+    def fits(name: str, wanted: int) -> bool:
+        changed = {**fixed, name: wanted}
+        stays = _asked(workload, hardware, budgets, changed) or OnDevice()
+        return _search(workload, hardware, budgets, changed, batch_samples, stays).fits(budgets)
 
-    def fits(wanted: int) -> bool:
-        return _search(workload, hardware, budgets, fixed, batch_samples, of(wanted)).fits(budgets)
-
-    if not asked or not fits(0):
-        return found, None
-    low, high = 0, min(fixed[STATES_ON_DEVICE], budgets.device_memory_nbytes)
-    while high - low > max(1, high // 1000):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return found, low if of(low) else 0
+    largest = {}
+    for name, least in LARGEST.items():
+        if fixed.get(name) is None or fixed[name] <= least or not fits(name, least):
+            continue
+        low, high = least, min(fixed[name], budgets.device_memory_nbytes)
+        while high - low > max(
+            1, high // 1000
+        ):  # bytes to 1 in 1,000; of blocks every one that a device may hold
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(name, middle) else (low, middle)
+        largest[name] = low
+    if STATES_ON_DEVICE in largest:
+        stays = _asked(workload, hardware, budgets, {**fixed, STATES_ON_DEVICE: largest[STATES_ON_DEVICE]})
+        largest[STATES_ON_DEVICE] = largest[STATES_ON_DEVICE] if stays else 0
+    return found, largest
 
 
 def _search(

@@ -149,10 +149,10 @@ def _smallest(
     return found
 
 
-def why_not(searches: Sequence[Search], budgets: Budgets, states_on_device: int | None = None) -> str:
+def why_not(searches: Sequence[Search], budgets: Budgets, largest: Mapping[str, int] | None = None) -> str:
     """The message of a BudgetError: what is lacking, and the nearest single changes that would do in any of `searches`,
-    the first of which has the least on the device; with `states_on_device` bytes instead of those that are asked for
-    it fits too."""
+    the first of which has the least on the device; with any of the values `largest` instead of that which is fixed by
+    this name it fits too."""
     search = searches[0]
     model, workload = search.model, search.workload
     everything = int(search.tables.params_cum[-1] + search.tables.states_cum[-1]) + sum(model.grad_nbytes)
@@ -184,8 +184,7 @@ def why_not(searches: Sequence[Search], budgets: Budgets, states_on_device: int 
             changes.append(f"{_up(needed)} of storage (now {_now(limit)})")
     if not search.hardware.drives:
         changes.append("storage=[directory on an SSD]")
-    if states_on_device is not None:
-        changes.append(f"states_on_device={states_on_device}")
+    changes += [f"{name}={value}" for name, value in (largest or {}).items()]
     smaller = _smaller_batch(searches, budgets)
     if smaller:
         changes.append(f"a batch of {smaller} instead of {model.batch} samples")

@@ -46,8 +46,8 @@ def make_plans(
     fixed = fixed or {}
     found = choices(workload, hardware, budgets, fixed, batch_samples)
     if not found:
-        searches, most_nbytes = as_asked(workload, hardware, budgets, fixed, batch_samples)
-        raise BudgetError(why_not(searches, budgets, most_nbytes))
+        searches, largest = as_asked(workload, hardware, budgets, fixed, batch_samples)
+        raise BudgetError(why_not(searches, budgets, largest))
     if not math.isfinite(found[0].chosen.step_s):
         raise ConfigError(f"hardware profile {hardware.name!r}: at its rates a step never ends; correct them")
     limit_s = found[0].chosen.step_s * (1 + within)
