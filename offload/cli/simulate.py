@@ -50,6 +50,11 @@ def _plan(
             raise ConfigError(
                 f"{settings.plan} is a plan for {len(plan.activations)} blocks, but {work.name} has {len(work.blocks)}"
             )
+        if plan.policy == "offload" and (difference := plan.differs_from(work)):
+            raise ConfigError(
+                f"{settings.plan} is a plan for {plan.model}, another model than {work.name}: {difference}; give the "
+                "--model that it was made with"
+            )
         wanted = state_format_of(work)
         if plan.policy == "offload" and plan.state_format != wanted:
             raise ConfigError(

@@ -142,6 +142,21 @@ class Prediction(BaseModel):
         return self.hardware_flops / self.step_s / 1e12
 
 
+class ModelParameters(BaseModel):
+    """Numbers of parameters, by which a plan tells its model from others."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    blocks: tuple[int, ...]
+    root: int
+
+    @classmethod
+    def of(cls, workload: Workload) -> ModelParameters:
+        """Trainable ones and frozen ones together."""
+        blocks = tuple(b.trainable_numel + b.frozen_numel for b in workload.blocks)
+        return cls(blocks=blocks, root=workload.root_trainable_numel + workload.root_frozen_numel)
+
+
 class Plan(BaseModel):
     """Placement, micro-batches, activation policy, window and update mode for one workload on one machine."""
 
@@ -196,6 +211,24 @@ class Plan(BaseModel):
     """Pieces in flight at once. 1: read, update and write of a piece follow each other."""
     predicted: Prediction | None = None
     notes: tuple[str, ...] = ()
+    parameters: ModelParameters | None = None
+    """Of the model that it was made for. None: a plan of an older release, or one that no search has made."""
+
+    def differs_from(self, workload: Workload) -> str:
+        """What of `workload` is not as in the model that the plan was made for, or nothing."""
+        for wanted, block in zip(self.activations, workload.blocks, strict=False):
+            if other := sorted(wanted.keys() ^ block.nbytes_by_tensor().keys()):
+                whose = "the plan's" if other[0] in wanted else workload.name
+                return f"{block.name} saves {other[0]!r} for backward in {whose} alone"
+        if self.parameters is None:
+            return ""
+        now = ModelParameters.of(workload)
+        names = [*(b.name for b in workload.blocks), "the root"]
+        then = (*self.parameters.blocks, self.parameters.root)
+        for name, planned, found in zip(names, then, (*now.blocks, now.root), strict=True):
+            if planned != found:
+                return f"{name} has {planned:,} parameters there, and {found:,} in {workload.name}"
+        return ""
 
     @property
     def grads_per_buffer(self) -> int:

@@ -10,7 +10,7 @@ from offload.errors import BudgetError, ConfigError
 from offload.planner.choice import as_asked, choices
 from offload.planner.explain import why_not
 from offload.planner.hardware import Hardware
-from offload.planner.plan import Budgets, Plan
+from offload.planner.plan import Budgets, ModelParameters, Plan
 from offload.planner.realise import plan_of
 from offload.planner.workload import Workload
 
@@ -51,9 +51,14 @@ def make_plans(
     if not math.isfinite(found[0].chosen.step_s):
         raise ConfigError(f"hardware profile {hardware.name!r}: at its rates a step never ends; correct them")
     limit_s = found[0].chosen.step_s * (1 + within)
+    parameters = ModelParameters.of(workload)
     return [
         plan_of(choice.search, choice.chosen, budgets).model_copy(
-            update={"on_device_root": choice.stays.root, "on_device_blocks": choice.stays.n_blocks}
+            update={
+                "on_device_root": choice.stays.root,
+                "on_device_blocks": choice.stays.n_blocks,
+                "parameters": parameters,
+            }
         )
         for number, choice in enumerate(found)
         if number == 0 or (within and choice.chosen.step_s <= limit_s)
