@@ -180,16 +180,15 @@ def on_state_dict(model: nn.Module, owner: StateOwner) -> list[torch.utils.hooks
     """Call `owner.begin` before every module of `model` says its state, and `owner.fill` for its own parameters.
 
     `fill` comes before hooks of the user's, which then see real values. `owner.begin_load` comes before any module is
-    given state. Underscores: torch 2.4 has no public names.
+    given state.
     """
     handles = []
     for module in model.modules():
         handles.append(module.register_state_dict_pre_hook(functools.partial(owner.begin)))
-        fill = module._register_state_dict_hook(functools.partial(owner.fill))
+        fill = module.register_state_dict_post_hook(functools.partial(owner.fill))
         cast(Any, module._state_dict_hooks).move_to_end(fill.id, last=False)
         handles.append(fill)
-        load = functools.partial(owner.begin_load)
-        handles.append(module._register_load_state_dict_pre_hook(load, with_module=True))
+        handles.append(module.register_load_state_dict_pre_hook(functools.partial(owner.begin_load)))
     return handles
 
 
