@@ -128,7 +128,7 @@ def test_steps_inside_gathered_parameters_compute_with_what_was_updated(device):
     """Copies are shown of what stays where it is computed with; an update does not change them."""
 
     def steps(model, optimizer):
-        zero.remember(model.offload)
+        zero.remember(model.offload, stage=3)
         with zero.GatheredParameters(list(model.parameters())):
             take_steps(model, optimizer, 3)
 
