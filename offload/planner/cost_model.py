@@ -63,6 +63,8 @@ class Load:
     n_slots: int
     n_grad_buffers: int
     boundary_on_device: bool
+    frozen_host_nbytes: Any = 0.0
+    """Of `params_host_nbytes`, what no update writes."""
     params_stay: Any = 0.0
     """1: parameters that are not in host memory stay in device memory, and are never on storage."""
     held: Any = 0.0
@@ -260,9 +262,15 @@ class CostModel:
         once = self.grads_once(load.micro_batches, load.deferred_fraction)
         return sum(self.grad_nbytes) * np.where(once, GRAD_ONCE_NBYTES / self.format.grad_nbytes, 1.0)
 
-    def _params_stored(self, load: Load) -> Any:
-        """The share of the parameters that are on storage."""
-        return np.where(load.params_stay, 0.0, 1 - load.params_host_nbytes / max(1, sum(self.slot_nbytes)))
+    def _params_stored(self, load: Load) -> tuple[Any, Any]:
+        """Bytes of trainable and of frozen parameters on storage. Which blocks' are there decides how many of them an
+        update writes: where frozen blocks are among the others, the share of all parameters does not tell."""
+        frozen = self.format.param_nbytes * self.frozen
+        trained_host = load.params_host_nbytes - load.frozen_host_nbytes
+        trained = sum(self.slot_nbytes) - frozen - trained_host
+        return np.where(load.params_stay, 0.0, trained), np.where(
+            load.params_stay, 0.0, frozen - load.frozen_host_nbytes
+        )
 
     # ---- traffic ---------------------------------------------------------------------------------------------
 
@@ -272,7 +280,9 @@ class CostModel:
         late, early = load.deferred_fraction, 1 - load.deferred_fraction
         on_bus = 0 if self.rates.shares_host else 1
         params = sum(self.slot_nbytes)
-        stored = self._params_stored(load)
+        trained_stored, frozen_stored = self._params_stored(load)
+        params_stored = trained_stored + frozen_stored
+        stored = params_stored / max(1, params)
         grads = self.grads_nbytes(load)
         trainable_params = f.param_nbytes * self.trainable
         states = sum(self.state_nbytes) - load.states_host_nbytes
@@ -287,12 +297,12 @@ class CostModel:
                 # The device gets them back from updates, which read them for themselves.
                 fetched = np.where(late > 0, fetched, 1.0)
                 fetched_forward = np.where(late > 0, fetched_forward, 0.0)
-        updated_params = trainable_params if f.update_reads_param else 0
+        late_params = frozen_stored + (trained_stored if f.update_reads_param else 0)
         boundary = 0 if load.boundary_on_device else self.input_nbytes
         swapped = load.swapped_host_nbytes + load.swapped_storage_nbytes
         copied = load.swapped_storage_nbytes if self.rates.shares_host else swapped
         waiting = late * sum(self.grad_nbytes) - load.grads_spilled_nbytes if self.rates.shares_host else 0
-        written_back = trainable_params * stored + states
+        written_back = trained_stored + states
         held_back = states
         if self.durable_steps:
             written_back = held_back = trainable_params + sum(self.state_nbytes)
@@ -307,8 +317,8 @@ class CostModel:
             flops=self.forward_work,
             h2d=on_bus * (params + boundary),
             d2h=copied,
-            read=early * stored * params * fetched_forward
-            + late * (stored * (updated_params + f.param_nbytes * self.frozen) * fetched_forward + states)
+            read=early * params_stored * fetched_forward
+            + late * (late_params * fetched_forward + states)
             + self.workload.stored_grad_reads * load.grads_spilled_nbytes
             + held * states,
             written=load.swapped_storage_nbytes + late * written_back + held * held_back,
@@ -318,7 +328,7 @@ class CostModel:
             flops=self.backward_work + load.recompute_flops + self.replayed_work,
             h2d=on_bus * (params * loaded + boundary) + copied,
             d2h=on_bus * (grads + boundary + f.grad_nbytes * head * root) + waiting,
-            read=stored * params * fetched
+            read=params_stored * fetched
             + load.swapped_storage_nbytes
             + (early - held) * states
             + head * root_states,

@@ -270,6 +270,8 @@ class _InRoom:
             n_slots=base.n_slots,
             n_grad_buffers=base.n_grad_buffers,
             boundary_on_device=base.boundary_on_device,
+            frozen_host_nbytes=model.format.param_nbytes
+            * sum(b.frozen_numel for b, inside in zip(blocks, base.params_in_host, strict=True) if inside),
             params_stay=float(base.params_on_device),
             held=float(len(base.held_blocks)),
         )

@@ -88,8 +88,10 @@ class Tables:
             )
         self.candidates = found
         self.saved = [found.members(c) for c in range(len(found.counts))]
-        params = [model.slot_nbytes[i] for i in spread_order(len(workload.blocks))]
-        self.params_cum = np.concatenate(([0], np.cumsum(params))).astype(np.float64)
+        order = spread_order(len(workload.blocks))
+        frozen = [model.format.param_nbytes * workload.blocks[i].frozen_numel for i in order]
+        self.params_cum = _cumulative(np.array([model.slot_nbytes[i] for i in order], dtype=np.float64))
+        self._frozen_cum = _cumulative(np.array(frozen, dtype=np.float64))
         n_blocks = len(workload.blocks)
         self.params_counts = np.array(
             sorted({round(share * n_blocks) for share in space.params_host_fractions})
@@ -274,6 +276,7 @@ class Tables:
             micro_batches=shape.micro_batches,
             n_grad_buffers=shape.n_grad_buffers,
             boundary_on_device=shape.boundary_on_device,
+            frozen_host_nbytes=self._frozen_cum[self.params_counts][None, None, None, :],
             params_stay=stay[None, None, None, :],
             held=held if not model.rates.shares_host else self.holds(shape, stay)[:, None, None, :],
         )
@@ -288,7 +291,8 @@ class Tables:
             fits = fits & (kept >= order.keepable[:, -1])[None, :, None, None]
         if budgets.written_nbytes_per_step is not None:
             written: Any = sum(t.written for t in model.traffic(load))
-            fits = fits & (written <= budgets.written_nbytes_per_step)
+            # whole bytes, but a sum of parts of them
+            fits = fits & (np.rint(written) <= budgets.written_nbytes_per_step)
         placed = params + states + held_nbytes
         return Needs(device, kept[:, None] + ahead, least_host, placed, storage, fits, load)
 

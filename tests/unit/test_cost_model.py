@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from offload.planner.cost_model import CostModel, Load
@@ -124,6 +126,27 @@ def test_frozen_blocks_write_nothing_and_skip_the_gradient_of_their_weights() ->
     assert forward.written == backward.written == 0
     block_flops = 4 * sum(b.flops_per_sample for b in work.blocks)
     assert backward.flops == pytest.approx(block_flops + 4 * 2 * work.root_flops_per_sample)
+
+
+@pytest.mark.parametrize(("state", "late"), [(SPLIT_MASTER, 0.0), (SPLIT_MASTER, 1.0), (FULL_MASTER, 1.0)])
+def test_frozen_parameters_in_host_memory_save_reads_and_trained_ones_writes_too(state, late) -> None:
+    """Every second block is frozen; half of the parameters are in host memory, those of the ones or of the others. With
+    a full master updates do not read the trained ones, which are then only read in backward."""
+    work = gpt("small", LAYERS, 256, tokens=64, vocab=1000)
+    blocks = list(work.blocks)
+    for i in range(0, LAYERS, 2):
+        blocks[i] = replace(blocks[i], trainable_numel=0, frozen_numel=blocks[i].trainable_numel)
+    cost = CostModel(replace(work, blocks=tuple(blocks)), lohan_machine(2), state, 4)
+    half = 2.0 * cost.trainable
+    turns = 1 - 3 / (LAYERS / 2)  # of five blocks on storage three stay in host memory
+    for frozen_in_host in (True, False):
+        forward, backward, _ = cost.traffic(
+            load(deferred_fraction=late, params_host_nbytes=half, frozen_host_nbytes=half * frozen_in_host)
+        )
+        states = state.state_nbytes * cost.trainable
+        assert forward.written + backward.written == pytest.approx(states + half * frozen_in_host)
+        reads = 1 if frozen_in_host and not state.update_reads_param else 2
+        assert forward.read + backward.read == pytest.approx(states + reads * half * turns)
 
 
 @pytest.mark.parametrize(("mixed", "capacity"), [(None, 1.0), (4.0, 1.5), (2.0, 0.75), (1e3, 2.0)])
