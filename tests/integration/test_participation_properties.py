@@ -249,7 +249,7 @@ def test_whatever_takes_part_training_has_the_bits_of_plain_torch_in_many_progra
     assert_same_bits(program, way)
 
 
-@settings(max_examples=15, **GIVEN)
+@settings(max_examples=10, **GIVEN)
 @given(program=programs(), way=ways())
 def test_whatever_takes_part_every_hand_over_is_ordered(program, way):
     assert_ordered(program, way)

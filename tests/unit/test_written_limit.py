@@ -20,10 +20,10 @@ MIXTURES = {"frozen": (0, NUMEL), "trained": (NUMEL, 0), "adapters": (NUMEL // 2
 """(trained, frozen) parameters."""
 PATTERNS = (
     ("frozen", "trained") * 3,
-    ("trained", "frozen") * 3,
-    ("trained", "frozen", "trained"),
-    ("frozen", "trained", "trained", "frozen"),
     ("adapters", "trained", "frozen", "adapters"),
+    pytest.param(("trained", "frozen") * 3, marks=pytest.mark.slow),
+    pytest.param(("trained", "frozen", "trained"), marks=pytest.mark.slow),
+    pytest.param(("frozen", "trained", "trained", "frozen"), marks=pytest.mark.slow),
 )
 HOST_NBYTES = (500_000, 1_200_000, 2_200_000, 3_000_000)
 
