@@ -41,10 +41,14 @@ void Backend::fail(Piece& piece, int code, const std::string& what) const {
   if (code == EIO) remedy = "; check the drive (dmesg, smartctl)";
   if (code == ENODEV || code == ENXIO || code == ESTALE) remedy = "; the drive is gone: check its connection (dmesg)";
   if (code == EROFS) remedy = "; the drive has become read-only: check it (dmesg)";
-  piece.ticket->settle_piece({code, verb + " of " + std::to_string(piece.nbytes) + " bytes at offset " +
-                                        std::to_string(piece.offset) + " of " +
-                                        (piece.file ? piece.file->path : options_.path) + ": " + what + " (" +
-                                        std::strerror(code) + ")" + remedy});
+  end(piece, {code, verb + " of " + std::to_string(piece.nbytes) + " bytes at offset " + std::to_string(piece.offset) +
+                        " of " + (piece.file ? piece.file->path : options_.path) + ": " + what + " (" +
+                        std::strerror(code) + ")" + remedy});
+}
+
+void Backend::end(Piece& piece, const Error& error) {
+  piece.file.reset();
+  piece.ticket->settle_piece(error);
 }
 
 void Backend::count_in_flight(std::uint64_t in_flight) {
@@ -185,7 +189,7 @@ bool Backend::settle(Piece& piece, std::int64_t result) {
   (is_read ? counters_.read_nbytes : counters_.written_nbytes).fetch_add(moved, std::memory_order_relaxed);
   (is_read ? counters_.read_ops : counters_.write_ops).fetch_add(1, std::memory_order_relaxed);
   if (moved == piece.nbytes) {
-    piece.ticket->settle_piece({});
+    end(piece, {});
     return false;
   }
   piece.address += moved;

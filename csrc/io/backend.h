@@ -119,6 +119,8 @@ class Backend {
   bool over_quota(const Piece& piece) const;
   void wait_for_rate(std::int64_t nbytes) const;
   void fail(Piece& piece, int code, const std::string& what) const;
+  // Its file is let go of first: whoever has waited may unmount the drive.
+  static void end(Piece& piece, const Error& error);
   int descriptor_of(const Piece& piece) const { return piece.file ? piece.file->descriptor : options_.descriptor; }
   std::size_t alignment_of(const Piece& piece) const;
   void count_in_flight(std::uint64_t in_flight);  // from one thread at a time

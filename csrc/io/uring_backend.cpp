@@ -324,7 +324,6 @@ class UringBackend final : public Backend {
           prepare(slot);
         } else {
           in_flight_[slot].ticket.reset();
-          in_flight_[slot].file.reset();
           free_.push_back(slot);
         }
       }
