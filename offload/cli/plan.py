@@ -9,6 +9,7 @@ from typing import TextIO
 
 from offload.cli import sources
 from offload.cli.results import check_file
+from offload.config import CHUNK_ELEMENTS
 from offload.errors import ConfigError
 from offload.planner.explain import explain
 from offload.planner.plan import Plan
@@ -54,7 +55,9 @@ def run_plan(settings: PlanSettings, out: TextIO) -> Plan:
     machine = sources.worn(machine, settings.budgets.directories)
     work = sources.workload(settings.model, settings.tokens, settings.optimizer, settings.optimizer_state)
     budgets, fixed = settings.budgets.of(machine, work), sources.fixed_choices(settings.fixed)
-    plan = make_simulated_plan(work, machine, budgets, fixed, batch_samples=settings.batch)
+    plan = make_simulated_plan(
+        work, machine, budgets, fixed, batch_samples=settings.batch, chunk_elements=CHUNK_ELEMENTS
+    )
     why = explain(plan, work, machine, budgets, fixed)
     if settings.save:
         pathlib.Path(settings.save).write_text(plan.to_json() + "\n")

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from offload.cli import sources
 from offload.cli.plan import load_plan
 from offload.cli.results import check_file
+from offload.config import CHUNK_ELEMENTS
 from offload.errors import ConfigError
 from offload.planner.hardware import Hardware
 from offload.planner.peers import lohan_plan, lohan_workload
@@ -69,7 +70,9 @@ def _plan(
     if settings.policy != "offload":
         raise ConfigError(f"policy {settings.policy!r} is not known; there are offload and lohan")
     fixed = sources.fixed_choices(settings.fixed)
-    return make_simulated_plan(work, machine, budgets, fixed, batch_samples=settings.batch)
+    return make_simulated_plan(
+        work, machine, budgets, fixed, batch_samples=settings.batch, chunk_elements=CHUNK_ELEMENTS
+    )
 
 
 def summary(plan: Plan, step: SimulatedStep) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offload.errors import BudgetError
-from offload.types import PAGE_NBYTES
+from offload.types import PAGE_NBYTES, round_up
 
 ACTIVATION_STAGING_NBYTES_MAX = 64 << 20
 ACTIVATION_STAGING_NBYTES_MIN = 128 << 10
@@ -229,10 +229,20 @@ def first_chunks(chunk_nbytes: Sequence[int], fraction: float) -> int:
 
 def state_nbytes_in_host(numel: int, state_nbytes: float, chunk_elements: int, fraction: float) -> int:
     """Bytes of the state of `numel` parameters that whole chunks put into host memory for `fraction` of them."""
+    chunks = _chunks(numel, state_nbytes, chunk_elements)
+    return sum(chunks[: first_chunks(chunks, fraction)])
+
+
+def records_nbytes_on_storage(numel: int, state_nbytes: float, chunk_elements: int, in_host: float) -> int:
+    """Bytes of the records of the chunks that are left beside those of `state_nbytes_in_host`: whole pages each."""
+    chunks = _chunks(numel, state_nbytes, chunk_elements)
+    return sum(round_up(nbytes, PAGE_NBYTES) for nbytes in chunks[first_chunks(chunks, in_host) :])
+
+
+def _chunks(numel: int, state_nbytes: float, chunk_elements: int) -> list[int]:
     whole, rest = divmod(numel, chunk_elements)
     chunks = [math.ceil(chunk_elements * state_nbytes)] * whole
-    chunks += [math.ceil(rest * state_nbytes)] if rest else []
-    return sum(chunks[: first_chunks(chunks, fraction)])
+    return chunks + ([math.ceil(rest * state_nbytes)] if rest else [])
 
 
 @dataclass(frozen=True)

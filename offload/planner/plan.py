@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from offload.errors import ConfigError
-from offload.planner.placement import state_nbytes_in_host
+from offload.planner.placement import records_nbytes_on_storage, state_nbytes_in_host
 from offload.planner.workload import Workload
 from offload.types import PAGE_NBYTES, round_up
 from offload.update_rules import ADAMW
@@ -90,6 +90,8 @@ class Budgets:
     host_memory_nbytes: int
     storage_nbytes: int | None = None
     written_nbytes_per_step: int | None = None
+    written_padding_nbytes: int = 0
+    """What a step writes besides what is planned, since a run moves whole chunks and pages; part of the limit."""
     staging_nbytes: int = 4 * (1 << 18) * 14
     clips_gradients: bool = False
     durable_steps: bool = False
@@ -258,6 +260,16 @@ class Plan(BaseModel):
             return round(width * numel * fraction)
         return state_nbytes_in_host(numel, width, self.chunk_elements, fraction)
 
+    def state_on_storage_nbytes(self, block: int, numel: int) -> int:
+        """Bytes of a block's state (the last entry: the root's) on storage; in whole pages where chunks are known. What
+        is kept of durable steps is all of it."""
+        fraction = 0.0 if self.durable_steps else self.states_in_host[block]
+        if self.chunk_elements is None:
+            return self.state_format.state_of(numel) - round(
+                self.state_format.state_nbytes * numel * fraction
+            )
+        return records_nbytes_on_storage(numel, self.state_format.state_nbytes, self.chunk_elements, fraction)
+
     def written_nbytes_per_step(self, workload: Workload) -> int:
         """Bytes that a step writes to storage, placed in whole chunks: parameters and state that live there, gradients
         that wait there, and what is swapped out to it, in whole pages."""
@@ -265,10 +277,9 @@ class Plan(BaseModel):
         samples = -(-self.batch_samples // self.micro_batches)
         numels = [b.stored_numel * (i >= self.on_device_blocks) for i, b in enumerate(blocks)]
         numels.append(workload.root_stored_numel * (not self.on_device_root))
+        written = sum(self.state_on_storage_nbytes(i, n) for i, n in enumerate(numels))
         if self.durable_steps:
-            written = sum(state.stored_of(n) for n in numels)
-        else:
-            written = sum(state.state_of(n) - self.state_in_host_nbytes(i, n) for i, n in enumerate(numels))
+            written += state.param_nbytes * sum(numels)
         for i, block in enumerate(blocks):
             if self.param_on_storage(i) and not self.durable_steps:
                 written += state.param_nbytes * block.stored_numel

@@ -292,7 +292,8 @@ class Tables:
         if budgets.written_nbytes_per_step is not None:
             written: Any = sum(t.written for t in model.traffic(load))
             # whole bytes, but a sum of parts of them
-            fits = fits & (np.rint(written) <= budgets.written_nbytes_per_step)
+            padding = np.where(written > 0, budgets.written_padding_nbytes, 0)
+            fits = fits & (np.rint(written) + padding <= budgets.written_nbytes_per_step)
         placed = params + states + held_nbytes
         return Needs(device, kept[:, None] + ahead, least_host, placed, storage, fits, load)
 

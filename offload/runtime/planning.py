@@ -255,18 +255,10 @@ def plan_run(
     elif not updates_faster:
         fixed["states_on_device"] = 0
 
-    def planned(allowed: Budgets) -> Plan:
-        plan = make_simulated_plan(workload, hardware, allowed, fixed, batch_samples=samples)
-        return plan.model_copy(update={"chunk_elements": config.chunk_elements})
-
-    plan = planned(budgets)
-    while (
-        limit_nbytes is not None and (excess := plan.written_nbytes_per_step(workload) - limit_nbytes) > 0
-    ):  # state is placed in whole chunks, which the planner does not know
-        allowed_nbytes = (budgets.written_nbytes_per_step or 0) - excess
-        budgets = replace(budgets, written_nbytes_per_step=allowed_nbytes)
-        plan = planned(budgets)
-    return RunPlan(plan, workload)
+    plan = make_simulated_plan(
+        workload, hardware, budgets, fixed, batch_samples=samples, chunk_elements=config.chunk_elements
+    )
+    return RunPlan(plan.model_copy(update={"chunk_elements": config.chunk_elements}), workload)
 
 
 def _read_plan(source: str) -> Plan:

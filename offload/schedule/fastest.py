@@ -7,14 +7,18 @@ at the turn of two steps, which formulas see least of: plans that they find near
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from offload.errors import BudgetError
 from offload.planner.hardware import Hardware
-from offload.planner.plan import Budgets, Plan
+from offload.planner.plan import Budgets, Plan, state_format_of
 from offload.planner.search import make_plans
 from offload.planner.workload import Workload
 from offload.schedule.run import STAGING_NBYTES, simulate_plan
+from offload.types import PAGE_NBYTES
 
 NEARLY = 0.1
 """Plans whose predicted step is longer by this fraction than the shortest are simulated."""
@@ -47,8 +51,48 @@ def make_simulated_plan(
     fixed: Mapping[str, Any] | None = None,
     *,
     batch_samples: int,
+    chunk_elements: int | None = None,
 ) -> Plan:
-    """As `planner.search.make_plan`; of what that finds nearly as fast, the fastest by simulation."""
+    """As `planner.search.make_plan`; of what that finds nearly as fast, the fastest by simulation.
+
+    `chunk_elements`: parameters whose state a run moves as a whole; a limit on written bytes then counts whole chunks
+    and pages, which the formulas do not know.
+    """
+    limit_nbytes = budgets.written_nbytes_per_step
+    if chunk_elements is None or limit_nbytes is None:
+        return _nearly_fastest(workload, hardware, budgets, fixed, batch_samples)
+    at_most = _padding_at_most(workload, chunk_elements, batch_samples)
+    while True:
+        try:
+            plan = _nearly_fastest(workload, hardware, budgets, fixed, batch_samples)
+        except BudgetError:  # what is said to do has to do in whole chunks too
+            budgets = replace(budgets, written_padding_nbytes=at_most)
+            return _nearly_fastest(workload, hardware, budgets, fixed, batch_samples)
+        run = plan.model_copy(update={"chunk_elements": chunk_elements})
+        excess = run.written_nbytes_per_step(workload) - limit_nbytes
+        if excess <= 0:
+            return plan
+        budgets = replace(budgets, written_padding_nbytes=budgets.written_padding_nbytes + excess)
+
+
+def _padding_at_most(workload: Workload, chunk_elements: int, batch_samples: int) -> int:
+    """Bytes that whole chunks and pages can add to what a plan writes: of every block a chunk that is not divided, the
+    last page of each record, and that of every tensor of each micro-batch."""
+    width = state_format_of(workload).state_nbytes
+    numels = [*(b.stored_numel for b in workload.blocks), workload.root_stored_numel]
+    chunks = sum(math.ceil(min(n, chunk_elements) * width) for n in numels)
+    n_records = sum(-(-n // chunk_elements) for n in numels)
+    n_tensors = batch_samples * sum(len(b.nbytes_by_tensor()) for b in workload.blocks)
+    return chunks + PAGE_NBYTES * (n_records + n_tensors)
+
+
+def _nearly_fastest(
+    workload: Workload,
+    hardware: Hardware,
+    budgets: Budgets,
+    fixed: Mapping[str, Any] | None,
+    batch_samples: int,
+) -> Plan:
     plans = make_plans(workload, hardware, budgets, fixed, batch_samples=batch_samples, within=NEARLY)
     if len(plans) == 1:
         return plans[0]

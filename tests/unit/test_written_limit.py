@@ -3,6 +3,7 @@ that keeps it. What a plan writes is counted here block by block."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from offload.errors import BudgetError
 from offload.planner.plan import Budgets, Plan
 from offload.planner.search import make_plan
 from offload.planner.workload import Workload
+from offload.schedule.fastest import make_simulated_plan
 from offload.schedule.run import simulate_plan
 from tests.planning import STAGING, gpt, small_machine
 
@@ -107,3 +109,38 @@ def test_a_plan_that_writes_nothing_is_found_where_only_frozen_parameters_are_on
     plan = make_plan(work, machine, budgets, FIXED, batch_samples=2)
     assert plan.params_in_host == (True, False) * 3
     assert counted(plan, work) == 0
+
+
+CHUNK = 2048
+CHANGE = {
+    "device_memory_nbytes": r"device_memory='([0-9.]+)MB'",
+    "host_memory_nbytes": r"host_memory='([0-9.]+)MB'",
+    "written_nbytes_per_step": r"([0-9.]+)MB written a step",
+}
+
+
+def in_chunks(work: Workload, machine, budgets: Budgets) -> Plan:
+    plan = make_simulated_plan(work, machine, budgets, FIXED, batch_samples=2, chunk_elements=CHUNK)
+    return plan.model_copy(update={"chunk_elements": CHUNK})
+
+
+@pytest.mark.parametrize("limit_nbytes", [0, 300_000, 1_000_000])
+@pytest.mark.parametrize("host_nbytes", [1_100_000, 1_500_000])
+@pytest.mark.parametrize("shares_host", [True, False], ids=["shared memory", "own memory"])
+def test_what_a_refusal_names_does_in_whole_chunks(shares_host, host_nbytes, limit_nbytes) -> None:
+    """And it speaks of the limit that was given."""
+    work, machine = mixed(("trained", "trained", "frozen")), small_machine(1, shares_host)
+    budgets = Budgets(1_200_000, host_nbytes, written_nbytes_per_step=limit_nbytes, staging_nbytes=STAGING)
+    try:
+        plan = in_chunks(work, machine, budgets)
+    except BudgetError as error:
+        text = str(error)
+    else:
+        assert plan.written_nbytes_per_step(work) <= limit_nbytes
+        return
+    assert f"written a step (now {limit_nbytes / 1e6:.2f} MB)" in text
+    for name, pattern in CHANGE.items():
+        if found := re.search(pattern, text):
+            changed = replace(budgets, **{name: round(float(found[1]) * 1e6)})
+            plan = in_chunks(work, machine, changed)
+            assert plan.written_nbytes_per_step(work) <= changed.written_nbytes_per_step
