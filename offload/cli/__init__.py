@@ -1,4 +1,7 @@
-"""The `offload` command: `finetune`, `plan`, `simulate`, `probe`, `inspect` and `doctor`."""
+"""The `offload` command: `finetune`, `plan`, `simulate`, `probe`, `inspect` and `doctor`.
+
+A command imports what it runs when it is called: see offload/__init__.py, [Note: imported when used].
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,33 @@ from typing import Annotated, Any
 
 import typer
 
-from offload.cli import doctor as doctor_room
-from offload.cli.finetune import Interrupted, finetune
 from offload.cli.inspect import inspect_command
+from offload.cli.options import (
+    MACHINE,
+    MEMORY,
+    MODEL,
+    RESULT,
+    SEED,
+    TRAINING,
+    Batch,
+    Clip,
+    DeviceMemory,
+    Directories,
+    Durability,
+    Fix,
+    HardwareSource,
+    HostMemory,
+    ModelSource,
+    Optimizer,
+    OptimizerState,
+    Overrides,
+    StorageLimit,
+    Tokens,
+    WrittenLimit,
+)
 from offload.cli.output import JsonOutput, TextOutput
-from offload.cli.plan import PlanSettings, run_plan
 from offload.cli.probe import probe_command
-from offload.cli.settings import Settings
-from offload.cli.simulate import SimulateSettings, run_simulate
-from offload.cli.sources import BudgetTexts
+from offload.cli.stop import Interrupted
 from offload.errors import ConfigError, OffloadError
 
 app = typer.Typer(
@@ -29,27 +50,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 
-_MODEL, _MEMORY, _TRAINING, _RESULT = "Model and data", "Memory and storage", "Training", "Result"
-_MACHINE = "Machine"
-
-_SEED = typer.Option(
-    min=-(1 << 63), max=(1 << 63) - 1, help="Order of the data, dropout.", rich_help_panel=_TRAINING
-)
-_Optimizer = Annotated[
-    str,
-    typer.Option(
-        help="adamw, lion, sgd (with momentum 0.9) or adafactor. Their bytes differ: docs/optimizers.md.",
-        rich_help_panel=_TRAINING,
-    ),
-]
-_OptimizerState = Annotated[
-    str,
-    typer.Option(
-        help="What moments are kept in between steps: fp32, bf16 or 8bit. Less to read, write and store.",
-        rich_help_panel=_TRAINING,
-    ),
-]
-
 
 @app.command("finetune")
 def finetune_command(
@@ -57,7 +57,7 @@ def finetune_command(
         str,
         typer.Option(
             help="Hugging Face directory (config.json, *.safetensors, tokenizer), or a .gguf file.",
-            rich_help_panel=_MODEL,
+            rich_help_panel=MODEL,
         ),
     ],
     data: Annotated[
@@ -66,7 +66,7 @@ def finetune_command(
             help="Text to learn: FILE.txt (plain text), or FILE.jsonl with one object a line: "
             '{"text": ...}, {"prompt": ..., "completion": ...} (only the completion is learned) or {"messages": [...]} '
             "(chat; needs a tokenizer with a chat template).",
-            rich_help_panel=_MODEL,
+            rich_help_panel=MODEL,
         ),
     ],
     storage: Annotated[
@@ -74,7 +74,7 @@ def finetune_command(
         typer.Option(
             help="Directory on an SSD for the training state; repeat it for several drives. Without it, "
             "everything must fit --host-memory.",
-            rich_help_panel=_MEMORY,
+            rich_help_panel=MEMORY,
         ),
     ] = None,
     host_memory: Annotated[
@@ -82,7 +82,7 @@ def finetune_command(
         typer.Option(
             help="DRAM for training state and staging: 8GB, 7.5GiB, 50% or -2GB (all but 2 GB). More of it "
             "means fewer bytes read and written.",
-            rich_help_panel=_MEMORY,
+            rich_help_panel=MEMORY,
         ),
     ] = "50%",
     device_memory: Annotated[
@@ -90,7 +90,7 @@ def finetune_command(
         typer.Option(
             help="Memory for what is computed with: embeddings, head and a few blocks. On a machine without "
             "a GPU, this too is DRAM.",
-            rich_help_panel=_MEMORY,
+            rich_help_panel=MEMORY,
         ),
     ] = "50%",
     activations: Annotated[
@@ -98,7 +98,7 @@ def finetune_command(
         typer.Option(
             help="Where block inputs wait for backward: auto (where there is room), device, host or storage. "
             "keep: recompute nothing, keep everything on the device. Default: as planned, else auto.",
-            rich_help_panel=_MEMORY,
+            rich_help_panel=MEMORY,
         ),
     ] = None,
     saved_activations: Annotated[
@@ -106,7 +106,7 @@ def finetune_command(
         typer.Option(
             help="What becomes of tensors inside a block that backward needs: recompute, or keep them on device, "
             "host or storage. Default: as planned, else recompute.",
-            rich_help_panel=_MEMORY,
+            rich_help_panel=MEMORY,
         ),
     ] = None,
     device: Annotated[
@@ -114,27 +114,27 @@ def finetune_command(
         typer.Option(
             help="auto (CUDA where there is one), cpu, cuda, cuda:1, or emulated: memory of its own in DRAM, behind "
             "a bus as fast as the profile's.",
-            rich_help_panel=_MACHINE,
+            rich_help_panel=MACHINE,
         ),
     ] = "auto",
     hardware: Annotated[
         str | None,
         typer.Option(
             help="Machine to plan for: a profile's name or file. Default: what `offload probe` has stored.",
-            rich_help_panel=_MACHINE,
+            rich_help_panel=MACHINE,
         ),
     ] = None,
     plan: Annotated[
         str | None,
         typer.Option(
-            help="Run this saved plan. none: no plan, placement by budget alone.", rich_help_panel=_MACHINE
+            help="Run this saved plan. none: no plan, placement by budget alone.", rich_help_panel=MACHINE
         ),
     ] = None,
     written_per_step: Annotated[
         str | None,
         typer.Option(
             help="Most bytes a step may write to storage, such as 20GB, to spare the drives: planned for.",
-            rich_help_panel=_MEMORY,
+            rich_help_panel=MEMORY,
         ),
     ] = None,
     step_aside: Annotated[
@@ -148,13 +148,13 @@ def finetune_command(
         typer.Option(
             help="What to compute in: auto (as the model's config says), bfloat16 or float32. Updates are "
             "always made on fp32 masters.",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=TRAINING,
         ),
     ] = "auto",
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.", rich_help_panel=_TRAINING)] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a step.", rich_help_panel=_TRAINING)] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.", rich_help_panel=TRAINING)] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences a step.", rich_help_panel=TRAINING)] = 8,
     sequence_length: Annotated[
-        int, typer.Option(min=2, help="Tokens a sequence.", rich_help_panel=_TRAINING)
+        int, typer.Option(min=2, help="Tokens a sequence.", rich_help_panel=TRAINING)
     ] = 512,
     micro_batches: Annotated[
         int | None,
@@ -162,38 +162,38 @@ def finetune_command(
             min=1,
             help="Cut the batch into so many parts inside each block: less memory for activations, "
             "same numbers, no byte more to read. Default: as planned, else 1.",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=TRAINING,
         ),
     ] = None,
-    lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.", rich_help_panel=_TRAINING)] = 1e-5,
+    lr: Annotated[float, typer.Option(min=0.0, help="Peak learning rate.", rich_help_panel=TRAINING)] = 1e-5,
     schedule: Annotated[
         str,
         typer.Option(
-            help="Learning rate after warm-up: constant, linear or cosine.", rich_help_panel=_TRAINING
+            help="Learning rate after warm-up: constant, linear or cosine.", rich_help_panel=TRAINING
         ),
     ] = "constant",
     warmup_steps: Annotated[
-        int, typer.Option(min=0, help="Steps of linear warm-up.", rich_help_panel=_TRAINING)
+        int, typer.Option(min=0, help="Steps of linear warm-up.", rich_help_panel=TRAINING)
     ] = 0,
     weight_decay: Annotated[
-        float, typer.Option(min=0.0, help="Decoupled, for matrices only.", rich_help_panel=_TRAINING)
+        float, typer.Option(min=0.0, help="Decoupled, for matrices only.", rich_help_panel=TRAINING)
     ] = 0.0,
-    optimizer: _Optimizer = "adamw",
-    optimizer_state: _OptimizerState = "fp32",
+    optimizer: Optimizer = "adamw",
+    optimizer_state: OptimizerState = "fp32",
     max_grad_norm: Annotated[
         float | None,
         typer.Option(
             help="Clip the global gradient norm to this. Updates then wait for the whole backward pass and run "
             "during the next forward.",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=TRAINING,
         ),
     ] = None,
-    seed: Annotated[int, _SEED] = 0,
+    seed: Annotated[int, SEED] = 0,
     output: Annotated[
         str | None,
         typer.Option(
             help="Write the trained model here, in the dtype it was computed in: a directory transformers loads.",
-            rich_help_panel=_RESULT,
+            rich_help_panel=RESULT,
         ),
     ] = None,
     checkpoints: Annotated[
@@ -201,17 +201,17 @@ def finetune_command(
         typer.Option(
             help="Directory for checkpoints: one after the last step, one when the run is stopped by a signal, and "
             "those of --save-every.",
-            rich_help_panel=_RESULT,
+            rich_help_panel=RESULT,
         ),
     ] = None,
     save_every: Annotated[
         int | None,
-        typer.Option(min=1, help="Save every so many steps, beside them.", rich_help_panel=_RESULT),
+        typer.Option(min=1, help="Save every so many steps, beside them.", rich_help_panel=RESULT),
     ] = None,
     keep_last: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Keep only the last so many checkpoints. Default: all.", rich_help_panel=_RESULT
+            min=1, help="Keep only the last so many checkpoints. Default: all.", rich_help_panel=RESULT
         ),
     ] = None,
     resume: Annotated[
@@ -220,7 +220,7 @@ def finetune_command(
             help="Go on from the newest checkpoint in this directory, or from the last step in this storage directory "
             "of a run with --durability step, with the numbers of a run that never stopped. Memory, drives and device "
             "may be others.",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=TRAINING,
         ),
     ] = None,
     durability: Annotated[
@@ -228,36 +228,36 @@ def finetune_command(
         typer.Option(
             help="What survives a kill or a power loss: none, checkpoint (what --checkpoints has saved) or step (every "
             "step; takes twice the storage).",
-            rich_help_panel=_MEMORY,
+            rich_help_panel=MEMORY,
         ),
     ] = "checkpoint",
     write_budget: Annotated[
         str | None,
         typer.Option(
             help="Most bytes to write to the drives, such as 40TB: the run saves and stops before a step exceeds it.",
-            rich_help_panel=_MEMORY,
+            rich_help_panel=MEMORY,
         ),
     ] = None,
     save_plan: Annotated[
-        str | None, typer.Option(help="Write the plan here, as JSON.", rich_help_panel=_RESULT)
+        str | None, typer.Option(help="Write the plan here, as JSON.", rich_help_panel=RESULT)
     ] = None,
     trace: Annotated[
         str | None,
         typer.Option(
             help="Record the third step and write it for ui.perfetto.dev, as `offload simulate` does.",
-            rich_help_panel=_RESULT,
+            rich_help_panel=RESULT,
         ),
     ] = None,
     plot: Annotated[
         str | None,
-        typer.Option(help="Record the third step and draw it (.png, .svg).", rich_help_panel=_RESULT),
+        typer.Option(help="Record the third step and draw it (.png, .svg).", rich_help_panel=RESULT),
     ] = None,
     json_lines: Annotated[
         bool,
         typer.Option(
             "--json",
             help="One JSON object per step, and a summary as the last line.",
-            rich_help_panel=_RESULT,
+            rich_help_panel=RESULT,
         ),
     ] = False,
 ) -> None:
@@ -281,6 +281,9 @@ def finetune_command(
     saved first; a second signal stops at once, and the last checkpoint stays as it is. With --durability step the
     store stays, with every step but the one that was being made.
     """  # fmt: skip
+    from offload.cli.finetune import finetune
+    from offload.cli.settings import Settings
+
     settings = Settings(
         model=model, data=data, storage=storage or [], host_memory=host_memory, device_memory=device_memory,
         activations=activations, saved_activations=saved_activations, step_aside=step_aside, dtype=dtype,
@@ -294,111 +297,34 @@ def finetune_command(
     finetune(settings, JsonOutput(sys.stdout) if json_lines else TextOutput(sys.stderr, sys.stdout))
 
 
-_ModelSource = Annotated[
-    str,
-    typer.Option(
-        "--model",
-        help="Model directory, config.json, or a shape such as 7b, 13b, 70b, 175b.",
-        rich_help_panel=_MODEL,
-    ),
-]
-_HardwareSource = Annotated[
-    str | None,
-    typer.Option(
-        "--hardware",
-        help="Profile of the machine: a name such as rtx4090-12ssd, or a JSON file. Default: what `offload probe` has "
-        "stored.",
-        rich_help_panel=_MACHINE,
-    ),
-]
-_Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--override",
-        help="Change one figure of the profile, name=value; repeatable.",
-        rich_help_panel=_MACHINE,
-    ),
-]
-_Batch = Annotated[int, typer.Option(min=1, help="Sequences a step.", rich_help_panel=_TRAINING)]
-_Tokens = Annotated[
-    int, typer.Option("--sequence-length", min=1, help="Tokens a sequence.", rich_help_panel=_TRAINING)
-]
-_Clip = Annotated[
-    bool,
-    typer.Option(
-        "--clip",
-        help="Gradients are clipped by their global norm: every update is deferred.",
-        rich_help_panel=_TRAINING,
-    ),
-]
-_DeviceMemory = Annotated[
-    str,
-    typer.Option(help="Device memory to use: 22GB, 95% (of the profile's) or -2GB.", rich_help_panel=_MEMORY),
-]
-_HostMemory = Annotated[
-    str,
-    typer.Option(help="Host memory to use: 64GB, 90% (of the profile's) or -8GB.", rich_help_panel=_MEMORY),
-]
-_StorageLimit = Annotated[
-    str | None,
-    typer.Option(help="Most bytes on storage. Default: what the drives hold.", rich_help_panel=_MEMORY),
-]
-_WrittenLimit = Annotated[
-    str | None,
-    typer.Option(help="Most bytes written to storage a step, to spare the drives.", rich_help_panel=_MEMORY),
-]
-_Durability = Annotated[
-    str,
-    typer.Option(
-        help="What survives a kill: none, checkpoint or step (all state lies on storage twice, all of it is written "
-        "in every step).",
-        rich_help_panel=_MEMORY,
-    ),
-]
-_Directories = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="Directory that a run would use, one on each drive of the profile; repeatable. What is free there limits "
-        "what lies on storage, and the drives are asked for the endurance that is left.",
-        rich_help_panel=_MEMORY,
-    ),
-]
-_Fix = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--fix",
-        help="Fix one choice of the planner, name=value; repeatable. Names: micro_batches, update, prefetch_blocks, "
-        "grad_buffers, activations, params_host_fraction and others: a wrong one lists them.",
-        rich_help_panel=_TRAINING,
-    ),
-]
-
-
 @app.command("plan")
 def plan_command(
-    model: _ModelSource,
-    hardware: _HardwareSource = None,
-    batch: _Batch = 8,
-    sequence_length: _Tokens = 1024,
-    optimizer: _Optimizer = "adamw",
-    optimizer_state: _OptimizerState = "fp32",
-    clip: _Clip = False,
-    fix: _Fix = None,
-    overrides: _Overrides = None,
-    device_memory: _DeviceMemory = "95%",
-    host_memory: _HostMemory = "90%",
-    storage_limit: _StorageLimit = None,
-    written_per_step: _WrittenLimit = None,
-    durability: _Durability = "checkpoint",
-    storage: _Directories = None,
+    model: ModelSource,
+    hardware: HardwareSource = None,
+    batch: Batch = 8,
+    sequence_length: Tokens = 1024,
+    optimizer: Optimizer = "adamw",
+    optimizer_state: OptimizerState = "fp32",
+    clip: Clip = False,
+    fix: Fix = None,
+    overrides: Overrides = None,
+    device_memory: DeviceMemory = "95%",
+    host_memory: HostMemory = "90%",
+    storage_limit: StorageLimit = None,
+    written_per_step: WrittenLimit = None,
+    durability: Durability = "checkpoint",
+    storage: Directories = None,
     save: Annotated[
-        str | None, typer.Option(help="Write the plan here, as JSON.", rich_help_panel=_RESULT)
+        str | None, typer.Option(help="Write the plan here, as JSON.", rich_help_panel=RESULT)
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="As one JSON object.", rich_help_panel=_RESULT)
+        bool, typer.Option("--json", help="As one JSON object.", rich_help_panel=RESULT)
     ] = False,
 ) -> None:
     """Say before anything runs whether it fits, what a step will take, what limits it and what would help."""
+    from offload.cli.plan import PlanSettings, run_plan
+    from offload.cli.sources import BudgetTexts
+
     budgets = BudgetTexts(
         device_memory, host_memory, storage_limit, written_per_step, clip, durability, tuple(storage or ())
     )
@@ -412,46 +338,49 @@ def plan_command(
 
 @app.command("simulate")
 def simulate_command(
-    model: _ModelSource,
-    hardware: _HardwareSource = None,
-    batch: _Batch = 8,
-    sequence_length: _Tokens = 1024,
-    optimizer: _Optimizer = "adamw",
-    optimizer_state: _OptimizerState = "fp32",
-    clip: _Clip = False,
-    fix: _Fix = None,
-    overrides: _Overrides = None,
-    device_memory: _DeviceMemory = "95%",
-    host_memory: _HostMemory = "90%",
-    storage_limit: _StorageLimit = None,
-    written_per_step: _WrittenLimit = None,
-    durability: _Durability = "checkpoint",
-    storage: _Directories = None,
+    model: ModelSource,
+    hardware: HardwareSource = None,
+    batch: Batch = 8,
+    sequence_length: Tokens = 1024,
+    optimizer: Optimizer = "adamw",
+    optimizer_state: OptimizerState = "fp32",
+    clip: Clip = False,
+    fix: Fix = None,
+    overrides: Overrides = None,
+    device_memory: DeviceMemory = "95%",
+    host_memory: HostMemory = "90%",
+    storage_limit: StorageLimit = None,
+    written_per_step: WrittenLimit = None,
+    durability: Durability = "checkpoint",
+    storage: Directories = None,
     plan: Annotated[
         str | None,
         typer.Option(
             help="Simulate this saved plan, for its own batch and sequence length, instead of making one.",
-            rich_help_panel=_TRAINING,
+            rich_help_panel=TRAINING,
         ),
     ] = None,
     policy: Annotated[
         str,
         typer.Option(
-            help="Whose policy: offload, or lohan as its paper describes it.", rich_help_panel=_TRAINING
+            help="Whose policy: offload, or lohan as its paper describes it.", rich_help_panel=TRAINING
         ),
     ] = "offload",
     plot: Annotated[
-        str | None, typer.Option(help="Draw the timeline: FILE.png, .svg or .pdf.", rich_help_panel=_RESULT)
+        str | None, typer.Option(help="Draw the timeline: FILE.png, .svg or .pdf.", rich_help_panel=RESULT)
     ] = None,
     trace: Annotated[
         str | None,
-        typer.Option(help="Write a trace for ui.perfetto.dev: FILE.json.", rich_help_panel=_RESULT),
+        typer.Option(help="Write a trace for ui.perfetto.dev: FILE.json.", rich_help_panel=RESULT),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="As one JSON object.", rich_help_panel=_RESULT)
+        bool, typer.Option("--json", help="As one JSON object.", rich_help_panel=RESULT)
     ] = False,
 ) -> None:
     """Run one step of the plan in simulated time: seconds, tokens/s, TFLOPS, stalls by cause, peaks, endurance."""
+    from offload.cli.simulate import SimulateSettings, run_simulate
+    from offload.cli.sources import BudgetTexts
+
     budgets = BudgetTexts(
         device_memory, host_memory, storage_limit, written_per_step, clip, durability, tuple(storage or ())
     )
@@ -471,8 +400,10 @@ def doctor_command(
     json_lines: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
 ) -> None:
     """Say what this machine has and what will be used: io_uring, O_DIRECT, drives, memory, GPU, SIMD."""
-    found = doctor_room.examine(storage or ["."])
-    doctor_room.show(found, sys.stdout, as_json=json_lines)
+    from offload.cli import doctor
+
+    found = doctor.examine(storage or ["."])
+    doctor.show(found, sys.stdout, as_json=json_lines)
 
 
 app.command("probe")(probe_command)

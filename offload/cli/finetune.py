@@ -19,7 +19,7 @@ from offload.cli.output import Output, StepReport
 from offload.cli.planned import Planning, Request, planning_of, say_late_plan
 from offload.cli.room import check_room
 from offload.cli.settings import Settings, check
-from offload.cli.stop import StopSignals
+from offload.cli.stop import Interrupted, StopSignals
 from offload.cli.totals import Totals, summary_of
 from offload.errors import ConfigError, OffloadError
 from offload.model import diffusion
@@ -38,10 +38,6 @@ RECORDED_STEP = 3
 
 class _BudgetUsed(Exception):
     """The next step would write more than --write-budget allows."""
-
-
-class Interrupted(Exception):
-    """The run was stopped; the message says after which step."""
 
 
 def learning_rate_factor(step: int, schedule: str, warmup_steps: int, steps: int) -> float:

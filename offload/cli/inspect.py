@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from offload.checkpoint import inspect
 from offload.errors import CorruptError
 
 
@@ -27,6 +26,8 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
 ) -> None:
     """Say what a checkpoint holds. Exit status 1 when --verify finds bytes that are not those that were written."""
+    from offload.checkpoint import inspect
+
     found = inspect(directory, verify=verify, drives=drive or [])
     if as_json:
         print(json.dumps(asdict(found)))

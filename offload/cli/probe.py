@@ -8,21 +8,20 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
-from torch import nn
 
-from offload.cli.finetune import Interrupted
 from offload.cli.results import can_be_made
+from offload.cli.stop import Interrupted
 from offload.config import parse_nbytes
 from offload.errors import ConfigError
-from offload.model.on_meta import model_on_meta
 from offload.planner.hardware import Hardware, load_hardware, override, save_hardware
-from offload.profiling.compute_probe import DEFAULT_SHAPES, matmul_shapes
-from offload.profiling.model_probe import model_rates
-from offload.profiling.probe import SECONDS, probe
+from offload.profiling import SECONDS
 from offload.profiling.stored import profile_path
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class ProgressLine:
@@ -118,6 +117,10 @@ def probe_command(
             raise ConfigError("--from takes a profile as it is: leave --storage and --model out")
         profile = load_hardware(from_profile, [*(overrides or []), *([f"name={name}"] if name else [])])
     else:
+        from offload.model.on_meta import model_on_meta
+        from offload.profiling.compute_probe import DEFAULT_SHAPES, matmul_shapes
+        from offload.profiling.probe import probe
+
         wanted = None if model is None else model_on_meta(model)
         shapes = DEFAULT_SHAPES if wanted is None else matmul_shapes(wanted)
         line = ProgressLine(sys.stderr)
@@ -149,6 +152,8 @@ def probe_command(
 def with_model_rates(profile: Hardware, model: nn.Module, name: str, line: ProgressLine) -> Hardware:
     """`profile` with the rates of the model's own blocks; as it is, with a line that says why, where they cannot be
     measured."""
+    from offload.profiling.model_probe import model_rates
+
     line.show(f"blocks of {name}")
     try:
         found = model_rates(model, profile.matmul_flops_per_s)

@@ -10,6 +10,10 @@ from typing import Any
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+class Interrupted(Exception):
+    """The command was stopped; the message says after what."""
+
+
 class StopSignals:
     """While entered, the first of `STOPPING` raises KeyboardInterrupt in the main thread, wherever it is.
 

@@ -18,15 +18,12 @@ from offload.config import host_total_nbytes
 from offload.errors import ConfigError
 from offload.planner.hardware import Hardware
 from offload.planner.rates import ADAM_DRAM_NBYTES
-from offload.profiling import compute_probe
+from offload.profiling import SECONDS, compute_probe
 from offload.profiling.storage_probe import check_limit, probe_drives
 from offload.tiers.device import CudaDevice
 
 WRITTEN_NBYTES_MAX = 2 * 10**9
 """Bytes written to each drive unless said otherwise."""
-
-SECONDS = 40.0
-"""Time that measuring takes unless said otherwise; setting up takes a few seconds more."""
 
 _STORAGE_SHARE = 0.6
 _N_COMPUTE_PHASES = 5
