@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -13,12 +14,13 @@ from offload.model.loading import dtype_of
 from offload.model.presets import Decoder, shape_of
 
 
-def model_on_meta(source: str, dtype: str = "auto") -> nn.Module:
+def model_on_meta(source: str, dtype: str = "auto", *, layers_max: int | None = None) -> nn.Module:
     """The model that `source` names, on the meta device: no memory, no weights read.
 
     `source`: a preset (`gpt3-13b`, `175b`, see `offload.model.presets.SHAPES`), a directory with a `config.json`, or
-    such a file. `dtype`: "auto" (the config's; bfloat16 for a preset), "bfloat16" or "float32". Raises ConfigError
-    where nothing of that name is known, or transformers is needed and missing.
+    such a file. `dtype`: "auto" (the config's; bfloat16 for a preset), "bfloat16" or "float32". `layers_max`: a preset
+    has no more layers than that. Raises ConfigError where nothing of that name is known, or transformers is needed and
+    missing.
     """
     wanted = dtype_of(dtype)
     if os.path.exists(source):
@@ -29,7 +31,8 @@ def model_on_meta(source: str, dtype: str = "auto") -> nn.Module:
     torch.set_default_dtype(wanted or torch.bfloat16)
     try:
         with torch.device("meta"):
-            return Decoder(shape_of(source)).train()
+            shape = shape_of(source)
+            return Decoder(replace(shape, layers=min(shape.layers, layers_max or shape.layers))).train()
     finally:
         torch.set_default_dtype(before)
 

@@ -32,6 +32,15 @@ BlockCall = tuple[tuple[Any, ...], dict[str, Any], Any]
 """Positional and named arguments of a block, and what it returned."""
 
 
+class WithoutData(TorchDispatchMode):
+    """Runs every operation inside on the meta device where there is no data for it."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return meta_device.run(func, args, kwargs or {})
+
+
 class LiveBytes(TorchDispatchMode):
     """Adds up the storages that operations inside have made and that still exist: `history` has a sum an operation."""
 
@@ -204,7 +213,7 @@ def trace_live_bytes(
         torch.enable_grad(),
         standing_in(blocks, remember),
         meta_device.FusedOperations(),
-        LiveBytes([]),
+        WithoutData(),
     ):
         model(*args, **kwargs)
     found: dict[int, list[int]] = {}

@@ -24,6 +24,7 @@ from offload.model.blocks import Cut, cut
 from offload.model.flat import TRAINABLE_DTYPES, lay_out
 from offload.model.on_device import stays_nbytes
 from offload.model.on_meta import model_on_meta
+from offload.model.presets import Decoder, shape_of
 from offload.planner.workload import BlockWork, SavedTensor, Workload
 from offload.profiling.trace import ROOT, Kept, Part, trace_forward
 from offload.profiling.working_set import EARLY, HELD, envelope, trace_live_bytes
@@ -37,6 +38,8 @@ TOKENS_MAX = 1 << 24
 """Of a sequence of a model that is only described. Its token ids are in memory while it is traced."""
 N_SAMPLES = (2, 3)
 """Batches that are traced."""
+LAYERS_TRACED = 3
+"""Of a preset."""
 
 
 def token_inputs(model: nn.Module, n_samples: int, tokens_per_sample: int) -> Inputs:
@@ -259,4 +262,30 @@ def workload_of(source: str, tokens_per_sample: int, dtype: str = "auto") -> Wor
     if not 0 < tokens_per_sample <= TOKENS_MAX:
         raise ConfigError(f"sequences of {tokens_per_sample} tokens: give 1 to {TOKENS_MAX}")
     name = os.path.basename(os.path.normpath(os.path.abspath(source))) if os.path.exists(source) else source
-    return profile_model(model_on_meta(source, dtype), tokens_per_sample, name=name)
+    model = model_on_meta(source, dtype, layers_max=LAYERS_TRACED)
+    traced = profile_model(model, tokens_per_sample, name=name)
+    return _with_all_layers(traced, model, shape_of(source).layers) if isinstance(model, Decoder) else traced
+
+
+def _with_all_layers(traced: Workload, model: Decoder, n_layers: int) -> Workload:
+    """The workload of a preset of `n_layers` whose first, second and last were traced: all between are as the second.
+    What the first alone is given (rotary positions) counts as its, and the root keeps what the last gives."""
+    n_more = n_layers - len(traced.blocks)
+    if n_more <= 0:
+        return traced
+    first, second, last = traced.blocks
+    list_name = second.name.removesuffix("1")
+    shapes = tuple(tuple(p.shape) for p in model.layers[1].parameters())
+    last_name = f"{list_name}{n_layers - 1}"
+    return replace(
+        traced,
+        blocks=(
+            first,
+            *(replace(second, name=f"{list_name}{i}") for i in range(1, n_layers - 1)),
+            replace(last, name=last_name),
+        ),
+        trainable_shapes=traced.trainable_shapes + n_more * shapes,
+        root_saved=tuple(
+            replace(t, name=t.name.replace(f"{last.name}/", f"{last_name}/")) for t in traced.root_saved
+        ),
+    )
