@@ -12,6 +12,7 @@ whose updates would give way (`Plan.held_blocks`), the space is searched with a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -48,29 +49,50 @@ class Choice:
 
 
 def choose(
-    workload: Workload, hardware: Hardware, budgets: Budgets, fixed: Mapping[str, Any], batch_samples: int
+    workload: Workload,
+    hardware: Hardware,
+    budgets: Budgets,
+    fixed: Mapping[str, Any],
+    batch_samples: int,
+    limit_s: float = math.inf,
 ) -> Choice | None:
-    """The fastest of all that fits, or None. Raises ConfigError for a fixed choice that is not to be had."""
-    return next(iter(choices(workload, hardware, budgets, fixed, batch_samples)), None)
+    """The fastest of all that fits, or None; of one that takes longer than `limit_s` it may be another. Raises
+    ConfigError for a fixed choice that is not to be had."""
+    found = choices(workload, hardware, budgets, fixed, batch_samples, limit_s=limit_s)
+    return next(iter(found), None)
 
 
 def choices(
-    workload: Workload, hardware: Hardware, budgets: Budgets, fixed: Mapping[str, Any], batch_samples: int
+    workload: Workload,
+    hardware: Hardware,
+    budgets: Budgets,
+    fixed: Mapping[str, Any],
+    batch_samples: int,
+    *,
+    within: float = 0.0,
+    limit_s: float = math.inf,
 ) -> list[Choice]:
     """The fastest that fits for each amount of state on the device, and where some updates wait; the fastest of all
-    first."""
-    every = []
+    first. Of those that take longer than `limit_s`, or than the fastest by more than the fraction `within`, some may
+    be missing, or not be the fastest of their kind."""
+    every: list[Choice] = []
+
+    def add(search: Search, stays: OnDevice, longest_s: float) -> float:
+        chosen = search.best(budgets, longest_s)
+        if chosen is None:
+            return longest_s
+        every.append(Choice(search, chosen, stays))
+        return min(longest_s, chosen.step_s * (1 + within))
+
     for stays, search in searches(workload, hardware, budgets, fixed, batch_samples):
-        chosen = search.best(budgets)
-        if chosen is not None:
-            every.append(Choice(search, chosen, stays))
+        # The first in full: whether some updates may wait is asked of it.
+        found_s = add(search, stays, limit_s if every else math.inf)
+        limit_s = min(limit_s, found_s)
     if every and not every[0].stays and _some_may_wait(every[0], budgets, fixed):
         for part in SOME_WAIT:
             more = {**fixed, "deferred_fraction": part}
             search = _search(workload, hardware, budgets, more, batch_samples, OnDevice())
-            chosen = search.best(budgets)
-            if chosen is not None:
-                every.append(Choice(search, chosen, OnDevice()))
+            limit_s = add(search, OnDevice(), limit_s)
     return sorted(every, key=lambda choice: choice.chosen.step_s)  # of equals that with less on the device
 
 
@@ -88,7 +110,8 @@ def searches(
     to hold then. `in_any_room`: whatever the budget is."""
     asked = _asked(workload, hardware, budgets, fixed)
     first = OnDevice() if asked is None else asked
-    yield first, _search(workload, hardware, budgets, fixed, batch_samples, first)
+    with_least = _search(workload, hardware, budgets, fixed, batch_samples, first)
+    yield first, with_least
     may = _may(workload, hardware, budgets, fixed) and hardware.device_adam_params_per_s is not None
     if asked is not None or not may:
         return
@@ -96,7 +119,7 @@ def searches(
     for root in (False, True) if workload.root_stored_numel else (False,):
         for n_blocks in _numbers(most, root):
             stays = OnDevice(root, n_blocks)
-            search = _search(workload, hardware, budgets, fixed, batch_samples, stays)
+            search = _search(workload, hardware, budgets, fixed, batch_samples, stays, with_least)
             if not in_any_room and next(search.shapes_that_fit(budgets), None) is None:
                 break
             yield stays, search
@@ -139,13 +162,14 @@ def _search(
     fixed: Mapping[str, Any],
     batch_samples: int,
     stays: OnDevice,
+    like: Search | None = None,
 ) -> Search:
     """Of the plans with this on the device."""
     others = {name: value for name, value in fixed.items() if name != STATES_ON_DEVICE}
     waits = _waits(budgets, others)
     more = {"update": "backward"} if stays and not waits else {}
     rest = streamed_workload(workload, state_format_of(workload), stays, keeps_gradients=waits)
-    return Search(rest, hardware, budgets, {**others, **more}, batch_samples)
+    return Search(rest, hardware, budgets, {**others, **more}, batch_samples, like)
 
 
 def _numbers(most: int, root: bool) -> Iterator[int]:

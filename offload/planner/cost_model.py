@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from offload.planner.hardware import Hardware
+from offload.planner.overlap import OVERLAP_ORDER, overlapped
 from offload.planner.placement import HOST_SLOTS
 from offload.planner.plan import GRAD_ONCE_NBYTES, StateFormat
 from offload.planner.rates import Rates, rates_of
@@ -22,8 +23,6 @@ from offload.update_rules import ADAMW
 
 UNFUSED = 8
 """Times the fused AdamW's seconds: a device's update in torch's operations (optim/torch_rules.py)."""
-OVERLAP_ORDER = 8.0
-"""Found by simulating: how much longer a phase is than its busiest resource. docs/planner.md, what was tried."""
 RESOURCES = ("compute", "bus", "storage", "dram", "cpu")
 
 
@@ -49,7 +48,7 @@ class Traffic:
 @dataclass(frozen=True)
 class Load:
     """What a choice of plan leaves to be moved and computed. Bytes are of the whole batch and all blocks; every field
-    may be a numpy array. The counts and flags are plain numbers."""
+    may be a numpy array. What sets the working memory is plain numbers, but for a lower bound (planner/bounds.py)."""
 
     deferred_fraction: Any
     params_host_nbytes: Any
@@ -59,9 +58,9 @@ class Load:
     swapped_host_nbytes: Any
     swapped_storage_nbytes: Any
     recompute_flops: Any
-    micro_batches: int
-    n_slots: int
-    n_grad_buffers: int
+    micro_batches: Any
+    n_slots: Any
+    n_grad_buffers: Any
     boundary_on_device: bool
     frozen_host_nbytes: Any = 0.0
     """Of `params_host_nbytes`, what no update writes."""
@@ -100,35 +99,6 @@ class Cost:
     """Of forward, backward and tail."""
 
 
-def overlapped(busy_s: list[Any], order: float) -> Any:
-    """Time of things that overlap: the longest where it stands alone, somewhat more where a second one is nearly as
-    long (9 % for two equal ones at order 8), because each then waits for the other now and then. An infinite order is
-    the longest alone."""
-    if np.isinf(order):
-        longest: Any = busy_s[0]
-        for seconds in busy_s[1:]:
-            longest = np.maximum(longest, seconds)
-        return longest
-    total: Any = 0.0
-    for seconds in busy_s:
-        total = total + _power(np.asarray(seconds), order)
-    return _root(total, order)
-
-
-def _power(base: Any, order: float) -> Any:
-    """`base ** order` of non-negative numbers. Products take a small part of the time that numpy's power takes."""
-    while order > 1 and order % 2 == 0:
-        base, order = base * base, order / 2
-    return base if order == 1 else base**order
-
-
-def _root(base: Any, order: float) -> Any:
-    """`base ** (1 / order)` of non-negative numbers, as quickly."""
-    while order > 1 and order % 2 == 0:
-        base, order = np.sqrt(base), order / 2
-    return base if order == 1 else base ** (1 / order)
-
-
 def device_update_s(workload: Workload, hardware: Hardware) -> float:
     """Updates of what stays on the device, all of them; 0 where it is not known how fast its memory is."""
     rate = hardware.device_adam_params_per_s
@@ -156,7 +126,7 @@ class CostModel:
         self.format = state_format
         self.batch = batch_samples
         self.rates: Rates = rates_of(hardware, workload.param_nbytes, workload.rule)
-        self._device_update_s = device_update_s(workload, hardware)
+        self.device_update_s = device_update_s(workload, hardware)
 
     # ---- totals of the workload ------------------------------------------------------------------------------
 
@@ -253,9 +223,10 @@ class CostModel:
         f = self.format
         return f.param_nbytes == GRAD_ONCE_NBYTES < f.grad_nbytes and self.workload.one_dtype
 
-    def grads_once(self, micro_batches: int, deferred_fraction: Any) -> Any:
+    def grads_once(self, micro_batches: Any, deferred_fraction: Any) -> Any:
         """Where they do: nothing is added up, and nothing waits."""
-        return np.logical_and(self.may_have_grads_once and micro_batches == 1, deferred_fraction == 0)
+        at_once = np.logical_and(self.may_have_grads_once, np.equal(micro_batches, 1))
+        return np.logical_and(at_once, np.equal(deferred_fraction, 0))
 
     def grads_nbytes(self, load: Load) -> Any:
         """Gradients of all blocks, as they leave the device."""
@@ -293,10 +264,9 @@ class CostModel:
         fetched = fetched_forward = loaded
         if not self.rates.shares_host:
             fetched = fetched_forward = 1 - np.minimum(1.0, HOST_SLOTS / np.maximum(n_blocks * stored, 1e-9))
-            if load.n_slots >= n_blocks:
-                # The device gets them back from updates, which read them for themselves.
-                fetched = np.where(late > 0, fetched, 1.0)
-                fetched_forward = np.where(late > 0, fetched_forward, 0.0)
+            # With a slot for each the device gets them back from updates, which read them for themselves.
+            stay = np.logical_and(np.greater_equal(load.n_slots, n_blocks), np.equal(late, 0))
+            fetched, fetched_forward = np.where(stay, 1.0, fetched), np.where(stay, 0.0, fetched_forward)
         late_params = frozen_stored + (trained_stored if f.update_reads_param else 0)
         boundary = 0 if load.boundary_on_device else self.input_nbytes
         swapped = load.swapped_host_nbytes + load.swapped_storage_nbytes
@@ -361,7 +331,7 @@ class CostModel:
             "cpu": traffic.updated / rates.update_params_per_s,
         }
 
-    def _phase(self, seconds: dict[str, Any], load: Load, exposed_s: Any) -> Any:
+    def phase_s(self, seconds: dict[str, Any], load: Load, exposed_s: Any) -> Any:
         """Duration of a phase: its busiest resource, with what this choice does not overlap added up. `exposed_s` is
         what the device waits for or does beside its FLOPs."""
         compute, storage, bus = seconds["compute"], seconds["storage"], seconds["bus"]
@@ -386,34 +356,12 @@ class CostModel:
             )
             forward, backward = self.seconds(forward_traffic), self.seconds(backward_traffic)
         tail = self.seconds(tail_traffic)
-        n_blocks = max(1, len(self.workload.blocks))
-        one_update_s: Any = self._one_update_s(load) if self.workload.blocks else 0.0
-        n_first = n_blocks - self.n_streamed  # their backward comes after it, and asks for nothing else
-        one_update_s = np.maximum(0.0, one_update_s - backward["compute"] * n_first / n_blocks)
-        once = self.grads_once(load.micro_batches, load.deferred_fraction)
-        gradient_s: Any = np.where(
-            load.n_grad_buffers * np.where(once, 2, 1) < 2,
-            np.maximum(backward["storage"], backward["cpu"])
-            if self.rates.shares_host
-            else self._leaving_s(load),
-            0.0,
-        )
-        launches_s = n_blocks * load.micro_batches * self.hardware.launch_overhead_s
-        forward_s = self._phase(forward, load, launches_s + load.deferred_fraction * one_update_s)
+        one_update_s, gradient_s, launches_s = self.exposed_s(load, backward)
+        forward_s = self.phase_s(forward, load, launches_s + load.deferred_fraction * one_update_s)
         early_update_s = (1 - load.deferred_fraction) * one_update_s
-        beside_s = early_update_s + gradient_s + launches_s + self._device_update_s
-        backward_s = self._phase(backward, load, beside_s)
-        stages = (
-            tail_traffic.d2h / self.rates.bus.d2h,
-            np.maximum(tail["storage"], tail["cpu"]),
-            tail_traffic.h2d / self.rates.bus.h2d,
-        )
-        longest = np.maximum(np.maximum(stages[0], stages[1]), stages[2])
-        n_parts: Any = 1.0
-        if not load.serial_update and not self.workload.rule.whole_gradients:
-            rest = tail_traffic.updated / max(1, self.workload.root_stored_numel)
-            n_parts = np.maximum(1.0, ROOT_PARTS * rest)
-        tail_s = longest + (sum(stages) - longest) / n_parts + self.hardware.step_overhead_s
+        beside_s = early_update_s + gradient_s + launches_s + self.device_update_s
+        backward_s = self.phase_s(backward, load, beside_s)
+        tail_s = self.tail_s(load, tail_traffic, tail)
         whole = [forward[name] + backward[name] + tail[name] for name in RESOURCES]
         lower_bound = whole[0]
         for value in whole[1:]:
@@ -430,10 +378,42 @@ class CostModel:
                 "update": one_update_s,
                 "gradient": gradient_s,
                 "launch": 2 * launches_s,
-                "device_update": self._device_update_s,
+                "device_update": self.device_update_s,
             },
             traffic=(forward_traffic, backward_traffic, tail_traffic),
         )
+
+    def exposed_s(self, load: Load, backward: dict[str, Any]) -> tuple[Any, Any, Any]:
+        """What the device waits for beside its FLOPs: one block's update, gradients on their way out, and the launches
+        of one direction."""
+        n_blocks = max(1, len(self.workload.blocks))
+        one_update_s: Any = self._one_update_s(load) if self.workload.blocks else 0.0
+        n_first = n_blocks - self.n_streamed  # their backward comes after it, and asks for nothing else
+        one_update_s = np.maximum(0.0, one_update_s - backward["compute"] * n_first / n_blocks)
+        once = self.grads_once(load.micro_batches, load.deferred_fraction)
+        gradient_s: Any = np.where(
+            load.n_grad_buffers * np.where(once, 2, 1) < 2,
+            np.maximum(backward["storage"], backward["cpu"])
+            if self.rates.shares_host
+            else self._leaving_s(load),
+            0.0,
+        )
+        launches_s = n_blocks * load.micro_batches * self.hardware.launch_overhead_s
+        return one_update_s, gradient_s, launches_s
+
+    def tail_s(self, load: Load, tail_traffic: Traffic, tail: dict[str, Any]) -> Any:
+        """What comes after backward and before the next forward; `tail` are the seconds of its traffic."""
+        stages = (
+            tail_traffic.d2h / self.rates.bus.d2h,
+            np.maximum(tail["storage"], tail["cpu"]),
+            tail_traffic.h2d / self.rates.bus.h2d,
+        )
+        longest = np.maximum(np.maximum(stages[0], stages[1]), stages[2])
+        n_parts: Any = 1.0
+        if not load.serial_update and not self.workload.rule.whole_gradients:
+            rest = tail_traffic.updated / max(1, self.workload.root_stored_numel)
+            n_parts = np.maximum(1.0, ROOT_PARTS * rest)
+        return longest + (sum(stages) - longest) / n_parts + self.hardware.step_overhead_s
 
     def _leaving_s(self, load: Load) -> Any:
         """What the device waits for gradients to leave its only buffer. A block's leave in parts while its last
@@ -447,12 +427,7 @@ class CostModel:
         self, load: Load, forward: Traffic, backward: Traffic, backward_s: dict[str, Any]
     ) -> tuple[Traffic, Traffic]:
         """Of updates that may give way, as much in the next forward as would make backward longer than its compute."""
-        early = 1 - load.deferred_fraction
-        states = sum(self.state_nbytes) - load.states_host_nbytes
-        back = states
-        if self.durable_steps:
-            back = self.format.param_nbytes * self.trainable + sum(self.state_nbytes)
-        updates = Traffic(0.0, 0.0, 0.0, early * states, early * back, early * self.trainable)
+        updates = self.early_updates(load)
         updates_s = self.seconds(updates)
         share: Any = 0.0
         for name in ("storage", "cpu", "dram"):
@@ -464,6 +439,15 @@ class CostModel:
             replace(forward, **{name: getattr(forward, name) + value for name, value in moved.items()}),
             replace(backward, **{name: getattr(backward, name) - value for name, value in moved.items()}),
         )
+
+    def early_updates(self, load: Load) -> Traffic:
+        """Of the blocks, those that are made during backward where none gives way."""
+        early = 1 - load.deferred_fraction
+        states = sum(self.state_nbytes) - load.states_host_nbytes
+        back = states
+        if self.durable_steps:
+            back = self.format.param_nbytes * self.trainable + sum(self.state_nbytes)
+        return Traffic(0.0, 0.0, 0.0, early * states, early * back, early * self.trainable)
 
     def _one_update_s(self, load: Load) -> Any:
         """One block's update from its gradients to its new parameters. The next forward waits for that of the block

@@ -81,14 +81,14 @@ def explain(
     """Plan again with one more GB of each memory and one more drive. `fixed` as it was given to `make_plan`."""
     fixed = fixed or {}
 
-    def step_s(allowed: Budgets, machine: Hardware) -> float:
-        found = choose(workload, machine, allowed, fixed, plan.batch_samples)
+    def step_s(allowed: Budgets, machine: Hardware, limit_s: float = math.inf) -> float:
+        found = choose(workload, machine, allowed, fixed, plan.batch_samples, limit_s)
         return math.inf if found is None else found.chosen.step_s
 
     now_s = step_s(budgets, hardware)
 
     def gain(allowed: Budgets, machine: Hardware = hardware) -> float:
-        then_s = step_s(allowed, machine)
+        then_s = step_s(allowed, machine, now_s)  # what is no shorter brings nothing
         return max(0.0, now_s - then_s) if math.isfinite(now_s) else 0.0
 
     drive_s = None

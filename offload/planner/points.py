@@ -1,14 +1,23 @@
-"""The search itself: every point of the space, and the fastest that fits."""
+"""The search itself: the fastest point of the space that fits.
+
+[Note: what is left out] Shapes are looked at in the order of the least step each could have (bounds.py), until that is
+longer than a step that was found, and of each shape only saved sets whose least step is not. The result is that of
+looking at all: those found are compared in the order of the space, and one that is longer by `MARGIN` neither wins nor
+decides between others. (Comparing by `TIE` is not transitive, but n shapes bridge no more than some n times `TIE`.)
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from offload.errors import ConfigError
+from offload.planner.bounds import least_step_s
 from offload.planner.cost_model import CostModel
 from offload.planner.hardware import Hardware
 from offload.planner.memory import Shape, host_need
@@ -22,6 +31,8 @@ NBYTES_MAX = 1 << 59
 """Of activations: sums with them stay whole numbers of 64 bits."""
 TIE = 1e-9
 """Steps that differ by less than this fraction count as equally long: then the plan that writes less is taken."""
+MARGIN = 1e-4
+"""A shape is left out where its least step is longer by this fraction than one that was found."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,7 @@ def shapes(space: Space) -> Iterator[Shape]:
 
 
 class Search:
-    """One workload, machine, batch and set of fixed choices; budgets may vary from call to call."""
+    """One workload, machine, batch and set of fixed choices; budgets may vary from call to call. `like`: see Tables."""
 
     def __init__(
         self,
@@ -56,6 +67,7 @@ class Search:
         budgets: Budgets,
         fixed: Mapping[str, Any],
         batch_samples: int,
+        like: Search | None = None,
     ) -> None:
         if not workload.blocks:
             raise ConfigError(f"model {workload.name} has no blocks: there is nothing to stream")
@@ -80,7 +92,7 @@ class Search:
             batch_samples,
             durable_steps=budgets.durable_steps,
         )
-        self.tables = Tables(self.model, hardware, self.space)
+        self.tables: Tables = Tables(self.model, hardware, self.space, None if like is None else like.tables)
 
     def with_batch(self, batch_samples: int) -> Search:
         """The same search for another batch. Raises ConfigError when a fixed choice forbids it."""
@@ -131,19 +143,32 @@ class Search:
         """Whether any plan keeps to these budgets."""
         return any(self.shape_fits(shape, budgets) for shape in shapes(self.space))
 
-    def best(self, budgets: Budgets) -> Chosen | None:
-        """The fastest point that fits, or None."""
+    def best(self, budgets: Budgets, limit_s: float = math.inf) -> Chosen | None:
+        """The fastest point that fits, or None. Where a step takes longer than `limit_s` it may be None, or another.
+
+        See [Note: what is left out].
+        """
+        every = list(self.shapes_that_fit(budgets))
+        if not every:
+            return None
+        least_s = least_step_s(self.tables, every, budgets)
+        found: dict[int, Chosen] = {}
+        for number in np.argsort(least_s.min(axis=1), kind="stable"):
+            sets = np.flatnonzero(least_s[number] <= limit_s * (1 + MARGIN))
+            if not len(sets):
+                break
+            needs = self.tables.needs(every[number], budgets, sets)
+            if needs.fits.any():
+                found[number] = self._best_of(every[number], needs, sets)
+                limit_s = min(limit_s, found[number].step_s)
         best: Chosen | None = None
-        for shape in self.shapes_that_fit(budgets):
-            needs = self.tables.needs(shape, budgets)
-            if not needs.fits.any():
-                continue
-            found = self._best_of(shape, needs)
-            if best is None or _better(found, best):
-                best = found
+        for _, chosen in sorted(found.items()):
+            if best is None or _better(chosen, best):
+                best = chosen
         return best
 
-    def _best_of(self, shape: Shape, needs: Needs) -> Chosen:
+    def _best_of(self, shape: Shape, needs: Needs, sets: npt.NDArray[np.int64]) -> Chosen:
+        """The best of these saved sets."""
         cost = self.model.cost(needs.load)
         step_s = np.where(needs.fits, np.broadcast_to(cost.step_s, needs.fits.shape), np.inf)
         least = float(step_s.min())
@@ -157,7 +182,9 @@ class Search:
             abs(shape.n_slots - 3),
             not shape.boundary_on_device,
         )
-        return Chosen(shape, index, float(step_s[index]), rank)
+        at_waiting, at_saved, at_host, at_params = index
+        whole = (at_waiting, int(sets[at_saved]), at_host, at_params)
+        return Chosen(shape, whole, float(step_s[index]), rank)
 
 
 def _better(found: Chosen, best: Chosen) -> bool:

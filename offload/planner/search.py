@@ -1,4 +1,4 @@
-"""`make_plan`: the fastest plan that every budget allows, found by trying the whole space of `space.py`."""
+"""`make_plan`: the fastest plan that every budget allows, found in the whole space of `space.py`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make_plans(
     """The plan of `make_plan`, and after it those with another amount of optimizer state on the device whose predicted
     step is longer by no more than the fraction `within`: see schedule/fastest.py."""
     fixed = fixed or {}
-    found = choices(workload, hardware, budgets, fixed, batch_samples)
+    found = choices(workload, hardware, budgets, fixed, batch_samples, within=within)
     if not found:
         searches, largest = as_asked(workload, hardware, budgets, fixed, batch_samples)
         raise BudgetError(why_not(searches, budgets, largest))

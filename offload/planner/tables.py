@@ -29,6 +29,7 @@ from offload.planner.memory import (
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN, state_order
 from offload.planner.plan import INPUT, Budgets
 from offload.planner.space import Space
+from offload.planner.workload import Workload
 from offload.types import PAGE_NBYTES
 
 Floats = npt.NDArray[np.float64]
@@ -73,21 +74,36 @@ class Order:
 
 
 class Tables:
-    """Precomputed sums of one workload, and `needs` for each shape."""
+    """Precomputed sums of one workload, and `needs` for each shape.
 
-    def __init__(self, model: CostModel, hardware: Hardware, space: Space) -> None:
+    `like`: tables of a workload whose saved tensors may be the same, where what is known of these is taken from.
+    """
+
+    def __init__(
+        self, model: CostModel, hardware: Hardware, space: Space, like: Tables | None = None
+    ) -> None:
         self.model = model
         self.hardware = hardware
         self.space = space
         workload = model.workload
-        found = everything(workload) if space.activations in ("save", "keep") else candidates(workload)
-        if space.activations == "recompute":
-            only = slice(0, 1)
-            found = Candidates(
-                found.classes, found.counts[only], found.saved_nbytes[only], found.recompute_flops[only]
-            )
-        self.candidates = found
-        self.saved = [found.members(c) for c in range(len(found.counts))]
+        tensors = tuple((block.input_nbytes_per_sample, block.saved) for block in workload.blocks)
+        self._orders_by = (
+            tensors,
+            model.batch,
+            space.activations,
+            space.inputs,
+            space.swapped_host_fractions,
+        )
+        """All that `candidates`, `saved` and `order` depend on."""
+        same = like is not None and like._orders_by == self._orders_by
+        self._like: Tables | None = like if same else None
+        self.candidates: Candidates
+        self.saved: list[set[tuple[int, str]]]
+        if self._like is None:
+            self.candidates = _candidates(workload, space)
+            self.saved = [self.candidates.members(c) for c in range(len(self.candidates.counts))]
+        else:
+            self.candidates, self.saved = self._like.candidates, self._like.saved
         order = spread_order(len(workload.blocks))
         frozen = [model.format.param_nbytes * workload.blocks[i].frozen_numel for i in order]
         self.params_cum = _cumulative(np.array([model.slot_nbytes[i] for i in order], dtype=np.float64))
@@ -110,6 +126,8 @@ class Tables:
 
     def order(self, boundary_on_device: bool) -> Order:
         """Cumulative bytes of units in the order in which they are kept."""
+        if self._like is not None:
+            return self._like.order(boundary_on_device)
         return self._order_on if boundary_on_device else self._order_off
 
     @cached_property
@@ -175,6 +193,11 @@ class Tables:
         """[parameters]: bytes of parameters in host memory, by number of blocks."""
         return self.params_cum[self.params_counts]
 
+    @cached_property
+    def frozen_host(self) -> Floats:
+        """[parameters]: of these, what no update writes."""
+        return self._frozen_cum[self.params_counts]
+
     def params_stay(self, n_slots: int, budgets: Budgets) -> Floats:
         """[parameters]: 1 where there is a slot for every block that is not in host memory, so that no parameters have
         to be on storage: where slots are what storage is read into. (Without storage all state is in host memory.)"""
@@ -227,17 +250,17 @@ class Tables:
         samples = samples_of_micro_batch(model.batch, shape.micro_batches)
         return read_ahead_nbytes(model.workload, samples, shares_host=model.rates.shares_host)
 
-    def needs(self, shape: Shape, budgets: Budgets) -> Needs:
-        """Everything about every combination for one shape."""
+    def needs(self, shape: Shape, budgets: Budgets, sets: npt.NDArray[np.int64] | None = None) -> Needs:
+        """Everything about every combination for one shape; of the saved sets only `sets`, where they are given."""
         model, order = self.model, self.order(shape.boundary_on_device)
         device = self.device_nbytes(shape)
         spare = budgets.device_nbytes - device
-        kept_at = self.kept_positions(order, spare, shape)
-        rows = np.arange(len(kept_at))
-        kept = order.keepable[rows, kept_at]
+        rows = np.arange(len(self.saved)) if sets is None else sets
+        kept_at = self.kept_positions(order, spare, shape)[rows]
+        kept, keepable = order.keepable[rows, kept_at], order.keepable[rows, -1]
         cumulative = order.keepable_to_host
-        in_host = cumulative[:, :, -1] - cumulative[rows, :, kept_at] + order.always_to_host
-        total = order.keepable[:, -1] + order.always_nbytes
+        in_host = cumulative[rows, :, -1] - cumulative[rows, :, kept_at] + order.always_to_host[rows]
+        total = keepable + order.always_nbytes
         on_storage = np.maximum(0.0, (total - kept)[:, None] - in_host)
         grads_host, grads_stored = self.waiting_grads
         first = (slice(None), None, None, None)
@@ -271,24 +294,26 @@ class Tables:
             grads_spilled_nbytes=grads_stored[first],
             swapped_host_nbytes=swapped_host,
             swapped_storage_nbytes=swapped_storage,
-            recompute_flops=(model.batch * self.candidates.recompute_flops)[None, :, None, None],
+            recompute_flops=(model.batch * self.candidates.recompute_flops[rows])[None, :, None, None],
             n_slots=shape.n_slots,
             micro_batches=shape.micro_batches,
             n_grad_buffers=shape.n_grad_buffers,
             boundary_on_device=shape.boundary_on_device,
-            frozen_host_nbytes=self._frozen_cum[self.params_counts][None, None, None, :],
+            frozen_host_nbytes=self.frozen_host[None, None, None, :],
             params_stay=stay[None, None, None, :],
             held=held if not model.rates.shares_host else self.holds(shape, stay)[:, None, None, :],
         )
         storage = (1 - stay) * (self.params_cum[-1] - params) + (self.states_cum[-1] - states)
         if model.durable_steps:
             storage = 0.0 * storage + durable_nbytes(model.workload, model.format)
-        storage = storage + grads_stored[first] + swapped_storage + self._page_padding(shape, swapped_storage)
+        storage = (
+            storage + grads_stored[first] + swapped_storage + self._page_padding(shape, swapped_storage, rows)
+        )
         fits = placed_fits & (storage <= storage_limit(self.hardware, budgets)) & (spare >= 0)
         ahead = np.where(on_storage > 0, self.ahead_nbytes(shape), 0.0)
         fits = fits & (kept[:, None] + ahead <= spare)[None, :, :, None]
         if self.space.activations == "keep":
-            fits = fits & (kept >= order.keepable[:, -1])[None, :, None, None]
+            fits = fits & (kept >= keepable)[None, :, None, None]
         if budgets.written_nbytes_per_step is not None:
             written: Any = sum(t.written for t in model.traffic(load))
             # whole bytes, but a sum of parts of them
@@ -297,9 +322,9 @@ class Tables:
         placed = params + states + held_nbytes
         return Needs(device, kept[:, None] + ahead, least_host, placed, storage, fits, load)
 
-    def _page_padding(self, shape: Shape, swapped_storage: Floats) -> Floats:
+    def _page_padding(self, shape: Shape, swapped_storage: Floats, sets: npt.NDArray[np.int64]) -> Floats:
         """At most so many bytes more, since every tensor of a micro-batch lies on storage in whole pages."""
-        n_tensors = np.array([len(members) for members in self.saved]) + len(self.model.workload.blocks)
+        n_tensors = self.candidates.counts[sets].sum(axis=1) + len(self.model.workload.blocks)
         padding: Floats = n_tensors[None, :, None, None] * float(shape.micro_batches * PAGE_NBYTES)
         return np.where(swapped_storage > 0, padding, 0.0)
 
@@ -316,6 +341,19 @@ class Tables:
             at = int(np.searchsorted(self.states_cum, wanted, side="right")) - 1
             states = np.full_like(left, self.states_cum[at])
         return params, states, params + states <= rest
+
+
+def _candidates(workload: Workload, space: Space) -> Candidates:
+    """The saved sets to try."""
+    if space.activations in ("save", "keep"):
+        return everything(workload)
+    found = candidates(workload)
+    if space.activations != "recompute":
+        return found
+    only = slice(0, 1)
+    return Candidates(
+        found.classes, found.counts[only], found.saved_nbytes[only], found.recompute_flops[only]
+    )
 
 
 def waiting_in_host(deferred: list[int], fraction: float) -> list[int]:
