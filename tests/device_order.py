@@ -7,23 +7,21 @@ come after. A copy conflicts with compute, or with a copy of the other direction
 both only read. Compute is what torch dispatches in the thread that trains, below `watching()`; where it touches host
 memory, that thread waits for it.
 
-Reads and writes of the store and updates are each a stream of their own (`follow_storage`), which touch host memory.
-Not seen: what a checkpoint reads.
+Reads and writes of the store, updates and saves beside training are each a stream of their own, which touch host memory
+and storage (storage_order.py).
 """
 
 import contextlib
 import itertools
 import threading
+import weakref
 from dataclasses import dataclass
 
 import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from offload import _C
 from offload.tiers.device import PAST
-from offload.transfer import copies
-from offload.transfer.copies import Copies
 
 ALLOCATIONS = ("empty", "new_empty", "resize_")
 
@@ -65,7 +63,7 @@ class OrderedEvent:
 
 @dataclass(eq=False)
 class Work:
-    """A copy, or what storage or an update does with some bytes of host memory."""
+    """A copy, or what storage, an update or a save does with some bytes of host memory or of the store."""
 
     stream: str
     number: int
@@ -86,10 +84,13 @@ class OrderedDevice:
     timing = False
     made = None
     """The last one made."""
+    watched = ()
+    """Those made since `watching` began, and the one of then."""
 
     def __init__(self, _bus_bytes_per_s=None):
         self.torch_device = torch.device("cpu")
         self.launcher = threading.get_ident()
+        self.closed = False
         self.conflicts = []
         self._known = {}
         """By thread: what it has waited for, as a clock."""
@@ -104,7 +105,10 @@ class OrderedDevice:
         self._host = []
         """Ranges of host memory."""
         self._numbers = itertools.count()
+        self._unfinished = {}
+        """By thread, and by piece of work that a thread has been given: what it had waited for at least."""
         OrderedDevice.made = self
+        OrderedDevice.watched = [*OrderedDevice.watched, self]
 
     # ---- what the runtime calls ------------------------------------------------------------------------------
 
@@ -138,14 +142,13 @@ class OrderedDevice:
         return self._copy("d2h", target, source, after)
 
     def page_lock(self, address, nbytes, pin):
-        self._host.append((address, address + nbytes))
         return False
 
     def enter_thread(self):
         pass
 
     def close(self):
-        pass
+        self.closed = True
 
     # ---- what threads have waited for ------------------------------------------------------------------------
 
@@ -154,7 +157,34 @@ class OrderedDevice:
 
     def has_seen(self, clock):
         """The calling thread has waited for this."""
-        self._known[threading.get_ident()] = join(self.now_known(), clock)
+        self._known[threading.get_ident()] = known = join(self.now_known(), clock)
+        if threading.get_ident() in self._unfinished:
+            self._unfinished[threading.get_ident()] = known
+
+    def forgets(self):
+        """The calling thread ends, and another may have its number."""
+        if threading.get_ident() != self.launcher:
+            del self._known[threading.get_ident()]
+
+    def begins(self, key, clock):
+        """Work has been given to another thread that comes after no more than `clock`, and if `key` is that thread,
+        after what it waits for."""
+        with self._lock:
+            self._unfinished[key] = clock
+
+    def ended(self, key):
+        with self._lock:
+            del self._unfinished[key]
+
+    def has_host_memory(self, memory, address, nbytes):
+        """`memory`, which has just been taken, is of the host for as long as it lives. Compute there was of before."""
+        place = address, address + nbytes
+        with self._lock:
+            self._host.append(place)
+            self._touched = {
+                touched: at for touched, at in self._touched.items() if not overlap(touched, place)
+            }
+        weakref.finalize(memory, self._host.remove, place)
 
     # ---- what is checked -------------------------------------------------------------------------------------
 
@@ -201,8 +231,10 @@ class OrderedDevice:
             for work in works:
                 self._check(work)
                 end = join(end, work.clock)
-            known = self._known.get(self.launcher, {})
-            self._others = [o for o in self._others if known.get(o.stream, 0) < o.number] + works
+            known = [self._known.get(self.launcher, {}), *self._unfinished.values()]
+            self._others = [
+                o for o in self._others if any(clock.get(o.stream, 0) < o.number for clock in known)
+            ] + works
             self._open += works
         return end
 
@@ -241,7 +273,7 @@ class Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         device = OrderedDevice.made
         name = func._overloadpacket.__name__
-        if device is None or name.startswith(ALLOCATIONS):
+        if device is None or device.closed or name.startswith(ALLOCATIONS):
             return result
         inputs = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.numel()]
         outputs = [t for t in pytree.tree_leaves(result) if isinstance(t, torch.Tensor) and t.numel()]
@@ -261,98 +293,15 @@ class Watch(TorchDispatchMode):
 
 @contextlib.contextmanager
 def watching():
-    """Check what is given to the ordered device made last; the list that is given holds the conflicts afterwards.
+    """Check what is given to the ordered device made last, and to those made inside; the list that is given holds the
+    conflicts afterwards.
 
     Only for training: when a model is taken over, torch fills host memory in the same thread.
     """
     conflicts = []
+    made = OrderedDevice.made
+    OrderedDevice.watched = [] if made is None or made.closed else [made]
     with Watch():
         yield conflicts
-    conflicts += OrderedDevice.made.conflicts
-
-
-NOTHING = (0, 0)
-
-
-def follow_storage(patch):
-    """Tell the ordered device made last what storage reads and writes, what updates do, and who has waited for which
-    of them."""
-    clocks, jobs = {}, {}
-    engine, ticket_of = _C.Engine, _C.UpdatePipeline.submit
-    read, write, init = engine.read, engine.write, _C.UpdateJob.__init__
-    wait, done, gate_of, give = _C.Ticket.wait, _C.Ticket.done, Copies.gate, copies._Keeper.give
-
-    def clock_of(ticket):
-        return {} if ticket is None else clocks.get(ticket, {})
-
-    def seen(ticket):
-        if ticket in clocks:
-            OrderedDevice.made.has_seen(clocks[ticket])
-
-    def waited(self, *args, **kwargs):
-        wait(self, *args, **kwargs)
-        seen(self)
-
-    def is_done(self):
-        ended = done(self)
-        if ended:
-            seen(self)
-        return ended
-
-    def reads(self, address, nbytes, *args, after=None, **kwargs):
-        end = OrderedDevice.made.moves("read", [(clock_of(after), NOTHING, (address, address + nbytes))])
-        ticket = read(self, address, nbytes, *args, after=after, **kwargs)
-        clocks[ticket] = end
-        return ticket
-
-    def writes(self, address, nbytes, offset, *, after=None):
-        end = OrderedDevice.made.moves("write", [(clock_of(after), (address, address + nbytes), NOTHING)])
-        ticket = write(self, address, nbytes, offset, after=after)
-        clocks[ticket] = end
-        return ticket
-
-    def job(self, **settings):
-        init(self, **settings)
-        jobs[self] = settings
-
-    def submit(self, job):
-        told = jobs.pop(job)
-        param_nbytes = 2 if told["param_codec"] == "split_bf16" else 4
-        grad_nbytes = 4 if told["grad_dtype"] == "float32" else 2
-        pieces = [(start, start + n) for start, n, _ in told["segments"]]
-        gate, at = clock_of(told["grad_gate"]), told["param_address"]
-        accesses = [
-            ({}, NOTHING, (at, at + told["n_elements"] * param_nbytes) if told["read_param"] else NOTHING)
-        ]
-        for start, stop in pieces:
-            param = (at + start * param_nbytes, at + stop * param_nbytes)
-            grad = [told["grad_address"] + element * grad_nbytes for element in (start, stop)]
-            accesses.append((gate, NOTHING, param))
-            accesses.append((gate, NOTHING if told["grad_offset"] >= 0 else tuple(grad), NOTHING))
-        end = OrderedDevice.made.moves("update", accesses)
-        ticket = ticket_of(self, job)
-        clocks[ticket] = join(end, clock_of(told["write_gate"]))
-        return ticket
-
-    def gate(self, event):
-        ticket = gate_of(self, event)
-        clocks[ticket] = getattr(event.issued(), "clock", {})
-        return ticket
-
-    def given(self, work):
-        known = dict(OrderedDevice.made.now_known())
-
-        def works():
-            OrderedDevice.made.has_seen(known)
-            work()
-
-        give(self, works)
-
-    patch.setattr(_C.Ticket, "wait", waited)
-    patch.setattr(_C.Ticket, "done", is_done)
-    patch.setattr(engine, "read", reads)
-    patch.setattr(engine, "write", writes)
-    patch.setattr(_C.UpdateJob, "__init__", job)
-    patch.setattr(_C.UpdatePipeline, "submit", submit)
-    patch.setattr(Copies, "gate", gate)
-    patch.setattr(copies._Keeper, "give", given)
+    for device in OrderedDevice.watched:
+        conflicts += device.conflicts

@@ -66,6 +66,7 @@ class DurableSteps:
         self._scheduler.drop_undone()
         for block in [*self._blocks, self._root]:
             self._scheduler.wait_resident(block)
+            self._scheduler.wait_loaded(block)
         for block in self.commits.roll_back(optimizer):
             self._scheduler.drop_copies(block)
         optimizer.discarded_steps += 1

@@ -83,6 +83,11 @@ class Scheduler(MayBeCutShort):
         """Block until the parameters are in the slot and no update is changing them."""
         self.host.wait(block)
 
+    def wait_loaded(self, block: BlockRecord) -> None:
+        """Block until the device has what compute given so far reads of the host slot, which may then be changed."""
+        with self._stalls.waiting("load"):
+            block.loaded.wait()
+
     def _next_host_use(self, block: BlockRecord) -> int:
         """How far ahead the host slot is needed: not for a forward before which the copy on the device is current."""
         backward = self._cursor.uses_until(block.index, "backward")
@@ -310,11 +315,8 @@ class Scheduler(MayBeCutShort):
     ) -> None:
         with self._stalls.waiting("save"):
             self.before_update(block)
-        if (
-            block.grads_waiting and not read_param
-        ):  # computed with since, maybe: what that has loaded is read from here
-            with self._stalls.waiting("load"):
-                block.loaded.wait()
+        if block.grads_waiting and not read_param:  # computed with since, maybe
+            self.wait_loaded(block)
         block.move(BlockState.UPDATING)
         block.pending_update = False
         segments_of = self._pending_segments.pop(block.index)
@@ -374,6 +376,7 @@ class Scheduler(MayBeCutShort):
     def drop_copies(self, block: BlockRecord) -> None:
         """The block's bytes in the store, or in the host slot that is its home, are about to be replaced."""
         self.wait_resident(block)
+        self.wait_loaded(block)
         self._residency.outdated(block)
         if block.param_offset >= 0 and block.slot is not None:
             self.host.evict(block)

@@ -24,8 +24,9 @@ from offload.tiers.device import PAST, CudaDevice
 from offload.tiers.host import Spare
 from offload.transfer.copies import Copies
 from tests.cuda import CUDA, ready, sleepy_copies
-from tests.device_order import OrderedDevice, follow_storage, watching
+from tests.device_order import OrderedDevice, watching
 from tests.integration.stack import UpDown, parameters_of
+from tests.storage_order import follow_storage
 
 WIDTH, ROWS = 64, 64
 BLOCK_CYCLES = 4_000_000
@@ -43,9 +44,14 @@ class Block(UpDown):
         return super().forward(x)
 
 
-def train(device, directory, n_steps=3, then=lambda model: None, evaluates=False, **settings):
-    """(parameters by name, conflicts found by the ordered device); `then` is called with the trained model.
-    `evaluates`: before every step comes a forward without gradients, whose results are returned too."""
+def nothing(model):
+    pass
+
+
+def train(device, directory, n_steps=3, then=nothing, after_step=nothing, evaluates=False, **settings):
+    """(parameters by name, conflicts found by the ordered device); `then` is called with the trained model, and
+    `after_step` with it after each step. `evaluates`: before every step comes a forward without gradients, of which the
+    results are returned too."""
     chunk = 4096
     settings = {
         "device_memory": "400KB", "storage": [str(directory)], "prefetch_blocks": 1,
@@ -68,6 +74,7 @@ def train(device, directory, n_steps=3, then=lambda model: None, evaluates=False
                         results[f"evaluated {number}"] = model(x)
                 optimizer.step()
                 optimizer.zero_grad()
+                after_step(model)
         then(model)
         found = {name: result.cpu() for name, result in results.items()}
         return {**parameters_of(model), **found}, conflicts

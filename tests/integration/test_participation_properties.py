@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from offload.errors import BudgetError
 from offload.runtime import chosen_device, gradients
 from tests.conftest import one_thread
-from tests.device_order import OrderedDevice, follow_storage, watching
+from tests.device_order import OrderedDevice, watching
 from tests.fault.training import smallest_budgets
 from tests.integration.participation import (
     LR,
@@ -31,6 +31,7 @@ from tests.integration.participation import (
     made,
     run,
 )
+from tests.storage_order import follow_storage
 
 BLOCKS_MAX = 5
 N_PARAMETERS = 5 + 6 * BLOCKS_MAX
@@ -211,7 +212,7 @@ def assert_same_bits(program, way, kind=Streamed, watch=contextlib.nullcontext):
             side.engine.close()
     wrong = difference(got, expected, told)
     assert not wrong, wrong
-    assert not conflicts
+    assert not conflicts, conflicts[:5]
 
 
 class Watched(Streamed):
