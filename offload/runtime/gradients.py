@@ -149,6 +149,10 @@ class Gradients(MayBeCutShort):
         if block.grads_waiting:
             self._wait_left(buffer, (0, block.layout.grad_elements))
             self._bring_back(block, buffer.plane[: block.layout.grad_elements])
+        elif block.parking is not None:
+            self._wait_parked(
+                block
+            )  # those were discarded, but may still be on the way to where these will wait
 
     def last_come(self, block: BlockRecord, *, updates: bool) -> None:
         """What the block's backward gives from now on is final, and its update follows or (not `updates`) waits. See

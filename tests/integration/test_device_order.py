@@ -48,10 +48,12 @@ def nothing(model):
     pass
 
 
-def train(device, directory, n_steps=3, then=nothing, after_step=nothing, evaluates=False, **settings):
+def train(
+    device, directory, n_steps=3, then=nothing, after_step=nothing, evaluates=False, forgets=False, **settings
+):
     """(parameters by name, conflicts found by the ordered device); `then` is called with the trained model, and
     `after_step` with it after each step. `evaluates`: before every step comes a forward without gradients, of which the
-    results are returned too."""
+    results are returned too. `forgets`: every step begins with gradients that wait and are discarded."""
     chunk = 4096
     settings = {
         "device_memory": "400KB", "storage": [str(directory)], "prefetch_blocks": 1,
@@ -68,6 +70,10 @@ def train(device, directory, n_steps=3, then=nothing, after_step=nothing, evalua
         with watching() if device == "ordered" else contextlib.nullcontext() as conflicts:
             results = {}
             for number in range(n_steps):
+                if forgets:
+                    with model.offload.no_sync():
+                        model(x).square().mean().backward()
+                    optimizer.zero_grad()
                 model(x).square().mean().backward()
                 if evaluates:
                     with torch.no_grad():
@@ -137,6 +143,7 @@ PLACEMENTS = {
     "the only gradient buffer": ONLY_BUFFER,
     "the only gradient buffer, micro-batches": {**ONLY_BUFFER, "micro_batches": 2},
     "the only gradient buffer, deferred": {**ONLY_BUFFER, "update": "deferred"},
+    "gradients that wait are discarded": {"forgets": True},
     "state on the device": {"device_memory": "1300KB", "states_on_device": "800KB"},
     "deferred, state on the device": {
         "update": "deferred",
