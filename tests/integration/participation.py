@@ -1,24 +1,15 @@
-"""Programs in which blocks, parameters and backwards take part now and then, run through the engine or by plain torch.
+"""Programs in which blocks, parameters and backwards take part now and then, and what they give when they are run.
 
-The oracle is torch's autograd over a model in memory: every call of a block computes with aliases of its parameters,
-whose gradients are added up in the order in which they come, in fp32, and steps are made by the kernels, parameter by
-parameter, whose arithmetic tests/unit/test_update_rules.py compares with torch's.
+Who runs them is in participants.py: the engine, or plain torch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.func import functional_call
-
-import offload
-from offload import _C
-from offload.update_rules import kernel_rule
-from tests.unit.test_update_rules import Side
 
 WIDTH, VOCAB, BATCH, LENGTH = 32, 48, 4, 3
 LR, DECAY = 2.0**-6, 0.1
@@ -46,13 +37,14 @@ class Pass:
     """A forward; its backward is of the sum of the branches' losses, of each `apart`, of the `first` or of `none`.
 
     `waits`: the backward is inside of no_sync(), unless it has to be the one that ends a step. `evaluates`: between the
-    two comes a forward without gradients.
+    two comes a forward without gradients, `reads`: all parameters are read.
     """
 
     branches: tuple[Branch, ...]
     backward: str = "sum"
     waits: bool = True
     evaluates: bool = False
+    reads: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,6 +77,7 @@ class Step:
     not from then on. `ends`: with a `step`, with nothing (it `goes on` in the next
     one) or with zero_grad() alone (it `forgets`). `looks`: at the norm before the step, `reads`: parameters after it,
     `evaluates`: a forward without gradients, `restarts`: the run is saved after the step, and goes on in a new model.
+    `visits`: names of `VISITS`, what is done with the state after it.
     `stops`: an error in one of the passes ends it, and the step `forgets` what it has.
     """
 
@@ -99,6 +92,14 @@ class Step:
     evaluates: bool = False
     restarts: bool = False
     stops: Stop | None = None
+    visits: tuple[str, ...] = ()
+
+
+VISITS = ("saves beside", "goes back", "changes", "state dict", "masters", "first block", "evaluates often")
+""" "saves beside": a checkpoint is written while training goes on. "goes back": the run resumes from it, in the model
+that is there. "changes": every parameter is halved where it lives. "state dict", "masters" and "first block" read: all
+by their names, as an export in fp32, or no more than the first of all. "evaluates often": several forwards without
+gradients follow each other."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class Program:
     """The model (hidden widths of its blocks, whether embedding and head are `tied` and all `extra` layers are one that
     is `shared`, which part of what blocks add is dropped at random), what is frozen for good, the optimizer, and the
     steps. `halved`: parameters with a hook that halves their gradients; `turned`: blocks with one that turns the sign
-    of those of their inputs; `autocast`: forwards are made under it; `mixed`: `gate` is of fp32 in any case."""
+    of those of their inputs; `autocast`: forwards are made under it; `mixed`: `gate` is of fp32 in any case;
+    `zeroes`: zero_grad is called with set_to_none=False."""
 
     hidden: tuple[int, ...]
     tied: bool
@@ -121,6 +123,7 @@ class Program:
     autocast: bool = False
     mixed: bool = False
     turned: frozenset[int] = frozenset()
+    zeroes: bool = False
 
 
 class Block(nn.Module):
@@ -213,178 +216,6 @@ def groups_of(model):
     return [group for group in groups if group["params"]]
 
 
-OPTIMIZERS = {
-    "adamw": (torch.optim.AdamW, {"betas": (0.9, 0.95), "weight_decay": 0.0}),
-    "momentum": (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.1}),
-    "sgd": (torch.optim.SGD, {}),
-    "lion": (offload.Lion, {"betas": (0.9, 0.98), "weight_decay": 0.0}),
-}
-RULES = {
-    "adamw": ("adamw", {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}),
-    "momentum": ("sgd", {"momentum": 0.9, "dampening": 0.1}),
-    "sgd": ("sgd", {}),
-    "lion": ("lion", {"beta1": 0.9, "beta2": 0.98}),
-}
-
-
-def rule_of(program):
-    """(the kernel's rule, its options)."""
-    name, options = RULES[program.optimizer]
-    return kernel_rule(name, program.moments, has_momentum=program.optimizer != "sgd"), options
-
-
-class Streamed:
-    """Through the engine. `later`: settings of after a restart; None for those of before it."""
-
-    def __init__(self, program, settings, later=None):
-        self.program, self.settings, self.later = program, settings, later
-        self.n_starts = 0
-        self.start(settings)
-
-    def start(self, settings):
-        if settings["storage"]:
-            settings = {**settings, "storage": [f"{settings['storage'][0]}/{self.n_starts}"]}
-        self.n_starts += 1
-        self.started_with = settings
-        kind, options = OPTIMIZERS[self.program.optimizer]
-        model = made(self.program)
-        for number, parameter in enumerate(model.parameters()):
-            if number in self.program.halved and parameter.requires_grad:
-                parameter.register_hook(lambda grad: grad / 2)
-        made_of = kind(groups_of(model), lr=LR, **options)
-        self.model, self.optimizer = offload.wrap(model, made_of, **settings)
-        self.no_sync = self.model.offload.no_sync
-        self.engine = self.model.offload
-        self.zero_grad = self.optimizer.zero_grad
-
-    def restart(self):
-        """From a checkpoint; where every step is durable, from the store that the run leaves; not where neither is."""
-        if self.settings.get("durability") == "none":
-            return
-        before, settings = self.started_with, self.settings if self.later is None else self.later
-        with tempfile.TemporaryDirectory() as directory:
-            if before.get("durability") == "step":
-                directory = before["storage"][0]
-            else:
-                offload.save(self.model, directory)
-            self.engine.close()
-            self.start(settings)
-            offload.resume(self.model, directory)
-
-    def grad_norm(self):
-        found = self.engine.grad_norm()
-        return None if found is None else float(found)
-
-    def step(self):
-        """The norm of its gradients."""
-        self.optimizer.grad_norm = None
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        for group in self.optimizer.param_groups:
-            group["lr"] *= 0.75
-        norm = self.optimizer.grad_norm
-        return None if norm is None else float(norm)
-
-    def parameters(self):
-        return {name: value.cpu().clone() for block in self.engine.iter_blocks() for name, value in block}
-
-
-class Plain(Model):
-    """By plain torch, in memory. `micro_batches` as in the settings: each call's rows come in so many parts. Where
-    nothing is to be streamed, gradients of several calls in one backward are added up by torch."""
-
-    def __init__(self, program, settings):
-        torch.manual_seed(0)
-        super().__init__(program)
-        self.model = self
-        self.no_sync = contextlib.nullcontext
-        self.program = program
-        self.is_whole = settings["step_aside"] == "always"
-        self.micro_batches = settings.get("micro_batches", 1)
-        self.limit = settings.get("max_grad_norm")
-        self.discards = settings.get("durability") == "step" and settings.get("update") == "backward"
-        self.sums, self.n_updates, self.lr = {}, {}, 1.0
-        rule, _ = rule_of(program)
-        self.sides = {}
-        for parameter in nn.Module.parameters(self):
-            codec = "split_bf16" if parameter.dtype == torch.bfloat16 else "fp32"
-            master = parameter.detach().float().flatten()
-            self.sides[parameter] = Side(rule, codec, master, [torch.zeros_like(master) for _ in rule.planes])
-        self.trained = list(self.sides)
-        for number, parameter in enumerate(self.trained):
-            parameter.requires_grad_(number not in program.frozen)
-        self.halved = {p for number, p in enumerate(self.trained) if number in program.halved}
-        for name, parameter in self.named_parameters():
-            if (self.is_whole or not name.startswith("layers.")) and parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(lambda p: self.received(p, p))
-
-    def received(self, parameter, alias):
-        if not parameter.requires_grad:
-            alias.grad = None  # frozen since forward
-            return
-        grad, alias.grad = alias.grad.float(), None
-        if parameter in self.halved:
-            grad /= 2
-        if parameter in self.sums:
-            self.sums[parameter].add_(grad)
-        else:
-            self.sums[parameter] = grad.clone()
-
-    def alias(self, parameter):
-        alias = parameter.detach().requires_grad_(parameter.requires_grad)
-        if parameter.requires_grad:
-            alias.register_post_accumulate_grad_hook(lambda a: self.received(parameter, a))
-        return alias
-
-    def call(self, number, x, scale, extra):
-        if self.is_whole:
-            return super().call(number, x, scale, extra)
-        layer, results = self.layers[number], []
-        n_parts = self.micro_batches if torch.is_grad_enabled() else 1
-        for part, its_scale in zip(x.chunk(n_parts), scale.chunk(n_parts), strict=True):
-            aliases = {name: self.alias(p) for name, p in layer.named_parameters()}
-            results.append(functional_call(layer, aliases, (part, its_scale, extra)))
-        return torch.cat(results) if len(results) > 1 else results[0]
-
-    def grad_norm(self):
-        always = [p for number, p in enumerate(self.trained) if number not in self.program.frozen]
-        dtypes = list(dict.fromkeys(p.dtype for p in always))
-        in_order = sorted((p for p in self.trained if p in self.sums), key=lambda p: dtypes.index(p.dtype))
-        norms = [torch.linalg.vector_norm(self.sums[p]) for p in in_order]
-        return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else None
-
-    def zero_grad(self):
-        self.sums.clear()
-
-    @torch.no_grad()
-    def step(self):
-        norm, scale = self.grad_norm(), 1.0
-        if norm is not None and self.limit is not None:
-            scale = min(1.0, float(self.limit / (torch.tensor(norm) + 1e-6)))
-            if self.discards and norm > self.limit:
-                self.sums.clear()
-        _, options = rule_of(self.program)
-        for parameter, grad in self.sums.items():
-            self.n_updates[parameter] = self.n_updates.get(parameter, 0) + 1
-            decays = parameter.dim() >= 2
-            hyper = _C.Hyper(
-                lr=(LR if decays else LR / 2) * self.lr, weight_decay=DECAY if decays else 0.0, grad_scale=scale,
-                step=self.n_updates[parameter], **options,
-            )  # fmt: skip
-            side = self.sides[parameter]
-            side.update(grad.flatten(), hyper)
-            parameter.copy_(side.param.view(parameter.dtype).view(parameter.shape))
-        self.sums.clear()
-        self.lr *= 0.75
-        return norm
-
-    def restart(self):
-        """There is nothing that it would change."""
-
-    def parameters_now(self):
-        return {name: value.detach().clone() for name, value in self.named_parameters()}
-
-
 def is_deferred(settings):
     """Whether updates wait for step()."""
     update = settings.get("update", "auto")
@@ -394,7 +225,6 @@ def is_deferred(settings):
 def run(side, program, settings):
     """What the program gives, in order: ("loss", x), ("norm", x), ("parameters", by name)."""
     model, found = side.model, []
-    read = side.parameters_now if isinstance(side, Plain) else side.parameters
     parameters = list(model.parameters())
     generator = torch.Generator()
     eager = not is_deferred(settings)
@@ -420,6 +250,15 @@ def run(side, program, settings):
         with torch.no_grad(), computing:
             found.append(("evaluated", model(tokens, [Branch(every)])[0].item()))
 
+    def visit(kind):
+        if kind == "evaluates often":
+            for _ in range(3):
+                evaluate()
+        else:
+            seen = side.visit(kind)
+            if seen is not None:
+                found.append(("parameters", seen))
+
     def passes(step, ends):
         waiting = []
         having = [number for number, one in enumerate(step.passes) if one.backward != "none"]
@@ -434,6 +273,8 @@ def run(side, program, settings):
             found.extend(("loss", loss.item()) for loss in losses)
             if one.evaluates:
                 evaluate()
+            if one.reads:
+                found.append(("parameters", side.read()))
             waiting.append((losses, one, ends == "step" and number == last))
             if not step.held and one.backward != "none":
                 backward(*waiting.pop())
@@ -466,14 +307,16 @@ def run(side, program, settings):
             side.zero_grad()
         if step.evaluates and (ends == "step" or not eager):
             evaluate()
+        for kind in step.visits if ends == "step" else ():
+            visit(kind)
         if step.restarts and ends == "step":
             side.restart()
             model, parameters = side.model, list(side.model.parameters())
         if step.reads and ends == "step":
-            found.append(("parameters", read()))
+            found.append(("parameters", side.read()))
     if ends != "step":
         found.append(("norm of the step", side.step()))
-    found.append(("parameters", read()))
+    found.append(("parameters", side.read()))
     return found
 
 

@@ -43,10 +43,7 @@ class Side:
 
     def __init__(self, rule, codec, master, moments):
         self.rule, self.codec, self.n = rule, codec, master.numel()
-        self.param, self.lo = master.clone(), torch.zeros(self.n, dtype=torch.int16)
-        if codec == "split_bf16":
-            self.param = torch.empty(self.n, dtype=torch.int16)
-            _C.split_master(master.data_ptr(), self.param.data_ptr(), self.lo.data_ptr(), self.n)
+        self.put(master)
         self.planes, self.absmax = [], []
         for plane, moment in zip(rule.planes, moments, strict=False):
             scale = torch.zeros(-(-self.n // 256))
@@ -56,6 +53,12 @@ class Side:
             else:
                 self.planes.append(moment.to(DTYPES[plane.kind], copy=True))
             self.absmax.append(scale)
+
+    def put(self, master):
+        self.param, self.lo = master.clone(), torch.zeros(self.n, dtype=torch.int16)
+        if self.codec == "split_bf16":
+            self.param = torch.empty(self.n, dtype=torch.int16)
+            _C.split_master(master.data_ptr(), self.param.data_ptr(), self.lo.data_ptr(), self.n)
 
     def update(self, grad, hyper, level="auto", start=0, n=None):
         n = self.n - start if n is None else n
