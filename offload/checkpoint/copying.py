@@ -38,6 +38,8 @@ class Item:
     index: int
     shared: bool = False
     """The file has them already; they are read from there to be summed."""
+    may_be_written: bool = False
+    """From outside, between two steps (`runtime/written_parameters.py`)."""
 
 
 def shared_ranges(items: list[Item]) -> Iterator[tuple[int, int, int]]:

@@ -136,7 +136,9 @@ def _items(engine: OffloadEngine, saved: _Saved) -> Iterator[Item]:
     at_param, at_state = saved.param_at, saved.state_at
     for chunk in chunks_of(saved.buffer, engine.config.chunk_elements):
         param, state = pieces_of(engine, saved.block, saved.position, chunk)
-        yield Item(saved.block, param, at_param, saved.of_param, chunk.index)
+        yield Item(
+            saved.block, param, at_param, saved.of_param, chunk.index, may_be_written=saved.block.keeps_writes
+        )
         at_param += param.nbytes
         if state is not None and state.nbytes:  # some update rules keep nothing
             yield Item(saved.block, state, at_state, saved.of_state, chunk.index)
@@ -319,14 +321,25 @@ def _piece_nbytes(buffer: FlatBuffer, chunk_elements: int) -> int:
 
 
 def _copy_beside(engine: OffloadEngine, save: _Save) -> None:
-    """Through two pieces of host memory beside the budget."""
+    """Through two pieces of host memory beside the budget. No update comes before what a loop does to parameters by
+    itself, so those that it may write to are copied first."""
     buffers = [b for block in [engine.root, *engine.blocks] for b in block.layout.buffers]
     piece_nbytes = max(_piece_nbytes(b, engine.config.chunk_elements) for b in buffers)
     copy = save.copy(_ring(HostArena(2 * piece_nbytes).bytes_tensor, 2))
+    try:
+        for item in save.items:
+            if item.may_be_written:
+                copy.add(item)
+        copy.finish_reads()
+    except BaseException:
+        save.abandon()
+        copy.abandon()
+        raise
+    left = [item for item in save.items if not item.may_be_written]
     order = (
         [engine.root, *engine.blocks] if engine.config.deferred else [*reversed(engine.blocks), engine.root]
     )
-    engine.saves.begin(SaveBeside(save.items, order, on_sides(engine), copy, save.complete, save.abandon))
+    engine.saves.begin(SaveBeside(left, order, on_sides(engine), copy, save.complete, save.abandon))
 
 
 def save(
@@ -348,7 +361,8 @@ def save(
     Where the file system can share extents between files (XFS, Btrfs) and the store is one file there, nothing is
     copied. With `wait=False` training may go on at once, and the checkpoint, which is of this step boundary all the
     same, appears later: after `model.offload.wait_saved()`, the next save or resume, or `close()`, which raise
-    StoreError when it could not be written; two chunks of host memory are used meanwhile.
+    StoreError when it could not be written; two chunks of host memory are used meanwhile. Parameters that a loop may
+    write to between steps (of fp32, not streamed) are copied before it returns.
     Raises UsageError inside a step, StoreError when it does not fit, CheckpointError when another process is using
     `directory`; what was there stays as it was.
     """

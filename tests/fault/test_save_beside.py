@@ -8,6 +8,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 import offload
 from offload.checkpoint.copying import StreamingCopy
@@ -15,6 +16,7 @@ from offload.errors import StoreError
 from tests.child import end, start
 from tests.fault import disks
 from tests.fault.test_checkpoint import assert_same_state
+from tests.fault.training import IN_MEMORY
 from tests.fault.trajectory import Run
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(120)]
@@ -204,3 +206,32 @@ def test_where_extents_can_be_shared_a_checkpoint_takes_no_room_until_training_c
     assert run.steps(2) == losses
     assert_same_state(path, expected)
     run.model.offload.close(remove=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+def test_what_a_loop_writes_to_parameters_while_a_checkpoint_is_written_is_not_in_it(
+    tmp_path, slow_copy, device
+):
+    """Where nothing is streamed a loop may clamp its weights between two steps, as in memory."""
+
+    def make_aside():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(3)))
+        made = torch.optim.AdamW(model.parameters())
+        return offload.wrap(model, made, device=device, chunk_elements=2048, step_aside="always", **IN_MEMORY)
+
+    model, optimizer = make_aside()
+    model(torch.ones(2, 64)).sum().backward()
+    optimizer.step()
+    expected = model.state_dict()
+    offload.save(model, str(tmp_path), wait=False)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.clamp_(-1e-3, 1e-3)
+    model.offload.wait_saved()
+    again, _ = make_aside()
+    offload.resume(again, str(tmp_path))
+    found = again.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for each in (model, again):
+        each.offload.close()
