@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from offload.config import Config
+from offload.errors import BudgetError
 from offload.model.blocks import Cut
 from offload.model.flat import BlockLayout, lay_out
 from offload.planner.placement import BlockBytes, Placement
@@ -58,6 +60,7 @@ class Resources:
 class Assembly:
     """Everything the runtime runs on."""
 
+    cut: Cut
     blocks: list[BlockRecord]
     root: BlockRecord
     slots: list[Slot]
@@ -103,6 +106,7 @@ class _Builder:
         plan: Plan | None,
         rule: UpdateRule,
     ) -> None:
+        self.cut = cut
         self.config, self.device, self.plan, self.rule = config, device, plan, rule
         self.layouts = [
             lay_out(name, parameters, compute_dtype, rule, config.chunk_elements)
@@ -352,7 +356,7 @@ class _Builder:
 
 
 def assemble(
-    cut: Cut,
+    cuts: Sequence[Cut],
     config: Config,
     compute_dtype: torch.dtype | None,
     device: DeviceTier,
@@ -360,11 +364,18 @@ def assemble(
     plan: Plan | None,
     rule: UpdateRule,
 ) -> Assembly:
-    """Place `cut` by budget, create the store, and move every parameter to where it belongs, block by block.
+    """Place the first of `cuts` that fits, create the store, and move every parameter to where it belongs, block by
+    block.
 
-    Raises BudgetError before anything is written when it cannot fit.
+    Raises BudgetError, that of the last, before anything is written when none fits.
     """
-    builder = _Builder(cut, config, compute_dtype, device, plan, rule)
+    for cut in cuts:
+        try:
+            builder = _Builder(cut, config, compute_dtype, device, plan, rule)
+            break
+        except BudgetError:
+            if cut is cuts[-1]:
+                raise
     resources = builder.make_resources(spans)
     try:
         return _fill(builder, resources)
@@ -393,6 +404,7 @@ def _fill(builder: _Builder, resources: Resources) -> Assembly:
         store.engine.register_buffer(builder.device_arena.address, builder.device_arena.nbytes)
         store.engine.register_buffer(builder.host_arena.address, builder.host_arena.nbytes)
     return Assembly(
+        cut=builder.cut,
         blocks=blocks,
         root=root,
         slots=slots,

@@ -35,7 +35,7 @@ from offload.runtime.open_run import CLOSED, OpenRun
 from offload.runtime.optimizer import OffloadOptimizer
 from offload.runtime.planning import NoPlan, RunPlan
 from offload.runtime.recording import computing, named, recording
-from offload.runtime.resident import place_adapters
+from offload.runtime.resident import with_adapters
 from offload.runtime.saves import SavesBeside
 from offload.runtime.state_dicts import StateDicts
 from offload.runtime.trained_parameters import TrainedParameters
@@ -80,14 +80,14 @@ class OffloadEngine(OpenRun):
             self.aside = steps_aside(cut, config, device, dtype, rule)
             if self.aside:
                 cut = cut.all_root()
-            planned = None
+            planned, cuts = None, [cut]
             if not self.aside:
                 planned = wiring.make_run_plan(model, config, blocks, dtype, device, rule)
-                cut = place_adapters(cut, config, device, planned is not None)
+                cuts = with_adapters(cut, config, device, planned is not None)
             self._planned: RunPlan | NoPlan = planned or NoPlan(config.saved_activations, config.deferred)
             self.plan = self._planned.plan
             self.micro_batches = config.micro_batches if self.plan is None else self.plan.micro_batches
-            parts = self._assembly = assemble(cut, config, dtype, device, self.spans, self.plan, rule)
+            parts = self._assembly = assemble(cuts, config, dtype, device, self.spans, self.plan, rule)
         except BaseException:
             device.close()
             raise
@@ -113,7 +113,7 @@ class OffloadEngine(OpenRun):
         )
         self._step_start_s = time.perf_counter()
         try:
-            self._attach(cut)
+            self._attach(parts.cut)
         except BaseException:
             self._detach()
             for handle in self._state_handles:

@@ -30,24 +30,28 @@ def _adapters(cut: Cut) -> list[nn.Parameter]:
     return trainable
 
 
-def place_adapters(cut: Cut, config: Config, device: DeviceTier, planned: bool) -> Cut:
-    """Move adapters to the root where `config.adapters` says so, or by itself where they are small.
+def with_adapters(cut: Cut, config: Config, device: DeviceTier, planned: bool) -> list[Cut]:
+    """The cut with adapters where they may be, the best first: in the root where `config.adapters` says so; by itself
+    where they are small, unless that does not fit beside the rest.
 
     Blocks are then only read, never written. Raises ConfigError when a plan, which has counted blocks as they are, is
     contradicted.
     """
     adapters = _adapters(cut)
     if config.adapters == "streamed" or not adapters:
-        return cut
+        return [cut]
     if planned:
         if config.adapters == "resident":
             raise ConfigError(
                 "adapters='resident' and a plan contradict each other: the plan streams them; leave one out"
             )
-        return cut
+        return [cut]
     needed_nbytes = sum(p.numel() for p in adapters) * _STATE_NBYTES
     device_nbytes, _ = budgets(device, config)
     if config.adapters == "auto" and needed_nbytes * _SHARE_OF_DEVICE > device_nbytes:
-        return cut
-    logger.info("adapters (%.1f MB with their state) stay in device memory", needed_nbytes / 1e6)
-    return cut.with_in_root(adapters)
+        return [cut]
+    logger.info(
+        "adapters (%.1f MB with their state) stay in device memory if the rest fits", needed_nbytes / 1e6
+    )
+    resident = cut.with_in_root(adapters)
+    return [resident] if config.adapters == "resident" else [resident, cut]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -9,8 +11,8 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 import offload  # noqa: E402
-from offload.errors import ConfigError  # noqa: E402
-from tests.conftest import slow_but  # noqa: E402
+from offload.errors import BudgetError, ConfigError  # noqa: E402
+from tests.conftest import build, slow_but  # noqa: E402
 from tests.families import FAMILIES  # noqa: E402
 from tests.fault.training import smallest_budgets  # noqa: E402
 
@@ -109,6 +111,27 @@ def test_small_adapters_stay_and_large_ones_are_streamed_by_themselves(tmp_path)
     # 16 bytes an element against an eighth of 1 MB: 384 and 12 x 384 elements in each of 3 layers.
     assert in_root(r=4, target_modules=["q_proj", "v_proj"])
     assert not in_root(r=24)
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize(("layers", "modules"), [(3, ["q_proj", "v_proj", "down_proj"]), (8, ["q_proj"])])
+def test_adapters_that_do_not_fit_beside_the_rest_are_streamed_by_themselves(
+    tmp_path, device, layers, modules
+):
+    """The smallest device memory that a refusal names does, though adapters are so small there that they would stay."""
+
+    def wrap(device_memory):
+        config = peft.LoraConfig(r=1, target_modules=modules)
+        model = peft.get_peft_model(build("llama", torch.bfloat16, layers=layers), config)
+        model, _ = offload.wrap(
+            model, adamw(model), device=device, device_memory=device_memory, host_memory="80MB",
+            step_aside="never", chunk_elements=2048, storage=[str(tmp_path)],
+        )  # fmt: skip
+        model.offload.close()
+
+    with pytest.raises(BudgetError) as refused:
+        wrap("30KB")
+    wrap(int(re.search(r"device_memory='(\d+)'", str(refused.value))[1]))
 
 
 def test_a_plan_and_resident_adapters_contradict_each_other(tmp_path):
