@@ -124,6 +124,7 @@ def place(
     staying_nbytes: int = 0,
     held_max: int | None = None,
     computes_nbytes: int | None = None,
+    inputs_wait_in: str | None = None,
 ) -> Placement:
     """Fill the tiers with what saves most traffic per byte of memory (DESIGN.md section 5).
 
@@ -135,7 +136,8 @@ def place(
     `device_nbytes`: what its libraries, buffers and scales of quantized weights take; so are `staying_nbytes`, of
     optimizer state that stays there with its parameters. `held_max`: no more updates than
     these give way to others. `computes_nbytes`: what of `device_nbytes` is for what it computes with, where that is not
-    half. Raises BudgetError with the smallest budgets.
+    half. `inputs_wait_in`: "device" or "host" where block inputs wait in that memory and nowhere else; half of what is
+    free of it is left to them. Raises BudgetError with the smallest budgets.
     """
     least = LeastDevice.of(blocks, root)
     slot, grad, fixed = least.slot_nbytes, least.grad_nbytes, least.root_nbytes
@@ -162,6 +164,8 @@ def place(
     if not shares_host and prefetch_blocks is None:
         computes = device_nbytes - device_nbytes // 2 if computes_nbytes is None else computes_nbytes
         spare = max(0, spare - computes)
+    if shares_host and inputs_wait_in == "device":
+        spare //= 2
     wanted = len(blocks) if prefetch_blocks is None else min(len(blocks), prefetch_blocks + 1)
     n_slots, n_grad_buffers = _run_ahead(
         spare,
@@ -177,6 +181,9 @@ def place(
     if has_storage:
         more = _more_activation_staging_nbytes(left - n_host_slots * slot)
         activation_staging, left = activation_staging + more, left - more
+    free = left - n_host_slots * slot
+    inputs_nbytes = free // 2 if has_storage and inputs_wait_in == "host" else 0
+    left -= inputs_nbytes
     if left >= everything:
         n_host_slots = 0  # every block has host memory of its own
     left -= n_host_slots * slot
@@ -208,7 +215,7 @@ def place(
         grads_in_host=grads_in_host,
         host_chunks=host_chunks,
         device_nbytes=fixed + n_slots * slot + n_grad_buffers * grad,
-        host_nbytes=host_nbytes - left,
+        host_nbytes=host_nbytes - left - inputs_nbytes,
         storage_nbytes=storage,
         activation_staging_nbytes=activation_staging,
         params_on_device=params_on_device,
@@ -311,7 +318,7 @@ def _refuse_what_cannot_fit(
             + "; ".join(problems)
             + f". Smallest that would do: device_memory='{least.nbytes + staying_nbytes + own_nbytes}', "
             f"host_memory='{least_host_nbytes}' (bytes)"
-            + ("" if has_storage else ", or give storage=[directory]")
+            + ("" if has_storage else ", and beside it what waits for backward; or give storage=[directory]")
         )
 
 

@@ -149,6 +149,7 @@ def place_run(
                 deferred=config.deferred,
                 prefetch_blocks=config.prefetch_blocks,
                 grads_per_buffer=grads_per_buffer,
+                inputs_wait_in=config.activations,
                 computes_nbytes=None if asked_nbytes(config, 0) is not None else -(-device_nbytes // 2),
             )
     except BudgetError as error:

@@ -127,6 +127,7 @@ def make_activations(
         spare_host=parts.spare_host,
         staging=parts.activation_staging,
         pin=config.pin,
+        n_blocks=len(parts.blocks),
     )
 
 

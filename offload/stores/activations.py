@@ -79,7 +79,8 @@ class ActivationStore(MayBeCutShort):
     """Holds activations within `device_nbytes` and `spare_host`, further ones on `store`.
 
     `staging` is host memory through which bytes pass to storage and back. `tier` fixes where activations go; None
-    takes the first of device, host and storage that has room. Raises BudgetError when none has.
+    takes the first of device, host and storage that has room. Raises BudgetError when none has; it tells what inputs of
+    `n_blocks` take.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class ActivationStore(MayBeCutShort):
         spare_host: Spare,
         staging: torch.Tensor,
         pin: Pin = "auto",
+        n_blocks: int = 0,
     ) -> None:
         self._device = device
         self._copies = copies
@@ -106,6 +108,7 @@ class ActivationStore(MayBeCutShort):
         """Tiers whose memory the device computes in."""
         self._left: dict[Tier, Spare] = {"device": Spare(device_nbytes), "host": spare_host}
         self._pin = pin
+        self._n_blocks = n_blocks
         self._staging = LeaseRing(staging) if staging.numel() >= 2 * PAGE_NBYTES else None
         self._order: dict[_Held, None] = {}
         """In the order in which forward gave them."""
@@ -216,11 +219,24 @@ class ActivationStore(MayBeCutShort):
         for tier, needed_nbytes in rooms:
             if self.has_room(needed_nbytes, tier):
                 return tier
-        raise BudgetError(
-            f"the input of a block ({nbytes} bytes) has to wait for backward and no room is left for it: "
-            f"{self._left['device'].nbytes} bytes of device_memory, {self._left['host'].nbytes} of host_memory, "
-            f"{'no' if self._store is None else 'too little'} staging for storage; raise one of them, "
-            "give storage=[directory], or use a smaller batch"
+        raise BudgetError(self._no_room(nbytes, fixed))
+
+    def _no_room(self, nbytes: int, fixed: Tier | None) -> str:
+        """That an input has none, and what to do."""
+        device, host = (f"{self._left[tier].nbytes} bytes of {tier}_memory" for tier in ("device", "host"))
+        storage = "no storage" if self._store is None else "too little host_memory for staging to storage"
+        left = {"device": device, "host": host, "storage": storage}
+        if fixed:
+            memory = "host" if fixed == "storage" else fixed
+            found, remedy = left[fixed], f"raise {memory}_memory, leave activations at 'auto'"
+        else:
+            found, remedy = ", ".join(left.values()), "raise one of them"
+        if self._store is None and fixed != "device":
+            remedy += ", give storage=[directory]"
+        together = f", those of {self._n_blocks} blocks {self._n_blocks * nbytes}" if self._n_blocks else ""
+        return (
+            f"the input of a block ({nbytes} bytes{together}) has to wait for backward and no room is left for it: "
+            f"{found}; {remedy}, or use a smaller batch"
         )
 
     def _copy_out(self, held: _Held, tensor: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -119,6 +120,35 @@ def test_what_cannot_fit_is_refused_before_anything_is_written_and_the_stated_mi
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
     model.offload.close()
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated"])
+@pytest.mark.parametrize("where", ["no storage", "device", "host"])
+def test_where_the_inputs_of_blocks_have_no_room_as_many_bytes_more_as_are_said_will_do(
+    tmp_path, device, where
+):
+    settings = {"device": device, "step_aside": "never", "chunk_elements": CHUNK, "storage": [str(tmp_path)]}
+    settings.update({"storage": []} if where == "no storage" else {"activations": where})
+    batch = batches(1)[0]
+
+    def step(**budgets):
+        model = build("llama", torch.bfloat16, layers=12)
+        model, _ = offload.wrap(model, two_groups(model), **settings, **budgets)
+        try:
+            model(input_ids=batch, labels=batch).loss.backward()
+        finally:
+            model.offload.close()
+
+    with pytest.raises(offload.BudgetError) as refused:
+        step(device_memory="10KB", host_memory="10KB")
+    least = {n: int(b) for n, b in re.findall(r"(\w+_memory)='(\d+)'", str(refused.value))}
+    with pytest.raises(offload.BudgetError, match="has to wait for backward") as refused:
+        step(**least)
+    more = int(re.search(r"those of 12 blocks (\d+)\)", str(refused.value))[1])
+    assert more == 12 * batch.numel() * 64 * 2
+    name = "device_memory" if where == "device" else "host_memory"
+    half = 1 if where == "no storage" else 2  # of what is free is left to inputs that may go nowhere else
+    step(**{**least, name: least[name] + int(1.05 * half * more) + 8192})  # staging has its share
 
 
 RSS_SCRIPT = """
