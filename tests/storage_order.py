@@ -11,7 +11,7 @@ import types
 from offload import _C
 from offload.checkpoint import beside
 from offload.checkpoint.copying import StreamingCopy
-from offload.runtime import scheduler
+from offload.runtime import adafactor, scheduler
 from offload.threads import JoinableThread
 from offload.tiers.host import HostArena
 from offload.transfer import copies
@@ -64,6 +64,21 @@ class Told(threading.Event):
     def wait(self, timeout=None):
         super().wait(timeout)
         return self.is_set()
+
+
+class InTurn:
+    """A lock. Who takes it comes after what those who had it before had waited for."""
+
+    def __init__(self):
+        self.lock, self.clock = threading.Lock(), {}
+
+    def __enter__(self):
+        self.lock.acquire()
+        OrderedDevice.made.has_seen(self.clock)
+
+    def __exit__(self, *raised):
+        self.clock = dict(OrderedDevice.made.now_known())
+        self.lock.release()
 
 
 def follow_saves(patch):
@@ -145,6 +160,23 @@ def update_accesses(told, buffer, place, gate, write_gate):
     return accesses
 
 
+class FollowedCallback:
+    """The update of a piece in Python, in whatever thread: it comes after the gradients, and reads them from the store
+    where a rule looks at all of them; the job ends after that."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def begins_after(self, clock, end):
+        """`end`: that of the job, which grows."""
+        self.clock, self.end = clock, end
+
+    def __call__(self, *args):
+        OrderedDevice.made.has_seen(self.clock)
+        self.call(*args)
+        self.end.update(join(self.end, OrderedDevice.made.now_known()))
+
+
 class Followed:
     """By ticket: what has happened when it has completed, as a clock."""
 
@@ -218,6 +250,8 @@ class Followed:
         told_last = {}
 
         def job(this, **settings):
+            if settings["callback"] is not None:
+                settings["callback"] = FollowedCallback(settings["callback"])
             told_last.clear()
             told_last.update(settings)
             init(this, **settings)
@@ -232,10 +266,14 @@ class Followed:
             told, buffer, place = self.jobs.pop(job)
             gates = self.of(told["grad_gate"]), self.of(told["write_gate"])
             end = OrderedDevice.made.moves("update", update_accesses(told, buffer, place, *gates))
+            end = join(end, gates[1])
+            if told["callback"] is not None:
+                told["callback"].begins_after(join(gates[0], OrderedDevice.made.now_known()), end)
             ticket = ticket_of(this, job)
-            self.clocks[ticket] = join(end, gates[1])
+            self.clocks[ticket] = end
             return ticket
 
+        patch.setattr(adafactor, "threading", types.SimpleNamespace(Lock=InTurn))
         patch.setattr(_C.UpdateJob, "__init__", job)
         patch.setattr(scheduler, "make_job", make_job)
         patch.setattr(_C.UpdatePipeline, "submit", submit)

@@ -49,7 +49,15 @@ def nothing(model):
 
 
 def train(
-    device, directory, n_steps=3, then=nothing, after_step=nothing, evaluates=False, forgets=False, **settings
+    device,
+    directory,
+    n_steps=3,
+    then=nothing,
+    after_step=nothing,
+    evaluates=False,
+    forgets=False,
+    rule=torch.optim.AdamW,
+    **settings,
 ):
     """(parameters by name, conflicts found by the ordered device); `then` is called with the trained model, and
     `after_step` with it after each step. `evaluates`: before every step comes a forward without gradients, of which the
@@ -62,7 +70,7 @@ def train(
     torch.manual_seed(0)
     model = nn.Sequential(*[Block(WIDTH) for _ in range(5)])
     model, optimizer = offload.wrap(
-        model, torch.optim.AdamW(model.parameters(), lr=1e-2), step_aside="never", chunk_elements=chunk,
+        model, rule(model.parameters(), lr=1e-2), step_aside="never", chunk_elements=chunk,
         chunk_buffers=2, update_threads=2, device="cuda" if device == "cuda" else "emulated", **settings,
     )  # fmt: skip
     try:
@@ -144,6 +152,11 @@ PLACEMENTS = {
     "the only gradient buffer, micro-batches": {**ONLY_BUFFER, "micro_batches": 2},
     "the only gradient buffer, deferred": {**ONLY_BUFFER, "update": "deferred"},
     "gradients that wait are discarded": {"forgets": True},
+    "gradients on storage are looked at as a whole": {
+        "rule": torch.optim.Adafactor,
+        "update": "deferred",
+        "host_memory": "900KB",
+    },
     "state on the device": {"device_memory": "1300KB", "states_on_device": "800KB"},
     "deferred, state on the device": {
         "update": "deferred",
