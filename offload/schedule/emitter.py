@@ -88,6 +88,8 @@ class Emitter:
         self.n_backwards = self.n_swapped_in = 0
         self.last_compute: Index = None
         self.ends: list[int] = []
+        self._tensors: dict[tuple[int, str | None], int] = {}
+        """What `tensors` has found."""
 
     # ---- emitting --------------------------------------------------------------------------------------------
 
@@ -146,6 +148,12 @@ class Emitter:
 
     def tensors(self, block: int, outcome: str | None) -> int:
         """Bytes a micro-batch of the block's tensors with this outcome (None: all), input included."""
+        known = self._tensors.get((block, outcome))
+        if known is None:
+            known = self._tensors[block, outcome] = self._sum_of_tensors(block, outcome)
+        return known
+
+    def _sum_of_tensors(self, block: int, outcome: str | None) -> int:
         outcomes = self.plan.activations[block]
         work = self.workload.blocks[block]
         named = [(INPUT, work.input_nbytes_per_sample)] + [(t.name, t.nbytes_per_sample) for t in work.saved]

@@ -186,6 +186,8 @@ class _Simulation:
             for lane, index in running.items()
             if self.operations[index].dram_nbytes and self.alone_s[index]
         }
+        if sum(wanted.values()) < rates.dram_bytes_per_s * (1 - 1e-9):
+            return speeds  # enough for all
         for lane, share in fair_shares(wanted, rates.dram_bytes_per_s).items():
             speeds[lane] *= share / wanted[lane]
         return speeds
