@@ -94,15 +94,15 @@ class Search:
         )
         self.tables: Tables = Tables(self.model, hardware, self.space, None if like is None else like.tables)
 
-    def with_batch(self, batch_samples: int) -> Search:
-        """The same search for another batch. Raises ConfigError when a fixed choice forbids it."""
-        return Search(self.workload, self.hardware, *self._again, batch_samples)
+    def with_batch(self, batch_samples: int, like: Search | None = None) -> Search:
+        """The same search for another batch. Raises ConfigError when a fixed choice forbids it. `like`: see Tables."""
+        return Search(self.workload, self.hardware, *self._again, batch_samples, like)
 
     def without_capacity(self) -> Search:
         """The same search on drives of unlimited capacity."""
         drives = tuple(d.model_copy(update={"capacity_nbytes": None}) for d in self.hardware.drives)
         hardware = self.hardware.model_copy(update={"drives": drives})
-        return Search(self.workload, hardware, *self._again, self.model.batch)
+        return Search(self.workload, hardware, *self._again, self.model.batch, self)
 
     def shapes_that_fit(self, budgets: Budgets) -> Iterator[Shape]:
         """Shapes whose working memory the device can hold."""

@@ -7,9 +7,8 @@ fixed, a larger budget leaves less to be moved in every phase, so it cannot make
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -229,9 +228,13 @@ class Tables:
             return np.zeros_like(left), np.zeros_like(left)
         late = np.array([count for count, _ in self.waiting])
         per_buffer = np.where(self.model.grads_once(shape.micro_batches, late), 2, 1)[:, None, None, None]
-        may = (late == 0)[:, None, None, None] & (self.params_counts == n_blocks)[None, None, None, :]
-        most = -(-n_streamed // per_buffer)
-        n_buffers = np.where(may, np.minimum(np.maximum(left, 0) // 2 // grad, most), 0.0)
+        rows, columns = np.flatnonzero(late == 0), np.flatnonzero(self.params_counts == n_blocks)
+        may, most = (
+            np.ix_(rows, *map(np.arange, left.shape[1:3]), columns),
+            -(-n_streamed // per_buffer[rows]),
+        )
+        n_buffers = np.zeros_like(left)
+        n_buffers[may] = np.minimum(np.maximum(left[may], 0) // 2 // grad, most)
         return np.minimum(n_streamed, n_buffers * per_buffer), n_buffers * grad
 
     def kept_positions(self, order: Order, spare_nbytes: float, shape: Shape) -> npt.NDArray[np.int64]:
@@ -361,12 +364,15 @@ def waiting_in_host(deferred: list[int], fraction: float) -> list[int]:
     return [deferred[i] for i in spread(len(deferred), int(fraction * len(deferred) + 1e-9))]
 
 
-def state_pieces(block_nbytes: Sequence[int], root_nbytes: int) -> list[tuple[int, int]]:
+@lru_cache(maxsize=64)
+def state_pieces(block_nbytes: tuple[int, ...], root_nbytes: int) -> tuple[tuple[int, int], ...]:
     """Optimizer state as pieces that host memory takes or leaves, in that order (`placement.state_order`): whose (the
     root's comes after the last block's), and bytes."""
     numbers = range(STATE_CHUNKS_PER_BLOCK)
-    return state_order(
-        [[_chunk(nbytes, number) for number in numbers] for nbytes in (*block_nbytes, root_nbytes)]
+    return tuple(
+        state_order(
+            [[_chunk(nbytes, number) for number in numbers] for nbytes in (*block_nbytes, root_nbytes)]
+        )
     )
 
 
