@@ -14,7 +14,7 @@ from offload.errors import ConfigError
 from offload.planner.explain import explain
 from offload.planner.plan import Plan
 from offload.planner.report import plan_lines
-from offload.schedule.fastest import make_simulated_plan
+from offload.schedule.fastest import find_fastest
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,11 @@ def run_plan(settings: PlanSettings, out: TextIO) -> Plan:
     machine = sources.worn(machine, settings.budgets.directories)
     work = sources.workload(settings.model, settings.tokens, settings.optimizer, settings.optimizer_state)
     budgets, fixed = settings.budgets.of(machine, work), sources.fixed_choices(settings.fixed)
-    plan = make_simulated_plan(
+    found = find_fastest(
         work, machine, budgets, fixed, batch_samples=settings.batch, chunk_elements=CHUNK_ELEMENTS
     )
-    why = explain(plan, work, machine, budgets, fixed)
+    plan = found.plan
+    why = explain(plan, work, machine, budgets, fixed, least_s=found.least_s)
     if settings.save:
         pathlib.Path(settings.save).write_text(plan.to_json() + "\n")
     if settings.as_json:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from offload.errors import ConfigError
+from offload.planner.cost_model import CostModel
 from offload.planner.hardware import Hardware
 from offload.planner.plan import Budgets, state_format_of
 from offload.planner.points import Chosen, Search
@@ -75,24 +76,35 @@ def choices(
     """The fastest that fits for each amount of state on the device, and where some updates wait; the fastest of all
     first. Of those that take longer than `limit_s`, or than the fastest by more than the fraction `within`, some may
     be missing, or not be the fastest of their kind."""
+    longest_s = limit_s
     every: list[Choice] = []
 
-    def add(search: Search, stays: OnDevice, longest_s: float) -> float:
+    def found_in(stays: OnDevice, search: Search) -> list[Choice]:
+        nonlocal longest_s
         chosen = search.best(budgets, longest_s)
         if chosen is None:
-            return longest_s
-        every.append(Choice(search, chosen, stays))
-        return min(longest_s, chosen.step_s * (1 + within))
+            return []
+        longest_s = min(longest_s, chosen.step_s * (1 + within))
+        return [Choice(search, chosen, stays)]
 
+    def found_where_some_wait() -> list[Choice]:
+        parts = [{**fixed, "deferred_fraction": part} for part in SOME_WAIT]
+        there = [_search(workload, hardware, budgets, more, batch_samples, OnDevice()) for more in parts]
+        return [choice for search in there for choice in found_in(OnDevice(), search)]
+
+    first: tuple[OnDevice, Search] | None = None
     for stays, search in searches(workload, hardware, budgets, fixed, batch_samples):
-        # The first in full: whether some updates may wait is asked of it.
-        found_s = add(search, stays, limit_s if every else math.inf)
-        limit_s = min(limit_s, found_s)
-    if every and not every[0].stays and _some_may_wait(every[0], budgets, fixed):
-        for part in SOME_WAIT:
-            more = {**fixed, "deferred_fraction": part}
-            search = _search(workload, hardware, budgets, more, batch_samples, OnDevice())
-            limit_s = add(search, OnDevice(), limit_s)
+        first = first or (stays, search)
+        every += found_in(stays, search)
+    if first is not None and not first[0] and _could_wait(first[1].model, budgets, fixed):
+        if math.isinf(limit_s):
+            if every and not every[0].stays and _some_may_wait(first[1], every[0].chosen, budgets):
+                every += found_where_some_wait()
+        elif late := [choice for choice in found_where_some_wait() if choice.chosen.step_s <= limit_s]:
+            # Only now is it worth a look in full whether some may.
+            chosen = first[1].best(budgets)
+            if chosen is not None and _some_may_wait(first[1], chosen, budgets):
+                every += late
     return sorted(every, key=lambda choice: choice.chosen.step_s)  # of equals that with less on the device
 
 
@@ -187,16 +199,19 @@ def _waits(budgets: Budgets, fixed: Mapping[str, Any]) -> bool:
     return budgets.clips_gradients or fixed.get("update") == "deferred"
 
 
-def _some_may_wait(choice: Choice, budgets: Budgets, fixed: Mapping[str, Any]) -> bool:
-    """See [Note: when some wait]. Not where the user has decided which do."""
-    model, rates = choice.search.model, choice.search.model.rates
+def _could_wait(model: CostModel, budgets: Budgets, fixed: Mapping[str, Any]) -> bool:
+    """See [Note: when some wait]; whatever host memory has room for. Not where the user has decided which do."""
+    rates = model.rates
     if rates.shares_host or budgets.clips_gradients or "deferred_fraction" in fixed:
         return False
     computed_s = (model.forward_work + model.backward_work) / rates.flops_per_s
-    if fixed.get("update", "auto") != "auto" or model.trainable / rates.update_params_per_s <= computed_s:
-        return False
-    n_held = len(plan_of(choice.search, choice.chosen, budgets).held_blocks)
-    return n_held < SOME_WAIT[0] * len(choice.search.workload.blocks)
+    return fixed.get("update", "auto") == "auto" and model.trainable / rates.update_params_per_s > computed_s
+
+
+def _some_may_wait(search: Search, chosen: Chosen, budgets: Budgets) -> bool:
+    """Whether the fastest with nothing on the device has no room for as many gradients, where some could wait."""
+    n_held = len(plan_of(search, chosen, budgets).held_blocks)
+    return n_held < SOME_WAIT[0] * len(search.workload.blocks)
 
 
 def _may(workload: Workload, hardware: Hardware, budgets: Budgets, fixed: Mapping[str, Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -77,15 +78,18 @@ def explain(
     hardware: Hardware,
     budgets: Budgets,
     fixed: Mapping[str, Any] | None = None,
+    *,
+    least_s: float | None = None,
 ) -> Explanation:
-    """Plan again with one more GB of each memory and one more drive. `fixed` as it was given to `make_plan`."""
+    """Plan again with one more GB of each memory and one more drive. `fixed` as it was given to `make_plan`; `least_s`:
+    seconds of the step that the formulas find shortest within `budgets`, where that is known."""
     fixed = fixed or {}
 
     def step_s(allowed: Budgets, machine: Hardware, limit_s: float = math.inf) -> float:
         found = choose(workload, machine, allowed, fixed, plan.batch_samples, limit_s)
         return math.inf if found is None else found.chosen.step_s
 
-    now_s = step_s(budgets, hardware)
+    now_s = step_s(budgets, hardware) if least_s is None else least_s
 
     def gain(allowed: Budgets, machine: Hardware = hardware) -> float:
         then_s = step_s(allowed, machine, now_s)  # what is no shorter brings nothing
@@ -218,7 +222,9 @@ def _smaller_batch(searches: Sequence[Search], budgets: Budgets) -> int | None:
     batch = searches[0].model.batch // 2
     while batch:
         try:
-            if any(search.with_batch(batch).fits(budgets) for search in searches):
+            first = searches[0].with_batch(batch)
+            others = (search.with_batch(batch, first) for search in searches[1:])
+            if any(search.fits(budgets) for search in itertools.chain((first,), others)):
                 return batch
         except ConfigError:
             return None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from offload.errors import BudgetError
@@ -44,6 +44,16 @@ def fastest(
     return next(plan for step_s, plan in simulated if step_s <= least_s * (1 + ALIKE))
 
 
+@dataclass(frozen=True)
+class Fastest:
+    """A plan, and what was found on the way to it."""
+
+    plan: Plan
+    least_s: float | None
+    """Predicted seconds of the step that the formulas find shortest within the budgets; None where whole chunks and
+    pages have narrowed these."""
+
+
 def make_simulated_plan(
     workload: Workload,
     hardware: Hardware,
@@ -53,6 +63,21 @@ def make_simulated_plan(
     batch_samples: int,
     chunk_elements: int | None = None,
 ) -> Plan:
+    """The plan of `find_fastest`."""
+    return find_fastest(
+        workload, hardware, budgets, fixed, batch_samples=batch_samples, chunk_elements=chunk_elements
+    ).plan
+
+
+def find_fastest(
+    workload: Workload,
+    hardware: Hardware,
+    budgets: Budgets,
+    fixed: Mapping[str, Any] | None = None,
+    *,
+    batch_samples: int,
+    chunk_elements: int | None = None,
+) -> Fastest:
     """As `planner.search.make_plan`; of what that finds nearly as fast, the fastest by simulation.
 
     `chunk_elements`: parameters whose state a run moves as a whole; a limit on written bytes then counts whole chunks
@@ -61,17 +86,19 @@ def make_simulated_plan(
     limit_nbytes = budgets.written_nbytes_per_step
     if chunk_elements is None or limit_nbytes is None:
         return _nearly_fastest(workload, hardware, budgets, fixed, batch_samples)
+    padding_nbytes = budgets.written_padding_nbytes
     at_most = _padding_at_most(workload, chunk_elements, batch_samples)
     while True:
         try:
-            plan = _nearly_fastest(workload, hardware, budgets, fixed, batch_samples)
+            found = _nearly_fastest(workload, hardware, budgets, fixed, batch_samples)
         except BudgetError:  # what is said to do has to do in whole chunks too
             budgets = replace(budgets, written_padding_nbytes=at_most)
-            return _nearly_fastest(workload, hardware, budgets, fixed, batch_samples)
-        run = plan.model_copy(update={"chunk_elements": chunk_elements})
+            found = _nearly_fastest(workload, hardware, budgets, fixed, batch_samples)
+            return replace(found, least_s=None)
+        run = found.plan.model_copy(update={"chunk_elements": chunk_elements})
         excess = run.written_nbytes_per_step(workload) - limit_nbytes
         if excess <= 0:
-            return plan
+            return found if budgets.written_padding_nbytes == padding_nbytes else replace(found, least_s=None)
         budgets = replace(budgets, written_padding_nbytes=budgets.written_padding_nbytes + excess)
 
 
@@ -92,11 +119,12 @@ def _nearly_fastest(
     budgets: Budgets,
     fixed: Mapping[str, Any] | None,
     batch_samples: int,
-) -> Plan:
+) -> Fastest:
     plans = make_plans(workload, hardware, budgets, fixed, batch_samples=batch_samples, within=NEARLY)
-    if len(plans) == 1:
-        return plans[0]
-    return fastest(plans[:SIMULATED_MAX], workload, hardware, staging_nbytes=budgets.staging_nbytes)
+    plan, first = plans[0], plans[0].predicted
+    if len(plans) > 1:
+        plan = fastest(plans[:SIMULATED_MAX], workload, hardware, staging_nbytes=budgets.staging_nbytes)
+    return Fastest(plan, None if first is None else first.step_s)
 
 
 def _alike(one: Plan, other: Plan) -> bool:

@@ -9,14 +9,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from offload.errors import BudgetError
 from offload.planner import points
+from offload.planner import tables as tables_module
 from offload.planner.bounds import least_step_s
-from offload.planner.choice import choices, searches
+from offload.planner.choice import choices, choose, searches
 from offload.planner.explain import explain
 from offload.planner.hardware import load_hardware
+from offload.planner.placement import held_updates
 from offload.planner.plan import Budgets
 from offload.planner.points import TIE, Search
 from offload.planner.search import make_plan, make_plans
+from offload.schedule.fastest import find_fastest
 from tests.planning import STAGING, gpt, small_machine
 
 
@@ -181,3 +185,78 @@ def test_choices_beyond_what_is_asked_for_are_left_out_and_no_others():
 
     assert within(near) == within(every)
     assert len(near) <= len(every)
+
+
+def where_some_wait():
+    """A model whose fastest plan lets a part of the updates wait, with the machine and budgets for it."""
+    work, machine = gpt("7b", 32, 4096), load_hardware("rtx4090-12ssd")
+    slow = {"adam_params_per_s": 4e8, "device_adam_params_per_s": None}
+    return work, machine.model_copy(update=slow), Budgets(24 * 10**9, 40 * 10**9)
+
+
+def test_a_limit_leaves_the_choice_of_what_is_shorter_as_it_is():
+    work, machine, budgets = where_some_wait()
+    whole = choose(work, machine, budgets, {}, 16)
+    assert 0 < whole.search.tables.waiting[whole.chosen.index[0]][0] < 32  # of blocks
+    for limit_s in (whole.chosen.step_s * 1.0001, whole.chosen.step_s * 1.5):
+        found = choose(work, machine, budgets, {}, 16, limit_s)
+        assert (found.chosen, found.stays) == (whole.chosen, whole.stays)
+    found = choose(work, machine, budgets, {}, 16, whole.chosen.step_s * 0.9)
+    assert found is None or found.chosen.step_s > whole.chosen.step_s * 0.9
+
+
+def test_nothing_is_looked_at_in_full_below_a_limit_that_nothing_keeps(monkeypatch):
+    work, machine, budgets = where_some_wait()
+    limits = []
+    original = points.Search.best
+
+    def seen(self, allowed, limit_s=math.inf):
+        limits.append(limit_s)
+        return original(self, allowed, limit_s)
+
+    monkeypatch.setattr(points.Search, "best", seen)
+    choose(work, machine, budgets, {}, 16, 1e-3)
+    assert set(limits) == {1e-3}
+
+
+@pytest.mark.parametrize("shares_host", [False, True])
+def test_an_explanation_is_the_same_where_the_shortest_step_is_handed_over(shares_host):
+    work, machine = gpt("small", 4, 128, tokens=64, vocab=200), small_machine(1, shares_host)
+    machine = machine.model_copy(update={"device_adam_params_per_s": None if shares_host else 1e8})
+    budgets = Budgets(16 * work.numel, 8 * work.numel + 10**7, staging_nbytes=STAGING)
+    found = find_fastest(work, machine, budgets, batch_samples=3)
+    assert found.least_s == choose(work, machine, budgets, {}, 3).chosen.step_s
+    handed_over = explain(found.plan, work, machine, budgets, least_s=found.least_s)
+    assert handed_over == explain(found.plan, work, machine, budgets)
+
+
+def test_updates_that_give_way_are_as_many_as_half_of_what_is_left_pays_for():
+    work, machine = gpt("small", 5, 128, tokens=32, vocab=200), small_machine(1, False)
+    tables = Search(work, machine, Budgets(10**9, 10**9), {}, 2).tables
+    for shape in points.shapes(tables.space):
+        sizes = (len(tables.waiting), len(tables.saved), 3, len(tables.params_counts))
+        left = np.random.default_rng(0).integers(-(10**6), 10**8, sizes).astype(float)
+        held, nbytes = tables._held_over_bus(shape, left)
+        grad = max(tables.model.grad_nbytes)
+        for at in np.ndindex(sizes):
+            late, per_buffer = tables.waiting[at[0]][0], 1
+            if tables.model.grads_once(shape.micro_batches, late):
+                per_buffer = 2
+            may = late == 0 and tables.params_counts[at[3]] == 5
+            wanted = held_updates(int(left[at]), grad, per_buffer, 5) if may else (0, 0)
+            assert (held[at], nbytes[at]) == (wanted[0], wanted[1] * grad)
+
+
+def test_a_refusal_finds_saved_sets_once_for_each_batch_that_it_tries(monkeypatch):
+    work, machine = gpt("7b", 32, 4096), load_hardware("rtx4090-12ssd")
+    batches = []
+    original = tables_module._candidates
+
+    def seen(*given):
+        batches.append(None)
+        return original(*given)
+
+    monkeypatch.setattr(tables_module, "_candidates", seen)
+    with pytest.raises(BudgetError, match="does not fit"):
+        make_plan(work, machine, Budgets(10**9, 10**9), batch_samples=8)
+    assert len(batches) <= 2 + 3 + 2  # the batch itself, asked twice; 4, 2, 1; two where some wait
