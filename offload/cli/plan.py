@@ -9,6 +9,7 @@ from typing import TextIO
 
 from offload.cli import sources
 from offload.cli.results import check_file
+from offload.cli.stages import stages
 from offload.config import CHUNK_ELEMENTS
 from offload.errors import ConfigError
 from offload.planner.explain import explain
@@ -53,13 +54,16 @@ def run_plan(settings: PlanSettings, out: TextIO) -> Plan:
     check_file("--save", settings.save)
     machine = sources.hardware(settings.hardware, settings.overrides)
     machine = sources.worn(machine, settings.budgets.directories)
-    work = sources.workload(settings.model, settings.tokens, settings.optimizer, settings.optimizer_state)
-    budgets, fixed = settings.budgets.of(machine, work), sources.fixed_choices(settings.fixed)
-    found = find_fastest(
-        work, machine, budgets, fixed, batch_samples=settings.batch, chunk_elements=CHUNK_ELEMENTS
-    )
-    plan = found.plan
-    why = explain(plan, work, machine, budgets, fixed, least_s=found.least_s)
+    with stages(f"tracing {settings.model}") as tell:
+        work = sources.workload(settings.model, settings.tokens, settings.optimizer, settings.optimizer_state)
+        budgets, fixed = settings.budgets.of(machine, work), sources.fixed_choices(settings.fixed)
+        tell("looking for the fastest plan")
+        found = find_fastest(
+            work, machine, budgets, fixed, batch_samples=settings.batch, chunk_elements=CHUNK_ELEMENTS
+        )
+        plan = found.plan
+        tell("looking for what would help")
+        why = explain(plan, work, machine, budgets, fixed, least_s=found.least_s)
     if settings.save:
         pathlib.Path(settings.save).write_text(plan.to_json() + "\n")
     if settings.as_json:

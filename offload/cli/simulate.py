@@ -9,6 +9,7 @@ from typing import Any, TextIO
 from offload.cli import sources
 from offload.cli.plan import load_plan
 from offload.cli.results import check_file
+from offload.cli.stages import stages
 from offload.config import CHUNK_ELEMENTS
 from offload.errors import ConfigError
 from offload.planner.hardware import Hardware
@@ -143,11 +144,14 @@ def run_simulate(settings: SimulateSettings, out: TextIO) -> SimulatedStep:
     machine = sources.worn(machine, settings.budgets.directories)
     saved = None if settings.plan is None else load_plan(settings.plan)
     tokens = settings.tokens if saved is None else saved.tokens_per_sample
-    work = sources.workload(settings.model, tokens, settings.optimizer, settings.optimizer_state)
-    if settings.policy == "lohan":
-        work = lohan_workload(work)
-    plan = _plan(settings, saved, work, machine, settings.budgets.of(machine, work))
-    step = simulate_plan(plan, work, machine)
+    with stages(f"tracing {settings.model}") as tell:
+        work = sources.workload(settings.model, tokens, settings.optimizer, settings.optimizer_state)
+        if settings.policy == "lohan":
+            work = lohan_workload(work)
+        tell("looking for the fastest plan")
+        plan = _plan(settings, saved, work, machine, settings.budgets.of(machine, work))
+        tell("simulating a step")
+        step = simulate_plan(plan, work, machine)
     if settings.plot:
         title = (
             f"{plan.model} on {plan.hardware}, {plan.policy}, batch {plan.batch_samples}: {step.step_s:.1f} s"

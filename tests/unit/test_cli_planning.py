@@ -230,3 +230,21 @@ def test_without_hardware_this_machines_own_profile_is_planned_for(monkeypatch, 
         run(command, "--model", "tiny")
     save_hardware(lohan_machine(1).model_copy(update={"name": "my own"}), str(tmp_path / "profile.json"))
     assert "my own" in run(command, "--model", "tiny")
+
+
+@pytest.mark.parametrize("command", ["plan", "simulate"])
+def test_on_a_terminal_a_command_says_what_it_is_doing_and_elsewhere_nothing(
+    command, monkeypatch, tmp_path
+) -> None:
+    def told() -> str:
+        with open(tmp_path / "told", "w+") as stderr:
+            monkeypatch.setattr("sys.stderr", stderr)
+            app([command, *RUN], standalone_mode=False)
+            stderr.seek(0)
+            return stderr.read()
+
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    assert told() == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what rich takes for a terminal
+    assert "looking for the fastest plan ..." in told()
