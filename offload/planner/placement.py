@@ -137,7 +137,8 @@ def place(
     optimizer state that stays there with its parameters. `held_max`: no more updates than
     these give way to others. `computes_nbytes`: what of `device_nbytes` is for what it computes with, where that is not
     half. `inputs_wait_in`: "device" or "host" where block inputs wait in that memory and nowhere else; half of what is
-    free of it is left to them. Raises BudgetError with the smallest budgets.
+    free of it is left to them (unless `prefetch_blocks` asks for slots there). Raises BudgetError with the smallest
+    budgets.
     """
     least = LeastDevice.of(blocks, root)
     slot, grad, fixed = least.slot_nbytes, least.grad_nbytes, least.root_nbytes
@@ -164,7 +165,7 @@ def place(
     if not shares_host and prefetch_blocks is None:
         computes = device_nbytes - device_nbytes // 2 if computes_nbytes is None else computes_nbytes
         spare = max(0, spare - computes)
-    if shares_host and inputs_wait_in == "device":
+    if shares_host and prefetch_blocks is None and inputs_wait_in == "device":
         spare //= 2
     wanted = len(blocks) if prefetch_blocks is None else min(len(blocks), prefetch_blocks + 1)
     n_slots, n_grad_buffers = _run_ahead(
