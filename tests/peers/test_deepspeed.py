@@ -214,16 +214,20 @@ def test_the_format_before_sections_is_read_as_deepspeed_reads_it():
 
 
 @pytest.mark.parametrize(
-    "read",
+    ("read", "words"),
     [
-        {"fp16": {"enabled": True, "loss_scale_window": 0}},
-        {"fp16": {"loss_scale": -1}},
-        {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "buffer_count": -1}}},
-        {"bf16": {"enabled": "perhaps"}},
+        ({"fp16": {"enabled": True, "loss_scale_window": 0}}, "DeepSpeed's own check"),
+        ({"fp16": {"loss_scale": -1}}, "fp16.loss_scale=-1: must be at least 0"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "buffer_count": -1}}},
+            "DeepSpeed's own check",
+        ),
+        ({"bf16": {"enabled": "perhaps"}}, 'bf16.enabled="perhaps": must be true or false'),
     ],
 )
-def test_deepspeeds_own_models_refuse_what_they_would_refuse_there(read):
-    with pytest.raises(ConfigError, match="DeepSpeed's own check"):
+def test_what_deepspeeds_own_models_refuse_is_refused(read, words):
+    """By ourselves where the file alone says enough, else by them."""
+    with pytest.raises(ConfigError, match=words):
         config.read({"train_batch_size": 1, **read})
 
 
