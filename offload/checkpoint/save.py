@@ -300,17 +300,24 @@ def _ring(memory: torch.Tensor, n: int) -> list[torch.Tensor]:
     return [memory[i * piece_nbytes : (i + 1) * piece_nbytes] for i in range(n)]
 
 
-def _copy_now(engine: OffloadEngine, save: _Save) -> None:
-    """Through the update pipeline's chunk buffers, which nobody uses between two steps."""
-    copy = save.copy(_ring(engine.parts.resources.staging, engine.config.chunk_buffers))
+@contextlib.contextmanager
+def _abandoned_on_failure(save: _Save, copy: StreamingCopy) -> Iterator[None]:
+    """Whatever is raised inside leaves nothing of the checkpoint."""
     try:
-        for item in save.items:
-            copy.add(item)
-        copy.finish()
+        yield
     except BaseException:
         save.abandon()
         copy.abandon()
         raise
+
+
+def _copy_now(engine: OffloadEngine, save: _Save) -> None:
+    """Through the update pipeline's chunk buffers, which nobody uses between two steps."""
+    copy = save.copy(_ring(engine.parts.resources.staging, engine.config.chunk_buffers))
+    with _abandoned_on_failure(save, copy):
+        for item in save.items:
+            copy.add(item)
+        copy.finish()
     save.complete()
 
 
@@ -326,15 +333,11 @@ def _copy_beside(engine: OffloadEngine, save: _Save) -> None:
     buffers = [b for block in [engine.root, *engine.blocks] for b in block.layout.buffers]
     piece_nbytes = max(_piece_nbytes(b, engine.config.chunk_elements) for b in buffers)
     copy = save.copy(_ring(HostArena(2 * piece_nbytes).bytes_tensor, 2))
-    try:
+    with _abandoned_on_failure(save, copy):
         for item in save.items:
             if item.may_be_written:
                 copy.add(item)
         copy.finish_reads()
-    except BaseException:
-        save.abandon()
-        copy.abandon()
-        raise
     left = [item for item in save.items if not item.may_be_written]
     order = (
         [engine.root, *engine.blocks] if engine.config.deferred else [*reversed(engine.blocks), engine.root]
