@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,7 @@ _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lamb
 """Torch 2.4 does not tell."""
 
 
-class OpenRun(Uncopied, MayBeCutShort):
+class OpenRun(Uncopied, MayBeCutShort, ABC):
     """The part of an engine that does nothing to blocks."""
 
     root: BlockRecord
@@ -59,9 +60,9 @@ class OpenRun(Uncopied, MayBeCutShort):
         self._pid = os.getpid()
         self._undo: list[Callable[[], None]] = []
 
+    @abstractmethod
     def _may_be_cut_short(self) -> list[MayBeCutShort]:
         """Everything whose methods may have been left in the middle."""
-        raise NotImplementedError
 
     @property
     def closed(self) -> bool:
