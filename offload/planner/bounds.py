@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from offload.planner.cost_model import Load, Traffic
-from offload.planner.memory import Shape, host_need
+from offload.planner.memory import Shape
 from offload.planner.overlap import overlapped
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from offload.planner.plan import Budgets
@@ -77,19 +77,8 @@ def _least_load(shapes: Sequence[Shape], tables: Tables, budgets: Budgets) -> tu
         for name in ("micro_batches", "n_slots", "n_grad_buffers")
     )
     spare = np.array([budgets.device_nbytes - tables.device_nbytes(shape) for shape in shapes])[column]
-    need = [
-        host_need(
-            model.workload,
-            model.format,
-            model.batch,
-            shape,
-            staging_nbytes=budgets.staging_nbytes,
-            shares_host=shares_host,
-            has_storage=has_storage,
-            activation_staging=ACTIVATION_STAGING_NBYTES_MIN,
-        )
-        for shape in shapes
-    ]
+    staging = budgets.staging_nbytes, ACTIVATION_STAGING_NBYTES_MIN
+    need = [tables.host_nbytes(shape, *staging) for shape in shapes]
     late = np.array([count / n_blocks for count, _ in tables.waiting])[None, :, None, None]
     grads_host, grads_stored = (nbytes[None, :, None, None] for nbytes in tables.waiting_grads)
     rest = np.maximum(0.0, budgets.host_memory_nbytes - np.array(need, dtype=np.float64)[column] - grads_host)

@@ -20,7 +20,7 @@ from offload.errors import ConfigError
 from offload.planner.bounds import least_step_s
 from offload.planner.cost_model import CostModel
 from offload.planner.hardware import Hardware
-from offload.planner.memory import Shape, host_need
+from offload.planner.memory import Shape
 from offload.planner.placement import ACTIVATION_STAGING_NBYTES_MIN
 from offload.planner.plan import Budgets, state_format_of
 from offload.planner.space import Space, space_of
@@ -112,18 +112,8 @@ class Search:
 
     def least_host_nbytes(self, shape: Shape) -> int:
         """Host memory below which this shape cannot run, device memory unlimited, without the update's staging."""
-        model, has_storage = self.model, self.model.rates.storage is not None
-        need = host_need(
-            model.workload,
-            model.format,
-            model.batch,
-            shape,
-            staging_nbytes=0,
-            shares_host=model.rates.shares_host,
-            has_storage=has_storage,
-            activation_staging=ACTIVATION_STAGING_NBYTES_MIN,
-        )
-        if not has_storage:
+        model, need = self.model, self.tables.host_nbytes(shape, 0, ACTIVATION_STAGING_NBYTES_MIN)
+        if model.rates.storage is None:
             need += int(self.tables.params_cum[-1] + self.tables.states_cum[-1])
             need += min(
                 sum(model.grad_nbytes) if count == len(model.grad_nbytes) else 0

@@ -237,6 +237,20 @@ class Tables:
         n_buffers[may] = np.minimum(np.maximum(left[may], 0) // 2 // grad, most)
         return np.minimum(n_streamed, n_buffers * per_buffer), n_buffers * grad
 
+    def host_nbytes(self, shape: Shape, staging_nbytes: int, activation_staging: int | None) -> int:
+        """Host memory that this shape needs besides what lives there; the last two as `memory.host_need` has them."""
+        model = self.model
+        return host_need(
+            model.workload,
+            model.format,
+            model.batch,
+            shape,
+            staging_nbytes=staging_nbytes,
+            shares_host=model.rates.shares_host,
+            has_storage=model.rates.storage is not None,
+            activation_staging=activation_staging,
+        )
+
     def kept_positions(self, order: Order, spare_nbytes: float, shape: Shape) -> npt.NDArray[np.int64]:
         """[saved set]: how many units, in order, stay on the device: all, or what leaves room for those that come back
         before they are used."""
@@ -268,18 +282,8 @@ class Tables:
         grads_host, grads_stored = self.waiting_grads
         first = (slice(None), None, None, None)
         swapped_host, swapped_storage = in_host[None, :, :, None], on_storage[None, :, :, None]
-        has_storage = model.rates.storage is not None
         without, through_staging = (
-            host_need(
-                model.workload,
-                model.format,
-                model.batch,
-                shape,
-                staging_nbytes=budgets.staging_nbytes,
-                shares_host=model.rates.shares_host,
-                has_storage=has_storage,
-                activation_staging=staging,
-            )
+            self.host_nbytes(shape, budgets.staging_nbytes, staging)
             for staging in (ACTIVATION_STAGING_NBYTES_MIN, None)
         )
         fixed = np.where(swapped_storage > 0, through_staging, without)
